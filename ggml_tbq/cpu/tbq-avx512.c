@@ -1,0 +1,194 @@
+// AVX-512 F, BW, DQ and VL.  tbq-avx512vnni.c compiles this file again with VNNI.
+#include "tbq-impl.h"
+#include "tbq-x86.h"
+
+#ifdef __AVX512VNNI__
+#define TBQ_KERNELS      tbq_kernels_avx512vnni
+#define TBQ_KERNELS_NAME "avx512vnni"
+#else
+#define TBQ_KERNELS      tbq_kernels_avx512
+#define TBQ_KERNELS_NAME "avx512"
+#endif
+
+static int supported(void) {
+#ifdef _MSC_VER
+    int r[4];
+    __cpuidex(r, 7, 0);
+    return IsProcessorFeaturePresent(PF_AVX512F_INSTRUCTIONS_AVAILABLE) && (r[1] >> 30 & 1) && (r[1] >> 17 & 1) &&
+           (r[1] >> 31 & 1)
+#ifdef __AVX512VNNI__
+           && (r[2] >> 11 & 1)
+#endif
+        ;
+#else
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")
+#ifdef __AVX512VNNI__
+           && __builtin_cpu_supports("avx512vnni")
+#endif
+        ;
+#endif
+}
+
+// One butterfly stage within a vector: partners swapped, a + b everywhere, a - b in the lanes of mask.
+#define IN_VECTOR(v, swapped, mask) _mm512_mask_sub_ps(_mm512_add_ps(v, swapped), mask, swapped, v)
+
+static inline __m512 in_vector(__m512 v) {
+    v = IN_VECTOR(v, _mm512_permute_ps(v, 0xB1), 0xAAAA);
+    v = IN_VECTOR(v, _mm512_permute_ps(v, 0x4E), 0xCCCC);
+    v = IN_VECTOR(v, _mm512_shuffle_f32x4(v, v, 0xB1), 0xF0F0);
+    return IN_VECTOR(v, _mm512_shuffle_f32x4(v, v, 0x4E), 0xFF00);
+}
+
+// H times the 64 floats of v[0..3].
+static inline void hadamard(__m512 v[4]) {
+    for (int r = 0; r < 4; r++) {
+        v[r] = in_vector(v[r]);
+    }
+    const __m512 a = _mm512_add_ps(v[0], v[1]), b = _mm512_sub_ps(v[0], v[1]);
+    const __m512 c = _mm512_add_ps(v[2], v[3]), d = _mm512_sub_ps(v[2], v[3]);
+    v[0] = _mm512_add_ps(a, c);
+    v[1] = _mm512_add_ps(b, d);
+    v[2] = _mm512_sub_ps(a, c);
+    v[3] = _mm512_sub_ps(b, d);
+}
+
+static inline void forward(const float * x, float post, float * y) {
+    const __m512 p = _mm512_set1_ps(post);
+    __m512       v[4];
+    for (int r = 0; r < 4; r++) {
+        v[r] = _mm512_xor_ps(_mm512_loadu_ps(x + 16 * r), _mm512_loadu_ps((const float *) sign_mask + 16 * r));
+    }
+    hadamard(v);
+    for (int r = 0; r < 4; r++) {
+        _mm512_storeu_ps(y + 16 * r, _mm512_mul_ps(p, v[r]));
+    }
+}
+
+static inline void inverse(const float * y, float post, float * x) {
+    const __m512 p = _mm512_set1_ps(post);
+    __m512       v[4];
+    for (int r = 0; r < 4; r++) {
+        v[r] = _mm512_loadu_ps(y + 16 * r);
+    }
+    hadamard(v);
+    for (int r = 0; r < 4; r++) {
+        const __m512 sign = _mm512_loadu_ps((const float *) sign_mask + 16 * r);
+        _mm512_storeu_ps(x + 16 * r, _mm512_xor_ps(_mm512_mul_ps(p, v[r]), sign));
+    }
+}
+
+static inline uint32_t abs_max(const float * x) {
+    const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i       top  = _mm512_setzero_si512();
+    for (int i = 0; i < TBQ_BLOCK; i += 16) {
+        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(x + i), mask));
+    }
+    return (uint32_t) _mm512_reduce_max_epi32(top);
+}
+
+static inline float sum_squares(const float * z) {
+    const __m512 first = _mm512_loadu_ps(z);
+    __m512       p     = _mm512_mul_ps(first, first);
+    for (int i = 16; i < TBQ_BLOCK; i += 16) {
+        const __m512 v = _mm512_loadu_ps(z + i);
+        p = _mm512_add_ps(p, _mm512_mul_ps(v, v));
+    }
+    return sum8(_mm256_add_ps(_mm512_castps512_ps256(p), _mm512_extractf32x8_ps(p, 1)));
+}
+
+static inline void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
+    const __m512 scale = _mm512_set1_ps(inverse_rms);
+    const __m512 half  = _mm512_set1_ps(0.5f);
+    for (int i = 0; i < TBQ_BLOCK; i += 16) {
+        const __m512    v     = _mm512_loadu_ps(z + i);
+        const __m512i   fixed = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(v), scale), half));
+        const __mmask16 below = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
+        _mm256_storeu_si256((__m256i *) (q + i), _mm512_cvtepi32_epi16(fixed));
+        _mm_storeu_si128((__m128i *) (negative + i), _mm_movm_epi8(below));
+    }
+}
+
+// The number of thresholds below each of 32 values, plus 0x8000: as bytes, an index and a value with the top bit
+// set, which vpshufb turns into 0, so that one lookup widens as well.
+TBQ_INLINE __m512i count_below(int bits, __m512i q, const int16_t * thresholds) {
+    const __m512i one   = _mm512_set1_epi16(1);
+    __m512i       count = _mm512_set1_epi16((int16_t) 0x8000);
+    for (int t = 0; t < tbq_n_thresholds(bits); t++) {
+        count = _mm512_mask_add_epi16(count, _mm512_cmpgt_epi16_mask(q, _mm512_set1_epi16(thresholds[t])), count, one);
+    }
+    return count;
+}
+
+static inline __m512i add_products(__m512i acc, __m512i a, __m512i b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+
+static inline int32_t sum16_i32(__m512i v) {
+    return sum8_i32(_mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
+}
+
+TBQ_INLINE void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+    int8_t half_levels[16] = { 0 };
+    memcpy(half_levels, tbq_codebook(bits) + (1 << (bits - 1)), 1 << (bits - 1));
+    const __m512i table  = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) half_levels));
+    __m512i       sum_qk = _mm512_setzero_si512();
+    __m512i       sum_kk = _mm512_setzero_si512();
+    for (int i = 0; i < TBQ_BLOCK; i += 32) {
+        const __m512i v = _mm512_loadu_si512(q + i);
+        const __m512i k = _mm512_shuffle_epi8(table, count_below(bits, v, thresholds));
+        sum_qk = add_products(sum_qk, v, k);
+        sum_kk = add_products(sum_kk, k, k);
+    }
+    *qk = sum16_i32(sum_qk);
+    *kk = sum16_i32(sum_kk);
+}
+
+TBQ_INLINE void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
+    for (int i = 0; i < TBQ_BLOCK; i += 32) {
+        const __m512i count = count_below(bits, _mm512_loadu_si512(q + i), thresholds);
+        _mm256_storeu_si256((__m256i *) (m + i), _mm512_cvtepi16_epi8(count)); // drops the high byte
+    }
+}
+
+static inline void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
+    const __m512 sign  = _mm512_set1_ps(-0.0f);
+    const __m512 scale = _mm512_set1_ps(inverse_d);
+    const __m512 half  = _mm512_set1_ps(0.5f);
+    for (int i = 0; i < TBQ_BLOCK; i += 16) {
+        const __m512 v = _mm512_loadu_ps(y + i);
+        const __m512 h = _mm512_or_ps(_mm512_and_ps(v, sign), half);
+        const __m512i codes = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(v, scale), h));
+        _mm_storeu_si128((__m128i *) (qs + i), _mm512_cvtepi32_epi8(codes));
+    }
+    act_bias(qs, bias);
+}
+
+// Sixteen levels of a block as floats, from number 16 r on.
+TBQ_INLINE __m512 level_floats(const bytes64 * k, int r) {
+    const __m256i half = r < 2 ? k->lo : k->hi;
+    const __m128i lane = r & 1 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(lane));
+}
+
+TBQ_INLINE void levels(int bits, const void * block, float * k) {
+    const bytes64 bytes = level_bytes(bits, block, 0);
+    for (int r = 0; r < 4; r++) {
+        _mm512_storeu_ps(k + 16 * r, level_floats(&bytes, r));
+    }
+}
+
+TBQ_INLINE void mad(int bits, const void * block, float f, float * acc) {
+    const bytes64 bytes = level_bytes(bits, block, 0);
+    const __m512  scale = _mm512_set1_ps(f);
+    for (int r = 0; r < 4; r++) {
+        const __m512 product = _mm512_mul_ps(scale, level_floats(&bytes, r));
+        _mm512_storeu_ps(acc + 16 * r, _mm512_add_ps(_mm512_loadu_ps(acc + 16 * r), product));
+    }
+}
+
+#include "tbq-rows.h"

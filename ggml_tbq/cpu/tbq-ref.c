@@ -1,0 +1,179 @@
+// The scalar reference: the order of the specification, nothing clever.  Every other implementation is tested
+// against this one, and this one against tests/numpy_reference.py, with which it shares no code.
+#include "tbq-impl.h"
+
+#include <math.h>
+
+#define TBQ_KERNELS      tbq_kernels_ref
+#define TBQ_KERNELS_NAME "ref"
+
+static int supported(void) {
+    return 1;
+}
+
+static inline float half_to_float(uint16_t h) {
+    return tbq_half_to_float(h);
+}
+
+static uint32_t abs_max(const float * x) {
+    uint32_t top = 0;
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        const uint32_t bits = tbq_float_bits(x[i]) & 0x7FFFFFFF;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+static void butterflies(float * v) {
+    for (int h = 1; h < TBQ_BLOCK; h *= 2) {
+        for (int i = 0; i < TBQ_BLOCK; i++) {
+            if (!(i & h)) {
+                const float a = v[i];
+                const float b = v[i + h];
+                v[i]     = a + b;
+                v[i + h] = a - b;
+            }
+        }
+    }
+}
+
+static float with_sign(float v, int i) {
+    return tbq_bits_float(tbq_float_bits(v) ^ TBQ_SIGN_MASK(i));
+}
+
+static void forward(const float * x, float post, float * y) {
+    float v[TBQ_BLOCK];
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        v[i] = with_sign(x[i], i);
+    }
+    butterflies(v);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        y[i] = post * v[i];
+    }
+}
+
+static void inverse(const float * y, float post, float * x) {
+    float v[TBQ_BLOCK];
+    memcpy(v, y, sizeof(v));
+    butterflies(v);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        x[i] = with_sign(post * v[i], i);
+    }
+}
+
+static float sum_squares(const float * z) {
+    float p[16];
+    for (int l = 0; l < 16; l++) {
+        p[l] = z[l] * z[l];
+        for (int i = l + 16; i < TBQ_BLOCK; i += 16) {
+            p[l] += z[i] * z[i];
+        }
+    }
+    for (int h = 8; h > 0; h /= 2) {
+        for (int l = 0; l < h; l++) {
+            p[l] += p[l + h];
+        }
+    }
+    return p[0];
+}
+
+static void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        q[i]        = (int16_t) (int) (fabsf(z[i]) * inverse_rms + 0.5f);
+        negative[i] = z[i] < 0 ? -1 : 0;
+    }
+}
+
+static void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
+    int32_t b[8] = { 0 };
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        const int q = (int) (fabsf(y[i]) * inverse_d + 0.5f);
+        qs[i] = (int8_t) (y[i] < 0 ? -q : q);
+        b[i / 4 % 8] -= 64 * qs[i];
+    }
+    memcpy(bias, b, sizeof(b));
+}
+
+static int index_of(int bits, const void * block, int e) {
+    const uint8_t * qs = tbq_qs(block);
+    if (bits == 4) {
+        return qs[e % 32] >> e / 32 * 4 & 15;
+    }
+    const int i   = e % 16;
+    const int j   = e / 16;
+    const int low = qs[i] >> 2 * j & 3;
+    if (bits == 2) {
+        return low;
+    }
+    return low | (tbq_qh(block)[i & 7] >> ((j & 1) | (i >> 3) << 1 | (j >> 1) << 2) & 1) << 2;
+}
+
+static int level_of(int bits, const void * block, int e) {
+    return tbq_codebook(bits)[index_of(bits, block, e)];
+}
+
+static int magnitude_of(int bits, int q, const int16_t * thresholds) {
+    int m = 0;
+    for (int t = 0; t < tbq_n_thresholds(bits); t++) {
+        m += q > thresholds[t];
+    }
+    return m;
+}
+
+static void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+    *qk = *kk = 0;
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        const int k = tbq_codebook(bits)[(1 << (bits - 1)) + magnitude_of(bits, q[i], thresholds)];
+        *qk += q[i] * k;
+        *kk += k * k;
+    }
+}
+
+static void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        m[i] = (uint8_t) magnitude_of(bits, q[i], thresholds);
+    }
+}
+
+static void levels(int bits, const void * block, float * k) {
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        k[i] = level_of(bits, block, i);
+    }
+}
+
+typedef struct {
+    float p[8];
+} dot_sums;
+
+static dot_sums dot_zero(void) {
+    const dot_sums zero = { { 0 } };
+    return zero;
+}
+
+static float dot_total(dot_sums sums) {
+    for (int h = 4; h > 0; h /= 2) {
+        for (int l = 0; l < h; l++) {
+            sums.p[l] += sums.p[l + h];
+        }
+    }
+    return sums.p[0];
+}
+
+static dot_sums dot(int bits, const void * block, const block_tbq8_act * a, float f, dot_sums sums) {
+    for (int l = 0; l < 8; l++) {
+        int32_t p = 0; // what the biased form, bias[l] + sum of (k + 64) q, comes to
+        for (int i = 4 * l; i < 4 * l + 4; i++) {
+            p += level_of(bits, block, i) * a->qs[i] + level_of(bits, block, i + 32) * a->qs[i + 32];
+        }
+        sums.p[l] += f * (float) p;
+    }
+    return sums;
+}
+
+static void mad(int bits, const void * block, float f, float * acc) {
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        acc[i] += f * (float) level_of(bits, block, i);
+    }
+}
+
+#include "tbq-rows.h"

@@ -1,0 +1,220 @@
+// Rows, block by block, from the pieces that each instruction set defines; included once, at the end of each
+// implementation file.  Here are the steps that every implementation must take in the same way.
+//
+// The file that includes this defines TBQ_KERNELS (the symbol), TBQ_KERNELS_NAME, and, on one block:
+//
+//   int supported(void)                                   does this machine run it?
+//   float half_to_float(uint16_t h)
+//   uint32_t abs_max(const float * x)                     the largest of bits(|x[i]|); NaN > Inf > the rest
+//   void forward(const float * x, float post, float * y)  y = post . H . diag(s) . x
+//   void inverse(const float * y, float post, float * x)  x = diag(s) . (post . H . y); x may be y, as above
+//       both by butterflies (a + b, a - b) at distances 1, 2, 4, 8, 16, 32, in this order
+//   float sum_squares(const float * z)                    16 partial sums, i % 16, each in order of i; then those
+//                                                         8, 4, 2 and 1 apart are added
+//   void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative)
+//                                                         q = (int) (|z| . inverse_rms + 0.5); negative = -(z < 0)
+//   void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk)
+//                                                         sums of q k and k k, k the level of the positive half
+//                                                         that q falls on (above a threshold: the next)
+//   void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m)
+//                                                         the number of that level
+//   void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias)
+//                                                         qs = sign(y) . (int) (|y| . inverse_d + 0.5)
+//   void levels(int bits, const void * block, float * k)  k[idx] as floats
+//   dot_sums, dot_zero(), dot_total(dot_sums)             eight partial sums; those 4, 2 and 1 apart are added
+//   dot_sums dot(int bits, const void * block, const block_tbq8_act * a, float f, dot_sums sums)
+//                                                         sums[l] + f . (float) partial sum l of block_tbq8_act
+//   void mad(int bits, const void * block, float f, float * acc)
+//                                                         acc += f . k[idx]: a multiplication and an addition
+
+// Thresholds on abs_max: floats that are not negative order as their bits.
+#define ABS_BITS_INF   0x7F800000u
+#define ABS_BITS_2P50  0x58800000u
+#define ABS_BITS_2M30  0x30800000u
+#define ABS_BITS_2M100 0x0D800000u
+
+TBQ_INLINE void write_indices(int bits, const uint8_t * index, void * block) {
+    uint8_t * qs = (uint8_t *) tbq_qs(block);
+    if (bits == 4) {
+        for (int i = 0; i < 32; i++) {
+            qs[i] = (uint8_t) (index[i] | index[i + 32] << 4);
+        }
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        qs[i] = (uint8_t) ((index[i] & 3) | (index[i + 16] & 3) << 2 | (index[i + 32] & 3) << 4 | (index[i + 48] & 3) << 6);
+    }
+    if (bits == 3) {
+        uint8_t * qh = (uint8_t *) tbq_qh(block);
+        for (int i = 0; i < 8; i++) {
+            int byte = 0;
+            for (int j = 0; j < 4; j++) {
+                byte |= (index[16 * j + i] >> 2 | index[16 * j + 8 + i] >> 2 << 2) << ((j & 1) | (j >> 1) << 2);
+            }
+            qh[i] = (uint8_t) byte;
+        }
+    }
+}
+
+// The scale of the grid whose index vector has the largest cosine to q, which is qk / sqrt(kk) up to a constant.
+// Compared without division: qk < 8.2e6 and kk < 2.5e5, so the products fit 64 bits.
+TBQ_INLINE int search_scale(int bits, const int16_t * q, int32_t * best_qk, int32_t * best_kk) {
+    int best = 0;
+    *best_qk = 0;
+    *best_kk = 1;
+    for (int s = 0; s < tbq_n_scales(bits); s++) {
+        int32_t qk, kk;
+        score(bits, q, tbq_thresholds(bits, s), &qk, &kk);
+        const uint64_t qk2   = (uint64_t) ((int64_t) qk * qk);
+        const uint64_t best2 = (uint64_t) ((int64_t) *best_qk * *best_qk);
+        if (qk2 * (uint64_t) *best_kk > best2 * (uint64_t) kk) {
+            best     = s;
+            *best_qk = qk;
+            *best_kk = kk;
+        }
+    }
+    return best;
+}
+
+// d by least squares, <y, k> / <k, k>, where |y| = rms . q / TBQ_Q_ONE.  docs/encoder.md has what the other
+// rules came to.
+TBQ_INLINE float block_scale(float rms, int32_t qk, int32_t kk) {
+    return rms * ((float) qk / ((float) kk * (float) TBQ_Q_ONE));
+}
+
+TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
+    float   z[TBQ_BLOCK];
+    int16_t q[TBQ_BLOCK];
+    int8_t  negative[TBQ_BLOCK];
+    uint8_t index[TBQ_BLOCK];
+    int32_t qk, kk;
+
+    const uint32_t top = abs_max(x);
+    if (top < ABS_BITS_2M30 || top >= ABS_BITS_INF) {
+        // below 2^-30 the best d is less than half of the smallest half
+        memset(block, 0, tbq_block_bytes(bits));
+        tbq_store_d(block, top < ABS_BITS_INF ? 0 : TBQ_F16_NAN);
+        return;
+    }
+    // above 2^50 d saturates whatever the values are, but their squares must not overflow
+    const int huge = top > ABS_BITS_2P50;
+    if (huge) {
+        for (int i = 0; i < TBQ_BLOCK; i++) {
+            z[i] = x[i] * 0x1p-100f;
+        }
+    }
+    forward(huge ? z : x, 1.0f, z);
+    const float rms = sqrtf(sum_squares(z) / TBQ_BLOCK);
+    to_fixed(z, TBQ_Q_ONE / rms, q, negative);
+
+    const int best = search_scale(bits, q, &qk, &kk);
+    magnitudes(bits, q, tbq_thresholds(bits, best), index);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        // the codebook is odd: the index of -k is the complement of that of k
+        index[i] = (uint8_t) (((1 << (bits - 1)) | index[i]) ^ (negative[i] & ((1 << bits) - 1)));
+    }
+    write_indices(bits, index, block);
+
+    const float d = block_scale(rms * 0.125f, qk, kk) * (huge ? 0x1p100f : 1.0f);
+    tbq_store_d(block, tbq_float_to_half(d < TBQ_F16_MAX ? d : TBQ_F16_MAX));
+}
+
+TBQ_INLINE void quantize_row(int bits, const float * src, void * dst, int64_t n) {
+    uint8_t * block = (uint8_t *) dst;
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK, block += tbq_block_bytes(bits)) {
+        quantize_block(bits, src + i, block);
+    }
+}
+
+TBQ_INLINE void dequantize_row(int bits, const void * src, float * dst, int64_t n) {
+    const uint8_t * block = (const uint8_t *) src;
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK, block += tbq_block_bytes(bits)) {
+        float       k[TBQ_BLOCK];
+        const float d = half_to_float(tbq_load_d(block));
+        if (d == 0) {
+            memset(dst + i, 0, sizeof(k)); // 0 . k would leave some -0
+            continue;
+        }
+        levels(bits, block, k);
+        inverse(k, d * 0.125f, dst + i); // the sums of integers are exact: one rounding, in the product with d
+    }
+}
+
+TBQ_INLINE float dot_row(int bits, const void * row, const void * act, int64_t n) {
+    const uint8_t *        x    = (const uint8_t *) row;
+    const block_tbq8_act * y    = (const block_tbq8_act *) act;
+    dot_sums               sums = dot_zero();
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK, x += tbq_block_bytes(bits), y++) {
+        float d;
+        memcpy(&d, &y->d, sizeof(d));
+        sums = dot(bits, x, y, half_to_float(tbq_load_d(x)) * d, sums);
+    }
+    return dot_total(sums);
+}
+
+TBQ_INLINE void mad_row(int bits, const void * src, float scale, float * acc, int64_t n) {
+    const uint8_t * block = (const uint8_t *) src;
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK, block += tbq_block_bytes(bits)) {
+        mad(bits, block, scale * half_to_float(tbq_load_d(block)), acc + i);
+    }
+}
+
+static void quantize_act(const float * src, void * dst, int64_t n) {
+    uint8_t * block = (uint8_t *) dst;
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK, block += sizeof(block_tbq8_act)) {
+        block_tbq8_act b;
+        float          y[TBQ_BLOCK];
+        forward(src + i, 0.125f, y);
+        const uint32_t top = abs_max(y);
+        if (top < ABS_BITS_2M100 || top >= ABS_BITS_INF) { // 127 / 2^-100 is still finite
+            memset(&b, 0, sizeof(b));
+            b.d = top < ABS_BITS_INF ? 0.0f : tbq_bits_float(0x7FC00000);
+        } else {
+            b.d = tbq_bits_float(top) / 127.0f;
+            act_round(y, 127.0f / tbq_bits_float(top), b.qs, b.bias);
+        }
+        memcpy(block, &b, sizeof(b));
+    }
+}
+
+static void rotate(const float * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK) {
+        forward(src + i, 0.125f, dst + i);
+    }
+}
+
+static void unrotate(const float * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += TBQ_BLOCK) {
+        inverse(src + i, 0.125f, dst + i);
+    }
+}
+
+#define DEFINE_ROWS(B)                                                                \
+    static void quantize_##B(const float * src, void * dst, int64_t n) {              \
+        quantize_row(B, src, dst, n);                                                 \
+    }                                                                                 \
+    static void dequantize_##B(const void * src, float * dst, int64_t n) {            \
+        dequantize_row(B, src, dst, n);                                               \
+    }                                                                                 \
+    static float dot_##B(const void * row, const void * act, int64_t n) {             \
+        return dot_row(B, row, act, n);                                               \
+    }                                                                                 \
+    static void mad_##B(const void * src, float scale, float * acc, int64_t n) {      \
+        mad_row(B, src, scale, acc, n);                                               \
+    }
+
+DEFINE_ROWS(2)
+DEFINE_ROWS(3)
+DEFINE_ROWS(4)
+
+const tbq_kernels TBQ_KERNELS = {
+    .name         = TBQ_KERNELS_NAME,
+    .supported    = supported,
+    .quantize     = { quantize_2, quantize_3, quantize_4 },
+    .dequantize   = { dequantize_2, dequantize_3, dequantize_4 },
+    .quantize_act = quantize_act,
+    .dot          = { dot_2, dot_3, dot_4 },
+    .mad_rotated  = { mad_2, mad_3, mad_4 },
+    .rotate       = rotate,
+    .unrotate     = unrotate,
+};

@@ -1,0 +1,124 @@
+// Pieces that the AVX2 and AVX-512 implementations share: unpacking, levels and dot products, all in 256 bits.
+// Two vectors hold the 64 bytes of a block, elements 0..31 and 32..63, each 128-bit lane a run of 16.
+#pragma once
+
+#include <immintrin.h>
+#include <math.h>
+
+#ifdef _MSC_VER
+#include <intrin.h>
+#endif
+
+typedef struct {
+    __m256i lo, hi;
+} bytes64;
+
+static const uint32_t sign_mask[TBQ_BLOCK] = TBQ_LIST_64(TBQ_SIGN_MASK);
+
+static inline float half_to_float(uint16_t h) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+
+// The third bits: each 64-bit half lane (j, i >> 3) tests one bit of every qh byte (tbq.h has the order).
+TBQ_INLINE bytes64 third_bits(const void * block) {
+    int64_t qh;
+    memcpy(&qh, tbq_qh(block), 8);
+    const __m256i h    = _mm256_set1_epi64x(qh);
+    const __m256i four = _mm256_set1_epi8(4);
+    const __m256i lo   = _mm256_set_epi64x(0x0808080808080808, 0x0202020202020202, 0x0404040404040404, 0x0101010101010101);
+    const __m256i hi   = _mm256_slli_epi16(lo, 4);
+    const bytes64 bits = {
+        _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(h, lo), lo), four),
+        _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(h, hi), hi), four),
+    };
+    return bits;
+}
+
+TBQ_INLINE bytes64 indices(int bits, const void * block) {
+    bytes64 r;
+    if (bits == 4) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i qs     = _mm256_loadu_si256((const __m256i *) tbq_qs(block));
+        r.lo = _mm256_and_si256(qs, nibble);
+        r.hi = _mm256_and_si256(_mm256_srli_epi16(qs, 4), nibble);
+        return r;
+    }
+    const __m256i pair = _mm256_set1_epi8(3);
+    const __m256i qs   = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tbq_qs(block)));
+    const __m256i even = _mm256_srlv_epi32(qs, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0)); // j = 0 | 1
+    r.lo = _mm256_and_si256(even, pair);
+    r.hi = _mm256_and_si256(_mm256_srli_epi16(even, 4), pair);                             // j = 2 | 3
+    if (bits == 3) {
+        const bytes64 third = third_bits(block);
+        r.lo = _mm256_or_si256(r.lo, third.lo);
+        r.hi = _mm256_or_si256(r.hi, third.hi);
+    }
+    return r;
+}
+
+// 16 bytes twice: `codebook + bias` for every index that bits allow, for vpshufb.
+TBQ_INLINE __m256i level_table(int bits, int bias) {
+    int8_t t[16];
+    for (int i = 0; i < 16; i++) {
+        t[i] = (int8_t) (tbq_codebook(bits)[i & ((1 << bits) - 1)] + bias);
+    }
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t));
+}
+
+TBQ_INLINE bytes64 level_bytes(int bits, const void * block, int bias) {
+    const __m256i table = level_table(bits, bias);
+    const bytes64 i     = indices(bits, block);
+    const bytes64 r     = { _mm256_shuffle_epi8(table, i.lo), _mm256_shuffle_epi8(table, i.hi) };
+    return r;
+}
+
+// sums of four products of adjacent bytes, u unsigned and s signed, added to acc.  u <= 127: no saturation.
+static inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
+#ifdef __AVX512VNNI__
+    return _mm256_dpbusd_epi32(acc, u, s);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+typedef __m256 dot_sums;
+
+static inline dot_sums dot_zero(void) {
+    return _mm256_setzero_ps();
+}
+
+TBQ_INLINE dot_sums dot(int bits, const void * block, const block_tbq8_act * a, float f, dot_sums sums) {
+    const bytes64 k  = level_bytes(bits, block, 64);
+    const __m256i lo = _mm256_loadu_si256((const __m256i *) a->qs);
+    const __m256i hi = _mm256_loadu_si256((const __m256i *) (a->qs + 32));
+    __m256i       p  = _mm256_loadu_si256((const __m256i *) a->bias);
+    p = dot4(dot4(p, k.lo, lo), k.hi, hi);
+    return _mm256_add_ps(sums, _mm256_mul_ps(_mm256_set1_ps(f), _mm256_cvtepi32_ps(p)));
+}
+
+static inline float sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s = _mm_add_ss(s, _mm_movehdup_ps(s));
+    return _mm_cvtss_f32(s);
+}
+
+static inline float dot_total(dot_sums sums) {
+    return sum8(sums);
+}
+
+static inline int32_t sum8_i32(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
+    return _mm_cvtsi128_si32(s);
+}
+
+// bias[] of the activation block: -64 times the sums that dot4 would form of the codes themselves.
+static inline void act_bias(const int8_t * qs, int32_t * bias) {
+    const __m256i weight = _mm256_set1_epi8(64);
+    const __m256i lo     = _mm256_loadu_si256((const __m256i *) qs);
+    const __m256i hi     = _mm256_loadu_si256((const __m256i *) (qs + 32));
+    const __m256i p      = dot4(dot4(_mm256_setzero_si256(), weight, lo), weight, hi);
+    _mm256_storeu_si256((__m256i *) bias, _mm256_sub_epi32(_mm256_setzero_si256(), p));
+}

@@ -1,0 +1,35 @@
+// The tbq kernels in the shapes that ggml's tables and attention want; compiled into ggml-base.
+// Included by the patched ggml sources, after ggml.h.
+#pragma once
+
+#include "ggml.h"
+#include "tbq.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// For GGML_TYPE_TBQ2_0, TBQ3_0 and TBQ4_0, in the shapes of ggml_to_float_t, ggml_from_float_t, ggml_vec_dot_t.
+#define TBQ_GGML_DECLARE(name)                                                                                  \
+    TBQ_API void tbq_ggml_to_float_##name(const void * x, float * y, int64_t k);                                \
+    TBQ_API void tbq_ggml_from_float_##name(const float * x, void * y, int64_t k);                              \
+    TBQ_API void tbq_ggml_vec_dot_##name(int n, float * s, size_t bs, const void * vx, size_t bx,               \
+                                         const void * vy, size_t by, int nrc);
+TBQ_GGML_DECLARE(tbq2_0)
+TBQ_GGML_DECLARE(tbq3_0)
+TBQ_GGML_DECLARE(tbq4_0)
+
+// For GGML_TYPE_TBQ8_ACT, which has no way back to float, like q8_K.
+TBQ_API void tbq_ggml_from_float_tbq8_act(const float * x, void * y, int64_t k);
+
+// A case of ggml_quantize_chunk: rows of floats to rows of blocks.  Returns the bytes written.
+TBQ_API size_t tbq_ggml_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row);
+
+// The values of flash attention are summed up in the rotated domain: acc += p . v for a row v of n values, once
+// for every key, and tbq_unrotate on the sum, once for every query.  NULL for types that are not tbq.
+typedef void (*tbq_ggml_mad_t)(const void * v, float p, float * acc, int64_t n);
+TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
+
+#ifdef __cplusplus
+}
+#endif
