@@ -104,21 +104,28 @@ static inline __m256i pack_i8(const __m256i v[4]) {
     return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-static inline void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
+typedef struct {
+    __m256i q[4];        // 16 values each
+    __m256i negative[2]; // 32 bytes each, -1 where negative
+} coords;
+
+static inline coords to_fixed(const float * z, float inverse_rms) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     const __m256 scale     = _mm256_set1_ps(inverse_rms);
     const __m256 half      = _mm256_set1_ps(0.5f);
-    for (int i = 0; i < TBQ_BLOCK; i += 32) {
+    coords       c;
+    for (int i = 0; i < 2; i++) {
         __m256i fixed[4], below[4];
         for (int r = 0; r < 4; r++) {
-            const __m256 v = _mm256_loadu_ps(z + i + 8 * r);
+            const __m256 v = _mm256_loadu_ps(z + 32 * i + 8 * r);
             fixed[r] = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(_mm256_and_ps(v, magnitude), scale), half));
             below[r] = _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
         }
-        _mm256_storeu_si256((__m256i *) (q + i), pack_i32(fixed[0], fixed[1]));
-        _mm256_storeu_si256((__m256i *) (q + i + 16), pack_i32(fixed[2], fixed[3]));
-        _mm256_storeu_si256((__m256i *) (negative + i), pack_i8(below));
+        c.q[2 * i]     = pack_i32(fixed[0], fixed[1]);
+        c.q[2 * i + 1] = pack_i32(fixed[2], fixed[3]);
+        c.negative[i]  = pack_i8(below);
     }
+    return c;
 }
 
 // The number of thresholds below each of 16 values, plus 0x8000: as bytes, an index and a value with the top bit
@@ -131,28 +138,29 @@ TBQ_INLINE __m256i count_below(int bits, __m256i q, const int16_t * thresholds) 
     return count;
 }
 
-TBQ_INLINE void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
-    int8_t half_levels[16] = { 0 };
-    memcpy(half_levels, tbq_codebook(bits) + (1 << (bits - 1)), 1 << (bits - 1));
-    const __m256i table  = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) half_levels));
+TBQ_INLINE void score(int bits, coords c, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+    const __m256i table  = _mm256_broadcastsi128_si256(half_levels(bits));
     __m256i       sum_qk = _mm256_setzero_si256();
     __m256i       sum_kk = _mm256_setzero_si256();
-    for (int i = 0; i < TBQ_BLOCK; i += 16) {
-        const __m256i v = _mm256_loadu_si256((const __m256i *) (q + i));
-        const __m256i k = _mm256_shuffle_epi8(table, count_below(bits, v, thresholds));
-        sum_qk = _mm256_add_epi32(sum_qk, _mm256_madd_epi16(v, k));
+    for (int r = 0; r < 4; r++) {
+        const __m256i k = _mm256_shuffle_epi8(table, count_below(bits, c.q[r], thresholds));
+        sum_qk = _mm256_add_epi32(sum_qk, _mm256_madd_epi16(c.q[r], k));
         sum_kk = _mm256_add_epi32(sum_kk, _mm256_madd_epi16(k, k));
     }
-    *qk = sum8_i32(sum_qk);
-    *kk = sum8_i32(sum_kk);
+    sums8_i32(sum_qk, sum_kk, qk, kk);
 }
 
-TBQ_INLINE void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
-    const __m256i low = _mm256_set1_epi16(0x7FFF);
-    for (int i = 0; i < TBQ_BLOCK; i += 32) {
-        const __m256i a = _mm256_and_si256(count_below(bits, _mm256_loadu_si256((const __m256i *) (q + i)), thresholds), low);
-        const __m256i b = _mm256_and_si256(count_below(bits, _mm256_loadu_si256((const __m256i *) (q + i + 16)), thresholds), low);
-        _mm256_storeu_si256((__m256i *) (m + i), _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8));
+TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index) {
+    const __m256i low  = _mm256_set1_epi16(0xFF);
+    const __m256i half = _mm256_set1_epi8((char) (1 << (bits - 1)));
+    const __m256i all  = _mm256_set1_epi8((char) ((1 << bits) - 1));
+    for (int r = 0; r < 2; r++) {
+        const __m256i a = _mm256_and_si256(count_below(bits, c.q[2 * r], thresholds), low);
+        const __m256i b = _mm256_and_si256(count_below(bits, c.q[2 * r + 1], thresholds), low);
+        const __m256i m = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8);
+        // the codebook is odd: the index of -k is the complement of that of k
+        const __m256i i = _mm256_xor_si256(_mm256_or_si256(m, half), _mm256_and_si256(c.negative[r], all));
+        _mm256_storeu_si256((__m256i *) (index + 32 * r), i);
     }
 }
 

@@ -97,16 +97,29 @@ static inline float sum_squares(const float * z) {
     return sum8(_mm256_add_ps(_mm512_castps512_ps256(p), _mm512_extractf32x8_ps(p, 1)));
 }
 
-static inline void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
+typedef struct {
+    __m512i  q[2];     // 32 values each
+    uint64_t negative; // a bit each
+} coords;
+
+static inline __m512i join(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+static inline coords to_fixed(const float * z, float inverse_rms) {
     const __m512 scale = _mm512_set1_ps(inverse_rms);
     const __m512 half  = _mm512_set1_ps(0.5f);
-    for (int i = 0; i < TBQ_BLOCK; i += 16) {
-        const __m512    v     = _mm512_loadu_ps(z + i);
-        const __m512i   fixed = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(v), scale), half));
-        const __mmask16 below = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
-        _mm256_storeu_si256((__m256i *) (q + i), _mm512_cvtepi32_epi16(fixed));
-        _mm_storeu_si128((__m128i *) (negative + i), _mm_movm_epi8(below));
+    __m256i      q[4];
+    coords       c = { .negative = 0 };
+    for (int r = 0; r < 4; r++) {
+        const __m512  v     = _mm512_loadu_ps(z + 16 * r);
+        const __m512i fixed = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(v), scale), half));
+        q[r] = _mm512_cvtepi32_epi16(fixed);
+        c.negative |= (uint64_t) _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ) << 16 * r;
     }
+    c.q[0] = join(q[0], q[1]);
+    c.q[1] = join(q[2], q[3]);
+    return c;
 }
 
 // The number of thresholds below each of 32 values, plus 0x8000: as bytes, an index and a value with the top bit
@@ -128,31 +141,26 @@ static inline __m512i add_products(__m512i acc, __m512i a, __m512i b) {
 #endif
 }
 
-static inline int32_t sum16_i32(__m512i v) {
-    return sum8_i32(_mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
+static inline __m256i fold(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
 }
 
-TBQ_INLINE void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
-    int8_t half_levels[16] = { 0 };
-    memcpy(half_levels, tbq_codebook(bits) + (1 << (bits - 1)), 1 << (bits - 1));
-    const __m512i table  = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) half_levels));
-    __m512i       sum_qk = _mm512_setzero_si512();
-    __m512i       sum_kk = _mm512_setzero_si512();
-    for (int i = 0; i < TBQ_BLOCK; i += 32) {
-        const __m512i v = _mm512_loadu_si512(q + i);
-        const __m512i k = _mm512_shuffle_epi8(table, count_below(bits, v, thresholds));
-        sum_qk = add_products(sum_qk, v, k);
-        sum_kk = add_products(sum_kk, k, k);
-    }
-    *qk = sum16_i32(sum_qk);
-    *kk = sum16_i32(sum_kk);
+TBQ_INLINE void score(int bits, coords c, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+    const __m512i table = _mm512_broadcast_i32x4(half_levels(bits));
+    const __m512i k0    = _mm512_shuffle_epi8(table, count_below(bits, c.q[0], thresholds));
+    const __m512i k1    = _mm512_shuffle_epi8(table, count_below(bits, c.q[1], thresholds));
+    const __m512i zero  = _mm512_setzero_si512();
+    sums8_i32(fold(add_products(add_products(zero, c.q[0], k0), c.q[1], k1)),
+              fold(add_products(add_products(zero, k0, k0), k1, k1)), qk, kk);
 }
 
-TBQ_INLINE void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
-    for (int i = 0; i < TBQ_BLOCK; i += 32) {
-        const __m512i count = count_below(bits, _mm512_loadu_si512(q + i), thresholds);
-        _mm256_storeu_si256((__m256i *) (m + i), _mm512_cvtepi16_epi8(count)); // drops the high byte
-    }
+TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index) {
+    const __m512i all = _mm512_set1_epi8((char) ((1 << bits) - 1));
+    const __m512i m   = join(_mm512_cvtepi16_epi8(count_below(bits, c.q[0], thresholds)), // drops the high byte
+                             _mm512_cvtepi16_epi8(count_below(bits, c.q[1], thresholds)));
+    const __m512i i   = _mm512_or_si512(m, _mm512_set1_epi8((char) (1 << (bits - 1))));
+    // the codebook is odd: the index of -k is the complement of that of k
+    _mm512_storeu_si512(index, _mm512_mask_blend_epi8(c.negative, i, _mm512_xor_si512(i, all)));
 }
 
 static inline void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {

@@ -92,6 +92,19 @@ TBQ_INLINE const int8_t * tbq_codebook(int bits) {
     return bits == 2 ? tbq_codebook_2 : bits == 3 ? tbq_codebook_3 : tbq_codebook_4;
 }
 
+// The same as 16-byte tables for vector look-ups, padded with zeros: all levels, and those of the positive half.
+typedef struct {
+    int8_t all[16], half[16];
+} tbq_lookup;
+
+static const tbq_lookup tbq_lookup_2 = { TBQ2_LEVELS, TBQ2_HALF_LEVELS };
+static const tbq_lookup tbq_lookup_3 = { TBQ3_LEVELS, TBQ3_HALF_LEVELS };
+static const tbq_lookup tbq_lookup_4 = { TBQ4_LEVELS, TBQ4_HALF_LEVELS };
+
+TBQ_INLINE const tbq_lookup * tbq_lookup_table(int bits) {
+    return bits == 2 ? &tbq_lookup_2 : bits == 3 ? &tbq_lookup_3 : &tbq_lookup_4;
+}
+
 TBQ_INLINE int tbq_n_scales(int bits) {
     return bits == 2 ? TBQ2_N_SCALES : bits == 3 ? TBQ3_N_SCALES : TBQ4_N_SCALES;
 }

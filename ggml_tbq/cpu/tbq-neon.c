@@ -129,13 +129,19 @@ static inline int32x4_t rounded(float32x4_t v, float scale) {
     return vcvtq_s32_f32(vaddq_f32(vmulq_n_f32(vabsq_f32(v), scale), vdupq_n_f32(0.5f)));
 }
 
-static inline void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
-    for (int i = 0; i < TBQ_BLOCK; i += 8) {
-        const float32x4_t a = vld1q_f32(z + i), b = vld1q_f32(z + i + 4);
-        vst1q_s16(q + i, vcombine_s16(vmovn_s32(rounded(a, inverse_rms)), vmovn_s32(rounded(b, inverse_rms))));
-        const uint16x8_t below = vcombine_u16(vmovn_u32(vcltzq_f32(a)), vmovn_u32(vcltzq_f32(b)));
-        vst1_s8(negative + i, vreinterpret_s8_u8(vmovn_u16(below)));
+typedef struct {
+    int16x8_t q[8];
+    uint8x8_t negative[8]; // -1 where negative
+} coords;
+
+static inline coords to_fixed(const float * z, float inverse_rms) {
+    coords c;
+    for (int r = 0; r < 8; r++) {
+        const float32x4_t a = vld1q_f32(z + 8 * r), b = vld1q_f32(z + 8 * r + 4);
+        c.q[r]        = vcombine_s16(vmovn_s32(rounded(a, inverse_rms)), vmovn_s32(rounded(b, inverse_rms)));
+        c.negative[r] = vmovn_u16(vcombine_u16(vmovn_u32(vcltzq_f32(a)), vmovn_u32(vcltzq_f32(b))));
     }
+    return c;
 }
 
 // The number of thresholds below each of 8 values, plus 0x8000: as bytes, an index and a value that is out of any
@@ -148,25 +154,27 @@ TBQ_INLINE uint16x8_t count_below(int bits, int16x8_t q, const int16_t * thresho
     return count;
 }
 
-TBQ_INLINE void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
-    int8_t half_levels[16] = { 0 };
-    memcpy(half_levels, tbq_codebook(bits) + (1 << (bits - 1)), 1 << (bits - 1));
-    const int8x16_t table  = vld1q_s8(half_levels);
+TBQ_INLINE void score(int bits, coords c, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+    const int8x16_t table  = vld1q_s8(tbq_lookup_table(bits)->half);
     int32x4_t       sum_qk = vdupq_n_s32(0);
     int32x4_t       sum_kk = vdupq_n_s32(0);
-    for (int i = 0; i < TBQ_BLOCK; i += 8) {
-        const int16x8_t v = vld1q_s16(q + i);
-        const int16x8_t k = vreinterpretq_s16_s8(vqtbl1q_s8(table, vreinterpretq_u8_u16(count_below(bits, v, thresholds))));
-        sum_qk = vmlal_high_s16(vmlal_s16(sum_qk, vget_low_s16(v), vget_low_s16(k)), v, k);
+    for (int r = 0; r < 8; r++) {
+        const uint8x16_t index = vreinterpretq_u8_u16(count_below(bits, c.q[r], thresholds));
+        const int16x8_t  k     = vreinterpretq_s16_s8(vqtbl1q_s8(table, index));
+        sum_qk = vmlal_high_s16(vmlal_s16(sum_qk, vget_low_s16(c.q[r]), vget_low_s16(k)), c.q[r], k);
         sum_kk = vmlal_high_s16(vmlal_s16(sum_kk, vget_low_s16(k), vget_low_s16(k)), k, k);
     }
     *qk = vaddvq_s32(sum_qk);
     *kk = vaddvq_s32(sum_kk);
 }
 
-TBQ_INLINE void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
-    for (int i = 0; i < TBQ_BLOCK; i += 8) {
-        vst1_u8(m + i, vmovn_u16(count_below(bits, vld1q_s16(q + i), thresholds))); // drops the high byte
+TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index) {
+    const uint8x8_t half = vdup_n_u8((uint8_t) (1 << (bits - 1)));
+    const uint8x8_t all  = vdup_n_u8((uint8_t) ((1 << bits) - 1));
+    for (int r = 0; r < 8; r++) {
+        const uint8x8_t m = vmovn_u16(count_below(bits, c.q[r], thresholds)); // drops the high byte
+        // the codebook is odd: the index of -k is the complement of that of k
+        vst1_u8(index + 8 * r, veor_u8(vorr_u8(m, half), vand_u8(c.negative[r], all)));
     }
 }
 
@@ -231,9 +239,7 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
 }
 
 TBQ_INLINE levels64 level_bytes(int bits, const void * block) {
-    int8_t t[16] = { 0 };
-    memcpy(t, tbq_codebook(bits), 1 << bits);
-    const int8x16_t table = vld1q_s8(t);
+    const int8x16_t table = vld1q_s8(tbq_lookup_table(bits)->all);
     const bytes64   i     = indices(bits, block);
     levels64        r;
     for (int j = 0; j < 4; j++) {

@@ -77,11 +77,18 @@ static float sum_squares(const float * z) {
     return p[0];
 }
 
-static void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative) {
+typedef struct {
+    int16_t q[TBQ_BLOCK];
+    int8_t  negative[TBQ_BLOCK];
+} coords;
+
+static coords to_fixed(const float * z, float inverse_rms) {
+    coords c;
     for (int i = 0; i < TBQ_BLOCK; i++) {
-        q[i]        = (int16_t) (int) (fabsf(z[i]) * inverse_rms + 0.5f);
-        negative[i] = z[i] < 0 ? -1 : 0;
+        c.q[i]        = (int16_t) (int) (fabsf(z[i]) * inverse_rms + 0.5f);
+        c.negative[i] = z[i] < 0;
     }
+    return c;
 }
 
 static void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
@@ -120,18 +127,20 @@ static int magnitude_of(int bits, int q, const int16_t * thresholds) {
     return m;
 }
 
-static void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
+static void score(int bits, coords c, const int16_t * thresholds, int32_t * qk, int32_t * kk) {
     *qk = *kk = 0;
     for (int i = 0; i < TBQ_BLOCK; i++) {
-        const int k = tbq_codebook(bits)[(1 << (bits - 1)) + magnitude_of(bits, q[i], thresholds)];
-        *qk += q[i] * k;
+        const int k = tbq_codebook(bits)[(1 << (bits - 1)) + magnitude_of(bits, c.q[i], thresholds)];
+        *qk += c.q[i] * k;
         *kk += k * k;
     }
 }
 
-static void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m) {
+static void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index) {
+    const int half = 1 << (bits - 1);
     for (int i = 0; i < TBQ_BLOCK; i++) {
-        m[i] = (uint8_t) magnitude_of(bits, q[i], thresholds);
+        const int m = magnitude_of(bits, c.q[i], thresholds);
+        index[i] = (uint8_t) (c.negative[i] ? half - 1 - m : half + m);
     }
 }
 

@@ -11,13 +11,13 @@
 //       both by butterflies (a + b, a - b) at distances 1, 2, 4, 8, 16, 32, in this order
 //   float sum_squares(const float * z)                    16 partial sums, i % 16, each in order of i; then those
 //                                                         8, 4, 2 and 1 apart are added
-//   void to_fixed(const float * z, float inverse_rms, int16_t * q, int8_t * negative)
-//                                                         q = (int) (|z| . inverse_rms + 0.5); negative = -(z < 0)
-//   void score(int bits, const int16_t * q, const int16_t * thresholds, int32_t * qk, int32_t * kk)
+//   coords, coords to_fixed(const float * z, float inverse_rms)
+//                                                         q = (int16_t) (int) (|z| . inverse_rms + 0.5) and z < 0
+//   void score(int bits, coords c, const int16_t * thresholds, int32_t * qk, int32_t * kk)
 //                                                         sums of q k and k k, k the level of the positive half
 //                                                         that q falls on (above a threshold: the next)
-//   void magnitudes(int bits, const int16_t * q, const int16_t * thresholds, uint8_t * m)
-//                                                         the number of that level
+//   void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index)
+//                                                         the number of that level, or of its negative where z < 0
 //   void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias)
 //                                                         qs = sign(y) . (int) (|y| . inverse_d + 0.5)
 //   void levels(int bits, const void * block, float * k)  k[idx] as floats
@@ -58,22 +58,21 @@ TBQ_INLINE void write_indices(int bits, const uint8_t * index, void * block) {
 
 // The scale of the grid whose index vector has the largest cosine to q, which is qk / sqrt(kk) up to a constant.
 // Compared without division: qk < 8.2e6 and kk < 2.5e5, so the products fit 64 bits.
-TBQ_INLINE int search_scale(int bits, const int16_t * q, int32_t * best_qk, int32_t * best_kk) {
-    int best = 0;
-    *best_qk = 0;
-    *best_kk = 1;
+TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_qk, int32_t * best_kk) {
+    uint64_t best = 0, qk_best = 0, kk_best = 1;
     for (int s = 0; s < tbq_n_scales(bits); s++) {
-        int32_t qk, kk;
-        score(bits, q, tbq_thresholds(bits, s), &qk, &kk);
-        const uint64_t qk2   = (uint64_t) ((int64_t) qk * qk);
-        const uint64_t best2 = (uint64_t) ((int64_t) *best_qk * *best_qk);
-        if (qk2 * (uint64_t) *best_kk > best2 * (uint64_t) kk) {
-            best     = s;
-            *best_qk = qk;
-            *best_kk = kk;
-        }
+        int32_t qk_s, kk_s;
+        score(bits, c, tbq_thresholds(bits, s), &qk_s, &kk_s);
+        const uint64_t qk = (uint32_t) qk_s, kk = (uint32_t) kk_s;
+        // masks, because a branch would be mispredicted every other time
+        const uint64_t better = 0 - (uint64_t) (qk * qk * kk_best > qk_best * qk_best * kk);
+        best ^= (best ^ (uint64_t) s) & better;
+        qk_best ^= (qk_best ^ qk) & better;
+        kk_best ^= (kk_best ^ kk) & better;
     }
-    return best;
+    *best_qk = (int32_t) qk_best;
+    *best_kk = (int32_t) kk_best;
+    return (int) best;
 }
 
 // d by least squares, <y, k> / <k, k>, where |y| = rms . q / TBQ_Q_ONE.  docs/encoder.md has what the other
@@ -84,10 +83,8 @@ TBQ_INLINE float block_scale(float rms, int32_t qk, int32_t kk) {
 
 TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
     float   z[TBQ_BLOCK];
-    int16_t q[TBQ_BLOCK];
-    int8_t  negative[TBQ_BLOCK];
     uint8_t index[TBQ_BLOCK];
-    int32_t qk, kk;
+    int32_t qk = 0, kk = 1;
 
     const uint32_t top = abs_max(x);
     if (top < ABS_BITS_2M30 || top >= ABS_BITS_INF) {
@@ -105,14 +102,10 @@ TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
     }
     forward(huge ? z : x, 1.0f, z);
     const float rms = sqrtf(sum_squares(z) / TBQ_BLOCK);
-    to_fixed(z, TBQ_Q_ONE / rms, q, negative);
 
-    const int best = search_scale(bits, q, &qk, &kk);
-    magnitudes(bits, q, tbq_thresholds(bits, best), index);
-    for (int i = 0; i < TBQ_BLOCK; i++) {
-        // the codebook is odd: the index of -k is the complement of that of k
-        index[i] = (uint8_t) (((1 << (bits - 1)) | index[i]) ^ (negative[i] & ((1 << bits) - 1)));
-    }
+    const coords c    = to_fixed(z, TBQ_Q_ONE / rms);
+    const int    best = search_scale(bits, c, &qk, &kk);
+    assign(bits, c, tbq_thresholds(bits, best), index);
     write_indices(bits, index, block);
 
     const float d = block_scale(rms * 0.125f, qk, kk) * (huge ? 0x1p100f : 1.0f);

@@ -56,19 +56,12 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
     return r;
 }
 
-// 16 bytes twice: `codebook + bias` for every index that bits allow, for vpshufb.
-TBQ_INLINE __m256i level_table(int bits, int bias) {
-    int8_t t[16];
-    for (int i = 0; i < 16; i++) {
-        t[i] = (int8_t) (tbq_codebook(bits)[i & ((1 << bits) - 1)] + bias);
-    }
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t));
-}
-
+// The levels plus bias.
 TBQ_INLINE bytes64 level_bytes(int bits, const void * block, int bias) {
-    const __m256i table = level_table(bits, bias);
-    const bytes64 i     = indices(bits, block);
-    const bytes64 r     = { _mm256_shuffle_epi8(table, i.lo), _mm256_shuffle_epi8(table, i.hi) };
+    const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
+    const __m256i table  = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8((char) bias)));
+    const bytes64 i      = indices(bits, block);
+    const bytes64 r      = { _mm256_shuffle_epi8(table, i.lo), _mm256_shuffle_epi8(table, i.hi) };
     return r;
 }
 
@@ -107,11 +100,19 @@ static inline float dot_total(dot_sums sums) {
     return sum8(sums);
 }
 
-static inline int32_t sum8_i32(__m256i v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
-    return _mm_cvtsi128_si32(s);
+// The sums of the eight numbers in a and in b.
+static inline void sums8_i32(__m256i a, __m256i b, int32_t * sum_a, int32_t * sum_b) {
+    const __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i y = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    const __m128i s = _mm_add_epi32(_mm_unpacklo_epi32(x, y), _mm_unpackhi_epi32(x, y));
+    const __m128i t = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    *sum_a = _mm_cvtsi128_si32(t);
+    *sum_b = _mm_extract_epi32(t, 1);
+}
+
+// The levels of the positive half, for vpshufb.
+TBQ_INLINE __m128i half_levels(int bits) {
+    return _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->half);
 }
 
 // bias[] of the activation block: -64 times the sums that dot4 would form of the codes themselves.

@@ -1,6 +1,6 @@
 // Every implementation against the scalar reference: same bytes, same floats, on blocks of many kinds.
 //
-//     fuzz_kernels [blocks of each kind and type] [seed]
+//     fuzz [blocks of each kind and type] [seed]
 //
 // Prints the implementations that ran and those that this machine does not support; exits 1 on a difference.
 #include "tbq.h"
