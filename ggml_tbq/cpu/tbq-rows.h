@@ -58,7 +58,7 @@ TBQ_INLINE void write_indices(int bits, const uint8_t * index, void * block) {
 
 // The scale of the grid whose index vector has the largest cosine to q, which is qk / sqrt(kk) up to a constant.
 // Compared without division: qk < 8.2e6 and kk < 2.5e5, so the products fit 64 bits.
-TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_qk, int32_t * best_kk) {
+TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_kk) {
     uint64_t best = 0, qk_best = 0, kk_best = 1;
     for (int s = 0; s < tbq_n_scales(bits); s++) {
         int32_t qk_s, kk_s;
@@ -70,21 +70,20 @@ TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_qk, int32_t * bes
         qk_best ^= (qk_best ^ qk) & better;
         kk_best ^= (kk_best ^ kk) & better;
     }
-    *best_qk = (int32_t) qk_best;
     *best_kk = (int32_t) kk_best;
     return (int) best;
 }
 
-// d by least squares, <y, k> / <k, k>, where |y| = rms . q / TBQ_Q_ONE.  docs/encoder.md has what the other
-// rules came to.
-TBQ_INLINE float block_scale(float rms, int32_t qk, int32_t kk) {
-    return rms * ((float) qk / ((float) kk * (float) TBQ_Q_ONE));
+// d that preserves the norm: d . |k| = |y|, where |y| = 8 rms.  Chosen by the KL divergence of a model against least
+// squares and the unbiased rule: docs/encoder.md.
+TBQ_INLINE float block_scale(float rms, int32_t kk) {
+    return rms * 8.0f / sqrtf((float) kk);
 }
 
 TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
     float   z[TBQ_BLOCK];
     uint8_t index[TBQ_BLOCK];
-    int32_t qk = 0, kk = 1;
+    int32_t kk;
 
     const uint32_t top = abs_max(x);
     if (top < ABS_BITS_2M30 || top >= ABS_BITS_INF) {
@@ -104,11 +103,11 @@ TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
     const float rms = sqrtf(sum_squares(z) / TBQ_BLOCK);
 
     const coords c    = to_fixed(z, TBQ_Q_ONE / rms);
-    const int    best = search_scale(bits, c, &qk, &kk);
+    const int    best = search_scale(bits, c, &kk);
     assign(bits, c, tbq_thresholds(bits, best), index);
     write_indices(bits, index, block);
 
-    const float d = block_scale(rms * 0.125f, qk, kk) * (huge ? 0x1p100f : 1.0f);
+    const float d = block_scale(rms * 0.125f, kk) * (huge ? 0x1p100f : 1.0f);
     tbq_store_d(block, tbq_float_to_half(d < TBQ_F16_MAX ? d : TBQ_F16_MAX));
 }
 
