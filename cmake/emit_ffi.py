@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""emit_ffi.py CDEF OUT: writes the C source of the module tbq._ffi."""
+import pathlib
+import sys
+
+import cffi
+
+
+def main(cdef, out):
+    ffi = cffi.FFI()
+    ffi.cdef(pathlib.Path(cdef).read_text(encoding="utf-8"))
+    ffi.set_source("tbq._ffi", '#include "tbq.h"')
+    ffi.emit_c_code(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+#!/usr/bin/env python3
+"""Builds everything and installs it into a virtual environment (standard library only).
+
+    install.py VENV           what `make` runs before anything else
+    install.py VENV --tests   builds llama.cpp's own tests in the same build folder
+
+Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
+complete output goes to build/install.log.
+"""
+import ast
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LOG = ROOT / "build" / "install.log"
+# A fresh build and its downloads take 1.3 GB; a build that exists needs only what has changed.
+DISK_BYTES = 2_000_000_000
+# The largest of llama.cpp's sources need 1.2 GB in g++.
+BYTES_PER_JOB = 1_300_000_000
+
+
+class Failure(Exception):
+    """An error whose text is the one line that the user sees."""
+
+
+def check_machine():
+    if sys.version_info < (3, 10):
+        raise Failure(f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]} "
+                      "(make PYTHON=... names another)")
+    if not shutil.which("git"):
+        raise Failure("git is not installed; it applies the patches")
+    for variable, names in (("CC", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
+        if not os.environ.get(variable) and not any(map(shutil.which, names)):
+            raise Failure(f"no {'C++' if variable == 'CXX' else 'C'} compiler found ({', '.join(names)}); "
+                          f"install one (Debian: apt install g++) or name it in ${variable}")
+    free = shutil.disk_usage(ROOT).free
+    if free < DISK_BYTES and not build_dir():
+        raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.0f} GB needed")
+
+
+def jobs():
+    """Compiler processes at once: one a core, fewer if memory is short."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = int(re.search(r"MemAvailable: +(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return count
+    return max(1, min(count, memory // BYTES_PER_JOB))
+
+
+def build_dir():
+    """CMake's folder of the last install, pyproject.toml's build-dir; None before the first one."""
+    found = [path.parent for path in ROOT.glob("build/cp*/CMakeCache.txt")]
+    return max(found, key=lambda folder: (folder / "CMakeCache.txt").stat().st_mtime, default=None)
+
+
+# --- running things, with progress ------------------------------------------------------------------------------
+
+
+class Progress:
+    """Shows ninja's [n/m] as a percentage: on a terminal in place, elsewhere a line for each tenth."""
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+        self.shown = -1
+        self.start = time.monotonic()
+
+    def line(self, text):
+        step = re.match(r"\s*\[(\d+)/(\d+)\]", text)
+        if not step or int(step[2]) < 20:
+            return
+        percent = 100 * int(step[1]) // int(step[2])
+        elapsed = int(time.monotonic() - self.start)
+        message = f"    {percent:3d} %, {step[1]} of {step[2]} steps, {elapsed // 60}:{elapsed % 60:02d} min"
+        if self.terminal:
+            print(f"\r{message} ", end="", flush=True)
+        elif percent // 10 > self.shown:
+            print(message, flush=True)
+        self.shown = percent // 10
+
+    def end(self):
+        if self.terminal and self.shown >= 0:
+            print(flush=True)
+
+
+def run(command, log, extra=None):
+    """Runs a command with its output in the log; returns (exit status, output)."""
+    log.write(f"\n$ {' '.join(map(str, command))}\n")
+    lines = []
+    progress = Progress()
+    # A session of its own, so that an interruption ends pip, CMake, ninja and the compilers together.  The child
+    # inherits the log and its lock: if this process is killed, the next make waits for what it left running.
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace", stdin=subprocess.DEVNULL, start_new_session=True,
+                               pass_fds=(log.fileno(),),
+                               env={**os.environ, **(extra or {})})
+    try:
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            lines.append(line)
+            progress.line(line)
+            if "tbq: patch series" in line or "tbq: downloading" in line:
+                print("    " + line.split("tbq: ", 1)[1].strip(), flush=True)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    progress.end()
+    return process.wait(), "".join(lines)
+
+
+def explain(output):
+    """The one line, out of thousands, that says why a build failed."""
+    for pattern, text in (
+            (r"tbq: (?:CMake )?error: (.+)", "{0}"),
+            (r"(No space left on device)", "no disk space left"),
+            (r"(Killed signal.*)",
+             "the compiler was killed, probably for memory: {0}"),
+            (r"No matching distribution found for (\S+)",
+             "{0} is not in the configured package index, or the index cannot be reached"),
+            (r"(\S+:\d+:\d+: (?:fatal )?error: .+)", "{0}"),
+            (r"CMake Error.*\n\s*(.+)", "{0}"),
+            (r"(?m)^\s*(?:ERROR|error): (.+)", "{0}")):
+        found = re.search(pattern, output)
+        if found:
+            return text.format(found[1].strip())
+    return "it failed"
+
+
+def step(number, text):
+    print(f"[{number}/3] {text}", flush=True)
+
+
+# --- the three steps --------------------------------------------------------------------------------------------
+
+
+def make_venv(venv, log):
+    """Creates the environment, or again if an earlier attempt left half of one."""
+    python = venv / "bin" / "python"
+    if python.exists() and run([python, "-m", "pip", "--version"], log)[0] == 0:
+        return python
+    step(1, f"creating {venv.name}")
+    status, output = run([sys.executable, "-m", "venv", "--clear", str(venv)], log)
+    if status:
+        if "ensurepip" in output:
+            raise Failure(f"{sys.executable} has no ensurepip; install venv (Debian: apt install python3-venv)")
+        raise Failure(f"{venv.name} cannot be created: {explain(output)}")
+    return python
+
+
+def requirements():
+    """What builds the package: pyproject.toml's list, and the tools that pip would add to it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return ast.literal_eval(re.search(r"(?m)^requires = (\[.*\])$", text)[1]) + ["cmake>=3.21", "ninja"]
+
+
+def pip(python, arguments, log, extra=None):
+    return run([python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"], log, extra)
+
+
+def install_requirements(python, log):
+    wanted = requirements()
+    if pip(python, ["install", "--quiet", "--no-index", "--dry-run", *wanted], log)[0] == 0:
+        return
+    step(2, "installing cmake, ninja and the Python packages that the build needs")
+    status, output = pip(python, ["install", *wanted], log)
+    if status:
+        raise Failure(explain(output))
+
+
+def install_package(python, log):
+    folder = build_dir()
+    again = folder and (folder / "bin" / "llama-server").exists()
+    step(3, "building llama.cpp with the tbq types" + ("" if again else ", the first time about 8 minutes on 2 cores"))
+    status, output = pip(python, ["install", "-v", "--no-build-isolation", ".[test]"], log, environment(python))
+    if status:
+        raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+
+
+def environment(python):
+    """CMake and ninja of the virtual environment, and how many compilers run at once."""
+    return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+            "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))}
+
+
+def build_tests(venv, log):
+    folder = build_dir()
+    if not folder:
+        raise Failure("nothing is built yet; run make first")
+    print("Building llama.cpp's own tests (the first time about 4 minutes on 2 cores)", flush=True)
+    status, output = run([venv / "bin" / "cmake", "--build", folder, "--target", "tbq-llama-tests"], log,
+                         environment(venv / "bin" / "python"))
+    if status:
+        raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+
+
+def open_log():
+    """The log, locked: two builds in one folder would break each other, so the second waits for the first."""
+    LOG.parent.mkdir(exist_ok=True)
+    log = open(LOG, "a", encoding="utf-8")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("Waiting for another make in this folder", flush=True)
+        fcntl.flock(log, fcntl.LOCK_EX)
+    log.truncate(0)
+    return log
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def main(venv, tests):
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+    with open_log() as log:
+        if tests:
+            build_tests(venv, log)
+            return
+        check_machine()
+        python = make_venv(venv, log)
+        install_requirements(python, log)
+        install_package(python, log)
+
+
+if __name__ == "__main__":
+    try:
+        main(pathlib.Path(sys.argv[1]).absolute(), "--tests" in sys.argv[2:])
+    except Failure as failure:
+        sys.exit(f"error: {failure}")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nerror: interrupted; the same command goes on from here")

@@ -1,0 +1,142 @@
+# The pinned llama.cpp with patches/ applied, as a part of this build.
+
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
+
+# Where the tree lies decides what is rebuilt: prepare changes the time of no file whose content stays.
+set(TBQ_LLAMA_DIR "${CMAKE_CURRENT_BINARY_DIR}/llama.cpp-src")
+set(TBQ_PREPARE "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/llama_cpp.py" prepare "${TBQ_LLAMA_DIR}")
+if(TBQ_LLAMA_CPP_SOURCE)
+    list(APPEND TBQ_PREPARE --source "${TBQ_LLAMA_CPP_SOURCE}")
+endif()
+execute_process(COMMAND ${TBQ_PREPARE} RESULT_VARIABLE TBQ_PREPARE_RESULT ERROR_VARIABLE TBQ_PREPARE_ERROR
+    ERROR_STRIP_TRAILING_WHITESPACE)
+if(NOT TBQ_PREPARE_RESULT EQUAL 0)
+    # The blank in front keeps CMake from wrapping the line.
+    message(FATAL_ERROR " tbq: ${TBQ_PREPARE_ERROR}")
+endif()
+# A changed series is applied again by the next build, without a new configure by hand.
+file(GLOB TBQ_PATCHES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/patches/*.patch")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TBQ_PATCHES} patches/pin.json cmake/llama_cpp.py)
+
+file(READ patches/pin.json TBQ_PIN)
+string(JSON TBQ_LLAMA_CPP_COMMIT GET "${TBQ_PIN}" commit)
+string(JSON TBQ_PIN_REQUIREMENT GET "${TBQ_PIN}" requirement)
+
+# --- options of llama.cpp; what the user gives with -D wins ---------------------------------------------------
+
+set(GGML_TBQ_DIR "${CMAKE_CURRENT_SOURCE_DIR}/ggml_tbq")
+set(BUILD_SHARED_LIBS ON CACHE BOOL "llama-cpp-python loads libllama")
+set(LLAMA_BUILD_COMMIT "${TBQ_LLAMA_CPP_COMMIT}-tbq" CACHE STRING "" FORCE)
+set(LLAMA_BUILD_NUMBER 0 CACHE STRING "")
+foreach(option LLAMA_BUILD_COMMON LLAMA_BUILD_TOOLS LLAMA_BUILD_SERVER LLAMA_BUILD_TESTS)
+    set(${option} ON CACHE BOOL "")
+endforeach()
+# OpenSSL and curl would only serve downloads of models; the web UI is `make serve`'s business, because building it
+# needs npm and its network.
+foreach(option LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_OPENSSL LLAMA_CURL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI
+        LLAMA_TOOLS_INSTALL LLAMA_TESTS_INSTALL)
+    set(${option} OFF CACHE BOOL "")
+endforeach()
+# Native by default: it is built where it runs, and the build is one CPU backend instead of one for each level.  The
+# tbq kernels choose their instruction set at run time either way.
+if(TBQ_PORTABLE)
+    set(GGML_NATIVE OFF CACHE BOOL "" FORCE)
+    set(GGML_BACKEND_DL ON CACHE BOOL "" FORCE)
+    set(GGML_CPU_ALL_VARIANTS ON CACHE BOOL "" FORCE)
+else()
+    set(GGML_NATIVE ON CACHE BOOL "")
+endif()
+
+if(APPLE)
+    set(CMAKE_INSTALL_RPATH "@loader_path;@loader_path/../lib")
+else()
+    set(CMAKE_INSTALL_RPATH "$ORIGIN;$ORIGIN/../lib")
+endif()
+
+enable_testing()
+add_subdirectory("${TBQ_LLAMA_DIR}" llama.cpp EXCLUDE_FROM_ALL)
+
+# --- what is built, and what the wheel gets ---------------------------------------------------------------------
+
+set(TBQ_PROGRAMS)
+foreach(program server cli completion perplexity bench batched-bench quantize imatrix fit-params gguf-split tokenize
+        tts mtmd-cli cvector-generator export-lora results)
+    if(TARGET llama-${program})
+        list(APPEND TBQ_PROGRAMS llama-${program})
+    endif()
+endforeach()
+
+# The shared libraries that those programs need, found by walking what they link.
+function(tbq_linked_libraries target result)
+    set(found ${${result}})
+    set(linked)
+    foreach(property LINK_LIBRARIES INTERFACE_LINK_LIBRARIES)
+        get_target_property(names ${target} ${property})
+        if(names)
+            list(APPEND linked ${names})
+        endif()
+    endforeach()
+    foreach(name IN LISTS linked)
+        if(NOT TARGET ${name})
+            continue()
+        endif()
+        get_target_property(alias ${name} ALIASED_TARGET)
+        if(alias)
+            set(name ${alias})
+        endif()
+        get_target_property(imported ${name} IMPORTED)
+        if(imported OR name IN_LIST found)
+            continue()
+        endif()
+        list(APPEND found ${name})
+        tbq_linked_libraries(${name} found)
+    endforeach()
+    set(${result} ${found} PARENT_SCOPE)
+endfunction()
+
+set(TBQ_LIBRARIES)
+foreach(program IN LISTS TBQ_PROGRAMS)
+    tbq_linked_libraries(${program} TBQ_LIBRARIES)
+endforeach()
+set(TBQ_SHARED)
+foreach(library IN LISTS TBQ_LIBRARIES)
+    get_target_property(type ${library} TYPE)
+    if(type STREQUAL "SHARED_LIBRARY")
+        list(APPEND TBQ_SHARED ${library})
+        # A wheel holds no symbolic links, so libllama.so.0 -> libllama.so.0.5.0 would be packed three times.
+        set_property(TARGET ${library} PROPERTY VERSION)
+        set_property(TARGET ${library} PROPERTY SOVERSION)
+        # Headers are not packed.
+        set_property(TARGET ${library} PROPERTY PUBLIC_HEADER)
+        set_property(TARGET ${library} PROPERTY PRIVATE_HEADER)
+    endif()
+endforeach()
+# With TBQ_PORTABLE the backends are modules, which ggml looks for beside the executable.
+set(TBQ_MODULES)
+foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
+    if(GGML_BACKEND_DL AND TARGET ${backend})
+        list(APPEND TBQ_MODULES ${backend})
+        set_property(TARGET ${backend} PROPERTY VERSION)
+        set_property(TARGET ${backend} PROPERTY SOVERSION)
+    endif()
+endforeach()
+
+add_custom_target(tbq-llama ALL DEPENDS ${TBQ_PROGRAMS} ${TBQ_SHARED} ${TBQ_MODULES})
+
+# Everything that llama.cpp's own ctest may run; `make test` builds it, an install does not.
+get_property(TBQ_LLAMA_TESTS DIRECTORY "${TBQ_LLAMA_DIR}/tests" PROPERTY BUILDSYSTEM_TARGETS)
+list(FILTER TBQ_LLAMA_TESTS INCLUDE REGEX "^test-")
+add_custom_target(tbq-llama-tests DEPENDS ${TBQ_LLAMA_TESTS} ${TBQ_MODULES})
+
+install(TARGETS ${TBQ_PROGRAMS} RUNTIME DESTINATION tbq/bin COMPONENT tbq)
+install(TARGETS ${TBQ_SHARED}
+    LIBRARY DESTINATION tbq/lib COMPONENT tbq
+    RUNTIME DESTINATION tbq/lib COMPONENT tbq)
+if(TBQ_MODULES)
+    install(TARGETS ${TBQ_MODULES} LIBRARY DESTINATION tbq/bin COMPONENT tbq)
+endif()
+
+# What `tbq paths` prints beside the folders.
+file(CONFIGURE OUTPUT build.json CONTENT [=[{"llama_cpp_commit": "@TBQ_LLAMA_CPP_COMMIT@", "llama_cpp_python": "@TBQ_PIN_REQUIREMENT@"}
+]=] @ONLY)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/build.json" DESTINATION tbq COMPONENT tbq)

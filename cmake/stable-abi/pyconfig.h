@@ -1,0 +1,1 @@
+// See Python.h beside this file.

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""web_ui.py DIR: llama-server's web UI in DIR/dist, if npm can build it; otherwise one line says why it is not there.
+
+The default build leaves the UI out, because it needs npm and the packages behind it.  llama-server serves a folder
+with --path just as well as what is compiled in, so nothing is built again for it.  Exits with 0 either way.
+"""
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from install import build_dir
+
+MINUTES = 15
+
+
+def run(command, folder, log, **environment):
+    with open(log, "a", encoding="utf-8") as file:
+        subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL, stdout=file,
+                       stderr=subprocess.STDOUT, timeout=60 * MINUTES, env={**os.environ, **environment})
+
+
+def build(source, target):
+    """Builds beside target and renames: an interrupted build leaves nothing that looks complete."""
+    log = target.parent / "npm.log"
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as tmp:
+        work, dist = pathlib.Path(tmp, "src"), pathlib.Path(tmp, "dist")
+        shutil.copytree(source, work)
+        # install scripts of packages are not needed and not run
+        run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"], work, log)
+        run(["npm", "run", "build"], work, log, LLAMA_UI_OUT_DIR=str(dist))
+        if not (dist / "index.html").is_file():
+            raise FileNotFoundError("index.html")
+        os.replace(dist, target)
+
+
+def main(folder):
+    target = folder / "dist"
+    if (target / "index.html").is_file():
+        return
+    if not shutil.which("npm"):
+        print("No web UI: npm is not installed.  The API is not affected.", flush=True)
+        return
+    source = build_dir() / "llama.cpp-src" / "tools" / "ui"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    print("Building the web UI with npm (once, about 3 minutes; needs the npm registry)", flush=True)
+    try:
+        build(source, target)
+    except (subprocess.SubprocessError, OSError):
+        print(f"No web UI: npm could not build it ({folder / 'npm.log'} says why).  The API is not affected.",
+              flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(pathlib.Path(sys.argv[1]).absolute())
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -1,0 +1,17 @@
+"""tbq: the block formats tbq2_0, tbq3_0 and tbq4_0 for NumPy arrays, and where the patched llama.cpp is.
+
+    >>> import numpy as np, tbq
+    >>> x = np.random.default_rng(0).standard_normal((2, 128), dtype=np.float32)
+    >>> packed = tbq.quantize(x, "tbq4_0")
+    >>> packed.shape, packed.dtype
+    ((2, 68), dtype('uint8'))
+    >>> tbq.dequantize(packed, "tbq4_0", x.shape).shape
+    (2, 128)
+"""
+from tbq.blocks import dequantize, quantize, row_bytes
+from tbq.errors import TBQError
+from tbq._types import BLOCK, TypeInfo, types
+from tbq._version import FORMAT_VERSION, __version__
+
+__all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "dequantize", "quantize", "row_bytes",
+           "types"]

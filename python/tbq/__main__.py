@@ -1,0 +1,6 @@
+"""python -m tbq is the command tbq."""
+import sys
+
+from tbq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,123 @@
+"""NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
+import math
+import operator
+
+import numpy as np
+
+from tbq._ffi import ffi, lib
+from tbq.errors import TBQError
+from tbq._types import BLOCK, find
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+def row_bytes(n, type):
+    """Bytes of n values.
+
+    n: int, a multiple of 64.  type: name of a type ("tbq4_0").
+    Raises TBQError for another n or type.
+    """
+    info = find(type)
+    n = _length(n, "n")
+    return n // BLOCK * info.block_bytes
+
+
+def quantize(array, type):
+    """Blocks of an array, row by row along its last axis.
+
+    array: float32 or float16 of shape (..., n) with n a multiple of 64; read in place if C-contiguous, otherwise
+    copied first.  type: "tbq2_0", "tbq3_0" or "tbq4_0".
+    Returns uint8 of shape (..., row_bytes(n, type)).
+    A block with a NaN or an infinity decodes to NaNs; its neighbours are not affected.
+    Raises TBQError for another dtype, last axis or type.
+    """
+    info = find(type)
+    array = np.asarray(array)
+    _check_float(array.dtype, "array has dtype")
+    if array.ndim == 0:
+        raise TBQError("array has no axis; its last axis must be a multiple of 64")
+    width = _length(array.shape[-1], f"array has shape {array.shape}: its last axis")
+    array = np.ascontiguousarray(array)
+    packed = np.empty((*array.shape[:-1], width // BLOCK * info.block_bytes), np.uint8)
+    if array.dtype == np.float32:
+        status = lib.tbq_quantize(info.id, _pointer("float[]", array), _pointer("char[]", packed), array.size)
+    else:
+        status = lib.tbq_quantize_f16(info.id, _pointer("uint16_t[]", array), _pointer("char[]", packed), array.size)
+    _check_status(status)
+    return packed
+
+
+def dequantize(data, type, shape, dtype=np.float32):
+    """The values of blocks.
+
+    data: bytes-like or a uint8 array holding the blocks of the rows, one after the other; read in place if
+    contiguous.  type: "tbq2_0", "tbq3_0" or "tbq4_0".  shape: of the result, last axis a multiple of 64.
+    dtype: float32, or float16 (rounded to nearest even).
+    Returns an array of that shape and dtype.
+    Raises TBQError for another dtype, shape, number of bytes or type.
+    """
+    info = find(type)
+    dtype = np.dtype(dtype)
+    _check_float(dtype, "dtype is")
+    shape = _shape(shape)
+    packed = _bytes_of(data)
+    values = math.prod(shape)
+    expected = values // BLOCK * info.block_bytes
+    if packed.size != expected:
+        raise TBQError(f"data has {packed.size} bytes; {info.name} of shape {shape} has {expected}")
+    result = np.empty(shape, dtype)
+    if dtype == np.float32:
+        status = lib.tbq_dequantize(info.id, _pointer("char[]", packed), _pointer("float[]", result), values)
+    else:
+        status = lib.tbq_dequantize_f16(info.id, _pointer("char[]", packed), _pointer("uint16_t[]", result), values)
+    _check_status(status)
+    return result
+
+
+def _check_float(dtype, what):
+    # equality of dtypes includes the byte order
+    if dtype not in _FLOATS:
+        raise TBQError(f"{what} {dtype}; it must be float32 or float16")
+
+
+def _length(n, what):
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TBQError(f"{what} is {n!r}; it must be a multiple of {BLOCK}") from None
+    if n < 0 or n % BLOCK:
+        raise TBQError(f"{what} is {n}; it must be a multiple of {BLOCK}")
+    return n
+
+
+def _shape(shape):
+    try:
+        axes = tuple(operator.index(n) for n in (shape if hasattr(shape, "__iter__") else (shape,)))
+    except TypeError:
+        raise TBQError(f"shape is {shape!r}; it must be a tuple of integers") from None
+    if not axes or min(axes) < 0:
+        raise TBQError(f"shape is {axes}; it must have at least one axis and none below 0")
+    _length(axes[-1], f"shape is {axes}: its last axis")
+    return axes
+
+
+def _bytes_of(data):
+    """One axis of uint8, a view where that is possible."""
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8:
+            raise TBQError(f"data has dtype {data.dtype}; it must be uint8")
+        return np.ascontiguousarray(data).reshape(-1)
+    try:
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError):
+        raise TBQError(f"data is a {data.__class__.__name__}; it must be bytes-like or a uint8 array") from None
+
+
+def _pointer(ctype, array):
+    # from_buffer refuses read-only memory unless asked not to write; the library writes to results only
+    return ffi.from_buffer(ctype, array.reshape(-1).view(np.uint8) if array.size else b"")
+
+
+def _check_status(status):
+    if status != lib.TBQ_OK:
+        raise TBQError(ffi.string(lib.tbq_status_text(status)).decode())

@@ -1,0 +1,33 @@
+"""Where the patched llama.cpp lies in this installation."""
+import json
+import pathlib
+
+from tbq.errors import TBQError
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def paths():
+    """A dict of strings.
+
+    bin: folder of llama-server, llama-cli and the other programs.
+    lib: folder of libllama and the libraries beside it; LLAMA_CPP_LIB_PATH of llama-cpp-python.
+    llama_cpp_commit: the upstream commit that the patches are on.
+    llama_cpp_python: the release of llama-cpp-python whose bindings fit these libraries.
+    Raises TBQError if the package was built without llama.cpp.
+    """
+    try:
+        build = json.loads((_PACKAGE / "build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TBQError(f"{_PACKAGE} has no programs; it was built with -DTBQ_LLAMA=OFF") from None
+    return {"bin": str(_PACKAGE / "bin"), "lib": str(_PACKAGE / "lib"), **build}
+
+
+def program(name):
+    """The path of a program of llama.cpp, "llama-server" for example; TBQError if it is not installed."""
+    folder = _PACKAGE / "bin"
+    for path in (folder / name, folder / f"{name}.exe"):
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in folder.glob("llama-*"))
+    raise TBQError(f"program {name!r} is not in {folder}; there is {', '.join(names) or 'none'}")

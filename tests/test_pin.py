@@ -1,0 +1,303 @@
+"""The pin and the patch series: every way in which preparing llama.cpp can fail ends in one line and half of nothing.
+
+These tests work on a small tree of their own with a series of its own; the real one was applied by the build.
+"""
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPT = ROOT / "cmake" / "llama_cpp.py"
+BEFORE = "one\ntwo\nthree\n"
+AFTER = "one\ntwo and a half\nthree\n"
+
+
+def blob_id(text):
+    data = text.encode()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def patch_text(path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new="two and a half"):
+    return (f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nDate: Mon, 1 Jan 2024 00:00:00 +0000\n"
+            f"Subject: [PATCH] change\n\nwhy\n---\n"
+            f"diff --git a/{path} b/{path}\nindex {blob_id(before)}..{blob_id(after)} 100644\n"
+            f"--- a/{path}\n+++ b/{path}\n@@ -1,3 +1,3 @@\n one\n-{line}\n+{new}\n three\n-- \n2.0\n")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A checkout with this script, a pin that is already downloaded, and one patch."""
+    root = tmp_path / "project"
+    for folder in ("cmake", "patches", "build/downloads"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(SCRIPT, root / "cmake")
+    sdist = root / "build" / "downloads" / "pinned-1.0.tar.gz"
+    with tarfile.open(sdist, "w:gz") as tar:
+        for name, text in {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE,
+                           "other.txt": "x\n", ".git": "gitdir: ../../nowhere\n"}.items():
+            member = tarfile.TarInfo(f"pinned-1.0/vendor/llama.cpp/{name}")
+            member.size, member.mtime = len(text), 1_000_000_000
+            tar.addfile(member, io.BytesIO(text.encode()))
+    write_pin(root, hashlib.sha256(sdist.read_bytes()).hexdigest())
+    (root / "patches" / "0001-change.patch").write_text(patch_text())
+    # The trap: inside another repository `git apply` skips what that repository ignores, and says nothing.
+    subprocess.run(["git", "init", "-q", root], check=True)
+    (root / ".gitignore").write_text("/build/\n")
+    return root
+
+
+def write_pin(root, sha256):
+    (root / "patches" / "pin.json").write_text(json.dumps({
+        "requirement": "no-such-distribution-of-ggml-tbq==1.0", "sha256": sha256, "folder": "vendor/llama.cpp",
+        "commit": "abc"}))
+
+
+def script(root, *arguments, **options):
+    return subprocess.run([sys.executable, str(root / "cmake" / "llama_cpp.py"), *map(str, arguments)],
+                          capture_output=True, text=True, **options)
+
+
+def prepare(root, *arguments, **options):
+    return script(root, "prepare", root / "build" / "tree", *arguments, **options)
+
+
+def assert_fails(root, result, *words):
+    """One line on stderr with these words, exit status not 0, and no tree or part of one."""
+    assert result.returncode != 0
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0]
+    assert sorted(p.name for p in (root / "build").iterdir()) == ["downloads"]
+    assert not list((root / "build" / "downloads").glob(".tmp-*"))
+
+
+def test_prepare_inside_another_repository(project):
+    result = prepare(project)
+    assert result.returncode == 0, result.stderr
+    tree = project / "build" / "tree"
+    assert (tree / "ggml" / "list.txt").read_text() == AFTER
+    assert not (tree / ".git").exists()
+    assert "1 patches, 2 changed lines (+1 -1) in 1 upstream files" in result.stdout
+
+
+def test_second_prepare_does_nothing(project):
+    prepare(project)
+    tree = project / "build" / "tree"
+    (tree / "other.txt").write_text("edited\n")
+    assert prepare(project).returncode == 0
+    assert (tree / "other.txt").read_text() == "edited\n"
+
+
+def test_changed_series_keeps_the_times_of_unchanged_files(project):
+    prepare(project)
+    tree = project / "build" / "tree"
+    for path in tree.rglob("*.txt"):
+        os.utime(path, (1_100_000_000, 1_100_000_000))
+    (project / "patches" / "0001-change.patch").write_text(
+        patch_text(after=AFTER.replace("half", "bit"), new="two and a bit"))
+    assert prepare(project).returncode == 0
+    assert (tree / "ggml" / "list.txt").read_text() == "one\ntwo and a bit\nthree\n"
+    changed = {p.name for p in tree.rglob("*.txt") if p.stat().st_mtime != 1_100_000_000}
+    assert changed == {"list.txt"}
+
+    (project / "patches" / "0001-change.patch").unlink()
+    assert prepare(project).returncode == 0
+    assert (tree / "ggml" / "list.txt").read_text() == BEFORE
+    assert (tree / "ggml" / "list.txt").stat().st_mtime > 1_500_000_000  # newer than what was compiled from it
+
+
+def test_leftovers_of_an_interrupted_run_are_removed(project):
+    (project / "build" / ".tree-tmp-123" / "tree").mkdir(parents=True)
+    assert prepare(project).returncode == 0
+    assert sorted(p.name for p in (project / "build").iterdir()) == ["downloads", "tree"]
+
+
+def test_half_written_synchronisation_is_repeated(project):
+    prepare(project)
+    tree = project / "build" / "tree"
+    (tree / ".tbq-stamp").unlink()  # what is missing from when the first file is replaced until the last one is
+    (tree / "ggml" / "list.txt").write_text(BEFORE)
+    assert prepare(project).returncode == 0
+    assert (tree / "ggml" / "list.txt").read_text() == AFTER
+
+
+def test_failed_hunk(project):
+    (project / "patches" / "0002-more.patch").write_text(patch_text(line="four", new="five"))
+    assert_fails(project, prepare(project), "patch 0002-more.patch does not apply", "ggml/list.txt line 1")
+
+
+def test_failed_hunk_leaves_an_existing_tree_alone(project):
+    prepare(project)
+    (project / "patches" / "0002-more.patch").write_text(patch_text(line="four", new="five"))
+    assert prepare(project).returncode != 0
+    assert (project / "build" / "tree" / "ggml" / "list.txt").read_text() == AFTER
+
+
+def test_wrong_content_after_a_patch(project):
+    (project / "patches" / "0001-change.patch").write_text(patch_text(after="something else\n"))
+    assert_fails(project, prepare(project), "0001-change.patch left ggml/list.txt with other content")
+
+
+def test_abbreviated_index_line(project):
+    text = patch_text().replace(blob_id(BEFORE), blob_id(BEFORE)[:9])
+    (project / "patches" / "0001-change.patch").write_text(text)
+    assert_fails(project, prepare(project), "--full-index")
+
+
+def test_truncated_patch(project):
+    (project / "patches" / "0001-change.patch").write_text("From 0\nSubject: nothing\n")
+    assert_fails(project, prepare(project), "0001-change.patch touches no file")
+
+
+def test_changed_download_is_not_used(project):
+    """A damaged or replaced file in the cache is as good as none; then the index has to have it."""
+    with open(project / "build" / "downloads" / "pinned-1.0.tar.gz", "ab") as file:
+        file.write(b"x")
+    empty = project.parent / "empty-index"
+    empty.mkdir()
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(empty)}
+    assert_fails(project, prepare(project, env=env), "cannot be downloaded from the configured package index")
+
+
+def test_changed_pin_hash(project):
+    """The index has the release, but not with the hash that is pinned."""
+    links = project.parent / "links"
+    links.mkdir()
+    with tarfile.open(links / "no_such_distribution_of_ggml_tbq-1.0.tar.gz", "w:gz") as tar:
+        text = b"Metadata-Version: 2.1\nName: no-such-distribution-of-ggml-tbq\nVersion: 1.0\n"
+        member = tarfile.TarInfo("no_such_distribution_of_ggml_tbq-1.0/PKG-INFO")
+        member.size = len(text)
+        tar.addfile(member, io.BytesIO(text))
+    write_pin(project, "0" * 64)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)}
+    assert_fails(project, prepare(project, env=env), "has sha256", "patches/pin.json says " + "0" * 64)
+
+
+def test_damaged_pin_file(project):
+    (project / "patches" / "pin.json").write_text("{")
+    assert_fails(project, prepare(project), "patches/pin.json cannot be read")
+    (project / "patches" / "pin.json").write_text("{}")
+    assert_fails(project, prepare(project), "patches/pin.json lacks requirement, sha256, folder, commit")
+
+
+def test_missing_git(project):
+    env = {**os.environ, "PATH": str(project)}
+    assert_fails(project, prepare(project, env=env), "git is not installed")
+
+
+# --- a tree that the user has -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(project):
+    tree = project.parent / "mine"
+    (tree / "ggml").mkdir(parents=True)
+    (tree / "ggml" / "CMakeLists.txt").write_text("")
+    (tree / "ggml" / "list.txt").write_text(BEFORE)
+    (tree / "build-x").mkdir()
+    (tree / "build-x" / "large").write_text("")
+    return tree
+
+
+def test_source_is_copied(project, source):
+    assert prepare(project, "--source", source).returncode == 0
+    assert (project / "build" / "tree" / "ggml" / "list.txt").read_text() == AFTER
+    assert not (project / "build" / "tree" / "build-x").exists()
+    assert (source / "ggml" / "list.txt").read_text() == BEFORE
+
+
+def test_source_of_another_version(project, source):
+    (source / "ggml" / "list.txt").write_text(BEFORE + "four\n")
+    assert_fails(project, prepare(project, "--source", source), "is not the pinned version, llama.cpp abc",
+                 "ggml/list.txt differs")
+
+
+def test_source_that_is_none(project):
+    empty = project.parent / "nothing"
+    empty.mkdir()
+    assert_fails(project, prepare(project, "--source", empty), "is not a llama.cpp source tree")
+
+
+# --- editing ----------------------------------------------------------------------------------------------------
+
+
+def git(tree, *arguments):
+    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments], cwd=tree,
+                          check=True, capture_output=True, text=True).stdout
+
+
+def test_edit_and_export(project):
+    tree = project.parent / "edit"
+    assert script(project, "git-tree", tree).returncode == 0
+    assert git(tree, "log", "--format=%s").splitlines() == ["change", "llama.cpp abc"]
+    assert git(tree, "show", "pin:ggml/list.txt") == BEFORE
+
+    (tree / "other.txt").write_text("y\n")
+    result = script(project, "export", tree)
+    assert result.returncode != 0 and "not committed" in result.stderr
+    git(tree, "commit", "-qam", "another: more\n\nwhy")
+    assert script(project, "export", tree).returncode == 0
+    names = ["0001-change.patch", "0002-another-more.patch"]
+    first = {name: (project / "patches" / name).read_text() for name in names}
+    assert sorted(p.name for p in (project / "patches").glob("*.patch")) == names
+    assert first[names[1]].startswith(f"From {'0' * 40} ")
+
+    assert script(project, "export", tree).returncode == 0
+    assert {name: (project / "patches" / name).read_text() for name in names} == first
+    assert prepare(project).returncode == 0
+    assert (project / "build" / "tree" / "other.txt").read_text() == "y\n"
+
+
+def test_git_tree_does_not_overwrite(project):
+    result = script(project, "git-tree", project)
+    assert result.returncode != 0 and "exists already" in result.stderr
+
+
+# --- the real series --------------------------------------------------------------------------------------------
+
+
+def test_real_series_is_what_export_would_write(tmp_path):
+    """git-tree, then export, gives every patch back byte for byte: nobody edited one by hand."""
+    project = tmp_path / "project"
+    (project / "build").mkdir(parents=True)
+    shutil.copytree(ROOT / "patches", project / "patches")
+    shutil.copytree(ROOT / "cmake", project / "cmake")
+    os.symlink(ROOT / "build" / "downloads", project / "build" / "downloads")
+    before = {p.name: p.read_text() for p in (project / "patches").glob("*.patch")}
+    assert before
+    assert script(project, "git-tree", tmp_path / "tree").returncode == 0
+    result = script(project, "export", tmp_path / "tree")
+    assert result.returncode == 0, result.stderr
+    assert {p.name: p.read_text() for p in (project / "patches").glob("*.patch")} == before
+
+
+def test_every_patch_says_why():
+    patches = sorted((ROOT / "patches").glob("*.patch"))
+    readme = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
+    for patch in patches:
+        header = patch.read_text(encoding="utf-8").split("\ndiff --git ", 1)[0]
+        for heading in ("Why:", "Upstream status:", "Touches:", "Remove when:"):
+            assert heading in header, f"{patch.name} lacks {heading!r}"
+        assert patch.name in readme, f"patches/README.md does not mention {patch.name}"
+
+
+def test_no_index_host_is_named():
+    """What is fetched comes through the index that the user has configured."""
+    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "hugging" + "face.co", "npmjs" + ".org")
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = files.stdout.split("\n") if files.returncode == 0 else []
+    for name in filter(None, names):
+        path = pathlib.Path(ROOT, name)
+        if path.is_file() and path.suffix not in (".gguf", ".png", ".patch"):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not [host for host in hosts if host in text], name
