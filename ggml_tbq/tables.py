@@ -109,6 +109,10 @@ def thresholds(ints, c, scale):
     return [math.floor((a + b) / 2 / c * scale * Q_ONE) for a, b in zip(pos, pos[1:])]
 
 
+def gaps(ints):
+    return [b - a for a, b in zip(ints, ints[1:])]
+
+
 def braces(values):
     return "{ " + ", ".join(str(v) for v in values) + " }"
 
@@ -139,6 +143,8 @@ def header():
             f"distortion {d:.6f}, {100 * (d / d0 - 1):.2f} % above {d0:.6f} of the real-valued levels",
             f"#define TBQ{bits}_LEVELS {braces(ints)}",
             f"#define TBQ{bits}_HALF_LEVELS {braces(ints[len(ints) // 2:])}",
+            f"#define TBQ{bits}_GAPS_UP {braces(gaps(ints) + [0])}",
+            f"#define TBQ{bits}_GAPS_DOWN {braces([0] + gaps(ints))}",
             f"#define TBQ{bits}_N_SCALES {len(rows)}",
             f"#define TBQ{bits}_N_THRESHOLDS {len(rows[0])}",
             f"// scales {', '.join(f'{g:.4f}' for g in grid(bits))} of rms(y)",

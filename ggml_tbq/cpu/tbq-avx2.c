@@ -164,6 +164,98 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
     }
 }
 
+static inline void transform(float * x) {
+    __m256 v[8];
+    for (int r = 0; r < 8; r++) {
+        v[r] = _mm256_loadu_ps(x + 8 * r);
+    }
+    hadamard(v);
+    for (int r = 0; r < 8; r++) {
+        _mm256_storeu_ps(x + 8 * r, v[r]);
+    }
+}
+
+// table[index], eight at a time, as floats.
+static inline __m256 look_up(__m128i table, const uint8_t * index) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shuffle_epi8(table, _mm_loadl_epi64((const __m128i *) index))));
+}
+
+TBQ_INLINE void values(int bits, const uint8_t * index, float * k) {
+    const __m128i table = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
+    for (int i = 0; i < TBQ_BLOCK; i += 8) {
+        _mm256_storeu_ps(k + i, look_up(table, index + i));
+    }
+}
+
+// Every lane of the result is the largest of the lanes of v whose number has the same parity.
+static inline __m256 max_by_parity(__m256 v) {
+    v = _mm256_max_ps(v, _mm256_permute2f128_ps(v, v, 1));
+    return _mm256_max_ps(v, _mm256_permute_ps(v, 0x4E));
+}
+
+TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+    const uint64_t  even  = 0x5555555555555555;
+    const __m128i   ups   = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->up);
+    const __m128i   downs = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->down);
+    const __m256    m0    = _mm256_set1_ps(m[0]);
+    const __m256    dd    = _mm256_set1_ps(d);
+    const __m256    sign  = _mm256_set1_ps(-0.0f);
+    const __m256    zero  = _mm256_setzero_ps();
+    const __m256i   lane  = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256          g[8], gain[8];
+    float           up[TBQ_BLOCK], down[TBQ_BLOCK]; // d times the gaps
+    for (int r = 0; r < 8; r++) {
+        g[r] = _mm256_loadu_ps(slope + 8 * r);
+        _mm256_storeu_ps(up + 8 * r, _mm256_mul_ps(dd, look_up(ups, index + 8 * r)));
+        _mm256_storeu_ps(down + 8 * r, _mm256_mul_ps(dd, look_up(downs, index + 8 * r)));
+    }
+    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+        uint64_t upwards = 0, best = 0;
+        __m256   top     = zero;
+        for (int r = 0; r < 8; r++) {
+            const __m256 above = _mm256_cmp_ps(g[r], zero, _CMP_GT_OQ);
+            const __m256 gap   = _mm256_blendv_ps(_mm256_loadu_ps(down + 8 * r), _mm256_loadu_ps(up + 8 * r), above);
+            const __m256 size  = _mm256_andnot_ps(sign, g[r]);
+            gain[r] = _mm256_mul_ps(gap, _mm256_sub_ps(_mm256_add_ps(size, size), _mm256_mul_ps(gap, m0)));
+            top     = _mm256_max_ps(top, gain[r]);
+            upwards |= (uint64_t) (uint32_t) _mm256_movemask_ps(above) << 8 * r;
+        }
+        top = max_by_parity(top);
+        const __m256 gains = _mm256_cmp_ps(top, zero, _CMP_GT_OQ);
+        if (!_mm256_movemask_ps(gains)) {
+            break;
+        }
+        for (int r = 0; r < 8; r++) {
+            const __m256 equal = _mm256_and_ps(gains, _mm256_cmp_ps(gain[r], top, _CMP_EQ_OQ));
+            best |= (uint64_t) (uint32_t) _mm256_movemask_ps(equal) << 8 * r;
+        }
+        for (int parity = 0; parity < 2; parity++) {
+            const uint64_t half = best & even << parity;
+            if (!half) {
+                continue;
+            }
+            const int     at   = TBQ_COUNT_TRAILING_ZEROS(half);
+            const int     rise = (int) (upwards >> at & 1);
+            const __m256  s    = _mm256_set1_ps(rise ? up[at] : -down[at]);
+            const __m256i swap = _mm256_xor_si256(lane, _mm256_set1_epi32(at & 7));
+            for (int r = 0; r < 8; r++) {
+                const __m256 column = _mm256_permutevar8x32_ps(_mm256_loadu_ps(m + (8 * r ^ (at & 56))), swap);
+                g[r] = _mm256_sub_ps(g[r], _mm256_mul_ps(s, column));
+            }
+            index[at] = (uint8_t) (index[at] + (rise ? 1 : -1));
+            up[at]    = d * (float) tbq_gap_table(bits)->up[index[at]];
+            down[at]  = d * (float) tbq_gap_table(bits)->down[index[at]];
+        }
+    }
+    __m256        kk    = zero;
+    const __m128i table = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
+    for (int i = 0; i < TBQ_BLOCK; i += 8) {
+        const __m256 k = look_up(table, index + i);
+        kk = _mm256_add_ps(kk, _mm256_mul_ps(k, k)); // integers below 2^24: exact
+    }
+    return (int32_t) sum8(kk);
+}
+
 static inline void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
     const __m256 sign  = _mm256_set1_ps(-0.0f);
     const __m256 scale = _mm256_set1_ps(inverse_d);

@@ -163,6 +163,99 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
     _mm512_storeu_si512(index, _mm512_mask_blend_epi8(c.negative, i, _mm512_xor_si512(i, all)));
 }
 
+static inline void transform(float * x) {
+    __m512 v[4];
+    for (int r = 0; r < 4; r++) {
+        v[r] = _mm512_loadu_ps(x + 16 * r);
+    }
+    hadamard(v);
+    for (int r = 0; r < 4; r++) {
+        _mm512_storeu_ps(x + 16 * r, v[r]);
+    }
+}
+
+// A 16-byte table as floats, each times d.
+static inline __m512 scaled_table(const int8_t * table, float d) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *) table);
+    return _mm512_mul_ps(_mm512_set1_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
+
+TBQ_INLINE void values(int bits, const uint8_t * index, float * k) {
+    const __m512 table = scaled_table(tbq_lookup_table(bits)->all, 1.0f);
+    for (int r = 0; r < 4; r++) {
+        const __m512i i = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (index + 16 * r)));
+        _mm512_storeu_ps(k + 16 * r, _mm512_permutexvar_ps(i, table));
+    }
+}
+
+// Every lane of the result is the largest of the lanes of v whose number has the same parity.
+static inline __m512 max_by_parity(__m512 v) {
+    v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+    v = _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+    return _mm512_max_ps(v, _mm512_permute_ps(v, 0x4E));
+}
+
+TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+    const uint64_t even = 0x5555555555555555;
+    const __m512   up   = scaled_table(tbq_gap_table(bits)->up, d);
+    const __m512   down = scaled_table(tbq_gap_table(bits)->down, -d);
+    const __m512   m0   = _mm512_set1_ps(m[0]);
+    const __m512   zero = _mm512_setzero_ps();
+    const __m512i  lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i  one  = _mm512_set1_epi32(1);
+    __m512         g[4], gain[4];
+    __m512i        j[4];
+    float          move[TBQ_BLOCK]; // the signed gap in the direction of the slope
+    for (int r = 0; r < 4; r++) {
+        g[r] = _mm512_loadu_ps(slope + 16 * r);
+        j[r] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (index + 16 * r)));
+    }
+    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+        uint64_t upwards = 0, best = 0;
+        for (int r = 0; r < 4; r++) {
+            const __mmask16 above = _mm512_cmp_ps_mask(g[r], zero, _CMP_GT_OQ);
+            const __m512    s     = _mm512_mask_blend_ps(above, _mm512_permutexvar_ps(j[r], down), _mm512_permutexvar_ps(j[r], up));
+            const __m512    gap   = _mm512_abs_ps(s);
+            const __m512    twice = _mm512_add_ps(_mm512_abs_ps(g[r]), _mm512_abs_ps(g[r]));
+            gain[r] = _mm512_mul_ps(gap, _mm512_sub_ps(twice, _mm512_mul_ps(gap, m0)));
+            _mm512_storeu_ps(move + 16 * r, s);
+            upwards |= (uint64_t) above << 16 * r;
+        }
+        const __m512    top   = max_by_parity(_mm512_max_ps(_mm512_max_ps(gain[0], gain[1]), _mm512_max_ps(gain[2], gain[3])));
+        const __mmask16 gains = _mm512_cmp_ps_mask(top, zero, _CMP_GT_OQ);
+        if (!gains) {
+            break;
+        }
+        for (int r = 0; r < 4; r++) {
+            best |= (uint64_t) _mm512_mask_cmp_ps_mask(gains, gain[r], top, _CMP_EQ_OQ) << 16 * r;
+        }
+        for (int parity = 0; parity < 2; parity++) {
+            const uint64_t half = best & even << parity;
+            if (!half) {
+                continue;
+            }
+            const uint64_t first = half & (0 - half);
+            const int      at    = TBQ_COUNT_TRAILING_ZEROS(half);
+            const __m512   s     = _mm512_set1_ps(move[at]);
+            const __m512i  swap  = _mm512_xor_si512(lane, _mm512_set1_epi32(at & 15));
+            for (int r = 0; r < 4; r++) {
+                const __m512 column = _mm512_permutexvar_ps(swap, _mm512_loadu_ps(m + (16 * r ^ (at & 48))));
+                g[r] = _mm512_sub_ps(g[r], _mm512_mul_ps(s, column));
+                j[r] = _mm512_mask_add_epi32(j[r], (__mmask16) ((first & upwards) >> 16 * r), j[r], one);
+                j[r] = _mm512_mask_sub_epi32(j[r], (__mmask16) ((first & ~upwards) >> 16 * r), j[r], one);
+            }
+        }
+    }
+    const __m512 table = scaled_table(tbq_lookup_table(bits)->all, 1.0f);
+    __m512       kk    = zero;
+    for (int r = 0; r < 4; r++) {
+        const __m512 k = _mm512_permutexvar_ps(j[r], table);
+        kk = _mm512_add_ps(kk, _mm512_mul_ps(k, k)); // integers below 2^24: exact
+        _mm_storeu_si128((__m128i *) (index + 16 * r), _mm512_cvtepi32_epi8(j[r]));
+    }
+    return (int32_t) _mm512_reduce_add_ps(kk);
+}
+
 static inline void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
     const __m512 sign  = _mm512_set1_ps(-0.0f);
     const __m512 scale = _mm512_set1_ps(inverse_d);

@@ -31,6 +31,13 @@ extern const tbq_kernels tbq_kernels_avx512vnni;
 extern const tbq_kernels tbq_kernels_neon;
 extern const tbq_kernels tbq_kernels_neon_dotprod;
 
+#ifdef _MSC_VER
+#include <intrin.h>
+#define TBQ_COUNT_TRAILING_ZEROS(x) ((int) _tzcnt_u64(x))
+#else
+#define TBQ_COUNT_TRAILING_ZEROS(x) __builtin_ctzll(x)
+#endif
+
 static inline uint32_t tbq_float_bits(float f) {
     uint32_t u;
     memcpy(&u, &f, 4);
@@ -104,6 +111,23 @@ static const tbq_lookup tbq_lookup_4 = { TBQ4_LEVELS, TBQ4_HALF_LEVELS };
 TBQ_INLINE const tbq_lookup * tbq_lookup_table(int bits) {
     return bits == 2 ? &tbq_lookup_2 : bits == 3 ? &tbq_lookup_3 : &tbq_lookup_4;
 }
+
+// How far a level is from the one above it, and from the one below; 0 at the ends.  For vector look-ups too.
+typedef struct {
+    int8_t up[16], down[16];
+} tbq_gaps;
+
+static const tbq_gaps tbq_gaps_2 = { TBQ2_GAPS_UP, TBQ2_GAPS_DOWN };
+static const tbq_gaps tbq_gaps_3 = { TBQ3_GAPS_UP, TBQ3_GAPS_DOWN };
+static const tbq_gaps tbq_gaps_4 = { TBQ4_GAPS_UP, TBQ4_GAPS_DOWN };
+
+TBQ_INLINE const tbq_gaps * tbq_gap_table(int bits) {
+    return bits == 2 ? &tbq_gaps_2 : bits == 3 ? &tbq_gaps_3 : &tbq_gaps_4;
+}
+
+// Noise shaping (tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel.
+enum { TBQ_SHAPE_STEPS = 5 };
+#define TBQ_SHAPE_FLOOR 0.5f
 
 TBQ_INLINE int tbq_n_scales(int bits) {
     return bits == 2 ? TBQ2_N_SCALES : bits == 3 ? TBQ3_N_SCALES : TBQ4_N_SCALES;

@@ -189,6 +189,103 @@ static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
 #endif
 }
 
+static inline void transform(float * x) {
+    float32x4_t v[N_F32];
+    for (int r = 0; r < N_F32; r++) {
+        v[r] = vld1q_f32(x + 4 * r);
+    }
+    hadamard(v);
+    for (int r = 0; r < N_F32; r++) {
+        vst1q_f32(x + 4 * r, v[r]);
+    }
+}
+
+// Four bytes as floats.
+static inline float32x4_t floats_of(int8x8_t bytes, int high) {
+    const int16x8_t words = vmovl_s8(bytes);
+    return vcvtq_f32_s32(high ? vmovl_high_s16(words) : vmovl_s16(vget_low_s16(words)));
+}
+
+// out = d . table[index]
+static inline void look_up(const int8_t * table, const uint8_t * index, float d, float * out) {
+    for (int i = 0; i < TBQ_BLOCK; i += 8) {
+        const int8x8_t bytes = vqtbl1_s8(vld1q_s8(table), vld1_u8(index + i));
+        vst1q_f32(out + i, vmulq_n_f32(floats_of(bytes, 0), d));
+        vst1q_f32(out + i + 4, vmulq_n_f32(floats_of(bytes, 1), d));
+    }
+}
+
+TBQ_INLINE void values(int bits, const uint8_t * index, float * k) {
+    look_up(tbq_lookup_table(bits)->all, index, 1.0f, k);
+}
+
+// The first lane, in order of the block, whose gain is the largest of its parity, or -1 if that is not positive.
+// gain[r] has lanes 4 r ... 4 r + 3; lanes 0 and 2 of a vector are even.
+static inline int first_best(const float32x4_t gain[N_F32], float32x4_t top, int parity) {
+    const float best = parity ? vgetq_lane_f32(top, 1) : vgetq_lane_f32(top, 0);
+    float       all[TBQ_BLOCK];
+    for (int r = 0; r < N_F32; r++) {
+        vst1q_f32(all + 4 * r, gain[r]);
+    }
+    for (int j = parity; best > 0 && j < TBQ_BLOCK; j += 2) {
+        if (all[j] == best) {
+            return j;
+        }
+    }
+    return -1;
+}
+
+TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+    const tbq_gaps * gaps = tbq_gap_table(bits);
+    float32x4_t      g[N_F32], gain[N_F32];
+    float            up[TBQ_BLOCK], down[TBQ_BLOCK]; // d times the gaps
+    look_up(gaps->up, index, d, up);
+    look_up(gaps->down, index, d, down);
+    for (int r = 0; r < N_F32; r++) {
+        g[r] = vld1q_f32(slope + 4 * r);
+    }
+    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+        float32x4_t top = vdupq_n_f32(0);
+        for (int r = 0; r < N_F32; r++) {
+            const float32x4_t gap  = vbslq_f32(vcgtzq_f32(g[r]), vld1q_f32(up + 4 * r), vld1q_f32(down + 4 * r));
+            const float32x4_t size = vabsq_f32(g[r]);
+            gain[r] = vmulq_f32(gap, vsubq_f32(vaddq_f32(size, size), vmulq_n_f32(gap, m[0])));
+            top     = vmaxq_f32(top, gain[r]);
+        }
+        top = vmaxq_f32(top, vextq_f32(top, top, 2));
+        int moved = 0;
+        for (int parity = 0; parity < 2; parity++) {
+            const int at = first_best(gain, top, parity);
+            if (at < 0) {
+                continue;
+            }
+            float lanes[4];
+            vst1q_f32(lanes, g[at / 4]);
+            const int   above = lanes[at % 4] > 0;
+            const float s     = above ? up[at] : -down[at];
+            float       column[TBQ_BLOCK];
+            for (int i = 0; i < TBQ_BLOCK; i++) {
+                column[i] = m[i ^ at];
+            }
+            for (int r = 0; r < N_F32; r++) {
+                g[r] = vsubq_f32(g[r], vmulq_n_f32(vld1q_f32(column + 4 * r), s));
+            }
+            index[at] = (uint8_t) (index[at] + (above ? 1 : -1));
+            up[at]    = d * (float) gaps->up[index[at]];
+            down[at]  = d * (float) gaps->down[index[at]];
+            moved     = 1;
+        }
+        if (!moved) {
+            break;
+        }
+    }
+    int32_t kk = 0;
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        kk += tbq_codebook(bits)[index[i]] * tbq_codebook(bits)[index[i]];
+    }
+    return kk;
+}
+
 static inline void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
     for (int i = 0; i < TBQ_BLOCK; i += 8) {
         int16x8_t codes = vdupq_n_s16(0);

@@ -91,6 +91,54 @@ static coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
+static void values(int bits, const uint8_t * index, float * k) {
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        k[i] = tbq_codebook(bits)[index[i]];
+    }
+}
+
+static void transform(float * v) {
+    butterflies(v);
+}
+
+// The move of the coordinates j = parity, parity + 2, ... that gains most, if one does.
+static void descend_half(int bits, const float * m, float * g, float d, int parity, uint8_t * index) {
+    const tbq_gaps * gaps = tbq_gap_table(bits);
+    float            best = 0;
+    int              at   = -1;
+    for (int j = parity; j < TBQ_BLOCK; j += 2) {
+        const float gap  = d * (float) (g[j] > 0 ? gaps->up : gaps->down)[index[j]];
+        const float gain = gap * ((fabsf(g[j]) + fabsf(g[j])) - gap * m[0]);
+        if (gain > best) {
+            best = gain;
+            at   = j;
+        }
+    }
+    if (at < 0) {
+        return;
+    }
+    const int   up = g[at] > 0;
+    const float s  = d * (float) (up ? gaps->up[index[at]] : -gaps->down[index[at]]);
+    for (int i = parity; i < TBQ_BLOCK; i += 2) {
+        g[i] -= s * m[i ^ at];
+    }
+    index[at] = (uint8_t) (index[at] + (up ? 1 : -1));
+}
+
+static int32_t descend(int bits, const float * m, const float * g, float d, uint8_t * index) {
+    float   slope[TBQ_BLOCK];
+    int32_t kk = 0;
+    memcpy(slope, g, sizeof(slope));
+    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+        descend_half(bits, m, slope, d, 0, index);
+        descend_half(bits, m, slope, d, 1, index);
+    }
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        kk += tbq_codebook(bits)[index[i]] * tbq_codebook(bits)[index[i]];
+    }
+    return kk;
+}
+
 static void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias) {
     int32_t b[8] = { 0 };
     for (int i = 0; i < TBQ_BLOCK; i++) {

@@ -18,6 +18,11 @@
 //                                                         that q falls on (above a threshold: the next)
 //   void assign(int bits, coords c, const int16_t * thresholds, uint8_t * index)
 //                                                         the number of that level, or of its negative where z < 0
+//   void values(int bits, const uint8_t * index, float * k)
+//                                                         the levels of 64 indices
+//   void transform(float * v)                             v = H . v
+//   int32_t descend(int bits, const float * m, const float * g, float d, uint8_t * index)
+//                                                         see shape(); returns the sum of k k
 //   void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * bias)
 //                                                         qs = sign(y) . (int) (|y| . inverse_d + 0.5)
 //   void levels(int bits, const void * block, float * k)  k[idx] as floats
@@ -58,7 +63,7 @@ TBQ_INLINE void write_indices(int bits, const uint8_t * index, void * block) {
 
 // The scale of the grid whose index vector has the largest cosine to q, which is qk / sqrt(kk) up to a constant.
 // Compared without division: qk < 8.2e6 and kk < 2.5e5, so the products fit 64 bits.
-TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_kk) {
+TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_qk, int32_t * best_kk) {
     uint64_t best = 0, qk_best = 0, kk_best = 1;
     for (int s = 0; s < tbq_n_scales(bits); s++) {
         int32_t qk_s, kk_s;
@@ -70,6 +75,7 @@ TBQ_INLINE int search_scale(int bits, coords c, int32_t * best_kk) {
         qk_best ^= (qk_best ^ qk) & better;
         kk_best ^= (kk_best ^ kk) & better;
     }
+    *best_qk = (int32_t) qk_best;
     *best_kk = (int32_t) kk_best;
     return (int) best;
 }
@@ -80,10 +86,51 @@ TBQ_INLINE float block_scale(float rms, int32_t kk) {
     return rms * 8.0f / sqrtf((float) kk);
 }
 
+// Noise shaping: the nearest levels make the error small, but spread it evenly over the channels.  What a model does
+// with a key or a value, though, goes mostly through the channels that are large: error there costs more.  So a few
+// levels are moved to a neighbour to make the sum of w e^2 over the channels small, e the error of x and
+//
+//     w[c] = sqrt((x[c]^2 + x[c ^ 1]^2) / 2 / mean square) + 1/2.
+//
+// Two neighbours share their weight because a rotary embedding moves energy between them: what a query finds in one
+// channel, the key may hold in the other.
+//
+// With e = y - d k in the rotated domain the sum is e . M e, M[i][j] = m[i ^ j], m = H w / 64: Walsh functions
+// multiply to Walsh functions, and the signs cancel.  g = M e is its slope.  Moving k[j] by a gap changes the sum by
+// -2 (d gap) |g[j]| + (d gap)^2 m[0] in the direction of g[j], and g[i] by -(d gap) m[i ^ j].  Since w has equal
+// neighbours, m is exactly 0 at odd places: even and odd coordinates do not interact, and descend() makes the best
+// move of each in every step, the first of equals, as long as one gains.
+//
+// docs/encoder.md: 27 to 33 % less KL divergence on one model, 2 to 3 % on another.  Returns the sum of k k.
+TBQ_INLINE int32_t shape(int bits, const float * x, const float * z, float inverse_rms, float mean_square, float d,
+                         uint8_t * index) {
+    float       w[TBQ_BLOCK], m[TBQ_BLOCK], g[TBQ_BLOCK], k[TBQ_BLOCK];
+    const float scale = 0.5f / mean_square;
+    for (int i = 0; i < TBQ_BLOCK; i += 2) {
+        w[i] = w[i + 1] = sqrtf((x[i] * x[i] + x[i + 1] * x[i + 1]) * scale) + TBQ_SHAPE_FLOOR;
+    }
+    memcpy(m, w, sizeof(m));
+    transform(m);
+    values(bits, index, k);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        m[i] *= 1.0f / TBQ_BLOCK;
+        g[i] = z[i] * inverse_rms - d * k[i];
+    }
+    transform(g);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        g[i] *= w[i];
+    }
+    transform(g);
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        g[i] *= 1.0f / TBQ_BLOCK;
+    }
+    return descend(bits, m, g, d, index);
+}
+
 TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
     float   z[TBQ_BLOCK];
     uint8_t index[TBQ_BLOCK];
-    int32_t kk;
+    int32_t qk, kk;
 
     const uint32_t top = abs_max(x);
     if (top < ABS_BITS_2M30 || top >= ABS_BITS_INF) {
@@ -100,11 +147,14 @@ TBQ_INLINE void quantize_block(int bits, const float * x, void * block) {
         }
     }
     forward(huge ? z : x, 1.0f, z);
-    const float rms = sqrtf(sum_squares(z) / TBQ_BLOCK);
-
-    const coords c    = to_fixed(z, TBQ_Q_ONE / rms);
-    const int    best = search_scale(bits, c, &kk);
+    const float  rms     = sqrtf(sum_squares(z) / TBQ_BLOCK);
+    const float  inverse = TBQ_Q_ONE / rms;
+    const coords c       = to_fixed(z, inverse);
+    const int    best    = search_scale(bits, c, &qk, &kk);
     assign(bits, c, tbq_thresholds(bits, best), index);
+    if (!huge) {
+        kk = shape(bits, x, z, inverse, rms * rms * (1.0f / TBQ_BLOCK), (float) qk / (float) kk, index);
+    }
     write_indices(bits, index, block);
 
     const float d = block_scale(rms * 0.125f, kk) * (huge ? 0x1p100f : 1.0f);

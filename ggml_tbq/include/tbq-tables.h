@@ -11,6 +11,8 @@
 // tbq2_0: Lloyd-Max levels of N(0,1) times 33.1049; distortion 0.117482, 0.00 % above 0.117482 of the real-valued levels
 #define TBQ2_LEVELS { -50, -15, 15, 50 }
 #define TBQ2_HALF_LEVELS { 15, 50 }
+#define TBQ2_GAPS_UP { 35, 30, 35, 0 }
+#define TBQ2_GAPS_DOWN { 0, 35, 30, 35 }
 #define TBQ2_N_SCALES 6
 #define TBQ2_N_THRESHOLDS 1
 // scales 0.8800, 0.9558, 1.0381, 1.1275, 1.2246, 1.3300 of rms(y)
@@ -26,6 +28,8 @@
 // tbq3_0: Lloyd-Max levels of N(0,1) times 28.8713; distortion 0.034561, 0.04 % above 0.034548 of the real-valued levels
 #define TBQ3_LEVELS { -62, -39, -22, -7, 7, 22, 39, 62 }
 #define TBQ3_HALF_LEVELS { 7, 22, 39, 62 }
+#define TBQ3_GAPS_UP { 23, 17, 15, 14, 15, 17, 23, 0 }
+#define TBQ3_GAPS_DOWN { 0, 23, 17, 15, 14, 15, 17, 23 }
 #define TBQ3_N_SCALES 8
 #define TBQ3_N_THRESHOLDS 3
 // scales 0.7800, 0.8522, 0.9312, 1.0174, 1.1116, 1.2146, 1.3271, 1.4500 of rms(y)
@@ -43,6 +47,8 @@
 // tbq4_0: Lloyd-Max levels of N(0,1) times 22.3198; distortion 0.009522, 0.22 % above 0.009501 of the real-valued levels
 #define TBQ4_LEVELS { -61, -46, -36, -28, -21, -15, -9, -3, 3, 9, 15, 21, 28, 36, 46, 61 }
 #define TBQ4_HALF_LEVELS { 3, 9, 15, 21, 28, 36, 46, 61 }
+#define TBQ4_GAPS_UP { 15, 10, 8, 7, 6, 6, 6, 6, 6, 6, 6, 7, 8, 10, 15, 0 }
+#define TBQ4_GAPS_DOWN { 0, 15, 10, 8, 7, 6, 6, 6, 6, 6, 6, 6, 7, 8, 10, 15 }
 #define TBQ4_N_SCALES 12
 #define TBQ4_N_THRESHOLDS 7
 // scales 0.7100, 0.7512, 0.7947, 0.8408, 0.8896, 0.9412, 0.9958, 1.0535, 1.1146, 1.1793, 1.2476, 1.3200 of rms(y)
