@@ -198,9 +198,11 @@ def shape(bits, x, p, mean_square, d, index):
     return (k * k).sum(axis=1)
 
 
-def scale_of(rms, kk):
-    """d before it is rounded to half: d . |k| = |y| = 8 rms."""
-    return rms * np.float32(8) / np.sqrt(kk.astype(np.float32))
+def scale_of(rms, qk, kk, one, kv):
+    """d before it is rounded to half: for keys and values d . |k| = |y| = 8 rms, else least squares."""
+    if kv:
+        return rms * np.float32(8) / np.sqrt(kk.astype(np.float32))
+    return rms * (qk.astype(np.float32) / (kk.astype(np.float32) * np.float32(one)))
 
 
 def _shape_some(bits, x, z, inverse_rms, rms, qk, kk, index, some):
@@ -214,7 +216,7 @@ def _shape_some(bits, x, z, inverse_rms, rms, qk, kk, index, some):
     return result
 
 
-def _quantize_blocks(bits, x):
+def _quantize_blocks(bits, kv, x):
     top = np.abs(x).max(axis=1)  # NaN if there is one
     finite = np.isfinite(top)
     ordinary = finite & (top >= SMALLEST)
@@ -230,20 +232,21 @@ def _quantize_blocks(bits, x):
     half = 2**(bits - 1)
     index = np.where(z < 0, half - 1 - m, half + m)
     shaped = ordinary & ~huge
-    kk[shaped] = _shape_some(bits, safe, z, inverse_rms, rms, qk, kk, index, shaped)
+    if kv:
+        kk[shaped] = _shape_some(bits, safe, z, inverse_rms, rms, qk, kk, index, shaped)
 
-    d = scale_of(rms * np.float32(0.125), kk) * np.where(huge, np.float32(2.0**100), np.float32(1))
+    d = scale_of(rms * np.float32(0.125), qk, kk, one, kv) * np.where(huge, np.float32(2.0**100), np.float32(1))
     d = np.minimum(d, F16_MAX).astype(np.float16).view(np.uint16)
     index[~ordinary] = 0
     d[~ordinary] = np.where(finite[~ordinary], 0, F16_NAN)
     return pack(bits, index, d)
 
 
-def quantize(x, bits):
-    """uint8 (..., bytes) of float32 or float16 (..., multiple of 64)."""
+def quantize(x, bits, kv=False):
+    """uint8 (..., bytes) of float32 or float16 (..., multiple of 64); kv as the cache does, else for the least error."""
     x = np.asarray(x).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        blocks = _in_batches(lambda b: _quantize_blocks(bits, b), x.reshape(-1, BLOCK))
+        blocks = _in_batches(lambda b: _quantize_blocks(bits, kv, b), x.reshape(-1, BLOCK))
     return blocks.reshape(*x.shape[:-1], x.shape[-1] // BLOCK * blocks.shape[1])
 
 
@@ -319,8 +322,8 @@ def golden_inputs():
 
 
 def golden_lines():
-    return [f"tbq{bits}_0 {name} {quantize(x, bits).tobytes().hex()}"
-            for bits in LEVELS for name, x in golden_inputs().items()]
+    return [f"tbq{bits}_0 {encoder} {name} {quantize(x, bits, encoder == 'kv').tobytes().hex()}"
+            for bits in LEVELS for encoder in ("plain", "kv") for name, x in golden_inputs().items()]
 
 
 if __name__ == "__main__":

@@ -117,10 +117,20 @@ tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t 
     return status;
 }
 
+tbq_status tbq_quantize_kv(tbq_type type, const float * src, void * dst, int64_t n) {
+    const tbq_status status = check_row(type, n, src, dst);
+    if (status == TBQ_OK) {
+        tbq_best_kernels()->quantize_kv[type - TBQ_TYPE_TBQ2_0](src, dst, n);
+    }
+    return status;
+}
+
 // The f16 forms go through floats a piece at a time.
 enum { PIECE = 16 * TBQ_BLOCK };
 
-tbq_status tbq_quantize_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n) {
+typedef tbq_status (*quantize_function)(tbq_type type, const float * src, void * dst, int64_t n);
+
+static tbq_status quantize_halves(quantize_function quantize, tbq_type type, const uint16_t * src, void * dst, int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
     for (int64_t i = 0; status == TBQ_OK && i < n; i += PIECE) {
         float         values[PIECE];
@@ -128,9 +138,17 @@ tbq_status tbq_quantize_f16(tbq_type type, const uint16_t * src, void * dst, int
         for (int64_t j = 0; j < m; j++) {
             values[j] = tbq_half_to_float(src[i + j]);
         }
-        tbq_quantize(type, values, (uint8_t *) dst + tbq_row_bytes(type, i), m);
+        quantize(type, values, (uint8_t *) dst + tbq_row_bytes(type, i), m);
     }
     return status;
+}
+
+tbq_status tbq_quantize_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n) {
+    return quantize_halves(tbq_quantize, type, src, dst, n);
+}
+
+tbq_status tbq_quantize_kv_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n) {
+    return quantize_halves(tbq_quantize_kv, type, src, dst, n);
 }
 
 tbq_status tbq_dequantize_f16(tbq_type type, const void * src, uint16_t * dst, int64_t n) {

@@ -10,6 +10,8 @@ extern "C" {
 #endif
 
 // For GGML_TYPE_TBQ2_0, TBQ3_0 and TBQ4_0, in the shapes of ggml_to_float_t, ggml_from_float_t, ggml_vec_dot_t.
+// from_float, which SET_ROWS and CPY call, encodes for attention (tbq_quantize_kv); ggml_quantize_chunk, which
+// llama-quantize calls, for the least error (tbq_quantize).
 #define TBQ_GGML_DECLARE(name)                                                                                  \
     TBQ_API void tbq_ggml_to_float_##name(const void * x, float * y, int64_t k);                                \
     TBQ_API void tbq_ggml_from_float_##name(const float * x, void * y, int64_t k);                              \

@@ -22,11 +22,12 @@ def row_bytes(n, type):
     return n // BLOCK * info.block_bytes
 
 
-def quantize(array, type):
+def quantize(array, type, *, kv=False):
     """Blocks of an array, row by row along its last axis.
 
     array: float32 or float16 of shape (..., n) with n a multiple of 64; read in place if C-contiguous, otherwise
-    copied first.  type: "tbq2_0", "tbq3_0" or "tbq4_0".
+    copied first.  type: "tbq2_0", "tbq3_0" or "tbq4_0".  kv: encode as llama.cpp's cache of keys and values does,
+    which favours channels that are large, instead of for the least squared error; the format is the same.
     Returns uint8 of shape (..., row_bytes(n, type)).
     A block with a NaN or an infinity decodes to NaNs; its neighbours are not affected.
     Raises TBQError for another dtype, last axis or type.
@@ -40,10 +41,10 @@ def quantize(array, type):
     array = np.ascontiguousarray(array)
     packed = np.empty((*array.shape[:-1], width // BLOCK * info.block_bytes), np.uint8)
     if array.dtype == np.float32:
-        status = lib.tbq_quantize(info.id, _pointer("float[]", array), _pointer("char[]", packed), array.size)
+        encode, source = lib.tbq_quantize_kv if kv else lib.tbq_quantize, _pointer("float[]", array)
     else:
-        status = lib.tbq_quantize_f16(info.id, _pointer("uint16_t[]", array), _pointer("char[]", packed), array.size)
-    _check_status(status)
+        encode, source = lib.tbq_quantize_kv_f16 if kv else lib.tbq_quantize_f16, _pointer("uint16_t[]", array)
+    _check_status(encode(info.id, source, _pointer("char[]", packed), array.size))
     return packed
 
 

@@ -45,9 +45,10 @@ static tbq_type tbq(ggml_type t) {
     return (tbq_type) t;
 }
 
+// As the cache holds it.
 static std::vector<uint8_t> packed(ggml_type t, const std::vector<float> & x) {
     std::vector<uint8_t> out(tbq_row_bytes(tbq(t), (int64_t) x.size()));
-    tbq_quantize(tbq(t), x.data(), out.data(), (int64_t) x.size());
+    tbq_quantize_kv(tbq(t), x.data(), out.data(), (int64_t) x.size());
     return out;
 }
 
@@ -128,10 +129,12 @@ static void copies(ggml_type t, const std::string & name) {
     const auto    q = packed(t, x);
     graph         g;
 
-    std::vector<uint8_t> chunk(q.size());
-    expect(ggml_quantize_chunk(t, x.data(), chunk.data(), 0, rows, n, nullptr) == q.size() && chunk == q, "quantize_chunk to " + name);
+    std::vector<uint8_t> chunk(q.size()), plain(q.size());
+    tbq_quantize(tbq(t), x.data(), plain.data(), n * rows);
+    expect(ggml_quantize_chunk(t, x.data(), chunk.data(), 0, rows, n, nullptr) == q.size() && chunk == plain, "quantize_chunk to " + name);
+    memset(chunk.data() + tbq_row_bytes(tbq(t), 2 * n), 0, chunk.size() - tbq_row_bytes(tbq(t), 2 * n));
     ggml_quantize_chunk(t, x.data(), chunk.data(), 2 * n, rows - 2, n, nullptr);
-    expect(chunk == q, "quantize_chunk from a later row to " + name);
+    expect(chunk == plain, "quantize_chunk from a later row to " + name);
     expect(ggml_validate_row_data(t, q.data(), q.size()), "valid data in " + name);
     memset(chunk.data() + ggml_type_size(t), 0x7E, 2);
     expect(!ggml_validate_row_data(t, chunk.data(), q.size()), "a NaN in d in " + name);

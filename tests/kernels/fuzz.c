@@ -125,6 +125,10 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     k->quantize[t](x, rb, ROW);
     expect(memcmp(ra, rb, bytes) == 0, "quantize", k, bits, kind);
 
+    ref->quantize_kv[t](x, ra, ROW);
+    k->quantize_kv[t](x, rb, ROW);
+    expect(memcmp(ra, rb, bytes) == 0, "quantize_kv", k, bits, kind);
+
     if (kind == ANY_BITS) { // blocks nobody quantized: the decoders must agree on these too
         for (size_t i = 0; i < bytes; i++) {
             ra[i] = (uint8_t) random_bits();
