@@ -2,10 +2,11 @@
 # through pip into .venv.
 PYTHON ?= python3
 PORT   ?= 8080
+TESTS  ?= tests
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-STAMP   := $(VENV)/.tbq-installed
+STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches python -type f -not -name '*.pyc' -not -name '*.md')
 
 .PHONY: demo test serve install clean
@@ -14,9 +15,9 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches pyt
 demo: $(STAMP)  # build, ask a model with a tbq4_0 cache something over llama-server's API, print, stop
 	@$(BIN)/python -m tbq.demo --cache build/models
 
-test: $(STAMP)  # everything
+test: $(STAMP)  # everything; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: also on a second model, head size 128
 	@$(BIN)/python cmake/install.py $(VENV) --tests
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -c pyproject.toml $(if $(MODEL_D128),--model-d128=$(MODEL_D128)) $(TESTS)
 
 serve: $(STAMP)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
 	@$(BIN)/python cmake/web_ui.py build/ui
@@ -24,9 +25,15 @@ serve: $(STAMP)  # llama-server on PORT, until Ctrl-C; with the web UI where npm
 
 install: $(STAMP)  # build and install into .venv
 
+# The time of the stamp is that of the start, so that an edit during the build is built by the next make.
 $(STAMP): $(SOURCES)
+	@mkdir -p $(@D) && touch $@.new
 	@$(PYTHON) cmake/install.py $(VENV)
-	@touch $@
+	@mv $@.new $@
+
+ifeq ($(wildcard $(BIN)/tbq),)
+.PHONY: $(STAMP)
+endif
 
 clean:  # everything that was built or downloaded
 	rm -rf build $(VENV)

@@ -157,9 +157,9 @@ def make_venv(venv, log):
 
 
 def requirements():
-    """What builds the package: pyproject.toml's list, and the tools that pip would add to it."""
+    """What builds the package: pyproject.toml's list."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return ast.literal_eval(re.search(r"(?m)^requires = (\[.*\])$", text)[1]) + ["cmake>=3.21", "ninja"]
+    return ast.literal_eval(re.search(r"(?m)^requires = (\[.*\])$", text)[1])
 
 
 def pip(python, arguments, log, extra=None):

@@ -166,13 +166,34 @@ def extract_pin(pin, sdist, target):
         raise Failure(f"{sdist.name} has no {pin['folder']}/CMakeLists.txt")
 
 
+def left_out(source):
+    """For shutil.copytree: build folders and repository data stay behind."""
+    def ignore(folder, names):
+        top = pathlib.Path(folder) == source
+        return [name for name in names if name in ("node_modules", "__pycache__") or top and (
+            name == ".git" or name.startswith("build") and (source / name).is_dir())]
+    return ignore
+
+
 def copy_source(source, target):
-    """Copies a tree that the user has; build folders and repository data stay behind."""
+    """Copies a tree that the user has."""
     if not (source / "ggml" / "CMakeLists.txt").is_file():
         raise Failure(f"TBQ_LLAMA_CPP_SOURCE={source} is not a llama.cpp source tree")
     say(f"copying llama.cpp from {source}")
-    shutil.copytree(source, target, symlinks=True,
-                    ignore=shutil.ignore_patterns(".git", "build", "build-*", "node_modules", "__pycache__"))
+    shutil.copytree(source, target, symlinks=True, ignore=left_out(source))
+
+
+def fingerprint(source):
+    """Changes when a file of the user's tree does: names, sizes and times."""
+    ignore = left_out(source)
+    digest = hashlib.sha256(str(source).encode())
+    for folder, folders, files in os.walk(source):
+        skip = set(ignore(folder, folders + files))
+        folders[:] = sorted(set(folders) - skip)
+        for name in sorted(set(files) - skip):
+            status = os.lstat(os.path.join(folder, name))
+            digest.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 # --- patches ----------------------------------------------------------------------------------------------------
@@ -256,7 +277,9 @@ def series_size(patches):
 
 
 def stamp_of(pin, patches, source):
-    digest = hashlib.sha256(f"{LAYOUT}\n{json.dumps(pin, sort_keys=True)}\n{source or ''}\n".encode())
+    digest = hashlib.sha256(f"{LAYOUT}\n{json.dumps(pin, sort_keys=True)}\n".encode())
+    if source:
+        digest.update(fingerprint(source).encode())
     for patch in patches:
         digest.update(f"{patch.name}\n".encode() + hashlib.sha256(patch.read_bytes()).digest())
     return digest.hexdigest() + "\n"

@@ -206,6 +206,7 @@ def source(project):
     (tree / "ggml" / "list.txt").write_text(BEFORE)
     (tree / "build-x").mkdir()
     (tree / "build-x" / "large").write_text("")
+    (tree / "ggml" / "build-info.txt").write_text("")  # a file of upstream
     return tree
 
 
@@ -213,7 +214,17 @@ def test_source_is_copied(project, source):
     assert prepare(project, "--source", source).returncode == 0
     assert (project / "build" / "tree" / "ggml" / "list.txt").read_text() == AFTER
     assert not (project / "build" / "tree" / "build-x").exists()
+    assert (project / "build" / "tree" / "ggml" / "build-info.txt").exists()
     assert (source / "ggml" / "list.txt").read_text() == BEFORE
+
+
+def test_source_that_changes_is_copied_again(project, source):
+    prepare(project, "--source", source)
+    (source / "new.txt").write_text("new\n")
+    result = prepare(project, "--source", source)
+    assert result.returncode == 0 and "1 files changed" in result.stdout
+    assert (project / "build" / "tree" / "new.txt").exists()
+    assert "copying" not in prepare(project, "--source", source).stdout
 
 
 def test_source_of_another_version(project, source):
