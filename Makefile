@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches python -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: demo test serve install clean
+.PHONY: demo test serve bench install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  # build, ask a model with a tbq4_0 cache something over llama-server's API, print, stop
@@ -22,6 +22,9 @@ test: $(STAMP)  # everything; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: al
 serve: $(STAMP)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
 	@$(BIN)/python cmake/web_ui.py build/ui
 	@$(BIN)/python -m tbq.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
+
+bench: $(STAMP)  # dot product, dequantize and quantize on one core, beside ggml's own types
+	@$(BIN)/python cmake/install.py $(VENV) --bench
 
 install: $(STAMP)  # build and install into .venv
 

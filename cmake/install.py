@@ -3,6 +3,7 @@
 
     install.py VENV           what `make` runs before anything else
     install.py VENV --tests   builds llama.cpp's own tests in the same build folder
+    install.py VENV --bench   builds the kernels' benchmark there, and runs it
 
 Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
 complete output goes to build/install.log.
@@ -191,15 +192,16 @@ def environment(python):
             "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))}
 
 
-def build_tests(venv, log):
+def build_target(venv, log, target):
+    """Builds more in the folder of the last install; returns that folder."""
     folder = build_dir()
     if not folder:
         raise Failure("nothing is built yet; run make first")
-    print("Building llama.cpp's own tests (the first time about 4 minutes on 2 cores)", flush=True)
-    status, output = run([venv / "bin" / "cmake", "--build", folder, "--target", "tbq-llama-tests"], log,
+    status, output = run([venv / "bin" / "cmake", "--build", folder, "--target", target], log,
                          environment(venv / "bin" / "python"))
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+    return folder
 
 
 def open_log():
@@ -219,12 +221,17 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def main(venv, tests):
+def main(venv, extra):
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     with open_log() as log:
-        if tests:
-            build_tests(venv, log)
+        if extra == "--tests":
+            print("Building llama.cpp's own tests (the first time about 4 minutes on 2 cores)", flush=True)
+            build_target(venv, log, "tbq-llama-tests")
+            return
+        if extra == "--bench":
+            folder = build_target(venv, log, "tbq-bench-kernels")
+            subprocess.run([folder / "bin" / "tbq-bench-kernels"], check=False)
             return
         check_machine()
         python = make_venv(venv, log)
@@ -234,7 +241,7 @@ def main(venv, tests):
 
 if __name__ == "__main__":
     try:
-        main(pathlib.Path(sys.argv[1]).absolute(), "--tests" in sys.argv[2:])
+        main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else None)
     except Failure as failure:
         sys.exit(f"error: {failure}")
     except OSError as error:

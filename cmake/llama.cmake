@@ -128,6 +128,14 @@ get_property(TBQ_LLAMA_TESTS DIRECTORY "${TBQ_LLAMA_DIR}/tests" PROPERTY BUILDSY
 list(FILTER TBQ_LLAMA_TESTS INCLUDE REGEX "^test-")
 add_custom_target(tbq-llama-tests DEPENDS ${TBQ_LLAMA_TESTS} ${TBQ_MODULES})
 
+# `make bench`.  ggml's own types are measured beside ours, so it links the CPU backend, which modules do not allow.
+if(NOT GGML_BACKEND_DL)
+    add_executable(tbq-bench-kernels EXCLUDE_FROM_ALL ggml_tbq/bench/bench-kernels.cpp)
+    target_link_libraries(tbq-bench-kernels PRIVATE ggml-cpu ggml-base)
+    set_target_properties(tbq-bench-kernels PROPERTIES CXX_STANDARD 17
+        RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/bin")
+endif()
+
 install(TARGETS ${TBQ_PROGRAMS} RUNTIME DESTINATION tbq/bin COMPONENT tbq)
 install(TARGETS ${TBQ_SHARED}
     LIBRARY DESTINATION tbq/lib COMPONENT tbq

@@ -120,11 +120,14 @@ int main(int argc, char ** argv) {
                     v->dequantize[bits](b + r * step, y.data() + r * n, n);
                 }
             } });
-            quants.push_back({ name, [=, &x] {
-                for (int r = 0; r < rows; r++) {
-                    v->quantize[bits](x.data() + r * n, b + r * step, n);
-                }
-            } });
+            for (bool kv : { false, true }) {
+                const auto quantize = kv ? v->quantize_kv[bits] : v->quantize[bits];
+                quants.push_back({ name + (kv ? " kv" : ""), [=, &x] {
+                    for (int r = 0; r < rows; r++) {
+                        quantize(x.data() + r * n, b + r * step, n);
+                    }
+                } });
+            }
         }
     }
     run("dot product", dots, x.size(), rounds);
