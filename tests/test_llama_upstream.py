@@ -1,0 +1,110 @@
+"""llama.cpp's own tests on the patched tree."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_tools import ENV, TBQ, run
+
+# What ctest registers at this pin and cannot pass without a network; the unpatched pin fails these in the same way.
+NETWORK = {
+    "test-download-model",            # fetches stories15M
+    "test-thread-safety",             # runs on it; on the demo model below
+    "test-state-restore-fragmented",  # runs on it; on the demo model in test_llama_state.py
+    "test-arg-parser",                # its last part downloads a file
+    "test-tokenizers-ggml-vocabs",    # clones vocabularies, and passes when it cannot
+}
+# Pass at once when given no model, which says nothing.
+WANT_A_MODEL = {
+    "test-model-load-cancel", "test-autorelease",  # on the demo model below
+    "test-backend-sampler",                        # aborts on the demo model, unpatched too: wants stories15M's vocabulary
+}
+# jinja-py: the template engine against Python's jinja2, a minute of nothing that the patches touch.
+# quantize-fns: below, where its lines are read too.
+ELSEWHERE = {"test-jinja-py", "test-quantize-fns"}
+
+
+def program(build_dir, name):
+    found = [p for p in build_dir.rglob(f"bin/{name}") if p.is_file()]
+    assert found, f"{name} was not built"
+    return found[0]
+
+
+def ctest_program(build_dir):
+    """The ctest beside the cmake that configured the folder; pip may have thrown that one away since."""
+    cached = re.search(r"^CMAKE_CTEST_COMMAND:INTERNAL=(.*)$", (build_dir / "CMakeCache.txt").read_text(), re.M)
+    for path in (cached and cached[1], shutil.which("ctest"), Path(sys.executable).parent / "ctest"):
+        if path and Path(path).is_file():
+            return str(path)
+    pytest.fail("no ctest: neither the one that configured the build, nor on PATH, nor beside this Python")
+
+
+@pytest.fixture(scope="session")
+def ctest(build_dir):
+    """(results by test name, output) of one run of everything that can pass here."""
+    skip = "|".join(f"^{name}$" for name in sorted(NETWORK | ELSEWHERE | WANT_A_MODEL))
+    done = subprocess.run([ctest_program(build_dir), "--test-dir", str(build_dir), "-E", skip, "--timeout", "240", "--no-tests=error", "-j2"],
+                          capture_output=True, text=True, timeout=540, env=ENV)
+    results = dict(re.findall(r"Test +#\d+: (\S+) \.*(?: |\*\*\*)*(Passed|Failed|Not Run|Skipped|Timeout|Exception)", done.stdout))
+    return results, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_everything_that_needs_no_network(ctest):
+    results, out = ctest
+    assert {name: r for name, r in results.items() if r != "Passed"} == {}, out
+    # The ones that walk over all types or all kinds of operation must be there.
+    must = {"test-quantize-perf", "test-barrier", "test-rope", "test-alloc", "test-gguf", "test-opt",
+            "test-generate-models", "test-save-load-state", "test-recurrent-state-rollback", "test-tiled-mulmat"}
+    assert must <= set(results), must - set(results)
+
+
+def test_lists_above_name_real_tests(build_dir):
+    """A test that upstream renames must not stay excluded under its old name."""
+    text = "\n".join(p.read_text() for p in build_dir.rglob("CTestTestfile.cmake"))
+    known = set(re.findall(r'add_test\(\[*=*\[*"?([\w-]+)', text))
+    assert NETWORK | ELSEWHERE | WANT_A_MODEL <= known, (NETWORK | ELSEWHERE | WANT_A_MODEL) - known
+
+
+@pytest.mark.parametrize("name", ["test-model-load-cancel", "test-autorelease"])
+def test_with_the_demo_model(build_dir, demo_model, name):
+    run(program(build_dir, name), demo_model)
+
+
+@pytest.mark.parametrize("kind", TBQ)
+def test_thread_safety(build_dir, demo_model, kind):
+    """Two models with four contexts each, all generating at once."""
+    done = run(program(build_dir, "test-thread-safety"), "-m", demo_model, "-p", "The meaning of life is", "-n", 12, "-c", 256,
+               "-ub", 32, "-np", 4, "-t", 1, "-ctk", kind, "-ctv", kind, until="All threads finished")
+    assert "All threads finished without errors" in done.stdout + done.stderr
+
+
+def test_quantize_fns_walks_our_types(build_dir):
+    done = run(program(build_dir, "test-quantize-fns"), "-v", ok=False)
+    for name in TBQ:
+        for part in ("absolute quantization error", "reference implementation error", "dot product error"):
+            assert re.search(rf"{name} +{part}: +ok", done.stdout), done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def backend_ops(build_dir, op, pattern):
+    """(passed, total) of test-backend-ops on the CPU for one operation; each case against a plain float reference."""
+    out = run(program(build_dir, "test-backend-ops"), "test", "-b", "CPU", "-o", op, "-p", pattern, timeout=300)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out.stdout + out.stderr)
+    m = re.search(r"(\d+)/(\d+) tests passed", text)
+    assert m, text[-3000:]
+    assert "FAIL" not in text, text[-3000:]
+    # Of these cases the CPU backend takes none for a quantized type of its own either.
+    refused = [line for line in text.splitlines() if "not supported" in line and "type_b=f16" not in line]
+    assert not refused, refused
+    return int(m[1]), int(m[2])
+
+
+@pytest.mark.parametrize("op", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "SET_ROWS", "CPY", "FLASH_ATTN_EXT"])
+def test_backend_ops(build_dir, op):
+    passed, total = backend_ops(build_dir, op, "tbq[234]_0")
+    assert passed == total
+    # so many cases at the least that each type is in several; an empty selection also "passes"
+    assert total >= 20
