@@ -251,7 +251,7 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
     rng, tensors, tokenizer = np.random.default_rng(seed), {}, byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
     fields = {"context_length": 2048, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
-              "attention.layer_norm_rms_epsilon": 1e-5, **fields}
+              "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5, **fields}
 
     def add(name, *shape, scale=1.0):
         tensors[f"{name}.weight"] = (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype("f4")
@@ -262,21 +262,25 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
     add("token_embd", vocab, embd, scale=embd ** 0.5)
     add("output", vocab, embd, scale=3)
     ones("output_norm")
+    if arch == "stablelm":
+        tensors["output_norm.bias"] = np.zeros(embd, "f4")
     for b in (f"blk.{i}" for i in range(layers)):
         ones(f"{b}.attn_norm"), ones(f"{b}.ffn_norm")
+        if arch == "stablelm":  # its norms have biases
+            tensors[f"{b}.attn_norm.bias"] = tensors[f"{b}.ffn_norm.bias"] = np.zeros(embd, "f4")
         if not layer(add, ones, b):
             add(f"{b}.ffn_gate", ff, embd), add(f"{b}.ffn_up", ff, embd), add(f"{b}.ffn_down", embd, ff)
     return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, tensors)
 
 
-def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, experts=0, seed=1):
+def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, experts=0, seed=1, arch="llama", rope=None):
     """A random llama with the head size asked for; with experts, a mixture of them, two at a time.
 
     The scales make attention matter: logits of a few units before the softmax and values that the residual stream
     does not drown, so that a cache read wrongly shows in the output.
     """
     fields = {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "attention.key_length": head,
-              "attention.value_length": head, "rope.dimension_count": head,
+              "attention.value_length": head, "rope.dimension_count": rope or head,
               **({"expert_count": experts, "expert_used_count": 2} if experts else {})}
 
     def layer(add, ones, b):
@@ -290,7 +294,7 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
             add(f"{b}.ffn_down_exps", experts, embd, ff)
         return experts > 0
 
-    return write_random(path, "llama", fields, layer, layers, embd, ff, seed)
+    return write_random(path, arch, fields, layer, layers, embd, ff, seed)
 
 
 def tiny_mla(path, heads=4, layers=2, embd=256, ff=512, seed=1):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from llama_tools import GREEDY, TBQ, THREADS, Server, cache_line, cache_mib, complete, run
+from llama_tools import TBQ, Server, cache_line, cache_mib, complete, run
 
 PAIRS = [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "q8_0"), ("f16", "tbq3_0")]
 MANY = 16384  # cells: two decimals of the MiB are then one part in 10000, less than one byte per row

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from llama_tools import GREEDY, TBQ, THREADS, Server, complete, run
+from llama_tools import GREEDY, TBQ, THREADS, Server, complete, run, tiny_llama
 
 PAIRS = [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "f16"), ("q8_0", "tbq4_0")]
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
@@ -138,10 +138,10 @@ def test_upstream_restore_into_a_fragmented_cache(build_dir, demo_model, tmp_pat
 
 # -- context shift ------------------------------------------------------------------------------
 
-def count_on(bin_dir, model, k, v):
+def count_on(bin_dir, model, k, v, prompt=PROMPT):
     """Count from 12 for longer than the context: the numbers written, the log. The first four cells stay, as the
     model leans on them; the rest of the keys are turned to their new positions (dequantized, turned, quantized)."""
-    done = run(bin_dir / "llama-completion", "-m", model, "-p", PROMPT, "-n", 340, "-c", 256, "--keep", 4, "--context-shift",
+    done = run(bin_dir / "llama-completion", "-m", model, "-p", prompt, "-n", 340, "-c", 256, "--keep", 4, "--context-shift",
                "--ignore-eos", "-no-cnv", "--no-display-prompt", "-lv", 5, *types(k, v), *THREADS, *GREEDY, until="graphs reused")
     assert "applying K-shift" in done.stderr, "the context never filled"
     assert re.search(r"n_ctx_seq += 256", done.stderr)
@@ -180,3 +180,12 @@ def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
         assert moved["timings"]["prompt_n"] < 12, moved["timings"]
         fresh = server.complete(head + tail, n=10, cache_prompt=False)
     assert moved["content"][:8] == fresh["content"][:8] == " 13, 14,"
+
+
+@pytest.mark.parametrize("k", ["f16", *TBQ])
+def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k):
+    """RoPE on the first 32 channels of 64: a block holds channels that turn and channels that stay. The unpatched view
+    of 32 channels would be half a block."""
+    model = tiny_llama(tmp_path / "m.gguf", 64, arch="stablelm", rope=32)
+    _, text = count_on(bin_dir, model, k, "f16", prompt="abc")
+    assert len(text) >= 300

@@ -7,6 +7,7 @@
 
 #ifdef _MSC_VER
 #include <intrin.h>
+#include <windows.h>
 #endif
 
 typedef struct {
