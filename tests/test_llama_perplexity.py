@@ -7,12 +7,12 @@ from llama_tools import TBQ, Divergence, python_text
 
 # The text is the one that every CPython carries, so the numbers are not those of DESIGN section 8 (WikiText-2) but
 # lie near them. Measured here (Python 3.11's text, 2 chunks of 512, perplexity 12.6 with f16):
-#            both    K      V        both on the model with head size 128
-#   q8_0     0.0040                  0.0004
-#   q4_0     0.052   0.052  0.0088   0.0112
-#   tbq4_0   0.053   0.057  0.0084   0.0101
-#   tbq3_0   0.258   0.220  0.0227   0.0424
-#   tbq2_0   1.18    1.07   0.0878   0.168
+#            both    K       V        both on the model with head size 128
+#   q8_0     0.0040                   0.0004
+#   q4_0     0.0515  0.0519  0.0088   0.0112
+#   tbq4_0   0.033   0.026   0.0084   0.0100
+#   tbq3_0   0.156   0.124   0.0229   0.0375
+#   tbq2_0   0.82    0.70    0.0935   0.160
 # The text differs a little from one Python to the next, and a mean over 510 tokens is good to some 10 %: what binds
 # are the ratios within one run.
 
@@ -38,15 +38,15 @@ def kld(bin_dir, demo_model, text, tmp_path_factory):
 
 
 def test_four_bits_beside_q4_0(kld):
-    """4.25 bits against 4.5. The two are level (on WikiText-2 0.043 and 0.0439); a quarter more is not noise."""
-    assert kld("tbq4_0", "tbq4_0") <= 1.25 * kld("q4_0", "q4_0")
-    assert kld("tbq4_0", "tbq4_0") <= 0.09
+    """4.25 bits against 4.5, and better: by a third on this text, of which noise may take half."""
+    assert kld("tbq4_0", "tbq4_0") <= 0.85 * kld("q4_0", "q4_0")
+    assert kld("tbq4_0", "tbq4_0") <= 0.05
 
 
 def test_three_and_two_bits(kld):
-    """A quarter above what was measured on this text (on WikiText-2 the goals are 0.21 and 0.9)."""
-    assert kld("tbq3_0", "tbq3_0") <= 0.32
-    assert kld("tbq2_0", "tbq2_0") <= 1.5
+    """A third above what was measured on this text (on WikiText-2 the goals are 0.21 and 0.9)."""
+    assert kld("tbq3_0", "tbq3_0") <= 0.21
+    assert kld("tbq2_0", "tbq2_0") <= 1.1
 
 
 def test_fewer_bits_cost_more(kld):
@@ -61,7 +61,7 @@ def test_fewer_bits_cost_more(kld):
 
 @pytest.mark.parametrize("t", TBQ)
 def test_keys_need_more_bits_than_values(kld, t):
-    """On this model by a factor of 7 to 12 (K has large constant channels), and the pair costs about the sum."""
+    """On this model by a factor of 3 to 8 (half of the keys' energy is constant), and the pair costs about the sum."""
     k, v, both = kld(t, "f16"), kld("f16", t), kld(t, t)
     assert k > 2 * v
     assert max(k, v) * 0.75 < both < 1.6 * (k + v)
@@ -95,5 +95,5 @@ def test_second_model(bin_dir, model_d128, text, tmp_path):
     """Head size 128 and biases on K; the last column above."""
     kld = Divergence(bin_dir, model_d128, text, tmp_path / "logits", n_ctx=512, chunks=2)
     q4, four, three, two = (kld(t, t)["kld"] for t in ("q4_0", *TBQ))
-    assert four <= 1.25 * q4
+    assert four <= 1.1 * q4
     assert 2 * four < three and 2 * three < two
