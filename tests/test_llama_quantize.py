@@ -70,10 +70,10 @@ def test_quality(kld, pure):
     """Against the f16 file, all matrices in one type, measured here: q4_0 0.35, tbq4_0 0.35; tbq3_0 2.1 (upstream's
     q2_k, of about as many bytes, 1.9); tbq2_0 8.0 and upstream's q2_0, of the same bytes, 17.7. The rest of a good
     two-bit file is the mixture and the importance matrix, which a model of 135M parameters shows most."""
-    q4, q2, four, three, two = (kld(model=pure(kind))["kld"] for kind in ("q4_0", "q2_0", *TBQ))
+    q4, four, three, two = (kld(model=pure(kind))["kld"] for kind in ("q4_0", *TBQ))
     assert four < 1.25 * q4, (q4, four)
     assert 2 * four < three < 3.5
-    assert three < two < q2
+    assert three < two < 12
 
 
 @pytest.mark.parametrize("kind", ["tbq4_0", "tbq2_0"])

@@ -111,3 +111,9 @@ def test_unknown_type_in_a_file(bin_dir, tmp_path, type_id):
     """Numbers in the gaps around ours name no type: the file is refused, not read as something else."""
     said = refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id))
     assert re.search(rf"token_embd\.weight.*\b{type_id}\b", said), said
+
+
+@pytest.mark.parametrize("type_id,name", [(648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
+def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
+    """These are made of activations on the fly and have no way back to float: weights of such a type are damage."""
+    assert re.search(rf"token_embd\.weight.*\b{name}\b", refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id)))
