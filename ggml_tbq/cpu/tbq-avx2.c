@@ -1,15 +1,16 @@
-// AVX2 and F16C.
+// AVX2, F16C and FMA.
 #include "tbq-impl.h"
 #include "tbq-x86.h"
 
 #define TBQ_KERNELS      tbq_kernels_avx2
+#define TBQ_ATTENTION    tbq_attention_avx2
 #define TBQ_KERNELS_NAME "avx2"
 
 static int supported(void) {
 #ifdef _MSC_VER
     return IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE);
 #else
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 #endif
 }
 

@@ -31,6 +31,13 @@ extern const tbq_kernels tbq_kernels_avx512vnni;
 extern const tbq_kernels tbq_kernels_neon;
 extern const tbq_kernels tbq_kernels_neon_dotprod;
 
+extern const struct tbq_attention_kernels tbq_attention_ref;
+extern const struct tbq_attention_kernels tbq_attention_avx2;
+extern const struct tbq_attention_kernels tbq_attention_avx512;
+extern const struct tbq_attention_kernels tbq_attention_avx512vnni;
+extern const struct tbq_attention_kernels tbq_attention_neon;
+extern const struct tbq_attention_kernels tbq_attention_neon_dotprod;
+
 #ifdef _MSC_VER
 #include <intrin.h>
 #define TBQ_COUNT_TRAILING_ZEROS(x) ((int) _tzcnt_u64(x))
@@ -152,6 +159,21 @@ TBQ_INLINE const uint8_t * tbq_qs(const void * block) {
 
 TBQ_INLINE const uint8_t * tbq_qh(const void * block) {
     return (const uint8_t *) block + offsetof(block_tbq3_0, qh);
+}
+
+// The index of element e, in the order that tbq.h draws.
+TBQ_INLINE int tbq_index_of(int bits, const void * block, int e) {
+    const uint8_t * qs = tbq_qs(block);
+    if (bits == 4) {
+        return qs[e % 32] >> e / 32 * 4 & 15;
+    }
+    const int i   = e % 16;
+    const int j   = e / 16;
+    const int low = qs[i] >> 2 * j & 3;
+    if (bits == 2) {
+        return low;
+    }
+    return low | (tbq_qh(block)[i & 7] >> ((j & 1) | (i >> 3) << 1 | (j >> 1) << 2) & 1) << 2;
 }
 
 TBQ_INLINE uint16_t tbq_load_d(const void * block) {

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #define TBQ_KERNELS      tbq_kernels_ref
+#define TBQ_ATTENTION    tbq_attention_ref
 #define TBQ_KERNELS_NAME "ref"
 
 static int supported(void) {
@@ -149,22 +150,8 @@ static void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * b
     memcpy(bias, b, sizeof(b));
 }
 
-static int index_of(int bits, const void * block, int e) {
-    const uint8_t * qs = tbq_qs(block);
-    if (bits == 4) {
-        return qs[e % 32] >> e / 32 * 4 & 15;
-    }
-    const int i   = e % 16;
-    const int j   = e / 16;
-    const int low = qs[i] >> 2 * j & 3;
-    if (bits == 2) {
-        return low;
-    }
-    return low | (tbq_qh(block)[i & 7] >> ((j & 1) | (i >> 3) << 1 | (j >> 1) << 2) & 1) << 2;
-}
-
 static int level_of(int bits, const void * block, int e) {
-    return tbq_codebook(bits)[index_of(bits, block, e)];
+    return tbq_codebook(bits)[tbq_index_of(bits, block, e)];
 }
 
 static int magnitude_of(int bits, int q, const int16_t * thresholds) {

@@ -1,7 +1,8 @@
 // Rows, block by block, from the pieces that each instruction set defines; included once, at the end of each
 // implementation file.  Here are the steps that every implementation must take in the same way.
 //
-// The file that includes this defines TBQ_KERNELS (the symbol), TBQ_KERNELS_NAME, and, on one block:
+// The file that includes this defines TBQ_KERNELS (the symbol), TBQ_KERNELS_NAME, TBQ_ATTENTION (the symbol of
+// its attention kernels), and, on one block:
 //
 //   int supported(void)                                   does this machine run it?
 //   float half_to_float(uint16_t h)
@@ -269,4 +270,5 @@ const tbq_kernels TBQ_KERNELS = {
     .mad_rotated  = { mad_2, mad_3, mad_4 },
     .rotate       = rotate,
     .unrotate     = unrotate,
+    .attention    = &TBQ_ATTENTION,
 };

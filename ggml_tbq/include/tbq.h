@@ -199,6 +199,7 @@ typedef struct {
     void (*mad_rotated[3])(const void * src, float scale, float * acc, int64_t n);
     void (*rotate)(const float * src, float * dst, int64_t n);
     void (*unrotate)(const float * src, float * dst, int64_t n);
+    const struct tbq_attention_kernels * attention; // what tbq-attention.h uses
 } tbq_kernels;
 
 // Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their

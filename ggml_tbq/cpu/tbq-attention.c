@@ -1,0 +1,96 @@
+// Attention: how a problem is cut up, and who computes the pieces (tbq-attention.h).
+#include "tbq-attention-impl.h"
+
+enum {
+    MAX_TILE_ROWS  = 64,  // query rows that share an unpacked tile: unpacking is then some 3 % of the work
+    MAX_ITEM_ROWS  = 128, // of all KV heads of an item: their sums stay in the second-level cache
+    MIN_CHUNK_ROWS = 256, // cached rows: fewer, and merging is felt
+    ENOUGH_ITEMS   = 64,  // for as many threads as anyone runs decode on
+};
+
+static int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static tbq_status check(const tbq_attention * a) {
+    const int k = a->k.type, v = a->v.type;
+    if ((!is_tbq(k) && k != TBQ_ATTENTION_F16 && k != TBQ_ATTENTION_Q8_0) ||
+        (!is_tbq(v) && v != TBQ_ATTENTION_F16 && v != TBQ_ATTENTION_Q8_0) || (!is_tbq(k) && !is_tbq(v))) {
+        return TBQ_ERROR_TYPE;
+    }
+    if (a->n_streams < 1 || a->n_tokens < 1 || a->n_kv < 1 || a->n_head < 1 || a->n_head_kv < 1 ||
+        a->n_head % a->n_head_kv || a->k_size < 1 || a->k_size % TBQ_BLOCK || a->v_size < 1 || a->v_size % TBQ_BLOCK ||
+        a->k.n_streams < 1 || a->n_streams % a->k.n_streams || a->v.n_streams < 1 || a->n_streams % a->v.n_streams) {
+        return TBQ_ERROR_LENGTH;
+    }
+    return TBQ_OK;
+}
+
+// Prefill has items enough without cutting up the cache.  Decode has not: its items are chunks of the cache, with
+// all KV heads, because their slices of a cached row share cache lines; heads apart only if chunks are few.
+static void cut_up(tbq_attention_plan * p) {
+    const tbq_attention * a    = &p->a;
+    const int64_t         rows = a->n_tokens * (a->n_head / a->n_head_kv);
+
+    p->n_rows      = a->n_streams * a->n_tokens * a->n_head;
+    p->n_row_tiles = ceil_div(rows, MAX_TILE_ROWS);
+    p->tile_rows   = ceil_div(rows, p->n_row_tiles);
+
+    const int64_t groups   = ceil_div(a->n_head_kv, max64(1, MAX_ITEM_ROWS / p->tile_rows));
+    const int64_t parts    = a->n_streams * p->n_row_tiles; // things to do beside groups and chunks
+    const int64_t chunks   = min64(ceil_div(a->n_kv, MIN_CHUNK_ROWS), ceil_div(ENOUGH_ITEMS, parts * groups));
+    p->n_head_groups       = min64(a->n_head_kv, max64(groups, ceil_div(ENOUGH_ITEMS / 4, parts * chunks)));
+    p->heads_per_item      = ceil_div(a->n_head_kv, p->n_head_groups);
+    p->n_head_groups       = ceil_div(a->n_head_kv, p->heads_per_item);
+    p->chunk_rows          = ceil_div(ceil_div(a->n_kv, chunks), TBQ_TILE) * TBQ_TILE;
+    p->n_chunks            = ceil_div(a->n_kv, p->chunk_rows);
+    p->n_items             = parts * p->n_head_groups * p->n_chunks;
+}
+
+tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan) {
+    const tbq_status status = check(a);
+    if (status != TBQ_OK) {
+        return status;
+    }
+    attention_scratch s;
+    plan->a = *a;
+    cut_up(plan);
+    plan->thread_bytes  = lay_out(plan, NULL, &s);
+    plan->partial_bytes = 0;
+    if (plan->n_chunks > 1) {
+        plan->partial_bytes = (size_t) (plan->n_chunks * plan->n_rows * (TBQ_HEADER + a->v_size)) * sizeof(float);
+    }
+    return TBQ_OK;
+}
+
+// Partial results come first, then each thread's scratch.
+static uint8_t * aligned(const void * work) {
+    return (uint8_t *) (((uintptr_t) work + 63) & ~(uintptr_t) 63);
+}
+
+size_t tbq_attention_work_bytes(const tbq_attention_plan * plan, int n_threads) {
+    return 64 + plan->partial_bytes + (size_t) n_threads * plan->thread_bytes;
+}
+
+void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, void * work,
+                       int64_t (*next)(void * context), void * context) {
+    uint8_t * base     = aligned(work);
+    uint8_t * scratch  = base + plan->partial_bytes + (size_t) thread * plan->thread_bytes;
+    int64_t   prepared = -1; // whose queries the scratch holds
+    for (int64_t item = next(context); item < plan->n_items; item = next(context)) {
+        k->attention->run(plan, k, item, scratch, (float *) base, &prepared);
+    }
+}
+
+void tbq_attention_merge(const tbq_attention_plan * plan, const tbq_kernels * k, int64_t first, int64_t last,
+                         void * work) {
+    k->attention->merge(plan, k, first, last, (float *) aligned(work));
+}

@@ -1,0 +1,120 @@
+// Attention over packed keys and values, on the CPU.
+//
+//     out[s][t][h] = sum_i w_i v_i / sum_i w_i,   w_i = exp(logit_i),
+//     logit_i = cap(scale q.k_i) + slope_h mask_i          cap(x) = c tanh(x / c), or x without a soft-cap c
+//
+// for each query row: token t and head h of stream s.  Query head h reads KV head h / (n_head / n_head_kv).  With
+// sinks, exp(sink_h) is added to the denominator.
+//
+// K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them f16 or q8_0.
+//
+// A row whose mask is -Inf has no effect, whatever it holds, NaN included; nor has one whose weight is zero in f32.
+// A query row that sees no key at all gets zeros.  One that sees a NaN in a key or in a block of values, or a logit
+// of +Inf, gets NaN there.
+//
+// The computation, per tile of 64 cached rows (cpu/tbq-attention-tile.h has the reasons):
+//   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
+//     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
+//   - softmax in f32, relative to the tile's maximum
+//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest scale in the tile;
+//     products with unpacked V are exact integers again.  The sum stays rotated; one rotation back per query row
+//     ends it.  f16 and q8_0 values meet f32 weights
+// What that adds to f32 arithmetic on the dequantized cache: docs/attention.md.
+//
+// EXACTNESS
+//
+// The same bits from every implementation, and for every number of threads and order of items (default rounding
+// mode; the bits of a NaN may differ).
+//
+// USE
+//
+// The caller owns the threads.  With a plan p and work of tbq_attention_work_bytes(p, n_threads) bytes:
+//
+//     each thread:  tbq_attention_run(p, k, thread, work, next, context)
+//     barrier, unless p->n_chunks == 1
+//     each thread:  for its share of the rows:  tbq_attention_merge(p, k, first, last, work)    unless n_chunks == 1
+#pragma once
+
+#include "tbq.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Types of K and V.  The ids of the last two are ggml's.
+typedef enum {
+    TBQ_ATTENTION_TBQ2_0 = TBQ_TYPE_TBQ2_0,
+    TBQ_ATTENTION_TBQ3_0 = TBQ_TYPE_TBQ3_0,
+    TBQ_ATTENTION_TBQ4_0 = TBQ_TYPE_TBQ4_0,
+    TBQ_ATTENTION_F16    = 1,
+    TBQ_ATTENTION_Q8_0   = 8,
+} tbq_attention_type;
+
+// One of K and V.  Strides are in bytes, from one cached row, KV head and stream to the next.
+typedef struct {
+    int          type; // tbq_attention_type
+    const void * data;
+    size_t       row_stride, head_stride, stream_stride;
+    int64_t      n_streams; // divides tbq_attention.n_streams: each is read by so many consecutive ones
+} tbq_attention_side;
+
+typedef struct {
+    int64_t n_streams; // independent problems, each with n_tokens query rows for each head
+    int64_t n_tokens;
+    int64_t n_kv;      // cached rows
+    int64_t n_head;    // a multiple of
+    int64_t n_head_kv;
+    int64_t k_size;    // head sizes: multiples of 64
+    int64_t v_size;
+
+    const float * q;   // k_size values for each query row; strides in bytes
+    size_t        q_token_stride, q_head_stride, q_stream_stride;
+
+    tbq_attention_side k, v;
+
+    const uint16_t * mask; // IEEE halves, n_kv for each token, or NULL; strides in bytes
+    size_t           mask_token_stride, mask_head_stride, mask_stream_stride;
+    int64_t          mask_n_heads, mask_n_streams; // head h uses h % mask_n_heads; streams likewise
+
+    const float * sinks; // n_head values, or NULL
+    float         scale, max_bias, logit_softcap; // max_bias > 0: ALiBi slopes; logit_softcap 0: none
+
+    float * out; // [n_streams][n_tokens][n_head][v_size]
+} tbq_attention;
+
+// How a problem is cut up: a function of its shape alone, never of the number of threads, so that results are not
+// either.  An item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that
+// lie side by side in a cached row.
+typedef struct {
+    tbq_attention a;
+    int64_t       n_items;
+    int64_t       n_chunks;       // of the cache; more than one: partial results, to be merged
+    int64_t       chunk_rows;     // cached rows in a chunk, a multiple of 64
+    int64_t       heads_per_item; // KV heads
+    int64_t       n_head_groups;
+    int64_t       tile_rows;      // query rows of one KV head in an item; row = token . (n_head / n_head_kv) + head
+    int64_t       n_row_tiles;
+    int64_t       n_rows;         // of out
+    size_t        thread_bytes, partial_bytes;
+} tbq_attention_plan;
+
+// TBQ_OK, or the reason why these kernels do not take the problem: TBQ_ERROR_TYPE (neither side is tbq, or one is of
+// a type not listed above), TBQ_ERROR_LENGTH (head sizes, head or stream counts).  Reads shapes and types only: data
+// pointers and strides may still be missing, to plan ahead.
+TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
+
+// Bytes of work: scratch of each thread and, with several chunks, partial results.
+TBQ_API size_t tbq_attention_work_bytes(const tbq_attention_plan * plan, int n_threads);
+
+// Takes the items that next(context) hands out, until it returns plan->n_items or more.  thread: 0 .. n_threads - 1.
+// work is the same for all threads.
+TBQ_API void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, void * work,
+                               int64_t (*next)(void * context), void * context);
+
+// Rows first .. last - 1 of out, of plan->n_rows, from the partial results, which are used up.
+TBQ_API void tbq_attention_merge(const tbq_attention_plan * plan, const tbq_kernels * k, int64_t first, int64_t last,
+                                 void * work);
+
+#ifdef __cplusplus
+}
+#endif

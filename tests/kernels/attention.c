@@ -1,0 +1,499 @@
+// Attention on problems of random shape: every implementation against the scalar reference, bit for bit; the
+// reference against plain arithmetic in double precision on the dequantized cache; several threads against one.
+//
+//     attention [problems] [seed] [threads]
+//
+// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a
+// read too far.  Prints the implementations that ran; exits 1 on a difference.
+#include "tbq-attention.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t state;
+
+static uint32_t random_bits(void) { // splitmix64 (Steele, Lea, Flood 2014)
+    uint64_t z = state += 0x9E3779B97F4A7C15;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    return (uint32_t) ((z ^ (z >> 31)) >> 32);
+}
+
+static int64_t below(int64_t n) {
+    return random_bits() % n;
+}
+
+static float gaussian(void) {
+    const float u = ((float) (random_bits() >> 8) + 1.0f) * 0x1p-24f;
+    return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * (float) (random_bits() >> 8) * 0x1p-24f);
+}
+
+#define PICK(list) ((list)[below(sizeof(list) / sizeof((list)[0]))])
+
+// --- halves and rows, independent of the library's -----------------------------------------------------------------
+
+static float from_half(uint16_t h) {
+    const int   e = h >> 10 & 31, m = h & 1023;
+    const float x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf((float) (1024 + m), e - 25) : ldexpf((float) m, -24);
+    return h & 0x8000 ? -x : x;
+}
+
+static uint16_t to_half(float x) { // up to 60000, or -Inf; what would be subnormal becomes 0
+    if (fabsf(x) < 0x1p-14f || x == -INFINITY) {
+        return x == -INFINITY ? 0xFC00 : 0;
+    }
+    int         e;
+    const float m = frexpf(fabsf(x), &e); // [0.5, 1)
+    const int   q = (int) lrintf(m * 2048);
+    return (uint16_t) ((x < 0 ? 0x8000 : 0) | (((e + 14) << 10) + (q - 1024)));
+}
+
+static size_t bytes_of(int type, int64_t n) {
+    return type == TBQ_ATTENTION_F16 ? (size_t) n * 2 : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34 : tbq_row_bytes(type, n);
+}
+
+static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
+    if (type == TBQ_ATTENTION_F16) {
+        for (int64_t i = 0; i < n; i++) {
+            const uint16_t h = to_half(x[i]);
+            memcpy(dst + 2 * i, &h, 2);
+        }
+    } else if (type == TBQ_ATTENTION_Q8_0) {
+        for (int64_t i = 0; i < n; i += 32, dst += 34) {
+            float top = 0;
+            for (int j = 0; j < 32; j++) {
+                top = fmaxf(top, fabsf(x[i + j]));
+            }
+            const uint16_t d = to_half(top / 127);
+            memcpy(dst, &d, 2);
+            for (int j = 0; j < 32; j++) {
+                ((int8_t *) dst)[2 + j] = (int8_t) (top > 0 ? lrintf(fminf(fmaxf(x[i + j] / from_half(d), -127), 127)) : 0);
+            }
+        }
+    } else {
+        tbq_quantize_kv(type, x, dst, n);
+    }
+}
+
+static void decode(int type, const uint8_t * src, float * x, int64_t n) {
+    if (type == TBQ_ATTENTION_F16) {
+        for (int64_t i = 0; i < n; i++) {
+            x[i] = from_half((uint16_t) (src[2 * i] | src[2 * i + 1] << 8));
+        }
+    } else if (type == TBQ_ATTENTION_Q8_0) {
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t * b = src + i / 32 * 34;
+            x[i] = from_half((uint16_t) (b[0] | b[1] << 8)) * (float) ((const int8_t *) b)[2 + i % 32];
+        }
+    } else {
+        tbq_list_kernels(&(int) { 0 })[0]->dequantize[type - TBQ_TYPE_TBQ2_0](src, x, n);
+    }
+}
+
+// --- problems ---------------------------------------------------------------------------------------------------
+
+typedef struct {
+    tbq_attention a;
+    void *        buffers[8];
+    int           n_buffers;
+    uint8_t *     hidden; // [streams][tokens][n_kv], by the mask of head 0
+} problem;
+
+static void * allocate(problem * p, size_t bytes) {
+    return p->buffers[p->n_buffers++] = malloc(bytes);
+}
+
+// A cache [streams][rows][heads] or [streams][heads][rows], rows of it with NaN scales if no query sees them.
+static void make_side(problem * p, tbq_attention_side * s, int type, int64_t size, int64_t n_streams, const uint8_t * unseen) {
+    const tbq_attention * a   = &p->a;
+    const size_t          one = bytes_of(type, size) + (below(4) ? 0 : type == TBQ_ATTENTION_F16 ? 2 : 34) * below(3);
+    s->type      = type;
+    s->n_streams = n_streams;
+    if (below(2)) {
+        s->head_stride = one;
+        s->row_stride  = one * a->n_head_kv;
+    } else {
+        s->row_stride  = one;
+        s->head_stride = one * a->n_kv;
+    }
+    s->stream_stride = one * a->n_kv * a->n_head_kv;
+    const size_t total = s->stream_stride * (n_streams - 1) + s->head_stride * (a->n_head_kv - 1) +
+                         s->row_stride * (a->n_kv - 1) + bytes_of(type, size);
+    uint8_t * data = allocate(p, total);
+    float *   x    = malloc(size * sizeof(float));
+    s->data = data;
+    for (int64_t stream = 0; stream < n_streams; stream++) {
+        for (int64_t h = 0; h < a->n_head_kv; h++) {
+            for (int64_t r = 0; r < a->n_kv; r++) {
+                for (int64_t i = 0; i < size; i++) {
+                    x[i] = gaussian() * (r == 0 ? 3.0f : 1.0f);
+                }
+                uint8_t * dst = data + stream * s->stream_stride + h * s->head_stride + r * s->row_stride;
+                encode(type, x, dst, size);
+                if (unseen && unseen[r]) {
+                    memcpy(dst, "\xff\x7f", 2);
+                }
+            }
+        }
+    }
+    free(x);
+}
+
+static void make_mask(problem * p) {
+    static const int64_t pads[] = { 0, 0, 1, 7, 64 };
+    tbq_attention *      a      = &p->a;
+    a->mask_n_heads   = below(4) ? 1 : a->n_head;
+    a->mask_n_streams = below(2) ? 1 : a->n_streams;
+    a->mask_token_stride  = (size_t) (a->n_kv + PICK(pads)) * 2;
+    a->mask_head_stride   = a->mask_token_stride * a->n_tokens;
+    a->mask_stream_stride = a->mask_head_stride * a->mask_n_heads;
+    const int64_t rows = a->mask_n_streams * a->mask_n_heads * a->n_tokens;
+    uint16_t *    m    = allocate(p, rows * a->mask_token_stride - (a->mask_token_stride - a->n_kv * 2));
+    const int     kind = (int) below(6);
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t token = i % a->n_tokens;
+        for (int64_t r = 0; r < a->n_kv; r++) {
+            int hide;
+            switch (kind) {
+                case 0:  hide = 0; break;
+                case 1:  hide = r > a->n_kv - a->n_tokens + token; break;                     // causal
+                case 2:  hide = r > a->n_kv - a->n_tokens + token || r + 100 < token; break;  // and a window
+                case 3:  hide = below(3) == 0; break;
+                case 4:  hide = r % a->n_tokens != token; break;                              // a sequence for each token
+                default: hide = r < a->n_kv - 1 || (token & 1); break;                        // one row, or none
+            }
+            ((uint16_t *) ((char *) m + i * a->mask_token_stride))[r] = to_half(hide ? -INFINITY : kind == 3 || a->max_bias > 0 ? -(float) below(64) / 8 : 0.0f);
+        }
+    }
+    a->mask = m;
+}
+
+// Rows that no query of any stream and head sees.
+static uint8_t * find_unseen(const tbq_attention * a) {
+    uint8_t * unseen = malloc(a->n_kv);
+    memset(unseen, a->mask != NULL, a->n_kv);
+    for (int64_t i = 0; a->mask && i < a->mask_n_streams * a->mask_n_heads * a->n_tokens; i++) {
+        for (int64_t r = 0; r < a->n_kv; r++) {
+            unseen[r] &= ((const uint16_t *) ((const char *) a->mask + i * a->mask_token_stride))[r] == 0xFC00;
+        }
+    }
+    return unseen;
+}
+
+static problem make_problem(void) {
+    static const int     types[]     = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0, TBQ_ATTENTION_F16, TBQ_ATTENTION_Q8_0 };
+    static const int64_t sizes[][2]  = { { 64, 64 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 512, 512 }, { 576, 512 }, { 64, 128 } };
+    static const int64_t groups[]    = { 1, 2, 3, 4, 7, 8, 16 };
+    static const int64_t tokens[]    = { 1, 1, 1, 2, 3, 4, 5, 8, 16, 33, 75 };
+    static const int64_t lengths[]   = { 1, 2, 63, 64, 65, 113, 128, 256, 257, 500, 700, 1030 };
+    problem              p           = { 0 };
+    tbq_attention *      a           = &p.a;
+    do {
+        a->k.type = PICK(types);
+        a->v.type = PICK(types);
+    } while (a->k.type < 100 && a->v.type < 100);
+    const int64_t * size = PICK(sizes);
+    a->k_size    = size[0];
+    a->v_size    = size[1];
+    a->n_streams = 1 + (below(4) == 0) + (below(8) == 0) * 2;
+    do {
+        a->n_tokens  = PICK(tokens);
+        a->n_kv      = PICK(lengths);
+        a->n_head_kv = 1 + below(5);
+        a->n_head    = a->n_head_kv * PICK(groups);
+    } while (a->n_streams * a->n_tokens * a->n_head * a->n_kv * a->k_size > 40000000); // scalar code must do it, too
+    a->scale         = 1.0f / sqrtf((float) a->k_size);
+    a->max_bias      = below(4) ? 0.0f : 8.0f;
+    a->logit_softcap = below(4) ? 0.0f : 10.0f;
+    if (below(3) == 0) {
+        a->scale *= 8; // peaked
+    }
+    if (below(5)) {
+        make_mask(&p);
+    }
+    uint8_t *  unseen   = find_unseen(a);
+    const int  poison   = below(2) == 0;
+    const int64_t k_streams = a->n_streams % 2 || below(2) ? a->n_streams : a->n_streams / 2;
+    make_side(&p, &a->k, a->k.type, a->k_size, k_streams, poison ? unseen : NULL);
+    if (a->k.type == a->v.type && a->v_size <= a->k_size && below(4) == 0) {
+        a->v = a->k; // MLA
+    } else {
+        make_side(&p, &a->v, a->v.type, a->v_size, below(2) ? a->n_streams : k_streams, poison ? unseen : NULL);
+    }
+    free(unseen);
+    a->q_token_stride = a->k_size * sizeof(float);
+    a->q_head_stride  = a->q_token_stride * a->n_tokens;
+    if (below(2)) {
+        a->q_head_stride  = a->k_size * sizeof(float);
+        a->q_token_stride = a->q_head_stride * a->n_head;
+    }
+    a->q_stream_stride = a->k_size * sizeof(float) * a->n_head * a->n_tokens;
+    float * q = allocate(&p, a->n_streams * a->q_stream_stride);
+    for (size_t i = 0; i < a->n_streams * a->q_stream_stride / sizeof(float); i++) {
+        q[i] = gaussian();
+    }
+    a->q = q;
+    if (below(3) == 0) {
+        float * sinks = allocate(&p, a->n_head * sizeof(float));
+        for (int64_t h = 0; h < a->n_head; h++) {
+            sinks[h] = gaussian() * 3;
+        }
+        a->sinks = sinks;
+    }
+    return p;
+}
+
+static void free_problem(problem * p) {
+    for (int i = 0; i < p->n_buffers; i++) {
+        free(p->buffers[i]);
+    }
+}
+
+// --- the ways to compute it ------------------------------------------------------------------------------------
+
+// The query that the kernel works with: rounded to 8 bits in the rotated domain if keys are tbq.
+static void round_query(const tbq_attention * a, const float * q, float * dst) {
+    memcpy(dst, q, a->k_size * sizeof(float));
+    for (int64_t i = 0; a->k.type > 100 && i < a->k_size; i += TBQ_BLOCK) {
+        block_tbq8_act b;
+        tbq_quantize(TBQ_TYPE_TBQ8_ACT, q + i, &b, TBQ_BLOCK);
+        for (int j = 0; j < TBQ_BLOCK; j++) {
+            dst[i + j] = b.d * b.qs[j];
+        }
+        tbq_unrotate(dst + i, dst + i, TBQ_BLOCK);
+    }
+}
+
+// Double precision on the dequantized cache.
+static void oracle(const tbq_attention * a, int rounded, double * out) {
+    const int64_t group = a->n_head / a->n_head_kv;
+    float *       row   = malloc((a->k_size + a->v_size) * sizeof(float));
+    float *       q     = malloc(a->k_size * sizeof(float));
+    double *      w     = malloc(a->n_kv * sizeof(double));
+    int64_t       power = 1;
+    while (2 * power <= a->n_head) {
+        power *= 2;
+    }
+    for (int64_t i = 0; i < a->n_streams * a->n_tokens * a->n_head; i++, out += a->v_size) {
+        const int64_t h = i % a->n_head, t = i / a->n_head % a->n_tokens, s = i / a->n_head / a->n_tokens;
+        const float * exact = (const float *) ((const char *) a->q + s * a->q_stream_stride + h * a->q_head_stride + t * a->q_token_stride);
+        const uint8_t * k = (const uint8_t *) a->k.data + s / (a->n_streams / a->k.n_streams) * a->k.stream_stride + h / group * a->k.head_stride;
+        const uint8_t * v = (const uint8_t *) a->v.data + s / (a->n_streams / a->v.n_streams) * a->v.stream_stride + h / group * a->v.head_stride;
+        const double slope = a->max_bias <= 0 ? 1 : h < power ? pow(2, -a->max_bias / power * (h + 1)) : pow(2, -a->max_bias / 2 / power * (2 * (h - power) + 1));
+        double       top   = a->sinks ? a->sinks[h] : -INFINITY;
+        double       total = 0;
+        memcpy(q, exact, a->k_size * sizeof(float));
+        if (rounded) {
+            round_query(a, exact, q);
+        }
+        for (int64_t r = 0; r < a->n_kv; r++) {
+            const double m = a->mask ? from_half(((const uint16_t *) ((const char *) a->mask + s % a->mask_n_streams * a->mask_stream_stride + h % a->mask_n_heads * a->mask_head_stride + t * a->mask_token_stride))[r]) : 0;
+            w[r] = -INFINITY;
+            if (m > -INFINITY) {
+                double x = 0;
+                decode(a->k.type, k + r * a->k.row_stride, row, a->k_size);
+                for (int64_t c = 0; c < a->k_size; c++) {
+                    x += (double) q[c] * row[c];
+                }
+                x *= a->scale;
+                w[r] = (a->logit_softcap ? a->logit_softcap * tanh(x / a->logit_softcap) : x) + slope * m;
+            }
+            top = fmax(top, w[r]);
+        }
+        for (int64_t c = 0; c < a->v_size; c++) {
+            out[c] = 0;
+        }
+        for (int64_t r = 0; r < a->n_kv; r++) {
+            if (w[r] > -INFINITY) {
+                const double p = exp(w[r] - top);
+                total += p;
+                decode(a->v.type, v + r * a->v.row_stride, row, a->v_size);
+                for (int64_t c = 0; c < a->v_size; c++) {
+                    out[c] += p * row[c];
+                }
+            }
+        }
+        total += a->sinks ? exp(a->sinks[h] - top) : 0;
+        for (int64_t c = 0; c < a->v_size; c++) {
+            out[c] = total > 0 ? out[c] / total : 0;
+        }
+    }
+    free(row);
+    free(q);
+    free(w);
+}
+
+typedef struct {
+    const tbq_attention_plan * plan;
+    const tbq_kernels *        k;
+    void *                     work;
+    int                        n_threads, thread;
+    int64_t *                  next; // shared
+    int64_t                    stride;
+    pthread_barrier_t *        barrier;
+} worker;
+
+// Items in another order than 0, 1, 2: number times stride, modulo their count, to which stride has no common divisor.
+static int64_t take(void * context) {
+    const worker * w      = context;
+    const int64_t  number = __atomic_fetch_add(w->next, 1, __ATOMIC_RELAXED);
+    return number >= w->plan->n_items ? w->plan->n_items : number * w->stride % w->plan->n_items;
+}
+
+static void * work_on(void * argument) {
+    worker *                   w = argument;
+    const tbq_attention_plan * p = w->plan;
+    tbq_attention_run(p, w->k, w->thread, w->work, take, w);
+    if (p->n_chunks > 1) {
+        pthread_barrier_wait(w->barrier);
+        tbq_attention_merge(p, w->k, p->n_rows * w->thread / w->n_threads, p->n_rows * (w->thread + 1) / w->n_threads, w->work);
+    }
+    return NULL;
+}
+
+static int64_t gcd(int64_t a, int64_t b) {
+    return b ? gcd(b, a % b) : a;
+}
+
+static float * compute(const tbq_attention * a, const tbq_kernels * k, int n_threads) {
+    const int64_t      n   = a->n_streams * a->n_tokens * a->n_head * a->v_size;
+    tbq_attention      b   = *a;
+    float *            out = malloc(n * sizeof(float));
+    tbq_attention_plan plan;
+    b.out = out;
+    if (tbq_attention_make_plan(&b, &plan) != TBQ_OK) {
+        printf("no plan\n");
+        exit(1);
+    }
+    pthread_barrier_t barrier;
+    pthread_t         threads[16];
+    worker            workers[16];
+    int64_t           next   = 0;
+    int64_t           stride = 1 + below(plan.n_items);
+    while (gcd(stride, plan.n_items) != 1) {
+        stride++;
+    }
+    void * work = malloc(tbq_attention_work_bytes(&plan, n_threads));
+    memset(work, 0xFF, tbq_attention_work_bytes(&plan, n_threads));
+    pthread_barrier_init(&barrier, NULL, n_threads);
+    for (int i = 0; i < n_threads; i++) {
+        workers[i] = (worker) { &plan, k, work, n_threads, i, &next, stride, &barrier };
+        pthread_create(&threads[i], NULL, work_on, &workers[i]);
+    }
+    for (int i = 0; i < n_threads; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    pthread_barrier_destroy(&barrier);
+    free(work);
+    return out;
+}
+
+// Of the reference against double precision on the same rounded queries.  A weight is rounded to 1 / 32639 of the
+// tile's largest, at worst (one large weight in a tile, the other 63 rows half a unit off and alike) 1e-3 of the sum.
+// Random rows come to 1e-5, squared 1e-10; sums that cancel to a tenth, to 1e-8.
+#define LARGEST_ERROR 1e-7
+
+// --- comparisons -------------------------------------------------------------------------------------------------
+
+static void describe(const tbq_attention * a) {
+    printf("  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g\n",
+           a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams, (int) a->v.n_streams,
+           (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL, (int) a->mask_n_heads,
+           a->sinks != NULL, a->max_bias, a->logit_softcap);
+}
+
+static int same(const char * name, const tbq_attention * a, const float * x, const float * y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (memcmp(x + i, y + i, sizeof(float)) && !(isnan(x[i]) && isnan(y[i]))) {
+            printf("%s differs at %d of %d: %.9g, not %.9g\n", name, (int) i, (int) n, y[i], x[i]);
+            describe(a);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+// Squared error over squares.
+static double error_of(const tbq_attention * a, int rounded, const float * x) {
+    const int64_t n    = a->n_streams * a->n_tokens * a->n_head * a->v_size;
+    double *      want = malloc(n * sizeof(double));
+    double        e = 0, s = 0;
+    oracle(a, rounded, want);
+    for (int64_t i = 0; i < n; i++) {
+        e += (x[i] - want[i]) * (x[i] - want[i]);
+        s += want[i] * want[i];
+    }
+    free(want);
+    return s > 0 ? e / s : e;
+}
+
+// A NaN in a visible row reaches exactly what reads it.
+static int check_nan(const tbq_kernels * k) {
+    problem         p = make_problem();
+    tbq_attention * a = &p.a;
+    const int64_t   n = a->n_streams * a->n_tokens * a->n_head * a->v_size;
+    const int       in_values = below(2) != 0;
+    const int64_t   at = below(a->n_kv), head = below(a->n_head_kv);
+    tbq_attention_side * side = in_values ? &a->v : &a->k;
+    a->max_bias = 0;
+    memcpy((uint8_t *) side->data + head * side->head_stride + at * side->row_stride, below(2) ? "\xff\x7f" : "\x00\x7c", 2);
+    const tbq_kernels * ref = tbq_list_kernels(&(int) { 0 })[0];
+    float *             x   = compute(a, ref, 1);
+    float *             y   = compute(a, k, 2);
+    const int           ok  = same("with NaN", a, x, y, n);
+    free(x);
+    free(y);
+    free_problem(&p);
+    return ok;
+}
+
+int main(int argc, char ** argv) {
+    const int problems  = argc > 1 ? atoi(argv[1]) : 100;
+    const int n_threads = argc > 3 ? atoi(argv[3]) : 3;
+    state = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
+
+    int                         count, failed = 0, chunked = 0;
+    const tbq_kernels * const * list  = tbq_list_kernels(&count);
+    double                      worst = 0, from_rounding = 0;
+    int                         n_rounded = 0;
+    for (int i = 0; i < problems; i++) {
+        problem       p = make_problem();
+        const int64_t n = p.a.n_streams * p.a.n_tokens * p.a.n_head * p.a.v_size;
+        float *       x = compute(&p.a, list[0], 1);
+        tbq_attention_plan plan;
+        tbq_attention_make_plan(&p.a, &plan);
+        chunked += plan.n_chunks > 1;
+
+        const double e = error_of(&p.a, 1, x);
+        worst          = fmax(worst, e);
+        if (p.a.k.type > 100) {
+            from_rounding += error_of(&p.a, 0, x);
+            n_rounded++;
+        }
+        if (!(e < LARGEST_ERROR)) {
+            printf("ref is off by %g\n", e);
+            describe(&p.a);
+            failed++;
+        }
+        for (int j = 0; j < count; j++) {
+            if (list[j]->supported()) {
+                float * y = compute(&p.a, list[j], 1 + (int) below(n_threads));
+                failed += !same(list[j]->name, &p.a, x, y, n);
+                free(y);
+                failed += i % 4 == 0 && !check_nan(list[j]);
+            }
+        }
+        free(x);
+        free_problem(&p);
+    }
+    for (int j = 0; j < count; j++) {
+        printf("%s: %s\n", list[j]->supported() ? "compared with ref" : "not supported here", list[j]->name);
+    }
+    printf("%d problems, %d of them in chunks; relative squared error at most %.2g, and %.2g on average with queries rounded to 8 bits\n",
+           problems, chunked, worst, from_rounding / n_rounded);
+    printf("%d differences\n", failed);
+    return failed != 0;
+}
