@@ -1,0 +1,101 @@
+#include "tbq-ggml-cpu.h"
+
+#include "ggml-cpu-impl.h"
+#include "tbq-attention.h"
+
+#include <string.h>
+
+static tbq_attention_side side_of(const struct ggml_tensor * t) {
+    const tbq_attention_side side = {
+        .type          = (int) t->type,
+        .data          = t->data,
+        .row_stride    = t->nb[1],
+        .head_stride   = t->nb[2],
+        .stream_stride = t->nb[3],
+        .n_streams     = t->ne[3],
+    };
+    return side;
+}
+
+// False for what the kernels do not take.
+static bool make_plan(const struct ggml_tensor * dst, tbq_attention_plan * plan) {
+    const struct ggml_tensor * q     = dst->src[0];
+    const struct ggml_tensor * k     = dst->src[1];
+    const struct ggml_tensor * v     = dst->src[2];
+    const struct ggml_tensor * mask  = dst->src[3];
+    const struct ggml_tensor * sinks = dst->src[4];
+    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || k->ne[2] != v->ne[2] ||
+        k->nb[0] != ggml_type_size(k->type) || v->nb[0] != ggml_type_size(v->type) || !ggml_is_contiguous(dst) ||
+        (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t)))) {
+        return false;
+    }
+    tbq_attention a = {
+        .n_streams       = q->ne[3],
+        .n_tokens        = q->ne[1],
+        .n_kv            = k->ne[1],
+        .n_head          = q->ne[2],
+        .n_head_kv       = k->ne[2],
+        .k_size          = k->ne[0],
+        .v_size          = v->ne[0],
+        .q               = (const float *) q->data,
+        .q_token_stride  = q->nb[1],
+        .q_head_stride   = q->nb[2],
+        .q_stream_stride = q->nb[3],
+        .k               = side_of(k),
+        .v               = side_of(v),
+        .sinks           = sinks ? (const float *) sinks->data : NULL,
+        .out             = (float *) dst->data,
+    };
+    if (mask) {
+        a.mask               = (const uint16_t *) mask->data;
+        a.mask_token_stride  = mask->nb[1];
+        a.mask_head_stride   = mask->nb[2];
+        a.mask_stream_stride = mask->nb[3];
+        a.mask_n_heads       = mask->ne[2];
+        a.mask_n_streams     = mask->ne[3];
+    }
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
+    return tbq_attention_make_plan(&a, plan) == TBQ_OK;
+}
+
+size_t tbq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads) {
+    tbq_attention_plan plan;
+    return make_plan(dst, &plan) ? tbq_attention_work_bytes(&plan, n_threads) : 0;
+}
+
+typedef struct {
+    struct ggml_threadpool * pool;
+    int                      first; // or -1
+} item_source;
+
+// Each thread's first item is its own number, the rest come from the counter that all share.
+static int64_t next_item(void * context) {
+    item_source * source = (item_source *) context;
+    const int     first  = source->first;
+    source->first = -1;
+    return first >= 0 ? first : ggml_threadpool_chunk_add(source->pool, 1);
+}
+
+bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    tbq_attention_plan plan;
+    if (params->use_ref || !make_plan(dst, &plan)) {
+        return false;
+    }
+    GGML_ASSERT(params->wsize >= tbq_attention_work_bytes(&plan, params->nth));
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    const tbq_kernels * kernels = tbq_best_kernels();
+    item_source         source  = { params->threadpool, params->ith };
+    tbq_attention_run(&plan, kernels, params->ith, params->wdata, next_item, &source);
+    if (plan.n_chunks > 1) {
+        ggml_barrier(params->threadpool);
+        tbq_attention_merge(&plan, kernels, plan.n_rows * params->ith / params->nth,
+                            plan.n_rows * (params->ith + 1) / params->nth, params->wdata);
+    }
+    return true;
+}

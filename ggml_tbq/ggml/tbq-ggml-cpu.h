@@ -1,0 +1,22 @@
+// The operations of the CPU backend that have kernels of their own for the tbq types; compiled into ggml-cpu,
+// whose threads they run on.
+#pragma once
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+// GGML_OP_FLASH_ATTN_EXT with tbq on one side at least (tbq-attention.h).  Called by every thread.  False, with
+// nothing done, for what the kernels do not take and when the reference is asked for: the generic path follows.
+bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// The work buffer that it needs; 0 for what it does not take.
+size_t tbq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads);
+
+#ifdef __cplusplus
+}
+#endif
