@@ -25,7 +25,7 @@
 //   lanes lanes_power(lanes n)                2^n for integers -126 .. 127
 //   lanes lanes_pick(lanes x, lanes limit, lanes a, lanes b)
 //                                             a where x > limit (false for NaN), else b
-//   unsigned lanes_unbounded(lanes x)         a bit for each lane where x is NaN or +Inf
+//   unsigned lanes_unbounded(lanes x)         not 0 if a lane is NaN or +Inf
 //   float lanes_sum(lanes x), lanes_top(lanes x)
 //
 //   void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel)

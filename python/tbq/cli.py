@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from tbq import __version__
+from tbq import __version__, bench
 from tbq.errors import TBQError
 from tbq.paths import paths
 
@@ -36,7 +36,7 @@ def _paths(parser):
     parser.set_defaults(run=run)
 
 
-COMMANDS = {"paths": _paths}
+COMMANDS = {"bench": bench.define, "paths": _paths}
 
 
 def _parser():

@@ -1,0 +1,2 @@
+// Attention with NEON and the dot product instructions: the same code, its flags turn them on.
+#include "tbq-attention-neon.c"
