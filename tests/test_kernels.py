@@ -12,47 +12,76 @@ HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What /proc/cpuinfo must show for an implementation to run.
 X86_FLAGS = {
-    "avx2": {"avx2", "f16c"},
+    "avx2": {"avx2", "f16c", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"},
     "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c", "avx512_vnni"},
 }
 
 
 def build(folder, *options):
+    """Builds kernels/fuzz.c and kernels/attention.c; returns the folder with both programs."""
     subprocess.run(["cmake", "-S", HERE / "kernels", "-B", folder, *options], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", folder], check=True, capture_output=True)
-    return folder / "fuzz"
+    return folder
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\n0 differences\n" in done.stdout
+    return done.stdout
 
 
 def fuzz(*command):
-    """The implementations that were compared, after none of them differed."""
-    run = subprocess.run(command, capture_output=True, text=True)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "\n0 differences\n" in run.stdout
-    return dict(re.findall(r"compared with ref: (\S+), (\d+) blocks", run.stdout))
+    """The implementations that were compared on blocks, and on how many, after none of them differed."""
+    return dict(re.findall(r"compared with ref: (\S+), (\d+) blocks", run(*command)))
+
+
+def attention(*command, problems, seed=1):
+    """The implementations that were compared on attention.  Some of the problems must have split the cache."""
+    out = run(*command, str(problems), str(seed))
+    count, chunked = map(int, re.search(r"(\d+) problems, (\d+) of them in chunks", out).groups())
+    assert count == problems and chunked >= problems // 8
+    return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
+
+
+def expected_x86():
+    cpu = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    return {name for name, flags in X86_FLAGS.items() if flags <= cpu}
 
 
 @pytest.mark.skipif(not X86, reason="checks the x86 implementations")
 def test_x86(tmp_path):
-    compared = fuzz(build(tmp_path), "25000")
-    cpu = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
-    expected = {name for name, flags in X86_FLAGS.items() if flags <= cpu}
-    assert set(compared) == expected
+    folder = build(tmp_path)
+    compared = fuzz(folder / "fuzz", "25000")
+    assert set(compared) == expected_x86()
     assert all(int(blocks) > 1_000_000 for blocks in compared.values())
+    assert attention(folder / "attention", problems=200) == expected_x86()
+
+
+@pytest.mark.skipif(not X86, reason="checks the x86 implementations")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_attention_sanitized(tmp_path, sanitizers):
+    """Reads past a buffer's end, undefined arithmetic, and races between the threads that share a cache."""
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g"
+    folder = build(tmp_path, f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
+    assert attention(folder / "attention", problems=48, seed=2) == expected_x86()
 
 
 def test_arm(tmp_path):
     """NEON, natively or under an emulator."""
     if platform.machine() in ("aarch64", "arm64"):
-        compared = fuzz(build(tmp_path), "25000")
-        assert "neon" in compared
+        folder = build(tmp_path)
+        assert "neon" in fuzz(folder / "fuzz", "25000")
+        assert "neon" in attention(folder / "attention", problems=200)
         return
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not compiler or not emulator:
         pytest.skip("NEON not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
     options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_C_COMPILER={compiler}"]
-    binary = build(tmp_path, *options)
+    folder = build(tmp_path, *options)
     # an old core has no dot product instructions, a new one does
-    assert set(fuzz(emulator, "-cpu", "cortex-a53", binary, "200")) == {"neon"}
-    assert set(fuzz(emulator, "-cpu", "max", binary, "1000")) == {"neon", "neon-dotprod"}
+    for cpu, blocks, problems, expected in (("cortex-a53", "200", 8, {"neon"}), ("max", "1000", 16, {"neon", "neon-dotprod"})):
+        assert set(fuzz(emulator, "-cpu", cpu, folder / "fuzz", blocks)) == expected
+        assert attention(emulator, "-cpu", cpu, folder / "attention", problems=problems) == expected
