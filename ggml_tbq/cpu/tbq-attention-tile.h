@@ -231,12 +231,22 @@ TBQ_INLINE void load_scales(int bits, const uint8_t * block, size_t stride, int 
     }
 }
 
+// A whole tile, nearly always, in code that knows its length: no row pointer is compared with the end.
+#define FOR_LENGTH(n, call)       \
+    if ((n) == TBQ_TILE) {        \
+        enum { length = TBQ_TILE }; \
+        call;                     \
+    } else {                      \
+        const int length = (n);   \
+        call;                     \
+    }
+
 TBQ_INLINE void tbq_logits(int bits, const attention_item * it, int h, const uint8_t * rows, int n, int from, int to) {
     const int64_t n_blocks = it->p->a.k_size / TBQ_BLOCK;
     const size_t  stride   = it->p->a.k.row_stride;
     for (int64_t b = 0; b < n_blocks; b++, rows += tbq_block_bytes(bits)) {
         load_scales(bits, rows, stride, n, it->s.scales, it->s.third);
-        unpack_keys(bits, rows, stride, n, it->s.third, it->s.panel);
+        FOR_LENGTH(n, unpack_keys(bits, rows, stride, length, it->s.third, it->s.panel));
         multiply_keys(it->s.panel, it->s.scales, it->s.queries + (h * it->p->tile_rows + from) * n_blocks + b, n_blocks,
                       to - from, b > 0, it->s.logits + from * TBQ_TILE);
     }
@@ -379,7 +389,7 @@ TBQ_INLINE void tbq_values(int bits, const attention_item * it, int h, const uin
     for (int64_t b = 0; b < size / TBQ_BLOCK; b++, rows += tbq_block_bytes(bits)) {
         float * sum = s->sum + (h * it->p->tile_rows + from) * size + b * TBQ_BLOCK;
         load_scales(bits, rows, stride, n, s->scales, s->third);
-        unpack_values(bits, rows, stride, n, s->third, s->panel);
+        FOR_LENGTH(n, unpack_values(bits, rows, stride, length, s->third, s->panel));
         lanes    d[4];
         lanes    top = lanes_set(0.0f);
         unsigned bad = 0;
