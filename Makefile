@@ -23,7 +23,7 @@ serve: $(STAMP)  # llama-server on PORT, until Ctrl-C; with the web UI where npm
 	@$(BIN)/python cmake/web_ui.py build/ui
 	@$(BIN)/python -m tbq.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
 
-bench: $(STAMP)  # dot product, dequantize and quantize on one core, beside ggml's own types
+bench: $(STAMP)  # dot product, dequantize and quantize beside ggml's own types; attention by itself
 	@$(BIN)/python cmake/install.py $(VENV) --bench
 
 install: $(STAMP)  # build and install into .venv

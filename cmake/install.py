@@ -3,7 +3,7 @@
 
     install.py VENV           what `make` runs before anything else
     install.py VENV --tests   builds llama.cpp's own tests in the same build folder
-    install.py VENV --bench   builds the kernels' benchmark there, and runs it
+    install.py VENV --bench   builds the kernels' benchmarks there, and runs them
 
 Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
 complete output goes to build/install.log.
@@ -230,8 +230,9 @@ def main(venv, extra):
             build_target(venv, log, "tbq-llama-tests")
             return
         if extra == "--bench":
-            folder = build_target(venv, log, "tbq-bench-kernels")
-            subprocess.run([folder / "bin" / "tbq-bench-kernels"], check=False)
+            for program in ("tbq-bench-kernels", "tbq-bench-attention"):
+                folder = build_target(venv, log, program)
+                subprocess.run([folder / "bin" / program], check=False)
             return
         check_machine()
         python = make_venv(venv, log)

@@ -128,7 +128,13 @@ get_property(TBQ_LLAMA_TESTS DIRECTORY "${TBQ_LLAMA_DIR}/tests" PROPERTY BUILDSY
 list(FILTER TBQ_LLAMA_TESTS INCLUDE REGEX "^test-")
 add_custom_target(tbq-llama-tests DEPENDS ${TBQ_LLAMA_TESTS} ${TBQ_MODULES})
 
-# `make bench`.  ggml's own types are measured beside ours, so it links the CPU backend, which modules do not allow.
+# `make bench`.
+find_package(Threads REQUIRED)
+add_executable(tbq-bench-attention EXCLUDE_FROM_ALL ggml_tbq/bench/bench-attention.cpp)
+target_link_libraries(tbq-bench-attention PRIVATE tbq Threads::Threads)
+set_target_properties(tbq-bench-attention PROPERTIES CXX_STANDARD 17
+    RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/bin")
+# ggml's own types are measured beside ours, so this links the CPU backend, which modules do not allow.
 if(NOT GGML_BACKEND_DL)
     add_executable(tbq-bench-kernels EXCLUDE_FROM_ALL ggml_tbq/bench/bench-kernels.cpp)
     target_link_libraries(tbq-bench-kernels PRIVATE ggml-cpu ggml-base)

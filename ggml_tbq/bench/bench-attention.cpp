@@ -154,7 +154,11 @@ int main(int argc, char ** argv) {
         a.out   = out.data();
 
         tbq_attention_plan plan;
-        tbq_attention_make_plan(&a, &plan);
+        const tbq_status   status = tbq_attention_make_plan(&a, &plan);
+        if (status != TBQ_OK) {
+            fprintf(stderr, "error: heads of %d: %s\n", (int) size, tbq_status_text(status));
+            return 1;
+        }
         std::vector<uint8_t> work(tbq_attention_work_bytes(&plan, n_threads));
 
         std::vector<double>   best(count, 1e30);

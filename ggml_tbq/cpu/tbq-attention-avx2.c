@@ -105,10 +105,6 @@ TBQ_INLINE __m256i level_table(int bits, int bias) {
     return _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8((char) bias)));
 }
 
-static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
-    return block + (size_t) (r < n ? r : n - 1) * stride;
-}
-
 // The 4 x 4 transpose of 32-bit numbers in both halves.
 static inline void transpose4(__m256i v[4]) {
     const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
@@ -189,7 +185,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
                         float * logits) {
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i       acc[4][2];
+    __m256i       acc[KEYS_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
         acc[i][0] = acc[i][1] = _mm256_set1_epi32(q[i * q_stride].bias);
     }
@@ -219,21 +215,6 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
                        float * logits) {
     for (int r = 0; r < TBQ_TILE; r += 16) {
         keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
-    }
-}
-
-static void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
-                          int add, float * logits) {
-    int i = 0;
-    for (; i + 4 <= n_q; i += 4) {
-        keys_n(4, panel, scales, q + i * q_stride, q_stride, add, logits + i * TBQ_TILE);
-    }
-    q += i * q_stride;
-    logits += i * TBQ_TILE;
-    switch (n_q - i) {
-        case 1: keys_n(1, panel, scales, q, q_stride, add, logits); break;
-        case 2: keys_n(2, panel, scales, q, q_stride, add, logits); break;
-        case 3: keys_n(3, panel, scales, q, q_stride, add, logits); break;
     }
 }
 
@@ -282,19 +263,21 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const float * w, const lanes * one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
     (void) sum;
     for (int r = 0; r < 4; r++) {
-        const lanes   x = lanes_mul(lanes_load(w + 16 * r), one[r]);
-        const __m256i v = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+        const lanes   y = lanes_mul(x[r], one);
+        const __m256i v = _mm256_packs_epi32(_mm256_cvtps_epi32(y.lo), _mm256_cvtps_epi32(y.hi));
         _mm256_storeu_si256((__m256i *) (rounded + 16 * r), _mm256_permute4x64_epi64(v, 0xD8));
     }
 }
 
+#define VALUES_AT_ONCE 4
+
 // Sixteen channels by n queries.
-TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay, const float * gain,
-                          float unit, float * sum, int64_t sum_stride) {
-    __m256i acc[4][2];
+TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay,
+                          const float * factor, float * sum, int64_t sum_stride) {
+    __m256i acc[VALUES_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
         acc[i][0] = acc[i][1] = _mm256_setzero_si256();
     }
@@ -311,35 +294,20 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
     }
     for (int i = 0; i < n; i++) {
         const __m256 old_factor = _mm256_set1_ps(decay[i]);
-        const __m256 factor     = _mm256_set1_ps(gain[i] * unit);
+        const __m256 new_factor = _mm256_set1_ps(factor[i]);
         for (int half = 0; half < 2; half++) {
             float *      s   = sum + i * sum_stride + 8 * half;
             const __m256 old = _mm256_mul_ps(old_factor, _mm256_loadu_ps(s));
-            _mm256_storeu_ps(s, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][half]), factor, old));
+            _mm256_storeu_ps(s, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][half]), new_factor, old));
         }
     }
 }
 
-TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const float * decay, const float * gain,
-                         float unit, float * sum, int64_t sum_stride) {
+TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+    (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
-        values_16(n, panel + 2 * c, weights, decay, gain, unit, sum + c, sum_stride);
-    }
-}
-
-static void multiply_values(const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                            const float * decay, const float * gain, float unit, int n_q, float * sum, int64_t sum_stride) {
-    int i = 0;
-    (void) weight_sums;
-    for (; i + 4 <= n_q; i += 4) {
-        values_n(4, panel, weights + i * TBQ_TILE, decay + i, gain + i, unit, sum + i * sum_stride, sum_stride);
-    }
-    weights += i * TBQ_TILE;
-    sum += i * sum_stride;
-    switch (n_q - i) {
-        case 1: values_n(1, panel, weights, decay + i, gain + i, unit, sum, sum_stride); break;
-        case 2: values_n(2, panel, weights, decay + i, gain + i, unit, sum, sum_stride); break;
-        case 3: values_n(3, panel, weights, decay + i, gain + i, unit, sum, sum_stride); break;
+        values_16(n, panel + 2 * c, weights, decay, factor, sum + c, sum_stride);
     }
 }
 

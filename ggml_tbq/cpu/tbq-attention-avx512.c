@@ -69,10 +69,6 @@ TBQ_INLINE __m512i level_table(int bits) {
     return _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(64)));
 }
 
-static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
-    return block + (size_t) (r < n ? r : n - 1) * stride;
-}
-
 // 32 bytes of two rows.
 static inline __m512i load_2(const uint8_t * block, size_t stride, int n, int r0, int r1) {
     const __m256i lo = _mm256_loadu_si256((const __m256i *) tbq_qs(row_of(block, stride, n, r0)));
@@ -170,7 +166,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 
 TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
                        float * logits) {
-    __m512i acc[4][4];
+    __m512i acc[KEYS_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int r = 0; r < 4; r++) {
             acc[i][r] = _mm512_set1_epi32(q[i * q_stride].bias);
@@ -197,21 +193,6 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
             const __m512 x   = _mm512_mul_ps(_mm512_loadu_ps(scales + 16 * r), _mm512_cvtepi32_ps(acc[i][r]));
             _mm512_storeu_ps(s, _mm512_fmadd_ps(x, d, old));
         }
-    }
-}
-
-static void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
-                          int add, float * logits) {
-    int i = 0;
-    for (; i + 4 <= n_q; i += 4) {
-        keys_n(4, panel, scales, q + i * q_stride, q_stride, add, logits + i * TBQ_TILE);
-    }
-    q += i * q_stride;
-    logits += i * TBQ_TILE;
-    switch (n_q - i) {
-        case 1: keys_n(1, panel, scales, q, q_stride, add, logits); break;
-        case 2: keys_n(2, panel, scales, q, q_stride, add, logits); break;
-        case 3: keys_n(3, panel, scales, q, q_stride, add, logits); break;
     }
 }
 
@@ -299,12 +280,12 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const float * w, const lanes * one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undoes the packs
     const __m512i half  = _mm512_set1_epi16(128);
     __m512i       v[4];
     for (int r = 0; r < 4; r++) {
-        v[r] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + 16 * r), one[r]));
+        v[r] = _mm512_cvtps_epi32(_mm512_mul_ps(x[r], one));
     }
     const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
     const __m512i low_a = _mm512_and_si512(a, _mm512_set1_epi16(255)), low_b = _mm512_and_si512(b, _mm512_set1_epi16(255));
@@ -315,9 +296,11 @@ static inline void round_weights(const float * w, const lanes * one, int16_t * r
     *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(v[0], v[1]), _mm512_add_epi32(v[2], v[3])));
 }
 
+#define VALUES_AT_ONCE 2
+
 TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                         const float * decay, const float * gain, float unit, float * sum, int64_t sum_stride) {
-    __m512i high[2][4], low[2][4];
+                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+    __m512i high[VALUES_AT_ONCE][4], low[VALUES_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < 4; c++) {
             high[i][c] = _mm512_setzero_si512();
@@ -340,24 +323,13 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
         }
     }
     for (int i = 0; i < n; i++) {
-        const __m512 factor = _mm512_set1_ps(gain[i] * unit);
+        const __m512 f = _mm512_set1_ps(factor[i]);
         for (int c = 0; c < 4; c++) {
             float *       s     = sum + i * sum_stride + 16 * c;
             const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high[i][c], 8), low[i][c]);
             const __m512  old   = _mm512_mul_ps(_mm512_set1_ps(decay[i]), _mm512_loadu_ps(s));
-            _mm512_storeu_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, old));
+            _mm512_storeu_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), f, old));
         }
-    }
-}
-
-static void multiply_values(const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                            const float * decay, const float * gain, float unit, int n_q, float * sum, int64_t sum_stride) {
-    int i = 0;
-    for (; i + 2 <= n_q; i += 2) {
-        values_n(2, panel, weights + i * TBQ_TILE, weight_sums + i, decay + i, gain + i, unit, sum + i * sum_stride, sum_stride);
-    }
-    if (i < n_q) {
-        values_n(1, panel, weights + i * TBQ_TILE, weight_sums + i, decay + i, gain + i, unit, sum + i * sum_stride, sum_stride);
     }
 }
 

@@ -6,6 +6,7 @@
 
 enum {
     TBQ_TILE      = 64,   // cached rows that are unpacked, scored and summed up at a time
+    KEYS_AT_ONCE  = 4,    // queries that a product with keys takes at the most
     TBQ_PANEL     = 4096, // bytes of a block of 64 values of such rows, unpacked
     TBQ_HEADER    = 16,   // floats in front of the sum in a partial result: top, total, and nothing, for alignment
 };
@@ -47,7 +48,8 @@ typedef struct {
     float *       mask;        // tile_rows x 64
     uint8_t *     mask_kind;   // tile_rows
     float *       decay;       // tile_rows: what the old sum is multiplied with,
-    float *       gain;        // and the tile's weights
+    float *       gain;        // and the tile's weights;
+    float *       factor;      // gain with what the rounding of the weights divided by
     int16_t *     weights;     // tile_rows x 64, rounded; or two planes of bytes
     int32_t *     weight_sums; // tile_rows
     uint8_t *     panel;       // 64 rows unpacked: TBQ_PANEL bytes, or floats of whole rows
@@ -59,9 +61,9 @@ static inline int is_tbq(int type) {
     return type >= TBQ_TYPE_TBQ2_0 && type <= TBQ_TYPE_TBQ4_0;
 }
 
-static inline int64_t row_bytes(int type, int64_t n) {
-    return is_tbq(type) ? n / TBQ_BLOCK * (int64_t) tbq_block_bytes(type - TBQ_TYPE_TBQ2_0 + 2)
-                        : type == TBQ_ATTENTION_F16 ? 2 * n : n / 32 * 34;
+// Block r of rows `stride` bytes apart; of the last of n rows, where there is no row r.
+static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
+    return block + (size_t) (r < n ? r : n - 1) * stride;
 }
 
 // Lays the arrays out from base on, each at a multiple of 64 bytes; returns the bytes.
@@ -84,7 +86,8 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     ARRAY(mask, tile);
     ARRAY(mask_kind, (size_t) p->tile_rows);
     ARRAY(decay, (size_t) p->tile_rows + 16);
-    ARRAY(gain, (size_t) p->tile_rows + 16);
+    ARRAY(gain, (size_t) p->tile_rows);
+    ARRAY(factor, (size_t) p->tile_rows);
     ARRAY(weights, tile);
     ARRAY(weight_sums, (size_t) p->tile_rows);
     const size_t k_floats = is_tbq(p->a.k.type) ? 0 : k;

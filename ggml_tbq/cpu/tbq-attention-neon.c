@@ -114,10 +114,6 @@ static inline int8x16_t broadcast4(const int8_t * p) {
     return vreinterpretq_s8_s32(vdupq_n_s32(word));
 }
 
-static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
-    return block + (size_t) (r < n ? r : n - 1) * stride;
-}
-
 // Each byte of v moved down by n bits, or up by -n.
 static inline uint8x16_t shift_down(uint8x16_t v, int n) {
     return vshlq_u8(v, vdupq_n_s8((int8_t) -n));
@@ -184,7 +180,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 // Sixteen rows by n queries.
 TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
                         float * logits) {
-    int32x4_t acc[4][4];
+    int32x4_t acc[KEYS_AT_ONCE][4];
     for (int m = 0; m < n; m++) {
         FOR_QUARTERS acc[m][i] = vdupq_n_s32(0);
     }
@@ -210,21 +206,6 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
                        float * logits) {
     for (int r = 0; r < TBQ_TILE; r += 16) {
         keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
-    }
-}
-
-static void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
-                          int add, float * logits) {
-    int m = 0;
-    for (; m + 4 <= n_q; m += 4) {
-        keys_n(4, panel, scales, q + m * q_stride, q_stride, add, logits + m * TBQ_TILE);
-    }
-    q += m * q_stride;
-    logits += m * TBQ_TILE;
-    switch (n_q - m) {
-        case 1: keys_n(1, panel, scales, q, q_stride, add, logits); break;
-        case 2: keys_n(2, panel, scales, q, q_stride, add, logits); break;
-        case 3: keys_n(3, panel, scales, q, q_stride, add, logits); break;
     }
 }
 
@@ -266,14 +247,14 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const float * w, const lanes * one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
     int8_t * planes = (int8_t *) rounded;
     (void) sum;
     for (int r = 0; r < 4; r++) {
-        const lanes     x = lanes_mul(lanes_load(w + 16 * r), one[r]);
+        const lanes     y = lanes_mul(x[r], one);
         int16x8_t       v[2];
         for (int i = 0; i < 2; i++) {
-            v[i] = vmovn_high_s32(vmovn_s32(vcvtnq_s32_f32(x.v[2 * i])), vcvtnq_s32_f32(x.v[2 * i + 1]));
+            v[i] = vmovn_high_s32(vmovn_s32(vcvtnq_s32_f32(y.v[2 * i])), vcvtnq_s32_f32(y.v[2 * i + 1]));
         }
         vst1q_s8(planes + TBQ_TILE + 16 * r, vmovn_high_s16(vmovn_s16(v[0]), v[1]));
         const int16x8_t half = vdupq_n_s16(128);
@@ -281,10 +262,12 @@ static inline void round_weights(const float * w, const lanes * one, int16_t * r
     }
 }
 
+#define VALUES_AT_ONCE 2
+
 // Sixteen channels by n queries.
-TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay, const float * gain,
-                          float unit, float * sum, int64_t sum_stride) {
-    int32x4_t high[2][4], low[2][4];
+TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay,
+                          const float * factor, float * sum, int64_t sum_stride) {
+    int32x4_t high[VALUES_AT_ONCE][4], low[VALUES_AT_ONCE][4];
     for (int m = 0; m < n; m++) {
         FOR_QUARTERS high[m][i] = low[m][i] = vdupq_n_s32(0);
     }
@@ -301,32 +284,21 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
         }
     }
     for (int m = 0; m < n; m++) {
-        const float32x4_t factor = vdupq_n_f32(gain[m] * unit);
+        const float32x4_t f = vdupq_n_f32(factor[m]);
         FOR_QUARTERS {
             float *           s     = sum + m * sum_stride + 4 * i;
             const int32x4_t   total = vaddq_s32(vshlq_n_s32(high[m][i], 8), low[m][i]);
             const float32x4_t old   = vmulq_f32(vdupq_n_f32(decay[m]), vld1q_f32(s));
-            vst1q_f32(s, vfmaq_f32(old, vcvtq_f32_s32(total), factor));
+            vst1q_f32(s, vfmaq_f32(old, vcvtq_f32_s32(total), f));
         }
     }
 }
 
-TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const float * decay, const float * gain,
-                         float unit, float * sum, int64_t sum_stride) {
+TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+    (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
-        values_16(n, panel + 4 * c, weights, decay, gain, unit, sum + c, sum_stride);
-    }
-}
-
-static void multiply_values(const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                            const float * decay, const float * gain, float unit, int n_q, float * sum, int64_t sum_stride) {
-    int m = 0;
-    (void) weight_sums;
-    for (; m + 2 <= n_q; m += 2) {
-        values_n(2, panel, weights + m * TBQ_TILE, decay + m, gain + m, unit, sum + m * sum_stride, sum_stride);
-    }
-    if (m < n_q) {
-        values_n(1, panel, weights + m * TBQ_TILE, decay + m, gain + m, unit, sum + m * sum_stride, sum_stride);
+        values_16(n, panel + 4 * c, weights, decay, factor, sum + c, sum_stride);
     }
 }
 

@@ -113,10 +113,10 @@ static void unpack_values(int bits, const uint8_t * block, size_t stride, int n,
     unpack(bits, block, stride, n, panel);
 }
 
-static void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
-                          int add, float * logits) {
+static void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
+                   float * logits) {
     const int8_t * k = (const int8_t *) panel;
-    for (int i = 0; i < n_q; i++, q += q_stride, logits += TBQ_TILE) {
+    for (int i = 0; i < n; i++, q += q_stride, logits += TBQ_TILE) {
         for (int r = 0; r < TBQ_TILE; r++) {
             int32_t sum = 0;
             for (int e = 0; e < TBQ_BLOCK; e++) {
@@ -127,25 +127,27 @@ static void multiply_keys(const uint8_t * panel, const float * scales, const que
     }
 }
 
-static void round_weights(const float * w, const lanes * one, int16_t * rounded, int32_t * sum) {
+static void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
     *sum = 0;
     for (int r = 0; r < TBQ_TILE; r++) {
-        rounded[r] = (int16_t) lrintf(w[r] * one[r / 16].f[r % 16]);
+        rounded[r] = (int16_t) lrintf(x[r / 16].f[r % 16] * one.f[0]);
         *sum += rounded[r];
     }
 }
 
-static void multiply_values(const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                            const float * decay, const float * gain, float unit, int n_q, float * sum, int64_t sum_stride) {
+#define VALUES_AT_ONCE 4
+
+static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums, const float * decay,
+                     const float * factor, float * sum, int64_t sum_stride) {
     const int8_t * v = (const int8_t *) panel;
     (void) weight_sums;
-    for (int i = 0; i < n_q; i++, weights += TBQ_TILE, sum += sum_stride) {
+    for (int i = 0; i < n; i++, weights += TBQ_TILE, sum += sum_stride) {
         for (int c = 0; c < TBQ_BLOCK; c++) {
             int32_t total = 0;
             for (int r = 0; r < TBQ_TILE; r++) {
                 total += weights[r] * v[r * TBQ_BLOCK + c];
             }
-            sum[c] = fmaf((float) total, gain[i] * unit, decay[i] * sum[c]);
+            sum[c] = fmaf((float) total, factor[i], decay[i] * sum[c]);
         }
     }
 }

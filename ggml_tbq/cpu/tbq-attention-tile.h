@@ -18,8 +18,8 @@
 // The file that includes this defines TBQ_ATTENTION (the symbol) and
 //
 //   lanes                                     16 floats, with lanes_load, lanes_store, lanes_set (all the same),
-//                                             lanes_add, lanes_sub, lanes_mul, lanes_div, lanes_max (none is NaN),
-//                                             lanes_abs, lanes_fma(a, b, c) = a b + c, rounded once
+//                                             lanes_add, lanes_sub, lanes_mul, lanes_div, lanes_max (anything if one is
+//                                             NaN), lanes_abs, lanes_fma(a, b, c) = a b + c, rounded once
 //   lanes lanes_halves(const uint16_t * h)    16 IEEE halves
 //   lanes lanes_bytes(const int8_t * b)       16 integers
 //   lanes lanes_power(lanes n)                2^n for integers -126 .. 127
@@ -31,15 +31,16 @@
 //   void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel)
 //       the blocks of n rows; of rows n .. 63 anything
 //   void unpack_values(...)                   the same for values; of rows n .. 63 anything too
-//   void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
-//                      int add, float * logits)
-//       logits[i][r] = (add ? logits[i][r] : 0) + q_i.d . (scales[r] . (float) sum), rounded at each step but the
-//       last product and sum, which are one fma
-//   void round_weights(const float * w, lanes one[4], int16_t * rounded, int32_t * sum)
-//       w . one to nearest integers, 64 of them, in whatever form multiply_values wants, and their sum
-//   void multiply_values(const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-//                        const float * decay, const float * gain, float unit, int n_q, float * sum, int64_t sum_stride)
-//       sum[i][c] = fma((float) sum of w v, gain[i] . unit, decay[i] . sum[i][c])
+//   void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
+//               float * logits)
+//       for n queries, a constant up to KEYS_AT_ONCE: logits[i][r] = (add ? logits[i][r] : 0) +
+//       q_i.d . (scales[r] . (float) sum), rounded at each step but the last product and sum, which are one fma
+//   void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum)
+//       x . one to nearest integers, 64 of them, in whatever form values_n wants, and their sum if it wants that
+//   void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+//                 const float * decay, const float * factor, float * sum, int64_t sum_stride)
+//       for n queries, a constant up to VALUES_AT_ONCE (2 or 4; as many as the registers hold): sum[i][c] =
+//       fma((float) sum of w v, factor[i], decay[i] . sum[i][c])
 #include <math.h>
 
 typedef struct {
@@ -54,7 +55,7 @@ typedef struct {
     int64_t                    group;     // query heads of one KV head
 } attention_item;
 
-// e^x for -87 <= x <= 88; 0 below.  x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 g(r), g the cubic with the
+// e^x for -87 <= x <= 88; 0 below; anything for NaN.  x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 g(r), g the cubic with the
 // smallest relative error of e^r (1.05e-7; weighted least squares, reweighted to equal ripple, on 4001 Chebyshev
 // points).  ln 2 in two parts (fma keeps n LN2_HI exact enough).
 static inline lanes lanes_exp(lanes x) {
@@ -112,13 +113,11 @@ static inline float slope_of(const tbq_attention * a, int64_t head) {
 }
 
 static inline void prepare_query(const attention_item * it, const float * q, int64_t row) {
-    const tbq_attention * a     = &it->p->a;
-    // capped logits are scaled by the cap in soft_cap
-    const float           scale = a->scale;
+    const tbq_attention * a = &it->p->a;
     if (!is_tbq(a->k.type)) {
         float * dst = it->s.queries_f32 + row * a->k_size;
         for (int64_t i = 0; i < a->k_size; i += 16) {
-            lanes_store(dst + i, lanes_mul(lanes_load(q + i), lanes_set(scale)));
+            lanes_store(dst + i, lanes_mul(lanes_load(q + i), lanes_set(a->scale)));
         }
         return;
     }
@@ -126,7 +125,7 @@ static inline void prepare_query(const attention_item * it, const float * q, int
     for (int64_t i = 0; i < a->k_size; i += TBQ_BLOCK, dst++) {
         block_tbq8_act b;
         it->k->quantize_act(q + i, &b, TBQ_BLOCK);
-        dst->d    = b.d * scale;
+        dst->d    = b.d * a->scale;
         dst->bias = 0;
         for (int l = 0; l < 8; l++) {
             dst->bias += b.bias[l];
@@ -241,6 +240,21 @@ TBQ_INLINE void load_scales(int bits, const uint8_t * block, size_t stride, int 
         call;                     \
     }
 
+static void multiply_keys(const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int n_q,
+                          int add, float * logits) {
+    int i = 0;
+    for (; i + 4 <= n_q; i += 4) {
+        keys_n(4, panel, scales, q + i * q_stride, q_stride, add, logits + i * TBQ_TILE);
+    }
+    if (i + 2 <= n_q) {
+        keys_n(2, panel, scales, q + i * q_stride, q_stride, add, logits + i * TBQ_TILE);
+        i += 2;
+    }
+    if (i < n_q) {
+        keys_n(1, panel, scales, q + i * q_stride, q_stride, add, logits + i * TBQ_TILE);
+    }
+}
+
 TBQ_INLINE void tbq_logits(int bits, const attention_item * it, int h, const uint8_t * rows, int n, int from, int to) {
     const int64_t n_blocks = it->p->a.k_size / TBQ_BLOCK;
     const size_t  stride   = it->p->a.k.row_stride;
@@ -336,7 +350,7 @@ static void softmax(const attention_item * it, int h, int from, int to) {
         s.gain[i]  = top;
         s.decay[i] = top > -INFINITY && old > -INFINITY ? -fabsf(top - old) : -INFINITY;
     }
-    for (int i = from; i < to; i += 16) { // both arrays have room for 15 more
+    for (int i = from; i < to; i += 16) { // decay has room for 15 more
         lanes_store(s.decay + i, lanes_exp(lanes_load(s.decay + i)));
     }
     for (int i = from; i < to; i++) {
@@ -382,6 +396,38 @@ static void poison(const attention_item * it, int i, float * sum) {
     }
 }
 
+// Weights times scales, rounded relative to the largest of them: a hidden row, with weight 0, has no say in that.
+static inline void scale_weights(const attention_scratch * s, const lanes d[4], int i) {
+    lanes x[4];
+    lanes top = lanes_set(0.0f);
+    for (int r = 0; r < 4; r++) {
+        x[r] = lanes_mul(lanes_load(s->logits + i * TBQ_TILE + 16 * r), d[r]);
+        top  = lanes_max(top, lanes_abs(x[r]));
+    }
+    const float largest = lanes_top(top);
+    const float one     = largest > 1e-30f ? TBQ_WEIGHT_ONE / largest : 0.0f; // what is smaller is nothing
+    s->factor[i] = s->gain[i] * (largest * (1.0f / TBQ_WEIGHT_ONE));
+    round_weights(x, lanes_set(one), s->weights + i * TBQ_TILE, s->weight_sums + i);
+}
+
+static void multiply_values(const attention_scratch * s, int from, int to, float * sum, int64_t stride) {
+    int i = from;
+#define VALUES(n) \
+    values_n(n, s->panel, s->weights + i * TBQ_TILE, s->weight_sums + i, s->decay + i, s->factor + i, sum + (i - from) * stride, stride)
+#if VALUES_AT_ONCE > 2
+    for (; i + 4 <= to; i += 4) {
+        VALUES(4);
+    }
+#endif
+    for (; i + 2 <= to; i += 2) {
+        VALUES(2);
+    }
+    if (i < to) {
+        VALUES(1);
+    }
+#undef VALUES
+}
+
 TBQ_INLINE void tbq_values(int bits, const attention_item * it, int h, const uint8_t * rows, int n, int from, int to) {
     const attention_scratch * s      = &it->s;
     const int64_t             size   = it->p->a.v_size;
@@ -391,25 +437,17 @@ TBQ_INLINE void tbq_values(int bits, const attention_item * it, int h, const uin
         load_scales(bits, rows, stride, n, s->scales, s->third);
         FOR_LENGTH(n, unpack_values(bits, rows, stride, length, s->third, s->panel));
         lanes    d[4];
-        lanes    top = lanes_set(0.0f);
         unsigned bad = 0;
         for (int r = 0; r < 4; r++) {
-            const lanes size_of = lanes_abs(lanes_load(s->scales + 16 * r));
-            const lanes finite  = lanes_set(0x1p17f); // more than any half
-            bad |= lanes_unbounded(size_of);
-            d[r] = lanes_pick(finite, size_of, lanes_load(s->scales + 16 * r), lanes_set(0.0f));
-            top  = lanes_max(top, lanes_abs(d[r]));
-        }
-        const float largest = lanes_top(top);
-        const lanes one     = lanes_set(largest > 0.0f ? TBQ_WEIGHT_ONE / largest : 0.0f);
-        for (int r = 0; r < 4; r++) {
-            d[r] = lanes_mul(d[r], one);
+            const lanes finite = lanes_set(0x1p17f); // more than any half
+            d[r] = lanes_load(s->scales + 16 * r);
+            bad |= lanes_unbounded(lanes_abs(d[r]));
+            d[r] = lanes_pick(finite, lanes_abs(d[r]), d[r], lanes_set(0.0f));
         }
         for (int i = from; i < to; i++) {
-            round_weights(s->logits + i * TBQ_TILE, d, s->weights + i * TBQ_TILE, s->weight_sums + i);
+            scale_weights(s, d, i);
         }
-        multiply_values(s->panel, s->weights + from * TBQ_TILE, s->weight_sums + from, s->decay + from, s->gain + from,
-                        largest / TBQ_WEIGHT_ONE, to - from, sum, size);
+        multiply_values(s, from, to, sum, size);
         for (int i = from; bad && i < to; i++) {
             poison(it, i, sum + (i - from) * size);
         }
@@ -480,7 +518,9 @@ static void finish_row(const tbq_attention_plan * p, const tbq_kernels * k, int6
     float                 factor = 1.0f;
     if (a->sinks) {
         const float sink = a->sinks[row % a->n_head];
-        if (sink > top) {
+        if (sink != sink) {
+            total = NAN;
+        } else if (sink > top) {
             factor = exp_1(top - sink);
             total  = total * factor + 1.0f;
         } else if (top > -INFINITY) {

@@ -28,7 +28,8 @@ static tbq_status check(const tbq_attention * a) {
     }
     if (a->n_streams < 1 || a->n_tokens < 1 || a->n_kv < 1 || a->n_head < 1 || a->n_head_kv < 1 ||
         a->n_head % a->n_head_kv || a->k_size < 1 || a->k_size % TBQ_BLOCK || a->v_size < 1 || a->v_size % TBQ_BLOCK ||
-        a->k.n_streams < 1 || a->n_streams % a->k.n_streams || a->v.n_streams < 1 || a->n_streams % a->v.n_streams) {
+        a->k.n_streams < 1 || a->n_streams % a->k.n_streams || a->v.n_streams < 1 || a->n_streams % a->v.n_streams ||
+        (a->mask && (a->mask_n_heads < 1 || a->mask_n_streams < 1))) {
         return TBQ_ERROR_LENGTH;
     }
     return TBQ_OK;

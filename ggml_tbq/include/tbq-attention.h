@@ -8,15 +8,16 @@
 //
 // K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them f16 or q8_0.
 //
-// A row whose mask is -Inf has no effect, whatever it holds, NaN included; nor has one whose weight is zero in f32.
-// A query row that sees no key at all gets zeros.  One that sees a NaN in a key or in a block of values, or a logit
-// of +Inf, gets NaN there.
+// A row whose mask is -Inf has no effect, whatever it holds, NaN included; nor has one whose weight, relative to the
+// largest of its tile of 64 cached rows, is zero in f32.  A query row that sees no key at all gets zeros.  One that
+// sees a NaN in a key, a product q.k of +Inf (of any Inf under a soft-cap) or a sink that is NaN becomes NaN; a scale
+// of NaN or Inf among tbq values makes the channels of its block NaN; other values follow IEEE arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/tbq-attention-tile.h has the reasons):
 //   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
 //     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
 //   - softmax in f32, relative to the tile's maximum
-//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest scale in the tile;
+//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest of them in the tile;
 //     products with unpacked V are exact integers again.  The sum stays rotated; one rotation back per query row
 //     ends it.  f16 and q8_0 values meet f32 weights
 // What that adds to f32 arithmetic on the dequantized cache: docs/attention.md.
@@ -99,15 +100,15 @@ typedef struct {
 } tbq_attention_plan;
 
 // TBQ_OK, or the reason why these kernels do not take the problem: TBQ_ERROR_TYPE (neither side is tbq, or one is of
-// a type not listed above), TBQ_ERROR_LENGTH (head sizes, head or stream counts).  Reads shapes and types only: data
-// pointers and strides may still be missing, to plan ahead.
+// a type not listed above), TBQ_ERROR_LENGTH (head sizes, head or stream counts).  Reads types, shapes and counts
+// only: pointers and strides may be filled in, in plan->a, until tbq_attention_run.
 TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
 
 // Bytes of work: scratch of each thread and, with several chunks, partial results.
 TBQ_API size_t tbq_attention_work_bytes(const tbq_attention_plan * plan, int n_threads);
 
 // Takes the items that next(context) hands out, until it returns plan->n_items or more.  thread: 0 .. n_threads - 1.
-// work is the same for all threads.
+// work is the same for all threads, and free again when all have returned.
 TBQ_API void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, void * work,
                                int64_t (*next)(void * context), void * context);
 

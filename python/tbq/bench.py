@@ -1,8 +1,10 @@
 """Measures the speed of cache types side by side: `tbq bench speed`."""
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -12,7 +14,8 @@ import numpy as np
 from tbq.errors import TBQError
 from tbq.paths import program
 
-# The shape of docs/attention.md: 153 MB of weights, so that on two cores attention dominates from depth 4096 on.
+# The shape of docs/attention.md: a token reads 153 MB of weights, so that on two cores attention dominates from depth
+# 4096 on.
 SHAPE = {"layers": 8, "width": 1024, "heads": 16, "kv_heads": 4, "head_size": 128, "ff": 2816, "vocab": 32000}
 
 
@@ -104,14 +107,16 @@ def read_bandwidth(size, threads):
 
 
 def llama_bench(model, pair, threads, options):
-    """{(prompt, generated, depth): list of tokens/s} from one run of llama-bench."""
+    """Tokens per second of each repetition of the one test that the options ask llama-bench for."""
     k, v = split_pair(pair)
     command = [program("llama-bench"), "-m", model, "-t", str(threads), "-fa", "1", "-ctk", k, "-ctv", v, "-o", "json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise TBQError(f"llama-bench failed for {pair}: {lines[-1] if lines else done.returncode}")
-    return {(t["n_prompt"], t["n_gen"], t["n_depth"]): t["samples_ts"] for t in json.loads(done.stdout)}
+        lines = (done.stderr + done.stdout).splitlines()
+        errors = [line for line in lines if "error: " in line] or lines[-1:] or [f"exit status {done.returncode}"]
+        raise TBQError(f"llama-bench failed for {pair}: {errors[0].strip()}")
+    test, = json.loads(done.stdout)
+    return test["samples_ts"]
 
 
 def measure(pairs, depths, prompts, threads, model=None, generate=16, rounds=3):
@@ -119,7 +124,7 @@ def measure(pairs, depths, prompts, threads, model=None, generate=16, rounds=3):
 
     pairs: names such as "f16", "tbq4_0/tbq3_0".  depths: tokens in the cache when `generate` more are generated.
     prompts: tokens of prompts from an empty cache.  model: a GGUF; a model of SHAPE is made if None.
-    Returns {pair: {"tg @ 8192": (median, [samples]), "pp 512": ...}}.
+    Returns {pair: {"tg @ 8192": (median, [samples]), "pp 512": ...}}.  After an interruption, what there was time for.
     """
     from tqdm import tqdm
 
@@ -129,35 +134,36 @@ def measure(pairs, depths, prompts, threads, model=None, generate=16, rounds=3):
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             model = write_shape_model(pathlib.Path(folder) / "shape.gguf", **SHAPE)
-        with tqdm(total=rounds * len(tests) * len(pairs), unit="run") as bar:
-            for _ in range(rounds):
-                for name, options in tests:
-                    for pair in pairs:
-                        bar.set_description(f"{pair} {name}")
-                        for found in llama_bench(model, pair, threads, [*options, "-r", "1"]).values():
-                            samples[pair][name] += found
-                        bar.update()
-    return {pair: {name: (float(np.median(s)), s) for name, s in tests.items()} for pair, tests in samples.items()}
+        runs = [(name, options, pair) for _ in range(rounds) for name, options in tests for pair in pairs]
+        with tqdm(runs, unit="run") as bar, contextlib.suppress(KeyboardInterrupt):
+            for name, options, pair in bar:
+                bar.set_description(f"{pair} {name}")
+                samples[pair][name] += llama_bench(model, pair, threads, [*options, "-r", "1"])
+    return {pair: {name: (float(np.median(s)), s) for name, s in found.items() if s} for pair, found in samples.items()}
 
 
 def table(results, depths, threads, shape_known):
     """Markdown: each type's tokens/s, relative to the first type; then what attention reads."""
     pairs = list(results)
-    names = list(results[pairs[0]])
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
     lines = ["| K / V | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for pair in pairs:
         cells = []
         for name in names:
-            speed, base = results[pair][name][0], results[pairs[0]][name][0]
-            cells.append(f"{speed:.1f}" + ("" if pair == pairs[0] else f" ({speed / base:.2f})"))
+            speed, base = (results[p].get(name, (None,))[0] for p in (pair, pairs[0]))
+            cells.append("" if not speed else f"{speed:.1f}" if pair == pairs[0] or not base else f"{speed:.1f} ({speed / base:.2f})")
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     deep = [d for d in depths if d > 0]
     if 0 in depths and deep and shape_known:
         lines += ["", "| K / V | depth | attention, ms a token | cache, MB | GB/s | plain read, GB/s |", "|---|---|---|---|---|---|"]
         for pair in pairs:
             for depth in deep:
+                if not {"tg @ 0", f"tg @ {depth}"} <= set(results[pair]):
+                    continue
                 seconds = 1 / results[pair][f"tg @ {depth}"][0] - 1 / results[pair]["tg @ 0"][0]
                 size = cache_bytes(pair) * depth
+                if seconds <= 0:  # a short cache, and noise
+                    continue
                 lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} "
                              f"| {read_bandwidth(size, threads) / 1e9:.2f} |")
     return "\n".join(lines)
@@ -181,13 +187,24 @@ def define(parser):
     speed.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
 
     def run(args):
+        if not args.depths and not args.prompts:
+            raise TBQError("--depths and --prompts are both empty; one of them names what to measure")
+        if args.rounds < 1 or args.threads < 1:
+            raise TBQError(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
         if args.model and not pathlib.Path(args.model).is_file():
             raise TBQError(f"model {args.model!r} is not a file")
         results = measure(args.types.split(","), args.depths, args.prompts, args.threads, args.model, rounds=args.rounds)
+        done = sum(len(s) for tests in results.values() for _, s in tests.values())
+        runs = len(results) * (len(args.depths) + len(args.prompts)) * args.rounds
+        if done == 0:
+            return 130
         if args.json:
             print(json.dumps({pair: {name: s for name, (_, s) in tests.items()} for pair, tests in results.items()}, indent=2))
         else:
             print(table(results, args.depths, args.threads, args.model is None))
+        if done < runs:
+            print(f"tbq: interrupted after {done} of {runs} runs", file=sys.stderr)
+            return 130
         return 0
 
     speed.set_defaults(run=run)
