@@ -41,8 +41,6 @@ def fuzz(*command):
 def attention(*command, problems, seed=1):
     """The implementations that were compared on attention.  Some of the problems must have split the cache."""
     out = run(*command, str(problems), str(seed))
-    if problems >= 100:
-        assert "the kernel adds" in out
     count, chunked = map(int, re.search(r"(\d+) problems, (\d+) of them in chunks", out).groups())
     assert count == problems and chunked >= problems // 8
     return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
