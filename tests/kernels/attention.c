@@ -5,6 +5,7 @@
 //
 // Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a
 // read too far.  Prints the implementations that ran; exits 1 on a difference.
+#include "random.h"
 #include "tbq-attention.h"
 
 #include <math.h>
@@ -15,22 +16,8 @@
 
 enum { MAX_THREADS = 16 };
 
-static uint64_t state;
-
-static uint32_t random_bits(void) { // splitmix64 (Steele, Lea, Flood 2014)
-    uint64_t z = state += 0x9E3779B97F4A7C15;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-    return (uint32_t) ((z ^ (z >> 31)) >> 32);
-}
-
 static int64_t below(int64_t n) {
     return random_bits() % n;
-}
-
-static float gaussian(void) {
-    const float u = ((float) (random_bits() >> 8) + 1.0f) * 0x1p-24f;
-    return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * (float) (random_bits() >> 8) * 0x1p-24f);
 }
 
 #define PICK(list) ((list)[below(sizeof(list) / sizeof((list)[0]))])
