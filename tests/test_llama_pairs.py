@@ -73,6 +73,12 @@ def test_divergence(divergence, k, v):
     assert divergence(k, v)["kld"] <= 2 * (SIDE[k][0] + SIDE[v][1])
 
 
+@pytest.mark.parametrize("k,v,both", [("tbq4_0", "q4_0", 0.034 + 0.010), ("iq4_nl", "tbq4_0", 0.045 + 0.009), ("bf16", "tbq3_0", 0.027)])
+def test_beside_types_of_the_generic_path(divergence, k, v, both):
+    """What attention over packed blocks does not take goes another way, with the same result."""
+    assert divergence(k, v)["kld"] <= 2 * both
+
+
 @pytest.mark.parametrize("k", TBQ)
 def test_without_flash_attention(divergence, k):
     """Keys may be quantized without flash attention: then K is an operand of MUL_MAT. V may not (upstream's rule)."""
