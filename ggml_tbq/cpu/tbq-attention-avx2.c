@@ -263,11 +263,10 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
     (void) sum;
     for (int r = 0; r < 4; r++) {
-        const lanes   y = lanes_mul(x[r], one);
-        const __m256i v = _mm256_packs_epi32(_mm256_cvtps_epi32(y.lo), _mm256_cvtps_epi32(y.hi));
+        const __m256i v = _mm256_packs_epi32(_mm256_cvtps_epi32(x[r].lo), _mm256_cvtps_epi32(x[r].hi));
         _mm256_storeu_si256((__m256i *) (rounded + 16 * r), _mm256_permute4x64_epi64(v, 0xD8));
     }
 }

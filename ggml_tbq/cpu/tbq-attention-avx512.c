@@ -280,12 +280,12 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undoes the packs
     const __m512i half  = _mm512_set1_epi16(128);
     __m512i       v[4];
     for (int r = 0; r < 4; r++) {
-        v[r] = _mm512_cvtps_epi32(_mm512_mul_ps(x[r], one));
+        v[r] = _mm512_cvtps_epi32(x[r]);
     }
     const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
     const __m512i low_a = _mm512_and_si512(a, _mm512_set1_epi16(255)), low_b = _mm512_and_si512(b, _mm512_set1_epi16(255));

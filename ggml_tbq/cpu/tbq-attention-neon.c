@@ -247,14 +247,13 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     }
 }
 
-static inline void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
+static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
     int8_t * planes = (int8_t *) rounded;
     (void) sum;
     for (int r = 0; r < 4; r++) {
-        const lanes     y = lanes_mul(x[r], one);
-        int16x8_t       v[2];
+        int16x8_t v[2];
         for (int i = 0; i < 2; i++) {
-            v[i] = vmovn_high_s32(vmovn_s32(vcvtnq_s32_f32(y.v[2 * i])), vcvtnq_s32_f32(y.v[2 * i + 1]));
+            v[i] = vmovn_high_s32(vmovn_s32(vcvtnq_s32_f32(x[r].v[2 * i])), vcvtnq_s32_f32(x[r].v[2 * i + 1]));
         }
         vst1q_s8(planes + TBQ_TILE + 16 * r, vmovn_high_s16(vmovn_s16(v[0]), v[1]));
         const int16x8_t half = vdupq_n_s16(128);

@@ -127,10 +127,10 @@ static void keys_n(int n, const uint8_t * panel, const float * scales, const que
     }
 }
 
-static void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum) {
+static void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
     *sum = 0;
     for (int r = 0; r < TBQ_TILE; r++) {
-        rounded[r] = (int16_t) lrintf(x[r / 16].f[r % 16] * one.f[0]);
+        rounded[r] = (int16_t) lrintf(x[r / 16].f[r % 16]);
         *sum += rounded[r];
     }
 }

@@ -35,8 +35,8 @@
 //               float * logits)
 //       for n queries, a constant up to KEYS_AT_ONCE: logits[i][r] = (add ? logits[i][r] : 0) +
 //       q_i.d . (scales[r] . (float) sum), rounded at each step but the last product and sum, which are one fma
-//   void round_weights(const lanes x[4], lanes one, int16_t * rounded, int32_t * sum)
-//       x . one to nearest integers, 64 of them, in whatever form values_n wants, and their sum if it wants that
+//   void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum)
+//       x to nearest integers, 64 of them, in whatever form values_n wants, and their sum if it wants that
 //   void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
 //                 const float * decay, const float * factor, float * sum, int64_t sum_stride)
 //       for n queries, a constant up to VALUES_AT_ONCE (2 or 4; as many as the registers hold): sum[i][c] =
@@ -396,18 +396,59 @@ static void poison(const attention_item * it, int i, float * sum) {
     }
 }
 
-// Weights times scales, rounded relative to the largest of them: a hidden row, with weight 0, has no say in that.
-static inline void scale_weights(const attention_scratch * s, const lanes d[4], int i) {
-    lanes x[4];
-    lanes top = lanes_set(0.0f);
+// The scales of a block's rows as factors for weights: up to the largest, weights times d become integers.
+typedef struct {
+    lanes d[4];
+    lanes scaled[4]; // d . TBQ_WEIGHT_ONE / largest
+    float unit;      // largest / TBQ_WEIGHT_ONE
+} value_scales;
+
+static inline float largest_of(const lanes x[4]) {
+    return lanes_top(lanes_max(lanes_max(lanes_abs(x[0]), lanes_abs(x[1])), lanes_max(lanes_abs(x[2]), lanes_abs(x[3]))));
+}
+
+static inline float one_over(float largest) {
+    return largest > 1e-30f ? TBQ_WEIGHT_ONE / largest : 0.0f; // what is smaller is nothing
+}
+
+// *bad is set if a scale is NaN or Inf; it counts as 0 here.
+static inline value_scales prepare_scales(const float * scales, unsigned * bad) {
+    value_scales v;
+    *bad = 0;
     for (int r = 0; r < 4; r++) {
-        x[r] = lanes_mul(lanes_load(s->logits + i * TBQ_TILE + 16 * r), d[r]);
-        top  = lanes_max(top, lanes_abs(x[r]));
+        const lanes finite = lanes_set(0x1p17f); // more than any half
+        const lanes d      = lanes_load(scales + 16 * r);
+        *bad |= lanes_unbounded(lanes_abs(d));
+        v.d[r] = lanes_pick(finite, lanes_abs(d), d, lanes_set(0.0f));
     }
-    const float largest = lanes_top(top);
-    const float one     = largest > 1e-30f ? TBQ_WEIGHT_ONE / largest : 0.0f; // what is smaller is nothing
-    s->factor[i] = s->gain[i] * (largest * (1.0f / TBQ_WEIGHT_ONE));
-    round_weights(x, lanes_set(one), s->weights + i * TBQ_TILE, s->weight_sums + i);
+    const float largest = largest_of(v.d);
+    for (int r = 0; r < 4; r++) {
+        v.scaled[r] = lanes_mul(v.d[r], lanes_set(one_over(largest)));
+    }
+    v.unit = largest * (1.0f / TBQ_WEIGHT_ONE);
+    return v;
+}
+
+// Weights times scales, rounded.  A query row that sees the whole tile, as nearly all do, takes the largest scale for
+// the largest product, since no weight is above 1.  One that does not looks at its own products: a hidden row, whose
+// weight is 0, must have no say.
+static inline void scale_weights(const attention_scratch * s, const value_scales * v, int i) {
+    const float * w    = s->logits + i * TBQ_TILE;
+    const lanes * d    = s->mask_kind[i] == PLAIN ? v->scaled : v->d;
+    float         unit = v->unit;
+    lanes         x[4];
+    for (int r = 0; r < 4; r++) {
+        x[r] = lanes_mul(lanes_load(w + 16 * r), d[r]);
+    }
+    if (s->mask_kind[i] != PLAIN) {
+        const float largest = largest_of(x);
+        unit = largest * (1.0f / TBQ_WEIGHT_ONE);
+        for (int r = 0; r < 4; r++) {
+            x[r] = lanes_mul(x[r], lanes_set(one_over(largest)));
+        }
+    }
+    s->factor[i] = s->gain[i] * unit;
+    round_weights(x, s->weights + i * TBQ_TILE, s->weight_sums + i);
 }
 
 static void multiply_values(const attention_scratch * s, int from, int to, float * sum, int64_t stride) {
@@ -436,16 +477,10 @@ TBQ_INLINE void tbq_values(int bits, const attention_item * it, int h, const uin
         float * sum = s->sum + (h * it->p->tile_rows + from) * size + b * TBQ_BLOCK;
         load_scales(bits, rows, stride, n, s->scales, s->third);
         FOR_LENGTH(n, unpack_values(bits, rows, stride, length, s->third, s->panel));
-        lanes    d[4];
-        unsigned bad = 0;
-        for (int r = 0; r < 4; r++) {
-            const lanes finite = lanes_set(0x1p17f); // more than any half
-            d[r] = lanes_load(s->scales + 16 * r);
-            bad |= lanes_unbounded(lanes_abs(d[r]));
-            d[r] = lanes_pick(finite, lanes_abs(d[r]), d[r], lanes_set(0.0f));
-        }
+        unsigned           bad;
+        const value_scales scaled = prepare_scales(s->scales, &bad);
         for (int i = from; i < to; i++) {
-            scale_weights(s, d, i);
+            scale_weights(s, &scaled, i);
         }
         multiply_values(s, from, to, sum, size);
         for (int i = from; bad && i < to; i++) {
