@@ -84,4 +84,4 @@ def test_arm(tmp_path):
     # an old core has no dot product instructions, a new one does
     for cpu, blocks, problems, expected in (("cortex-a53", "200", 8, {"neon"}), ("max", "1000", 16, {"neon", "neon-dotprod"})):
         assert set(fuzz(emulator, "-cpu", cpu, folder / "fuzz", blocks)) == expected
-        assert attention(emulator, "-cpu", cpu, folder / "attention", problems=problems) == expected
+        assert attention(emulator, "-cpu", cpu, folder / "attention", problems=problems, seed=4) == expected

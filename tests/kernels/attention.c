@@ -530,12 +530,15 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "error: at least two problems, and 1 to %d threads\n", MAX_THREADS);
         return 2;
     }
-    state = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
+    const uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
 
     int                         count, failed = 0, chunked = 0, n_plain = 0;
     const tbq_kernels * const * list  = tbq_list_kernels(&count);
     double                      worst = 0, from_kernel = 0, from_quantization = 0;
     for (int i = 0; i < problems; i++) {
+        // the same problems on every machine, whatever the implementations there draw in between
+        state = (seed << 32) + (uint64_t) i;
+        random_bits();
         const int     plain = i % 4 == 1;
         problem       p     = make_problem(plain);
         const int64_t n     = p.a.n_streams * p.a.n_tokens * p.a.n_head * p.a.v_size;
