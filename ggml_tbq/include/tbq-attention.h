@@ -8,19 +8,19 @@
 //
 // K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them f16 or q8_0.
 //
-// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  One whose weight, relative to the largest of
-// its tile of 64 cached rows, is zero in f32 has none but on the rounding of the others.  A query row that sees no key at all gets zeros.  One that
-// sees a NaN in a key, a product q.k of +Inf (of any Inf under a soft-cap) or a sink that is NaN becomes NaN; a scale
-// of NaN or Inf among tbq values makes the channels of its block NaN; other values follow IEEE arithmetic.
+// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  One whose weight, relative to the largest
+// of its tile of 64 cached rows, is zero in f32 has none but on the rounding of the others.  A query row that sees no
+// key at all gets zeros.  One that sees a NaN in a key, a product q.k of +Inf (of any Inf under a soft-cap) or a sink
+// that is NaN becomes NaN; a scale of NaN or Inf among tbq values makes the channels of its block NaN; other values
+// follow IEEE arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/tbq-attention-tile.h has the reasons):
 //   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
 //     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
 //   - softmax in f32, relative to the tile's maximum
-//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest that they
-//     can be in the tile, or are where a mask hides a part of it;
-//     products with unpacked V are exact integers again.  The sum stays rotated; one rotation back per query row
-//     ends it.  f16 and q8_0 values meet f32 weights
+//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest that they can be
+//     in the tile, or are where a mask hides a part of it; products with unpacked V are exact integers again.  The sum
+//     stays rotated; one rotation back per query row ends it.  f16 and q8_0 values meet f32 weights
 // What that adds to f32 arithmetic on the dequantized cache: docs/attention.md.
 //
 // EXACTNESS
