@@ -95,9 +95,8 @@ def test_without_repacking(divergence, bin_dir, demo_model, k, v):
 @pytest.mark.parametrize("unified", ["--kv-unified", "--no-kv-unified"])
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq2_0")])
 def test_two_slots(bin_dir, demo_model, tmp_path, k, v, unified):
-    """Two requests at once give what each gives alone, whether the slots share one buffer or not. What this model is
-    sure of: other sequences in a shared buffer move the tiles of 64 rows, that moves sums in their last digits, and some
-    blocks of later keys are then encoded differently, which on a list of weekdays was worth a nat."""
+    """Two requests at once give what each gives alone, whether the slots share one buffer or not; on prompts that
+    this model is sure of (the next test has one that it is not)."""
     prompts = ["1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", "2, 4, 6, 8, 10, 12, 14, 16, 18, 20,"]
     with Server(bin_dir, demo_model, tmp_path / "log", "-ctk", k, "-ctv", v, unified, slots=2) as server:
         alone = [server.complete(p, n=20, cache_prompt=False)["content"] for p in prompts]
@@ -117,6 +116,21 @@ def test_two_slots(bin_dir, demo_model, tmp_path, k, v, unified):
     assert (line["k"], line["v"]) == (k, v)
     # 512 cells in all, shared or two times 256
     assert line["mib"] == pytest.approx(cache_mib(k, 512) + cache_mib(v, 512), abs=0.0051)
+
+
+@pytest.mark.xfail(strict=False, reason="not explained yet: a sequence in front of another in a shared buffer moves the text of "
+                                        "the second; moved tiles, and keys encoded differently after that, are the guess")
+def test_neighbour_in_a_shared_buffer(bin_dir, demo_model, tmp_path):
+    """tbq4_0 on both sides; with q4_0 on either, and with buffers apart, it was not seen."""
+    prompt = "Here is a list of the days of the week, one per line:\nMonday\nTuesday\n"
+    texts = []
+    for neighbour in (False, True):
+        log = tmp_path / f"log{neighbour}"
+        with Server(bin_dir, demo_model, log, "-ctk", "tbq4_0", "-ctv", "tbq4_0", "--kv-unified", slots=2) as server:
+            if neighbour:
+                server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=20, cache_prompt=False)
+            texts.append(server.complete(prompt, n=20, cache_prompt=False)["content"])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("head", [64, 128, 192, 256])
