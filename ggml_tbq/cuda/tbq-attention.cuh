@@ -1,0 +1,824 @@
+// Attention for few query rows straight from packed keys and values: GGML_OP_FLASH_ATTN_EXT in decode.
+//
+// WHY IT IS FAST
+//
+// A cache of a quarter of the bytes is read in a quarter of the time only if unpacking keeps up.  mainline's vector
+// kernel unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
+//
+//   - all query heads of a KV head (and several tokens) are the columns of one tensor-core tile, so a key is unpacked
+//     once: 8 or 16 columns, padded, because unpacking and not the tensor core is the limit;
+//   - an unpacked word IS an operand of the tensor core: four indices become four bytes with one or two `prmt`, in an
+//     order that costs nothing because the order of a contraction is free and queries are permuted once instead;
+//   - keys meet queries as integers (queries: 8 bits, one scale for 64, like on the CPU, whose docs/attention.md has
+//     the divergences), so keys need no conversion at all;
+//   - values become bfloat16 in pairs of tokens, one `lop3` or `prmt` and one `fma` for two, and weights times scales
+//     are rounded to bfloat16, whose range no product of the two can leave;
+//   - each warp runs by itself: slices of 16 tokens through its own ring in shared memory (cp.async), its own running
+//     maximum and sums, no barrier until the end of its part of the cache.
+//
+// THE TILES, for lane 4 g + t of a warp and a slice of 16 tokens
+//
+//     S = Q . K^T     m16n8k32, s8 . u8:  A = queries (rows g, g + 8), B = keys (column g), twice for 16 tokens
+//     O^T = V^T . P^T m16n8k16, bf16:     A = values (rows = channels), B = weights (columns = queries)
+//
+// The result of the first holds tokens 2t, 2t + 1 of query g: what the second wants as B, so weights stay where they
+// are.  For a block of 64 channels, lane (g, t) takes of a key the nibble words t and t + 4 (tbq-block.cuh) and of a
+// value the word g of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i < 4, of the output.
+//
+// Everything is computed in the rotated domain: queries are rotated when they are loaded, the output is un-rotated
+// when it is written.  The order of all sums depends on the shape of the problem alone.
+#pragma once
+
+#include "tbq-block.cuh"
+
+#include <float.h>
+
+// Shapes in ggml's order.  Strides are bytes.
+struct tbq_attention_args {
+    const char * q;     // f32 [D, n_q, n_head, n_seq]
+    const char * k;     // tbq [D, n_kv, n_head_kv, n_seq_kv]
+    const char * v;     // tbq [D, n_kv, n_head_kv, n_seq_kv]
+    const char * mask;  // f16 [n_kv, >= n_q, 1, n_seq_mask], or null
+    const float * sinks; // f32 [n_head], or null
+    float * dst;        // f32 [D, n_head, n_q, n_seq], contiguous
+
+    float * partial;    // tbq_attention_plan::partial_bytes, unless n_split == 1
+
+    float scale, max_bias, logit_softcap;
+
+    int n_q, n_head, n_seq;
+    int n_kv, n_head_kv, n_seq_kv, n_seq_mask;
+    long long q_nb1, q_nb2, q_nb3;
+    long long k_nb1, k_nb2, k_nb3;
+    long long v_nb1, v_nb2, v_nb3;
+    long long mask_nb1, mask_nb3;
+
+    int n_split;          // parts that the cache is cut into
+    int slices_per_split; // of 16 tokens
+};
+
+#ifndef TBQ_ATTENTION_STAGES
+#define TBQ_ATTENTION_STAGES  3
+#endif
+#define TBQ_ATTENTION_WARPS   8
+#define TBQ_ATTENTION_SLICE   16
+#define TBQ_ATTENTION_THREADS (32 * TBQ_ATTENTION_WARPS)
+
+// A row of the cache in shared memory: the 16-byte units that a head's slice of a row can touch.  An odd number of
+// units keeps every read of the kernel free of bank conflicts (rows are 4, 12, 20 or 28 banks apart, modulo 32).
+constexpr __host__ __device__ int tbq_attention_units(int d, int bits) {
+    // A head starts at a multiple of its own size: of 4 for d >= 128 (12 bytes into a unit at most), of 2 for d = 64.
+    return (d / 64 * tbq_block_bytes(bits) + (d == 64 ? 14 : d == 128 ? 12 : 8) + 15) / 16;
+}
+
+constexpr __host__ __device__ int tbq_attention_pitch(int d, int bits) {
+    return (tbq_attention_units(d, bits) | 1) * 16;
+}
+
+// Floats between the columns of a result in shared memory: those of a warp's lanes fall on different banks.
+constexpr __host__ __device__ int tbq_attention_row(int d) {
+    return d + 4;
+}
+
+// The rings, and after them the results of four warps in the same place.  A word more, because words that may lie
+// across two are read as two.
+constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits_v, int nc) {
+    const int rings = TBQ_ATTENTION_WARPS * TBQ_ATTENTION_STAGES * TBQ_ATTENTION_SLICE *
+                          (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) + 16;
+    const int results = TBQ_ATTENTION_WARPS / 2 * nc * tbq_attention_row(d) * 4;
+    return rings > results ? rings : results;
+}
+
+// Columns of one tile of the tensor core: query heads of one KV head times tokens.
+static inline int tbq_attention_columns(int n_columns) {
+    return n_columns <= 8 ? 8 : 16;
+}
+
+// How the cache is cut: enough parts that every multiprocessor holds as many CTAs as fit, and each warp has at least
+// two slices.  n_resident: CTAs that run at the same time.
+static inline void tbq_attention_cut(tbq_attention_args & a, int n_resident) {
+    const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
+    const int nc        = tbq_attention_columns(n_columns);
+    const int n_tiles   = (n_columns + nc - 1) / nc * a.n_head_kv * a.n_seq;
+    const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
+    const int useful    = (n_slices + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
+    int       n_split   = n_resident / n_tiles;
+    n_split             = n_split < useful ? n_split : useful;
+    n_split             = n_split > 1 ? n_split : 1;
+    a.slices_per_split  = (n_slices + n_split - 1) / n_split;
+    a.n_split           = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+}
+
+// For every row of the output and every part: D sums, then the maximum and the sum of weights.
+static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, int d) {
+    return a.n_split == 1 ? 0 : (size_t) a.n_seq * a.n_q * a.n_head * a.n_split * (d + 2) * sizeof(float);
+}
+
+#ifdef __CUDACC__
+
+#define TBQ_LOG2E 1.4426950408889634f
+
+// --- pieces -----------------------------------------------------------------------------------------------------
+
+// Without a branch: every lane of the warp comes here with its own answer.
+static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(on), "r"(smem), "l"(global));
+#else
+    (void) on, (void) smem, (void) global;
+#endif
+}
+
+static __device__ __forceinline__ void tbq_cp_async_4(uint32_t smem, const void * global) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global));
+#else
+    (void) smem, (void) global;
+#endif
+}
+
+static __device__ __forceinline__ void tbq_cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;");
+#endif
+}
+
+template <int N> static __device__ __forceinline__ void tbq_cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N));
+#endif
+}
+
+static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#endif
+}
+
+static __device__ __forceinline__ void tbq_mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Bytes level + 64 under the exponent of 128 are bfloat16 192 + level; both are exact.
+static __device__ __forceinline__ uint32_t tbq_bf16_levels(uint32_t biased) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(biased), "r"(0x3F803F80u), "r"(0xC340C340u)); // 1, -192
+#else
+    r = biased;
+#endif
+    return r;
+}
+
+static __device__ __forceinline__ uint32_t tbq_pack_bf16(float lo, float hi) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+#else
+    r = __float_as_uint(lo) ^ __float_as_uint(hi);
+#endif
+    return r;
+}
+
+static __device__ __forceinline__ float tbq_exp2(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+static __device__ __forceinline__ float tbq_tanh(float x) {
+    // 1 - 2 / (e^2x + 1): right at both ends too
+    return 1.0f - 2.0f / (tbq_exp2(2.0f * TBQ_LOG2E * x) + 1.0f);
+}
+
+static __device__ __forceinline__ float tbq_alibi_slope(float max_bias, int head, int n_head) {
+    if (max_bias == 0.0f) {
+        return 1.0f;
+    }
+    const int   n_log2 = 1 << (31 - __clz(n_head));
+    const float m0     = exp2f(-max_bias / n_log2);
+    const float m1     = exp2f(-max_bias / 2.0f / n_log2);
+    return head < n_log2 ? powf(m0, head + 1) : powf(m1, 2 * (head - n_log2) + 1);
+}
+
+// --- the cache in shared memory -----------------------------------------------------------------------------------
+
+// One side of the cache, K or V, as one lane sees it.
+template <int D, int BITS> struct tbq_cache_reader {
+    static constexpr int NB    = D / 64;
+    static constexpr int BYTES = tbq_block_bytes(BITS);
+    static constexpr int UNITS = tbq_attention_units(D, BITS);
+    static constexpr int PITCH = tbq_attention_pitch(D, BITS);
+    static constexpr int TRIPS = (TBQ_ATTENTION_SLICE * UNITS + 31) / 32;
+    static_assert(UNITS % 2 == 1 || 32 % UNITS == 0, "a lane's units are the same distance apart in shared memory");
+
+    int          offset; // of a row within its first unit of 16 bytes (or of 4, where rows are apart by less)
+    int          odd;    // what changes in it for odd tokens: bit 1, where rows are 4 k + 2 bytes apart
+    uint32_t     units;  // bit i: this lane copies unit number lane + 32 i of a slice
+    uint32_t     to;     // where its first unit goes within a stage
+    const char * from;   // where it comes from, for the next slice
+    long long    step;   // bytes from one slice of this warp to the next
+    int          nb1;    // bytes from one token to the next
+    bool         wide;   // every row starts at the same place of a unit
+
+    // The units of a slice in a line, row after row: neighbouring lanes copy neighbouring units, so that what a row
+    // has in one line of the cache is one request.  (Rows side by side, two lanes each, were limited by requests.)
+    __device__ __forceinline__ tbq_cache_reader(const char * row0, long long stride, int first_slice, int lane) {
+        const char * slice = row0 + (long long) first_slice * TBQ_ATTENTION_SLICE * stride;
+        wide   = stride % 16 == 0;
+        nb1    = (int) stride;
+        offset = (int) ((size_t) row0 & (wide ? 15 : 3));
+        odd    = D == 64 && !wide ? nb1 & 2 : 0;
+        step   = stride * (TBQ_ATTENTION_SLICE * TBQ_ATTENTION_WARPS);
+        units  = 0;
+        if (wide) {
+            for (int i = 0; i < TRIPS; i++) {
+                const int unit = lane + 32 * i;
+                units |= (uint32_t) (unit < TBQ_ATTENTION_SLICE * UNITS && unit % UNITS * 16 < offset + NB * BYTES) << i;
+            }
+            to   = lane / UNITS * PITCH + lane % UNITS * 16;
+            from = slice - offset + lane / UNITS * stride + lane % UNITS * 16;
+        } else {
+            to   = lane / 2 * PITCH;
+            from = slice + lane / 2 * stride;
+            from -= (size_t) from & 3;
+        }
+    }
+
+    // Starts copying the next slice, of which n tokens exist.
+    __device__ __forceinline__ void fetch(uint32_t stage, int n, int lane) {
+        if (wide) {
+            uint32_t on = units;
+            if (n < TBQ_ATTENTION_SLICE) {
+                for (int i = 0; i < TRIPS; i++) {
+                    on &= ~((uint32_t) ((lane + 32 * i) / UNITS >= n) << i);
+                }
+            }
+            const char * p = from;
+#pragma unroll
+            for (int i = 0; i < TRIPS; i++) {
+                tbq_cp_async_16_if(on & 1u << i, stage + to + i * (UNITS % 2 ? 512 : 32 / UNITS * PITCH), p);
+                // 32 units on: 32 / UNITS rows and the rest, or a row more and a row's units less
+                const bool wraps = 32 % UNITS != 0 && (lane + 32 * i) % UNITS >= UNITS - 32 % UNITS;
+                p += 32 / UNITS * nb1 + 32 % UNITS * 16 + (wraps ? nb1 - 16 * UNITS : 0);
+            }
+        } else if (lane / 2 < n) {
+            // any layout: rare, and correct
+#pragma unroll 1
+            for (int at = lane % 2 * 4; at < NB * BYTES + (D == 64 ? 2 : 0); at += 8) {
+                tbq_cp_async_4(stage + to + at, from + at);
+            }
+        }
+        from += step;
+    }
+
+    // The 4 bytes at `at` of block b.  Blocks are 4 k + 2 bytes long, so those of every other one lie across two words.
+    static __device__ __forceinline__ uint32_t word(const char * row, int b, int at) {
+        const int byte = b * BYTES + at;
+        if constexpr (D == 64) {
+            const uint32_t   start = (uint32_t) (size_t) row + byte;
+            const uint32_t * w     = (const uint32_t *) (row + byte - (start & 3));
+            return __funnelshift_r(w[0], w[1], start * 8);
+        } else if (byte & 3) {
+            const uint32_t * w = (const uint32_t *) (row + byte - 2);
+            return __funnelshift_r(w[0], w[1], 16);
+        } else {
+            return *(const uint32_t *) (row + byte);
+        }
+    }
+
+    // Where in a block's qs and qh the lane with nibble word w reads.
+    static __device__ __forceinline__ int qs_at(int w) {
+        return 4 * (BITS == 4 ? w : w % 4);
+    }
+
+    static __device__ __forceinline__ int qh_at(int w) {
+        return 4 * (w % 2);
+    }
+
+    static __device__ __forceinline__ float scale(const char * row, int b) {
+        return __half2float(*(const __half *) (row + b * BYTES));
+    }
+};
+
+// --- the kernel -----------------------------------------------------------------------------------------------------
+
+// Writes the sums of one output row's part: for later, or, where there is one part, the row itself.
+// Warp by warp: un-rotate, divide, store.
+template <int D>
+static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l, const float * sink,
+                                                           int b, int lane) {
+    if (sink) {
+        const float s   = *sink * TBQ_LOG2E;
+        const float top = fmaxf(m, s);
+        const float f   = tbq_exp2(m - top);
+        l               = l * f + tbq_exp2(s - top);
+        m               = f;
+    } else {
+        m = 1.0f;
+    }
+    const float inverse = l == 0.0f ? 0.0f : m / l;
+    float       lo      = sums[64 * b + lane] * inverse;
+    float       hi      = sums[64 * b + lane + 32] * inverse;
+    tbq_unrotate_warp(lo, hi, lane);
+    dst[64 * b + lane]      = lo;
+    dst[64 * b + lane + 32] = hi;
+}
+
+// grid: (parts, tiles of columns times KV heads, sequences)
+template <int D, int BITS_K, int BITS_V, int NC>
+__global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) tbq_attention(const tbq_attention_args a) {
+#if __CUDA_ARCH__ >= 800
+    using reader_k = tbq_cache_reader<D, BITS_K>;
+    using reader_v = tbq_cache_reader<D, BITS_V>;
+    constexpr int NB     = D / 64;  // blocks of a row
+    constexpr int NG     = NC / 8;  // groups of 8 columns
+    constexpr int WARPS  = TBQ_ATTENTION_WARPS;
+    constexpr int SLICE  = TBQ_ATTENTION_SLICE;
+    constexpr int STAGES = TBQ_ATTENTION_STAGES;
+    constexpr int STAGE  = SLICE * (reader_k::PITCH + reader_v::PITCH);
+
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int g    = lane / 4;
+    const int t    = lane % 4;
+
+    const int gqa       = a.n_head / a.n_head_kv;
+    const int n_columns = a.n_q * gqa;
+    const int n_groups  = (n_columns + NC - 1) / NC;
+    const int head_kv   = blockIdx.y / n_groups;
+    const int first_col = blockIdx.y % n_groups * NC;
+    const int seq       = blockIdx.z;
+
+    extern __shared__ __align__(16) char smem[];
+    __shared__ __align__(16) int8_t q8[NC][D];
+    __shared__ float   q_scale[NC][NB];
+    __shared__ int     q_sum[NC][NB];
+    __shared__ uint32_t hidden[TBQ_N_HIDDEN];
+    __shared__ float   max_of[WARPS][NC];
+    __shared__ float   sum_of[WARPS][NC];
+
+    // A ring of this warp alone.
+    char * const   ring      = smem + warp * STAGES * STAGE;
+    const uint32_t ring_addr = (uint32_t) __cvta_generic_to_shared(ring);
+
+    const int n_slices = (a.n_kv + SLICE - 1) / SLICE;
+    const int first    = blockIdx.x * a.slices_per_split + warp;
+    const int end      = min((int) (blockIdx.x + 1) * a.slices_per_split, n_slices);
+
+    const int seq_kv = seq / (a.n_seq / a.n_seq_kv);
+    reader_k  keys(a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3, a.k_nb1, first, lane);
+    reader_v  values(a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3, a.v_nb1, first, lane);
+
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        const int slice = first + i * WARPS;
+        if (slice < end) {
+            keys.fetch(ring_addr + i * STAGE, a.n_kv - slice * SLICE, lane);
+            values.fetch(ring_addr + i * STAGE + SLICE * reader_k::PITCH, a.n_kv - slice * SLICE, lane);
+        }
+        tbq_cp_async_commit();
+    }
+    if (threadIdx.x < TBQ_N_HIDDEN) {
+        hidden[threadIdx.x] = tbq_hidden_constant(threadIdx.x);
+    }
+
+    // Queries: rotated, scaled, rounded to 8 bits.  While the first slices are on their way.
+    const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
+    for (int i = warp; i < NC * NB; i += WARPS) {
+        const int c   = i / NB;
+        const int b   = i % NB;
+        const int col = first_col + c;
+        float     lo = 0.0f, hi = 0.0f;
+        if (col < n_columns) {
+            const float * q = (const float *) (a.q + col / gqa * a.q_nb1 + (head_kv * gqa + col % gqa) * a.q_nb2 + seq * a.q_nb3);
+            lo = q[64 * b + lane];
+            hi = q[64 * b + lane + 32];
+        }
+        tbq_rotate_warp(lo, hi, lane);
+        float top = fmaxf(fabsf(lo), fabsf(hi));
+#pragma unroll
+        for (int h = 1; h < 32; h *= 2) {
+            top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+        }
+        // a query with a NaN or Inf must not vanish in the rounding
+        const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= FLT_MAX) || !(fabsf(hi) <= FLT_MAX));
+        const float inverse = top > 0.0f && !bad ? 127.0f / top : 0.0f;
+        const int   qlo     = __float2int_rn(lo * inverse);
+        const int   qhi     = __float2int_rn(hi * inverse);
+        q8[c][64 * b + lane]      = (int8_t) qlo;
+        q8[c][64 * b + lane + 32] = (int8_t) qhi;
+        const int sum = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
+        if (lane == 0) {
+            q_scale[c][b] = bad ? __int_as_float(0x7FC00000) : top / 127.0f * q_factor;
+            q_sum[c][b]   = sum;
+        }
+    }
+    __syncthreads();
+
+    const tbq_lookup_table<BITS_K> k_levels(hidden);
+    const tbq_lookup_table<BITS_V> v_levels(hidden);
+    const uint32_t                 exponents = hidden[0];
+
+    // Operand A of the first product, and what the bias of the keys' bytes adds to it: an integer sum minus that, put
+    // into the mantissa of 1.5 . 2^23, reads as a float.
+    constexpr int FLOAT_ZERO = 0x4B400000;
+    uint32_t qa[NB][2][4];
+    float    dq[NB][NG];
+    int      start[NB][NG];
+#pragma unroll
+    for (int b = 0; b < NB; b++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                // rows g and g + 8; with 8 columns the second is a copy, whose results nobody reads
+                const int8_t * q = q8[g + (NG == 2 ? r % 2 * 8 : 0)] + 64 * b + 16 * half + 4 * t + r / 2 * 2;
+                qa[b][half][r] = (uint8_t) q[0] | (uint8_t) q[32] << 8 | (uint8_t) q[1] << 16 | (uint32_t) (uint8_t) q[33] << 24;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+            dq[b][n]    = q_scale[g + 8 * n][b];
+            start[b][n] = FLOAT_ZERO - 64 * q_sum[g + 8 * n][b];
+        }
+    }
+
+    const half * mask[NG];
+    float        slope[NG];
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        const int col = min(first_col + g + 8 * n, n_columns - 1);
+        mask[n]       = a.mask ? (const half *) (a.mask + col / gqa * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3) : nullptr;
+        slope[n]      = tbq_alibi_slope(a.max_bias, head_kv * gqa + col % gqa, a.n_head) * TBQ_LOG2E;
+    }
+
+    float acc[NG][NB][4][4];
+    float m[NG], l[NG];
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        m[n] = -1e30f; // finite, so that a slice without a visible token takes exp2(-inf) = 0
+        l[n] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < NB * 16; i++) {
+            acc[n][i / 16][i / 4 % 4][i % 4] = 0.0f;
+        }
+    }
+
+    // What this lane reads of a stage, in bytes from its start.  Keys: the words of token g (and g + 8, a constant
+    // further), and the scales of tokens 2t, 2t + 1.  Values: words and scales of tokens 2t, 2t + 1.
+    const int k_row   = g * reader_k::PITCH + (keys.offset ^ (g & 1 ? keys.odd : 0));
+    const int k_qs    = k_row + reader_k::qs_at(t);
+    const int k_qh    = k_row + reader_k::qh_at(t);
+    const int k_d[2]  = { 2 * t * reader_k::PITCH + keys.offset, (2 * t + 1) * reader_k::PITCH + (keys.offset ^ keys.odd) };
+    const int v_base  = SLICE * reader_k::PITCH;
+    const int v_d[2]  = { v_base + 2 * t * reader_v::PITCH + values.offset, v_base + (2 * t + 1) * reader_v::PITCH + (values.offset ^ values.odd) };
+    const int v_qs    = reader_v::qs_at(g);
+    const int v_qh    = reader_v::qh_at(g);
+
+    // A pair of the mask's halves is one load where it can be.
+    const bool pairs = ((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 4 == 0;
+    auto mask_of = [&](int n, int token) -> uint32_t {
+        constexpr uint32_t hide = 0xFC00; // -inf, for tokens past the last
+        if (token + 1 < a.n_kv) {
+            if (!mask[n]) {
+                return 0;
+            }
+            const uint16_t * p = (const uint16_t *) mask[n] + token;
+            return pairs ? *(const uint32_t *) p : p[0] | (uint32_t) p[1] << 16;
+        }
+        const uint32_t last = token >= a.n_kv ? hide : mask[n] ? ((const uint16_t *) mask[n])[token] : 0;
+        return last | hide << 16;
+    };
+    uint32_t mask_ahead[NG][2];
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        mask_ahead[n][0] = mask_of(n, first * SLICE + 2 * t);
+        mask_ahead[n][1] = mask_of(n, first * SLICE + 2 * t + 8);
+    }
+
+    int stage = 0;
+    for (int slice = first; slice < end; slice += WARPS) {
+        float bias[NG][4];
+        bool  seen = false;
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float2 x = __half22float2(*(const half2 *) &mask_ahead[n][j]);
+                bias[n][2 * j + 0] = x.x;
+                bias[n][2 * j + 1] = x.y;
+                seen |= x.x != -INFINITY || x.y != -INFINITY;
+                mask_ahead[n][j] = mask_of(n, (slice + WARPS) * SLICE + 2 * t + 8 * j);
+            }
+        }
+
+        {
+            const int ahead = slice + (STAGES - 1) * WARPS;
+            const int into  = stage == 0 ? STAGES - 1 : stage - 1;
+            if (ahead < end) {
+                keys.fetch(ring_addr + into * STAGE, a.n_kv - ahead * SLICE, lane);
+                values.fetch(ring_addr + into * STAGE + SLICE * reader_k::PITCH, a.n_kv - ahead * SLICE, lane);
+            }
+            tbq_cp_async_commit();
+            tbq_cp_async_wait<STAGES - 1>();
+            __syncwarp();
+        }
+        const char * const rows = ring + stage * STAGE;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+
+        if (!__any_sync(TBQ_WARP_ALL, seen)) {
+            continue; // hidden from every column: other sequences, or not written yet
+        }
+
+        // S[n][j]: query g + 8 n, token 2t + j % 2 + 8 (j / 2)
+        float s[NG][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            constexpr int HALF = 8 * reader_k::PITCH;
+#pragma unroll
+            for (int b = 0; b < NB; b++) {
+                const uint32_t qs = reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET);
+                const uint32_t q4 = BITS_K == 4 ? reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET + 16) : qs;
+                const uint32_t qh = BITS_K == 3 ? reader_k::word(rows + k_qh + half * HALF, b, TBQ_QH_OFFSET) : 0;
+                const uint2    w0 = k_levels(tbq_nibbles<BITS_K>(qs, qh, t));
+                const uint2    w1 = k_levels(tbq_nibbles<BITS_K>(q4, qh, t + 4));
+                int            c[4];
+                tbq_mma_s8_u8(c, qa[b][0], w0.x, w0.y, { 0, 0, 0, 0 });
+                tbq_mma_s8_u8(c, qa[b][1], w1.x, w1.y, c);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const float d = reader_k::scale(rows + k_d[j] + half * HALF, b);
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        const float x = __int_as_float(c[2 * n + j] + start[b][n]) - 12582912.0f;
+                        float &     y = s[n][2 * half + j];
+                        y             = b == 0 ? x * (d * dq[b][n]) : y + x * (d * dq[b][n]);
+                    }
+                }
+            }
+        }
+
+        float d_v[NB][4];
+        float d_sum = 0.0f;
+#pragma unroll
+        for (int b = 0; b < NB; b++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                d_v[b][j] = reader_v::scale(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH, b);
+                d_sum += d_v[b][j];
+            }
+        }
+        if (a.logit_softcap != 0.0f) {
+#pragma unroll
+            for (int i = 0; i < 4 * NG; i++) {
+                s[i / 4][i % 4] = tbq_tanh(s[i / 4][i % 4]) * (a.logit_softcap * TBQ_LOG2E);
+            }
+        }
+
+        float p[NG][4];
+        bool  grown = false;
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                // selected, not added: a hidden key may be anything, NaN too
+                s[n][j] = bias[n][j] == -INFINITY ? -INFINITY : s[n][j] + bias[n][j] * slope[n];
+                grown |= s[n][j] > m[n] + 8.0f;
+            }
+        }
+        // The maximum follows only when it is out by 2^8: weights are floats, with room for more than that.
+        if (__any_sync(TBQ_WARP_ALL, grown)) {
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                float top = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
+                top       = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, 1));
+                top       = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, 2));
+                top       = fmaxf(top, m[n]);
+                const float f = tbq_exp2(m[n] - top);
+                m[n]          = top;
+                l[n] *= f;
+                // columns 2t, 2t + 1 of the sums belong to queries that other lanes hold
+                const float f0 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t);
+                const float f1 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t + 4);
+#pragma unroll
+                for (int i = 0; i < NB * 4; i++) {
+                    acc[n][i / 4][i % 4][0] *= f0;
+                    acc[n][i / 4][i % 4][1] *= f1;
+                    acc[n][i / 4][i % 4][2] *= f0;
+                    acc[n][i / 4][i % 4][3] *= f1;
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                p[n][j] = tbq_exp2(s[n][j] - m[n]);
+                l[n] += p[n][j];
+            }
+        }
+        // A hidden value may be NaN as well, and 0 . NaN is not 0.  Rare, so it costs one test.
+        const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
+
+#pragma unroll
+        for (int b = 0; b < NB; b++) {
+            uint32_t pb[NG][2];
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                float w[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    w[j] = p[n][j] * d_v[b][j];
+                }
+                if (any_nan) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        w[j] = p[n][j] == 0.0f ? 0.0f : w[j];
+                    }
+                }
+                pb[n][0] = tbq_pack_bf16(w[0], w[1]);
+                pb[n][1] = tbq_pack_bf16(w[2], w[3]);
+            }
+            uint32_t word[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const char *   row = rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH;
+                const uint32_t qh  = BITS_V == 3 ? reader_v::word(row + v_qh, b, TBQ_QH_OFFSET) : 0;
+                word[j]            = tbq_nibbles<BITS_V>(reader_v::word(row + v_qs, b, TBQ_QS_OFFSET), qh, g);
+            }
+            uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                // byte i of both tokens side by side: the four indices that a look-up takes are then channel 4g + i
+                // and 4g + 32 + i of one token and of the other
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const uint32_t x  = tbq_prmt(word[2 * pair], word[2 * pair + 1], h == 0 ? 0x5140 : 0x7362);
+                    const uint2    lv = v_levels(x);
+                    va[2 * h + 0][2 * pair + 0] = tbq_bf16_levels((lv.x & 0x00FF00FFu) | exponents);
+                    va[2 * h + 0][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.x, exponents, 0x5351));
+                    va[2 * h + 1][2 * pair + 0] = tbq_bf16_levels((lv.y & 0x00FF00FFu) | exponents);
+                    va[2 * h + 1][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.y, exponents, 0x5351));
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    tbq_mma_bf16(acc[n][b][i], va[i], pb[n][0], pb[n][1]);
+                }
+            }
+        }
+        __syncwarp(); // the next round overwrites the oldest stage
+    }
+    tbq_cp_async_wait<0>();
+
+    // One result of eight warps.
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+        l[n] += __shfl_xor_sync(TBQ_WARP_ALL, l[n], 1);
+        l[n] += __shfl_xor_sync(TBQ_WARP_ALL, l[n], 2);
+        if (t == 0) {
+            max_of[warp][g + 8 * n] = m[n];
+            sum_of[warp][g + 8 * n] = l[n];
+        }
+    }
+    __syncthreads(); // the rings are free now
+
+    constexpr int ROW = tbq_attention_row(D);
+    float * const sums = (float *) smem + (warp % (WARPS / 2)) * NC * ROW;
+#pragma unroll
+    for (int round = 0; round < 2; round++) {
+        if ((round == 0) == (warp >= WARPS / 2)) {
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int c   = 8 * n + 2 * t + j;
+                    float     top = max_of[0][c];
+#pragma unroll
+                    for (int w = 1; w < WARPS; w++) {
+                        top = fmaxf(top, max_of[w][c]);
+                    }
+                    const float f = tbq_exp2(max_of[warp][c] - top);
+#pragma unroll
+                    for (int i = 0; i < NB * 2; i++) {
+                        float4 * to = (float4 *) (sums + c * ROW + i / 2 * 64 + i % 2 * 32 + 4 * g);
+                        float4   x  = make_float4(acc[n][i / 2][0][i % 2 * 2 + j] * f, acc[n][i / 2][1][i % 2 * 2 + j] * f,
+                                                  acc[n][i / 2][2][i % 2 * 2 + j] * f, acc[n][i / 2][3][i % 2 * 2 + j] * f);
+                        if (round == 1) {
+                            const float4 y = *to;
+                            x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+                        }
+                        *to = x;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+
+    for (int i = warp; i < NC * NB; i += WARPS) {
+        const int c   = i / NB;
+        const int b   = i % NB;
+        const int col = first_col + c;
+        if (col >= n_columns) {
+            break;
+        }
+        float top = max_of[0][c];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) {
+            top = fmaxf(top, max_of[w][c]);
+        }
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            total += sum_of[w][c] * tbq_exp2(max_of[w][c] - top);
+        }
+        float * const sum0 = (float *) smem + c * ROW;
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            float * p = sum0 + 64 * b + 32 * x + lane;
+            *p = (p[0] + p[NC * ROW]) + (p[2 * NC * ROW] + p[3 * NC * ROW]);
+        }
+        const int       head = head_kv * gqa + col % gqa;
+        const long long row  = ((long long) seq * a.n_q + col / gqa) * a.n_head + head;
+        if (a.n_split == 1) {
+            tbq_attention_store<D>(a.dst + row * D, sum0, top, total, a.sinks ? a.sinks + head : nullptr, b, lane);
+        } else {
+            float * to = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
+            to[64 * b + lane]      = sum0[64 * b + lane];
+            to[64 * b + lane + 32] = sum0[64 * b + lane + 32];
+            if (b == 0 && lane == 0) {
+                to[D]     = top;
+                to[D + 1] = total;
+            }
+        }
+    }
+#else
+    __trap(); // the host does not choose this kernel here
+#endif
+}
+
+// Adds the parts of a row up, un-rotates and stores it.  grid: (rows); block: (D, groups), groups D / 32 at least
+template <int D, int GROUPS> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
+    const int       d    = threadIdx.x;
+    const int       grp  = threadIdx.y;
+    const long long row  = blockIdx.x;
+    const int       head = row % a.n_head;
+
+    __shared__ float sums[GROUPS][D];
+    __shared__ float totals[GROUPS];
+
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    const float * part = a.partial + row * a.n_split * (D + 2);
+
+    float top = -1e30f;
+    for (int i = 0; i < a.n_split; i++) {
+        top = fmaxf(top, part[(long long) i * (D + 2) + D]);
+    }
+    float sum = 0.0f, total = 0.0f;
+    for (int i = grp; i < a.n_split; i += GROUPS) {
+        const float * p = part + (long long) i * (D + 2);
+        const float   f = tbq_exp2(p[D] - top);
+        sum += p[d] * f;
+        total += p[D + 1] * f;
+    }
+    sums[grp][d] = sum;
+    if (d == 0) {
+        totals[grp] = total;
+    }
+    __syncthreads();
+    if (grp != 0) {
+        return;
+    }
+    total = totals[0];
+    for (int i = 1; i < GROUPS; i++) {
+        sum += sums[i][d];
+        total += totals[i];
+    }
+    sums[0][d] = sum;
+    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // the threads of group 0
+    if (d / 32 < D / 64) {
+        tbq_attention_store<D>(a.dst + row * D, sums[0], top, total, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
+    }
+}
+
+#endif // __CUDACC__

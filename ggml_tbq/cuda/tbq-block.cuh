@@ -1,0 +1,138 @@
+// Blocks of the tbq types on a GPU: levels, unpacking, the rotation.  Knows CUDA and the format (tbq.h), not ggml.
+#pragma once
+
+#include "tbq.h"
+#include "tbq-tables.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define TBQ_WARP_ALL 0xFFFFFFFFu
+
+// --- layout ---------------------------------------------------------------------------------------------------
+
+constexpr __host__ __device__ int tbq_block_bytes(int bits) {
+    return bits == 2 ? sizeof(block_tbq2_0) : bits == 3 ? sizeof(block_tbq3_0) : sizeof(block_tbq4_0);
+}
+
+// Every block is d, qs and, at 3 bits, qh.
+#define TBQ_QS_OFFSET 2
+#define TBQ_QH_OFFSET 18
+static_assert(TBQ_QS_OFFSET == offsetof(block_tbq3_0, qs) && TBQ_QH_OFFSET == offsetof(block_tbq3_0, qh), "layout");
+
+// --- levels ---------------------------------------------------------------------------------------------------
+
+// Byte n of a table is level n + 64.  Biased like this every entry is below 128, so that a `prmt` whose selector has
+// its top bit set (replicate the sign) gives 0: one instruction looks four indices up and zeroes those of the other
+// half of a table of 16.
+// Word i of the table.
+template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i) {
+    constexpr int8_t levels[3][16] = { TBQ2_LEVELS, TBQ3_LEVELS, TBQ4_LEVELS };
+    uint32_t         word          = 0;
+    for (int n = 0; n < 4; n++) {
+        word |= (uint32_t) (levels[BITS - 2][4 * i + n] + 64) << 8 * n;
+    }
+    return word;
+}
+
+// The instruction itself: __byte_perm masks the selector first, which costs another one.
+static __device__ __forceinline__ uint32_t tbq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+
+// A `prmt` takes one of its three operands as an immediate.  Tables of more than one word must have the others in
+// registers, and a compiler that can see their values moves them there for every single use, a third of all
+// instructions; so they go through shared memory, where it cannot.
+#define TBQ_N_HIDDEN 5
+static __device__ __forceinline__ uint32_t tbq_hidden_constant(int i) {
+    switch (i) {
+        case 0: return 0x43004300u; // for values, see tbq-attention.cuh
+        case 1: return tbq_level_word<4>(2);
+        case 2: return tbq_level_word<2>(0);
+        case 3: return tbq_level_word<3>(0);
+        default: return tbq_level_word<4>(0);
+    }
+}
+
+template <int BITS> struct tbq_lookup_table {
+    uint32_t t0, t2;
+
+    // hidden: the constants above, in shared memory
+    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) {
+        t0 = hidden[BITS];
+        t2 = BITS == 4 ? hidden[1] : 0;
+    }
+
+    // Eight indices in the nibbles of a word to eight bytes level + 64: those of nibbles 0..3, and of nibbles 4..7.
+    __device__ __forceinline__ uint2 operator()(uint32_t nibbles) const {
+        constexpr uint32_t t1 = tbq_level_word<BITS>(1);
+        if constexpr (BITS == 4) {
+            constexpr uint32_t t3    = tbq_level_word<BITS>(3);
+            const uint32_t     other = nibbles ^ 0x88888888u;
+            return make_uint2(tbq_prmt(t0, t1, nibbles) | tbq_prmt(t2, t3, other),
+                              tbq_prmt(t0, t1, nibbles >> 16) | tbq_prmt(t2, t3, other >> 16));
+        } else if constexpr (BITS == 3) {
+            return make_uint2(tbq_prmt(t0, t1, nibbles), tbq_prmt(t0, t1, nibbles >> 16));
+        } else {
+            constexpr uint32_t all = tbq_level_word<2>(0);
+            return make_uint2(tbq_prmt(t0, all, nibbles), tbq_prmt(t0, all, nibbles >> 16));
+        }
+    }
+};
+
+// --- unpacking ------------------------------------------------------------------------------------------------
+
+// A block has eight "nibble words", the same for every type: nibble 2 i of word w is the index of value 4 w + i,
+// nibble 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 they are the words of qs as they lie in memory; for
+// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the third bits from qh.
+//
+// `qs` is word w of qs for tbq4_0, else word w & 3; `qh` is word w & 1 of qh.
+template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint32_t qs, uint32_t qh, int w) {
+    if constexpr (BITS == 4) {
+        return qs;
+    } else if constexpr (BITS == 2) {
+        return qs >> (w >> 2) * 2 & 0x33333333u;
+    } else {
+        // the third bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
+        const int at = (w & 2) + (w >> 2);
+        return (qs >> (w >> 2) * 2 & 0x33333333u) | (__funnelshift_l(qh, qh, 2 - at) & 0x44444444u);
+    }
+}
+
+// --- the rotation, across a warp --------------------------------------------------------------------------------
+
+// Lane l holds values l and l + 32 of a block.  In the order that the format fixes: distances 1, 2, 4, 8, 16, 32.
+static __device__ __forceinline__ void tbq_butterflies(float & lo, float & hi, int lane) {
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+        const float a = __shfl_xor_sync(TBQ_WARP_ALL, lo, h);
+        const float b = __shfl_xor_sync(TBQ_WARP_ALL, hi, h);
+        lo = lane & h ? a - lo : a + lo;
+        hi = lane & h ? b - hi : b + hi;
+    }
+    const float sum = lo + hi;
+    hi = lo - hi;
+    lo = sum;
+}
+
+static __device__ __forceinline__ float tbq_flip(float x, int i) {
+    return __uint_as_float(__float_as_uint(x) ^ (uint32_t) (TBQ_SIGN_BITS >> i & 1) << 31);
+}
+
+// y = H . diag(s) . x / 8
+static __device__ __forceinline__ void tbq_rotate_warp(float & lo, float & hi, int lane) {
+    lo = tbq_flip(lo, lane);
+    hi = tbq_flip(hi, lane + 32);
+    tbq_butterflies(lo, hi, lane);
+    lo *= 0.125f;
+    hi *= 0.125f;
+}
+
+// x = diag(s) . H . y / 8
+static __device__ __forceinline__ void tbq_unrotate_warp(float & lo, float & hi, int lane) {
+    tbq_butterflies(lo, hi, lane);
+    lo = tbq_flip(0.125f * lo, lane);
+    hi = tbq_flip(0.125f * hi, lane + 32);
+}

@@ -1,0 +1,368 @@
+// The attention kernel by itself: random problems against double precision, and its speed.
+//   attention check [problems] [seed]     exit status 1 if one is wrong
+//   attention bench                       the shapes that docs/cuda.md lists
+#include "tbq-attention.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#define CHECK(call)                                                                              \
+    do {                                                                                         \
+        const cudaError_t e = (call);                                                            \
+        if (e != cudaSuccess) {                                                                  \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e));      \
+            std::exit(2);                                                                        \
+        }                                                                                        \
+    } while (0)
+
+template <typename T> struct device_array {
+    T *    p = nullptr;
+    size_t n = 0;
+    // to a multiple of 16 bytes, as ggml's buffers are
+    explicit device_array(size_t count) : n(count) { CHECK(cudaMalloc(&p, (count * sizeof(T) + 31) / 16 * 16)); }
+    device_array(const std::vector<T> & v) : device_array(v.size()) { CHECK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
+    device_array(const device_array &) = delete;
+    ~device_array() { cudaFree(p); }
+};
+
+static int n_resident_of(const void * kernel, int smem) {
+    int n = 0, sms = 0;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, TBQ_ATTENTION_THREADS, smem));
+    CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    return n * sms;
+}
+
+template <int D, int K, int V, int NC> static void launch_nc(tbq_attention_args a, float * partial) {
+    auto * const kernel = tbq_attention<D, K, V, NC>;
+    const int    smem   = tbq_attention_smem(D, K, V, NC);
+    tbq_attention_cut(a, n_resident_of((const void *) kernel, smem));
+    a.partial = partial;
+    const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
+    kernel<<<dim3(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq), TBQ_ATTENTION_THREADS, smem>>>(a);
+    CHECK(cudaGetLastError());
+    if (a.n_split > 1) {
+        tbq_attention_combine<D, 512 / D><<<a.n_seq * a.n_q * a.n_head, dim3(D, 512 / D)>>>(a);
+        CHECK(cudaGetLastError());
+    }
+}
+
+template <int D, int K, int V> static void launch(const tbq_attention_args & a, float * partial) {
+    if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8) {
+        launch_nc<D, K, V, 8>(a, partial);
+    } else {
+        launch_nc<D, K, V, 16>(a, partial);
+    }
+}
+
+template <int K, int V> static void launch_d(int d, const tbq_attention_args & a, float * partial) {
+    switch (d) {
+        case 64: return launch<64, K, V>(a, partial);
+        case 128: return launch<128, K, V>(a, partial);
+        default: return launch<256, K, V>(a, partial);
+    }
+}
+
+static void launch_any(int d, int k, int v, const tbq_attention_args & a, float * partial) {
+    switch (10 * k + v) {
+        case 44: return launch_d<4, 4>(d, a, partial);
+        case 43: return launch_d<4, 3>(d, a, partial);
+        case 33: return launch_d<3, 3>(d, a, partial);
+        case 32: return launch_d<3, 2>(d, a, partial);
+        case 22: return launch_d<2, 2>(d, a, partial);
+        case 24: return launch_d<2, 4>(d, a, partial);
+        default: std::exit(3);
+    }
+}
+
+static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, { 3, 2 }, { 2, 4 } };
+
+// Random blocks: any bytes decode to something; only the scales must be reasonable.
+static std::vector<char> random_rows(int bits, size_t n_blocks, std::mt19937 & rng) {
+    const int         bytes = tbq_block_bytes(bits);
+    std::vector<char> rows(n_blocks * bytes);
+    for (size_t i = 0; i + 4 <= rows.size(); i += 4) {
+        const uint32_t r = rng();
+        std::memcpy(&rows[i], &r, 4);
+    }
+    for (size_t i = rows.size() / 4 * 4; i < rows.size(); i++) {
+        rows[i] = (char) rng();
+    }
+    for (size_t b = 0; b < n_blocks; b++) {
+        const float  d = (0.5f + (rng() % 1000) / 1000.0f) / 22.0f;
+        const __half h = __float2half(d);
+        std::memcpy(&rows[b * bytes], &h, 2);
+    }
+    return rows;
+}
+
+static double alibi(float max_bias, int head, int n_head) {
+    if (max_bias == 0) {
+        return 1;
+    }
+    const int n_log2 = 1 << (int) std::floor(std::log2(n_head));
+    return head < n_log2 ? std::pow(std::pow(2.0, -max_bias / n_log2), head + 1)
+                         : std::pow(std::pow(2.0, -max_bias / 2 / n_log2), 2 * (head - n_log2) + 1);
+}
+
+static tbq_type type_of(int bits) {
+    return (tbq_type) (TBQ_TYPE_TBQ2_0 + bits - 2);
+}
+
+static double check(int index, std::mt19937 & rng) {
+    const int * const pair = PAIRS[index % 6];
+    const int         d    = 64 << (index / 6 % 3);
+    auto              pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
+    tbq_attention_args a{};
+    a.n_head_kv = pick({ 1, 2, 3, 4, 5, 8 });
+    const int gqa = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
+    a.n_head      = a.n_head_kv * gqa;
+    a.n_q         = pick({ 1, 1, 1, 2, 3, 4, 5, 8, 16 });
+    a.n_seq       = pick({ 1, 1, 2, 3 });
+    a.n_seq_kv    = pick({ 1, a.n_seq });
+    a.n_seq_mask  = pick({ 1, a.n_seq });
+    a.n_kv        = pick({ 1, 5, 16, 17, 113, 256, 512, 1023, 4096 });
+    a.scale         = 1.0f / std::sqrt((float) d);
+    a.max_bias      = pick({ 0, 0, 8 });
+    a.logit_softcap = pick({ 0, 0, 10 });
+
+    const bool heads_apart = rng() % 4 == 0; // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
+    const int  more        = pick({ 0, 0, 3 }); // rows that the view leaves out
+    std::normal_distribution<float> normal;
+    std::vector<float> q((size_t) d * a.n_q * a.n_head * a.n_seq);
+    for (float & x : q) {
+        x = normal(rng) * 1.5f;
+    }
+    a.q_nb2 = d * 4;
+    a.q_nb1 = a.n_head * a.q_nb2;
+    a.q_nb3 = a.n_q * a.q_nb1;
+
+    std::vector<char> rows[2];
+    long long *       nb[2] = { &a.k_nb1, &a.v_nb1 };
+    for (int side = 0; side < 2; side++) {
+        const long long row = (long long) d / 64 * tbq_block_bytes(pair[side]);
+        rows[side]          = random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
+        nb[side][0]         = heads_apart ? row : row * a.n_head_kv;
+        nb[side][1]         = heads_apart ? row * (a.n_kv + more) : row;
+        nb[side][2]         = row * a.n_head_kv * (a.n_kv + more);
+    }
+    const bool           masked = a.max_bias != 0 || rng() % 3 != 0;
+    std::vector<__half>  mask((size_t) a.n_kv * a.n_q * a.n_seq_mask);
+    for (size_t i = 0; i < mask.size(); i++) {
+        const int token = i % a.n_kv;
+        const int hide  = i / a.n_kv % 3; // whole stretches, single tokens, nothing
+        mask[i] = __float2half((hide == 0 && token / 40 % 2 == 1) || (hide == 1 && rng() % 4 == 0) ? -INFINITY : -(float) (rng() % 5));
+    }
+    a.mask_nb1 = 2 * a.n_kv;
+    a.mask_nb3 = a.mask_nb1 * a.n_q;
+    const bool         with_sinks = rng() % 3 == 0;
+    std::vector<float> sinks(a.n_head);
+    for (float & x : sinks) {
+        x = normal(rng);
+    }
+    // A token that nobody sees may hold anything.
+    if (masked && a.n_kv > 4 && rng() % 2) {
+        const int hidden = rng() % a.n_kv;
+        for (int s = 0; s < a.n_seq_mask; s++) {
+            for (int i = 0; i < a.n_q; i++) {
+                mask[((size_t) s * a.n_q + i) * a.n_kv + hidden] = __float2half(-INFINITY);
+            }
+        }
+        for (int side = 0; side < 2; side++) {
+            for (int s = 0; s < a.n_seq_kv; s++) {
+                for (int h = 0; h < a.n_head_kv; h++) {
+                    const uint16_t nan = 0x7E00;
+                    std::memcpy(&rows[side][s * nb[side][2] + h * nb[side][1] + hidden * nb[side][0]], &nan, 2);
+                }
+            }
+        }
+    }
+
+    device_array<float>  q_dev(q), sinks_dev(sinks), dst_dev(q.size());
+    device_array<char>   k_dev(rows[0]), v_dev(rows[1]);
+    device_array<__half> mask_dev(mask);
+    device_array<float>  partial((size_t) a.n_seq * a.n_q * a.n_head * 300 * (d + 2));
+    a.q = (const char *) q_dev.p, a.k = k_dev.p, a.v = v_dev.p, a.dst = dst_dev.p;
+    a.mask  = masked ? (const char *) mask_dev.p : nullptr;
+    a.sinks = with_sinks ? sinks_dev.p : nullptr;
+    CHECK(cudaMemset(dst_dev.p, 0xFF, dst_dev.n * 4));
+    launch_any(d, pair[0], pair[1], a, partial.p);
+    std::vector<float> dst(q.size()), again(q.size());
+    CHECK(cudaMemcpy(dst.data(), dst_dev.p, dst.size() * 4, cudaMemcpyDeviceToHost));
+    launch_any(d, pair[0], pair[1], a, partial.p);
+    CHECK(cudaMemcpy(again.data(), dst_dev.p, dst.size() * 4, cudaMemcpyDeviceToHost));
+    const bool repeats = std::memcmp(dst.data(), again.data(), dst.size() * 4) == 0;
+
+    double error = 0, norm = 0;
+    std::vector<float> k_row(d), v_row(d);
+    for (int s = 0; s < a.n_seq; s++) {
+        const int s_kv = s / (a.n_seq / a.n_seq_kv);
+        for (int h = 0; h < a.n_head; h++) {
+            std::vector<float> keys((size_t) a.n_kv * d), vals((size_t) a.n_kv * d);
+            for (int j = 0; j < a.n_kv; j++) {
+                tbq_dequantize(type_of(pair[0]), &rows[0][s_kv * a.k_nb3 + h / gqa * a.k_nb2 + j * a.k_nb1], &keys[(size_t) j * d], d);
+                tbq_dequantize(type_of(pair[1]), &rows[1][s_kv * a.v_nb3 + h / gqa * a.v_nb2 + j * a.v_nb1], &vals[(size_t) j * d], d);
+            }
+            for (int i = 0; i < a.n_q; i++) {
+                // the query as the kernel takes it: 8 bits, one scale for 64 rotated values
+                std::vector<float> qi(d);
+                tbq_rotate(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d], qi.data(), d);
+                for (int e = 0; e < d; e += 64) {
+                    float largest = 0;
+                    for (int c = e; c < e + 64; c++) {
+                        largest = std::max(largest, std::fabs(qi[c]));
+                    }
+                    for (int c = e; c < e + 64; c++) {
+                        qi[c] = largest > 0 ? std::nearbyint(qi[c] * (127 / largest)) * (largest / 127) : 0;
+                    }
+                }
+                tbq_unrotate(qi.data(), qi.data(), d);
+                std::vector<double> w(a.n_kv);
+                double top = with_sinks ? sinks[h] : -INFINITY;
+                for (int j = 0; j < a.n_kv; j++) {
+                    const float b = masked ? __half2float(mask[((size_t) (s % a.n_seq_mask) * a.n_q + i) * a.n_kv + j]) : 0.0f;
+                    double      x = 0;
+                    for (int e = 0; e < d; e++) {
+                        x += (double) qi[e] * keys[(size_t) j * d + e];
+                    }
+                    x *= a.scale;
+                    if (a.logit_softcap != 0) {
+                        x = a.logit_softcap * std::tanh(x / a.logit_softcap);
+                    }
+                    w[j] = b == -INFINITY ? -INFINITY : x + alibi(a.max_bias, h, a.n_head) * b;
+                    top  = std::max(top, w[j]);
+                }
+                double              total = with_sinks ? std::exp(sinks[h] - top) : 0;
+                std::vector<double> o(d);
+                for (int j = 0; j < a.n_kv; j++) {
+                    if (w[j] == -INFINITY) {
+                        continue;
+                    }
+                    const double p = std::exp(w[j] - top);
+                    total += p;
+                    for (int e = 0; e < d; e++) {
+                        o[e] += p * vals[(size_t) j * d + e];
+                    }
+                }
+                for (int e = 0; e < d; e++) {
+                    const double want = total > 0 ? o[e] / total : 0;
+                    const double got  = dst[(((size_t) s * a.n_q + i) * a.n_head + h) * d + e];
+                    error += (want - got) * (want - got);
+                    norm += want * want;
+                }
+            }
+        }
+    }
+    const double nmse = norm > 0 ? error / norm : error;
+    if (!(nmse < 3e-5) || !repeats) {
+        std::printf("problem %d: tbq%d/tbq%d D=%d n_q=%d heads %d/%d n_kv=%d seq %d/%d mask %d bias %g cap %g sinks %d apart %d: "
+                    "relative squared error %.3g%s\n", index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, a.n_seq,
+                    a.n_seq_kv, masked, a.max_bias, a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
+        return 1;
+    }
+    return nmse;
+}
+
+static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q) {
+    tbq_attention_args a{};
+    a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_seq = a.n_seq_kv = a.n_seq_mask = 1, a.n_kv = n_kv;
+    a.scale = 1.0f / std::sqrt((float) d);
+    a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * n_q;
+    a.k_nb2 = d / 64 * tbq_block_bytes(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
+    a.v_nb2 = d / 64 * tbq_block_bytes(v), a.v_nb1 = a.v_nb2 * n_head_kv, a.v_nb3 = a.v_nb1 * n_kv;
+    a.mask_nb1 = 2 * n_kv, a.mask_nb3 = a.mask_nb1 * n_q;
+    std::mt19937 rng(1);
+    // several layers, so that the L2 cache does not hold what the next call reads
+    const int    layers = 4;
+    std::vector<char> rows_k = random_rows(k, (size_t) n_kv * n_head_kv * d / 64, rng), rows_v = random_rows(v, (size_t) n_kv * n_head_kv * d / 64, rng);
+    std::vector<float> q((size_t) d * n_q * a.n_head, 0.5f);
+    std::vector<__half> mask((size_t) n_kv * n_q, __float2half(0.0f));
+    device_array<char> k_dev(rows_k.size() * layers), v_dev(rows_v.size() * layers);
+    for (int i = 0; i < layers; i++) {
+        CHECK(cudaMemcpy(k_dev.p + i * rows_k.size(), rows_k.data(), rows_k.size(), cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(v_dev.p + i * rows_v.size(), rows_v.data(), rows_v.size(), cudaMemcpyHostToDevice));
+    }
+    device_array<float> q_dev(q), dst(q.size()), partial((size_t) n_q * a.n_head * 300 * (d + 2));
+    device_array<__half> mask_dev(mask);
+    a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
+    auto round = [&]() {
+        for (int i = 0; i < layers; i++) {
+            a.k = k_dev.p + i * rows_k.size();
+            a.v = v_dev.p + i * rows_v.size();
+            launch_any(d, k, v, a, partial.p);
+        }
+    };
+    cudaStream_t stream;
+    cudaGraph_t graph; cudaGraphExec_t exec;
+    round();
+    CHECK(cudaDeviceSynchronize());
+    cudaEvent_t from, to;
+    CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+    (void) stream; (void) graph; (void) exec;
+    float best = 1e9f;
+    for (int r = 0; r < 5; r++) {
+        CHECK(cudaEventRecord(from));
+        for (int i = 0; i < 5; i++) {
+            round();
+        }
+        CHECK(cudaEventRecord(to));
+        CHECK(cudaEventSynchronize(to));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, from, to));
+        best = std::min(best, ms / (5 * layers));
+    }
+    std::printf("D %3d tbq%d/tbq%d %d x %2d heads, %6d tokens, %2d rows: %8.1f us, %6.0f GB/s packed\n", d, k, v, n_head_kv, gqa, n_kv, n_q,
+                best * 1000, (rows_k.size() + rows_v.size()) / (best * 1e6));
+}
+
+int main(int argc, char ** argv) {
+    if (argc == 9 && !std::strcmp(argv[1], "bench")) {
+        int x[7];
+        for (int i = 0; i < 7; i++) {
+            x[i] = std::atoi(argv[2 + i]);
+        }
+        bench(x[0], x[1], x[2], x[3], x[4], x[5], x[6]);
+        return 0;
+    }
+    if (argc > 1 && !std::strcmp(argv[1], "bench")) {
+        size_t bytes = 1ull << 30;
+        device_array<char> x(bytes), y(bytes);
+        cudaEvent_t from, to;
+        CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+        float ms = 0;
+        for (int i = 0; i < 3; i++) {
+            CHECK(cudaEventRecord(from));
+            CHECK(cudaMemcpyAsync(y.p, x.p, bytes, cudaMemcpyDeviceToDevice));
+            CHECK(cudaEventRecord(to));
+            CHECK(cudaEventSynchronize(to));
+            CHECK(cudaEventElapsedTime(&ms, from, to));
+        }
+        std::printf("copy: %.0f GB/s read and written\n", 2 * bytes / (ms * 1e6));
+        for (int n_kv : { 256, 32768, 131072 }) {
+            for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[2], PAIRS[3] }) {
+                bench(128, pair[0], pair[1], 8, 4, n_kv, 1);
+            }
+            bench(128, 4, 4, 4, 8, n_kv, 1);
+            bench(256, 4, 4, 2, 8, n_kv, 1);
+            bench(64, 4, 4, 8, 8, n_kv, 1);
+            bench(128, 4, 4, 8, 4, n_kv, 4);
+        }
+        return 0;
+    }
+    const int    n    = argc > 2 ? std::atoi(argv[2]) : 180;
+    std::mt19937 rng(argc > 3 ? std::atoi(argv[3]) : 1);
+    int          bad  = 0;
+    double       most = 0;
+    for (int i = 0; i < n; i++) {
+        const double e = check(i, rng);
+        bad += e == 1;
+        most = e < 1 ? std::max(most, e) : most;
+    }
+    std::printf("%d problems, %d wrong; relative squared error at most %.3g\n", n, bad, most);
+    return bad != 0;
+}
