@@ -82,6 +82,19 @@ template <int BITS> struct tbq_lookup_table {
     }
 };
 
+// The same where speed does not depend on it.
+template <int BITS> static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles) {
+    constexpr uint32_t t0 = tbq_level_word<BITS>(0), t1 = tbq_level_word<BITS>(BITS > 2);
+    uint2 r = make_uint2(tbq_prmt(t0, t1, nibbles), tbq_prmt(t0, t1, nibbles >> 16));
+    if constexpr (BITS == 4) {
+        constexpr uint32_t t2 = tbq_level_word<4>(2), t3 = tbq_level_word<4>(3);
+        const uint32_t     other = nibbles ^ 0x88888888u;
+        r.x |= tbq_prmt(t2, t3, other);
+        r.y |= tbq_prmt(t2, t3, other >> 16);
+    }
+    return r;
+}
+
 // --- unpacking ------------------------------------------------------------------------------------------------
 
 // A block has eight "nibble words", the same for every type: nibble 2 i of word w is the index of value 4 w + i,

@@ -1,0 +1,123 @@
+// Blocks to values in the original domain.
+#pragma once
+
+#include "tbq-block.cuh"
+
+// Four lanes to a block, 16 values each: with nibble words t and t + 4, lane t has values 4t + i + 16 m, i, m < 4, so
+// of the butterflies only those of distance 4 and 8 cross lanes.  All sums but the last are of at most 32 levels,
+// integers below 2048, which halves hold exactly: the order is free, and the one rounding is that of d . sum, as on the
+// CPU.  dst(e, values of channels e .. e + 3) for e = 4t, 4t + 16, 4t + 32, 4t + 48.
+template <int BITS, typename store_t>
+static __device__ __forceinline__ void tbq_dequantize_block(const char * block, int t, store_t dst) {
+    const uint16_t * halves = (const uint16_t *) block; // blocks lie at even addresses
+    auto word = [&](int at) { return halves[at / 2] | (uint32_t) halves[at / 2 + 1] << 16; };
+
+    const uint32_t qs = word(TBQ_QS_OFFSET + 4 * t);
+    const uint32_t q4 = BITS == 4 ? word(TBQ_QS_OFFSET + 16 + 4 * t) : qs;
+    const uint32_t qh = BITS == 3 ? word(TBQ_QH_OFFSET + t % 2 * 4) : 0;
+
+    half2 v[2][4]; // [m][i]: values 4t + i + 16 m and the same + 32
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const uint2 bytes = tbq_lookup<BITS>(tbq_nibbles<BITS>(m == 0 ? qs : q4, qh, t + 4 * m));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            // a byte under the exponent of 1024 is the half 1024 + byte
+            const uint32_t x = tbq_prmt(i < 2 ? bytes.x : bytes.y, 0x64646464u, i % 2 == 0 ? 0x4140 : 0x4342);
+            v[m][i] = __hsub2(*(const half2 *) &x, __float2half2_rn(1024.0f + 64.0f));
+        }
+    }
+    auto butterfly = [](half2 & a, half2 & b) {
+        const half2 sum = __hadd2(a, b);
+        b = __hsub2(a, b);
+        a = sum;
+    };
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        butterfly(v[m][0], v[m][1]);
+        butterfly(v[m][2], v[m][3]);
+        butterfly(v[m][0], v[m][2]);
+        butterfly(v[m][1], v[m][3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        butterfly(v[0][i], v[1][i]);
+    }
+#pragma unroll
+    for (int h = 1; h < 4; h *= 2) {
+        const half2 sign = __float2half2_rn(t & h ? -1.0f : 1.0f);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                v[m][i] = __hfma2(v[m][i], sign, __shfl_xor_sync(TBQ_WARP_ALL, v[m][i], h));
+            }
+        }
+    }
+
+    // d = 0 decodes to +0 everywhere, without the signs of the products
+    const float d = __half2float(*(const half *) block) * 0.125f;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        float lo[4], hi[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = __half22float2(v[m][i]);
+            lo[i] = d == 0.0f ? 0.0f : tbq_flip(d * (x.x + x.y), 4 * t + i + 16 * m);
+            hi[i] = d == 0.0f ? 0.0f : tbq_flip(d * (x.x - x.y), 4 * t + i + 16 * m + 32);
+        }
+        dst(4 * t + 16 * m, make_float4(lo[0], lo[1], lo[2], lo[3]));
+        dst(4 * t + 16 * m + 32, make_float4(hi[0], hi[1], hi[2], hi[3]));
+    }
+}
+
+// Four neighbouring values of one type, at a multiple of four of its elements.
+static __device__ __forceinline__ void tbq_store4(float * p, float4 x) {
+    *(float4 *) p = x;
+}
+
+static __device__ __forceinline__ void tbq_store4(half * p, float4 x) {
+    const half2 lo = __floats2half2_rn(x.x, x.y), hi = __floats2half2_rn(x.z, x.w);
+    *(uint2 *) p = make_uint2(*(const uint32_t *) &lo, *(const uint32_t *) &hi);
+}
+
+static __device__ __forceinline__ void tbq_store4(nv_bfloat16 * p, float4 x) {
+    const nv_bfloat162 lo = __floats2bfloat162_rn(x.x, x.y), hi = __floats2bfloat162_rn(x.z, x.w);
+    *(uint2 *) p = make_uint2(*(const uint32_t *) &lo, *(const uint32_t *) &hi);
+}
+
+// Rows of blocks to rows of values.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are bytes,
+// destination strides elements.  With ids (GET_ROWS), row i1 of (i2, i3) is row ids[i1, i2, i3] of the source.
+struct tbq_rows_args {
+    const char * src;
+    void *       dst;
+    long long    ne0, ne1, ne2, ne3;
+    long long    nb1, nb2, nb3;
+    long long    s1, s2, s3;
+    const int *  ids;
+    long long    ids_s0, ids_s1, ids_s2; // elements
+};
+
+// grid: enough threads for 4 x the number of blocks; a multiple of 32 of them
+template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_dequantize_rows(const tbq_rows_args a) {
+    const long long index  = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 4;
+    const long long n      = a.ne0 * a.ne1 * a.ne2 * a.ne3;
+    const long long i      = index < n ? index : n - 1; // all lanes take part in the shuffles
+    const int       t      = threadIdx.x % 4;
+    const long long i0     = i % a.ne0;
+    long long       rest   = i / a.ne0;
+    const long long i1     = rest % a.ne1;
+    rest /= a.ne1;
+    const long long i2  = rest % a.ne2;
+    const long long i3  = rest / a.ne2;
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    const long long row = a.ids ? a.ids[i1 * a.ids_s0 + i2 * a.ids_s1 + i3 * a.ids_s2] : i1;
+    dst_t * const   dst = (dst_t *) a.dst + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    tbq_dequantize_block<BITS>(a.src + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, t, [&](int e, float4 x) {
+        if (index < n) {
+            tbq_store4(dst + e, x);
+        }
+    });
+}

@@ -1,0 +1,395 @@
+// Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
+//
+// The steps and the order of every sum are those of cpu/tbq-rows.h, where the reasons stand.  A half-warp takes a
+// block; lane l has values l, l + 16, l + 32, l + 48, so that butterflies of distance 1, 2, 4, 8 are shuffles, those of
+// 16 and 32 stay in the lane, and the 16 partial sums of squares are the lanes' own.  Nothing may be contracted or
+// approximated, whatever flags the file is compiled with: hence the intrinsics.
+#pragma once
+
+#include "tbq-block.cuh"
+
+#define TBQ_SHAPE_STEPS 5
+#define TBQ_SHAPE_FLOOR 0.5f
+
+// --- tables -----------------------------------------------------------------------------------------------------
+
+// int, because that is what a comparison reads straight from constant memory.
+#define TBQ_ENCODER_TABLES(B)                                                                                    \
+    static __constant__ int tbq_thresholds_##B[TBQ##B##_N_SCALES][TBQ##B##_N_THRESHOLDS] = TBQ##B##_THRESHOLDS;  \
+    static __constant__ int8_t tbq_gaps_##B[3][16] = { TBQ##B##_GAPS_UP, TBQ##B##_GAPS_DOWN, TBQ##B##_LEVELS };  \
+    template <> struct tbq_encoder_tables<B> {                                                                   \
+        static constexpr int N_SCALES = TBQ##B##_N_SCALES, N_THRESHOLDS = TBQ##B##_N_THRESHOLDS;                 \
+        static __device__ __forceinline__ int threshold(int s, int t) {                                          \
+            return tbq_thresholds_##B[s][t];                                                                     \
+        }                                                                                                        \
+        static __device__ __forceinline__ float gap(int which, int i) {                                          \
+            return tbq_gaps_##B[which][i];                                                                       \
+        }                                                                                                        \
+        static constexpr __host__ __device__ int half_level(int m) {                                             \
+            constexpr int8_t all[N_THRESHOLDS + 1] = TBQ##B##_HALF_LEVELS;                                       \
+            return all[m];                                                                                       \
+        }                                                                                                        \
+    };
+template <int BITS> struct tbq_encoder_tables;
+TBQ_ENCODER_TABLES(2)
+TBQ_ENCODER_TABLES(3)
+TBQ_ENCODER_TABLES(4)
+#undef TBQ_ENCODER_TABLES
+
+// The level of the positive half that q falls on.
+template <int BITS, int I = 0> static __device__ __forceinline__ int tbq_half_level_of(int q, int s) {
+    using tables = tbq_encoder_tables<BITS>;
+    if constexpr (I == tables::N_THRESHOLDS) {
+        return tables::half_level(0);
+    } else {
+        constexpr int gap = tables::half_level(I + 1) - tables::half_level(I);
+        return tbq_half_level_of<BITS, I + 1>(q, s) + (q > tables::threshold(s, I) ? gap : 0);
+    }
+}
+
+// --- across a half-warp -----------------------------------------------------------------------------------------
+
+static __device__ __forceinline__ void tbq_butterflies_16(float (&v)[4], int l) {
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float other = __shfl_xor_sync(TBQ_WARP_ALL, v[j], h);
+            v[j] = l & h ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < 4; h *= 2) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (!(j & h)) {
+                const float a = v[j], b = v[j + h];
+                v[j]     = __fadd_rn(a, b);
+                v[j + h] = __fsub_rn(a, b);
+            }
+        }
+    }
+}
+
+// The largest gain of the lanes of one parity, the first of equals.
+static __device__ __forceinline__ void tbq_first_largest(float & gain, int & at) {
+#pragma unroll
+    for (int h = 2; h < 16; h *= 2) {
+        const float g = __shfl_xor_sync(TBQ_WARP_ALL, gain, h);
+        const int   a = __shfl_xor_sync(TBQ_WARP_ALL, at, h);
+        if (g > gain || (g == gain && a < at)) {
+            gain = g;
+            at   = a;
+        }
+    }
+}
+
+// Each lane's sums for 2 H scales to the sums over the lanes for one: lanes with bit H keep the upper half of what they
+// have, the others the lower.
+template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int (&qk)[N], int (&kk)[N], int l) {
+    const bool upper = l & H;
+#pragma unroll
+    for (int s = 0; s < H; s++) {
+        const int a = upper ? qk[s] : qk[s + H], b = upper ? kk[s] : kk[s + H];
+        qk[s] = (upper ? qk[s + H] : qk[s]) + __shfl_xor_sync(TBQ_WARP_ALL, a, H);
+        kk[s] = (upper ? kk[s + H] : kk[s]) + __shfl_xor_sync(TBQ_WARP_ALL, b, H);
+    }
+    if constexpr (H > 1) {
+        tbq_share_out<H / 2>(qk, kk, l);
+    }
+}
+
+// --- a block ----------------------------------------------------------------------------------------------------
+
+// What a block needs of shared memory.
+struct tbq_encoder_scratch {
+    float m[64];
+    float pad[16]; // the other half of the warp falls on the other banks
+};
+
+// From a level to the one above and the one below, and the level.  In shared memory, because lanes ask for different
+// ones; filled by the first 16 threads, before a barrier.
+struct tbq_encoder_gaps {
+    float up[16], down[16], level[16];
+};
+
+template <int BITS> static __device__ __forceinline__ void tbq_encoder_fill_gaps(tbq_encoder_gaps * gaps) {
+    using tables = tbq_encoder_tables<BITS>;
+    const int i = threadIdx.x;
+    if (i < 16) {
+        gaps->up[i]    = tables::gap(0, i);
+        gaps->down[i]  = tables::gap(1, i);
+        gaps->level[i] = tables::gap(2, i);
+    }
+}
+
+// x: value l + 16 j in x[j].  All lanes of the warp come here; `write` says whether this half's block exists.
+template <int BITS>
+static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], char * block, bool write, int l,
+                                                          tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
+    using tables = tbq_encoder_tables<BITS>;
+    constexpr int HALF = 1 << (BITS - 1);
+
+    uint32_t top = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+    }
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+        top = max(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+    }
+    const bool bad  = top >= 0x7F800000u;          // Inf or NaN
+    const bool zero = top < 0x30800000u;           // 2^-30
+    const bool huge = top > 0x58800000u && !bad;   // 2^50
+
+    // rotated, not divided by 8
+    float z[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        z[j] = tbq_flip(huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
+    }
+    tbq_butterflies_16(z, l);
+
+    float sum = __fmul_rn(z[0], z[0]);
+#pragma unroll
+    for (int j = 1; j < 4; j++) {
+        sum = __fadd_rn(sum, __fmul_rn(z[j], z[j]));
+    }
+#pragma unroll
+    for (int h = 8; h > 0; h /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(TBQ_WARP_ALL, sum, h));
+    }
+    const float rms     = __fsqrt_rn(__fmul_rn(sum, 1.0f / 64));
+    const float inverse = __fdiv_rn((float) TBQ_Q_ONE, rms);
+
+    int q[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        q[j] = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z[j]), inverse), 0.5f));
+    }
+
+    // The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves
+    // of what they have until each has the sums of one scale, and the best is the maximum over the lanes.
+    constexpr int N = 16;
+    int qk[N], kk[N];
+#pragma unroll
+    for (int s = 0; s < N; s++) {
+        qk[s] = kk[s] = 0;
+        if (s < tables::N_SCALES) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int k = tbq_half_level_of<BITS>(q[j], s);
+                qk[s] += q[j] * k;
+                kk[s] += k * k;
+            }
+        }
+    }
+    tbq_share_out<8>(qk, kk, l);
+    int best_qk = qk[0], best_kk = kk[0], best = l; // of scale l; none has sums of 0 but those that do not exist
+    best_kk = best_kk == 0 ? 1 : best_kk;
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+        const int o_qk = __shfl_xor_sync(TBQ_WARP_ALL, best_qk, h);
+        const int o_kk = __shfl_xor_sync(TBQ_WARP_ALL, best_kk, h);
+        const int o    = __shfl_xor_sync(TBQ_WARP_ALL, best, h);
+        const uint64_t mine   = (uint64_t) best_qk * (uint64_t) best_qk * (uint64_t) o_kk;
+        const uint64_t theirs = (uint64_t) o_qk * (uint64_t) o_qk * (uint64_t) best_kk;
+        if (theirs > mine || (theirs == mine && o < best)) {
+            best_qk = o_qk;
+            best_kk = o_kk;
+            best    = o;
+        }
+    }
+
+    int   index[4];
+    float k[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int m = 0;
+#pragma unroll
+        for (int i = 0; i < tables::N_THRESHOLDS; i++) {
+            m += q[j] > tables::threshold(best, i);
+        }
+        index[j] = z[j] < 0.0f ? HALF - 1 - m : HALF + m;
+        k[j]     = gaps->level[index[j]];
+    }
+
+    // noise shaping
+    {
+        const float mean_square = __fmul_rn(__fmul_rn(rms, rms), 1.0f / 64);
+        const float scale       = __fdiv_rn(0.5f, mean_square);
+        const float d           = __fdiv_rn((float) best_qk, (float) best_kk);
+        float       w[4], m[4], g[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float square = __fmul_rn(x[j], x[j]);
+            const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
+            w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
+            m[j] = w[j];
+            g[j] = __fsub_rn(__fmul_rn(z[j], inverse), __fmul_rn(d, k[j]));
+        }
+        tbq_butterflies_16(m, l);
+        tbq_butterflies_16(g, l);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            m[j] = __fmul_rn(m[j], 1.0f / 64);
+            g[j] = __fmul_rn(g[j], w[j]);
+            scratch->m[l + 16 * j] = m[j];
+        }
+        tbq_butterflies_16(g, l);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            g[j] = __fmul_rn(g[j], 1.0f / 64);
+        }
+        __syncwarp();
+        const float m0 = scratch->m[0];
+        // even and odd lanes hold the even and the odd coordinates, which do not interact: both move at once
+        for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+            float gain = 0.0f;
+            int   at   = 64;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float gap   = __fmul_rn(d, (g[j] > 0.0f ? gaps->up : gaps->down)[index[j]]);
+                const float size  = fabsf(g[j]);
+                const float value = __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
+                if (value > gain) {
+                    gain = value;
+                    at   = l + 16 * j;
+                }
+            }
+            tbq_first_largest(gain, at);
+            const bool moves = gain > 0.0f && !huge && !zero && !bad;
+            if (!__any_sync(TBQ_WARP_ALL, moves)) {
+                break;
+            }
+            // the lane that holds it says how far
+            float s = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (moves && at == l + 16 * j) {
+                    const bool up = g[j] > 0.0f;
+                    s = __fmul_rn(d, up ? gaps->up[index[j]] : -gaps->down[index[j]]);
+                    index[j] += up ? 1 : -1;
+                }
+            }
+            s = __shfl_sync(TBQ_WARP_ALL, s, (threadIdx.x & 16) | (at & 15));
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float change = __fmul_rn(s, scratch->m[((l + 16 * j) ^ at) & 63]);
+                g[j] = moves ? __fsub_rn(g[j], change) : g[j];
+            }
+        }
+        __syncwarp(); // before the next block overwrites m
+        int total = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int level = (int) gaps->level[index[j]];
+            total += level * level;
+        }
+#pragma unroll
+        for (int h = 1; h < 16; h *= 2) {
+            total += __shfl_xor_sync(TBQ_WARP_ALL, total, h);
+        }
+        best_kk = huge ? best_kk : total;
+    }
+
+    const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) best_kk));
+    float       d    = __fmul_rn(norm, huge ? 0x1p100f : 1.0f);
+    d                = d < 65504.0f ? d : 65504.0f;
+    if (zero || bad) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            index[j] = 0;
+        }
+        d = 0.0f;
+    }
+
+    // bits of the other half of qh's byte
+    int high = 0;
+    if constexpr (BITS == 3) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            high |= (index[j] >> 2) << ((j & 1) | (l >> 3) << 1 | (j >> 1) << 2);
+        }
+        high |= __shfl_xor_sync(TBQ_WARP_ALL, high, 8);
+    }
+    if (!write) {
+        return;
+    }
+    uint8_t * qs = (uint8_t *) block + TBQ_QS_OFFSET;
+    if constexpr (BITS == 4) {
+        qs[l]      = (uint8_t) (index[0] | index[2] << 4);
+        qs[l + 16] = (uint8_t) (index[1] | index[3] << 4);
+    } else {
+        qs[l] = (uint8_t) ((index[0] & 3) | (index[1] & 3) << 2 | (index[2] & 3) << 4 | (index[3] & 3) << 6);
+        if (BITS == 3 && l < 8) {
+            ((uint8_t *) block + TBQ_QH_OFFSET)[l] = (uint8_t) high;
+        }
+    }
+    if (l == 0) {
+        *(uint16_t *) block = bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d));
+    }
+}
+
+// Rows of values to rows of blocks.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are elements,
+// destination strides bytes.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row ids[i1, i2 % ids_ne1, i3 % ids_ne2].
+struct tbq_encode_args {
+    const void * src;
+    char *       dst;
+    long long    ne0, ne1, ne2, ne3;
+    long long    s1, s2, s3;
+    long long    nb1, nb2, nb3;
+    const void * ids;
+    int          ids_64;
+    long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
+};
+
+static __device__ __forceinline__ float tbq_load(const float * p) {
+    return *p;
+}
+
+static __device__ __forceinline__ float tbq_load(const half * p) {
+    return __half2float(*p);
+}
+
+#define TBQ_ENCODE_THREADS 128
+
+// grid: enough half-warps for the number of blocks
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_THREADS) tbq_quantize_rows(const tbq_encode_args a) {
+    __shared__ tbq_encoder_scratch scratch[TBQ_ENCODE_THREADS / 16];
+    __shared__ tbq_encoder_gaps    gaps;
+    tbq_encoder_fill_gaps<BITS>(&gaps);
+
+    const int       l     = threadIdx.x % 16;
+    const long long index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
+    const long long n     = a.ne0 * a.ne1 * a.ne2 * a.ne3;
+    const long long i     = index < n ? index : n - 1;
+    const long long i0    = i % a.ne0;
+    long long       rest  = i / a.ne0;
+    const long long i1    = rest % a.ne1;
+    rest /= a.ne1;
+    const long long i2 = rest % a.ne2;
+    const long long i3 = rest / a.ne2;
+    __syncthreads();
+
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    long long row = i1;
+    if (a.ids) {
+        const long long at = i1 * a.ids_s0 + i2 % a.ids_ne1 * a.ids_s1 + i3 % a.ids_ne2 * a.ids_s2;
+        row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
+    }
+    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        x[j] = tbq_load(src + l + 16 * j);
+    }
+    tbq_quantize_block<BITS>(x, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
+                             &scratch[threadIdx.x / 16], &gaps);
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}

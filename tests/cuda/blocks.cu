@@ -1,0 +1,128 @@
+// Encoder and decoder on the GPU against the scalar reference: the same bytes, the same values.
+//   blocks [rows] [seed]   exit status 1 at a difference
+#include "tbq-dequantize.cuh"
+#include "tbq-quantize.cuh"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#define CHECK(call)                                                                              \
+    do {                                                                                         \
+        const cudaError_t e = (call);                                                            \
+        if (e != cudaSuccess) {                                                                  \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e));      \
+            std::exit(2);                                                                        \
+        }                                                                                        \
+    } while (0)
+
+static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n_blocks * 64);
+    for (size_t b = 0; b < n_blocks; b++) {
+        float * v = &x[b * 64];
+        const int   kind  = rng() % 12;
+        const float scale = std::ldexp(1.0f, (int) (rng() % 20) - 10);
+        for (int i = 0; i < 64; i++) {
+            v[i] = normal(rng) * scale;
+        }
+        switch (kind) {
+            case 0: v[rng() % 64] *= 50; break;                                        // an outlier
+            case 1: for (int i = 0; i < 64; i++) { v[i] = std::round(v[i] / scale); } break; // ties
+            case 2: for (int i = 0; i < 64; i++) { v[i] = scale; } break;
+            case 3: for (int i = 0; i < 64; i++) { v[i] *= std::ldexp(1.0f, (int) (rng() % 250) - 130); } break;
+            case 4: for (int i = 0; i < 64; i++) { v[i] *= rng() % 2 ? 1e-38f : 1e-9f; } break;
+            case 5: std::fill(v, v + 64, 0.0f); break;
+            case 6: if (rng() % 4 == 0) { v[rng() % 64] = rng() % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity(); } break;
+            case 7: for (int i = 0; i < 64; i++) { v[i] = rng() % 8 ? 0.0f : v[i]; } break;
+            default: break;
+        }
+    }
+    return x;
+}
+
+template <int BITS, typename T> static long compare(size_t n_blocks, std::mt19937 & rng) {
+    std::vector<float> x = values(n_blocks, rng);
+    std::vector<T>     in(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+        in[i] = (T) x[i];
+        x[i]  = (float) in[i];
+    }
+    int                 count;
+    const tbq_kernels * ref   = tbq_list_kernels(&count)[0];
+    const size_t        bytes = tbq_block_bytes(BITS);
+    std::vector<char>   want(n_blocks * bytes), got(n_blocks * bytes);
+    ref->quantize_kv[BITS - 2](x.data(), want.data(), x.size());
+
+    T * in_dev; char * out_dev; float * back_dev; half * back16_dev;
+    CHECK(cudaMalloc(&in_dev, in.size() * sizeof(T)));
+    CHECK(cudaMalloc(&out_dev, got.size()));
+    CHECK(cudaMalloc(&back_dev, x.size() * 4));
+    CHECK(cudaMalloc(&back16_dev, x.size() * 2));
+    CHECK(cudaMemcpy(in_dev, in.data(), in.size() * sizeof(T), cudaMemcpyHostToDevice));
+    tbq_encode_args e{};
+    e.src = in_dev, e.dst = out_dev, e.ne0 = n_blocks, e.ne1 = e.ne2 = e.ne3 = 1;
+    const int blocks_per_cta = TBQ_ENCODE_THREADS / 16;
+    tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
+    CHECK(cudaGetLastError());
+    CHECK(cudaMemcpy(got.data(), out_dev, got.size(), cudaMemcpyDeviceToHost));
+    long bad = 0;
+    for (size_t b = 0; b < n_blocks; b++) {
+        bad += std::memcmp(&want[b * bytes], &got[b * bytes], bytes) != 0;
+    }
+
+    CHECK(cudaMemcpy(out_dev, want.data(), want.size(), cudaMemcpyHostToDevice));
+    tbq_rows_args d{};
+    d.src = out_dev, d.dst = back_dev, d.ne0 = n_blocks, d.ne1 = d.ne2 = d.ne3 = 1;
+    tbq_dequantize_rows<BITS, float><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
+    d.dst = back16_dev;
+    tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
+    CHECK(cudaGetLastError());
+    std::vector<float>    back(x.size()), back_want(x.size());
+    std::vector<uint16_t> back16(x.size()), back16_want(x.size());
+    CHECK(cudaMemcpy(back.data(), back_dev, x.size() * 4, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(back16.data(), back16_dev, x.size() * 2, cudaMemcpyDeviceToHost));
+    ref->dequantize[BITS - 2](want.data(), back_want.data(), x.size());
+    tbq_dequantize_f16((tbq_type) (TBQ_TYPE_TBQ2_0 + BITS - 2), want.data(), back16_want.data(), x.size());
+    long bad_values = 0, bad_halves = 0;
+    for (size_t i = 0; i < x.size(); i++) {
+        const bool both_nan = back[i] != back[i] && back_want[i] != back_want[i];
+        bad_values += !both_nan && std::memcmp(&back[i], &back_want[i], 4) != 0;
+        bad_halves += !both_nan && back16[i] != back16_want[i];
+    }
+    std::printf("tbq%d_0 from %s: %ld of %zu blocks differ, %ld values, %ld halves\n", BITS, sizeof(T) == 4 ? "f32" : "f16", bad, n_blocks,
+                bad_values, bad_halves);
+
+    float ms = 0;
+    cudaEvent_t from, to;
+    CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+    CHECK(cudaEventRecord(from));
+    tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
+    CHECK(cudaEventRecord(to));
+    CHECK(cudaEventSynchronize(to));
+    CHECK(cudaEventElapsedTime(&ms, from, to));
+    const double encode = ms;
+    d.dst = back16_dev;
+    CHECK(cudaEventRecord(from));
+    tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
+    CHECK(cudaEventRecord(to));
+    CHECK(cudaEventSynchronize(to));
+    CHECK(cudaEventElapsedTime(&ms, from, to));
+    std::printf("    encode %.2f ns a block, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, ms * 1e6 / n_blocks,
+                n_blocks * (bytes + 128) / (ms * 1e6));
+    cudaFree(in_dev); cudaFree(out_dev); cudaFree(back_dev); cudaFree(back16_dev);
+    return bad + bad_values + bad_halves;
+}
+
+int main(int argc, char ** argv) {
+    const size_t n = argc > 1 ? std::atol(argv[1]) : 200000;
+    std::mt19937 rng(argc > 2 ? std::atoi(argv[2]) : 1);
+    const long bad = compare<2, float>(n, rng) + compare<3, float>(n, rng) + compare<4, float>(n, rng) + compare<2, half>(n, rng) +
+                     compare<3, half>(n, rng) + compare<4, half>(n, rng);
+    std::printf("%ld differences\n", bad);
+    return bad != 0;
+}
