@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches python -type f -not -name '*.pyc' -not -name '*.md')
 
-.PHONY: demo test serve bench install clean
+.PHONY: demo test serve bench install cuda clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  # build, ask a model with a tbq4_0 cache something over llama-server's API, print, stop
@@ -27,6 +27,11 @@ bench: $(STAMP)  # dot product, dequantize and quantize beside ggml's own types;
 	@$(BIN)/python cmake/install.py $(VENV) --bench
 
 install: $(STAMP)  # build and install into .venv
+
+cuda:  # the same with the CUDA backend; CUDAARCHS=90 for one architecture instead of this machine's
+	@mkdir -p build && touch $(STAMP).new
+	@$(PYTHON) cmake/install.py $(VENV) --cuda
+	@mv $(STAMP).new $(STAMP)
 
 # The time of the stamp is that of the start, so that an edit during the build is built by the next make.
 $(STAMP): $(SOURCES)

@@ -2,6 +2,7 @@
 """Builds everything and installs it into a virtual environment (standard library only).
 
     install.py VENV           what `make` runs before anything else
+    install.py VENV --cuda    the same with the CUDA backend, here and in every later build of this folder
     install.py VENV --tests   builds llama.cpp's own tests in the same build folder
     install.py VENV --bench   builds the kernels' benchmarks there, and runs them
 
@@ -177,11 +178,23 @@ def install_requirements(python, log):
         raise Failure(explain(output))
 
 
-def install_package(python, log):
+def check_cuda():
+    """nvcc is looked for before an hour of work, and where CMake does: $CUDACXX, then $PATH."""
+    compiler = os.environ.get("CUDACXX", "nvcc")
+    if not shutil.which(compiler):
+        raise Failure(f"no CUDA compiler ({compiler}); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
+
+
+def install_package(python, log, cuda):
     folder = build_dir()
     again = folder and (folder / "bin" / "llama-server").exists()
-    step(3, "building llama.cpp with the tbq types" + ("" if again else ", the first time about 8 minutes on 2 cores"))
-    status, output = pip(python, ["install", "-v", "--no-build-isolation", ".[test]"], log, environment(python))
+    if cuda:
+        step(3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work")
+    else:
+        step(3, "building llama.cpp with the tbq types" + ("" if again else ", the first time about 8 minutes on 2 cores"))
+    # CMake's cache keeps the choice for later builds
+    options = ["-Ccmake.define.TBQ_CUDA=ON"] if cuda else []
+    status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, ".[test]"], log, environment(python))
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
 
@@ -235,9 +248,11 @@ def main(venv, extra):
                 subprocess.run([folder / "bin" / program], check=False)
             return
         check_machine()
+        if extra == "--cuda":
+            check_cuda()
         python = make_venv(venv, log)
         install_requirements(python, log)
-        install_package(python, log)
+        install_package(python, log, cuda=extra == "--cuda")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,19 @@ else()
     set(GGML_NATIVE ON CACHE BOOL "")
 endif()
 
+if(TBQ_CUDA)
+    # CMake would say the same in a page.
+    check_language(CUDA)
+    if(NOT CMAKE_CUDA_COMPILER)
+        message(FATAL_ERROR " tbq: error: no CUDA compiler found; install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
+    endif()
+    set(GGML_CUDA ON CACHE BOOL "" FORCE)
+    # ggml sets its own default before CMake would look at the environment
+    if(DEFINED ENV{CUDAARCHS})
+        set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}" CACHE STRING "")
+    endif()
+endif()
+
 if(APPLE)
     set(CMAKE_INSTALL_RPATH "@loader_path;@loader_path/../lib")
 else()

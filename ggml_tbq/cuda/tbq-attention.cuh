@@ -53,6 +53,11 @@ struct tbq_attention_args {
     long long v_nb1, v_nb2, v_nb3;
     long long mask_nb1, mask_nb3;
 
+    // by tbq_attention_cut
+    int gqa;              // query heads of a KV head
+    unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^16 or gqa == 1 (then 0)
+    int n_groups;         // tiles of columns
+    int kv_per_seq;       // sequences of queries that share one of keys
     int n_split;          // parts that the cache is cut into
     int slices_per_split; // of 16 tokens
 };
@@ -97,9 +102,13 @@ static inline int tbq_attention_columns(int n_columns) {
 // How the cache is cut: enough parts that every multiprocessor holds as many CTAs as fit, and each warp has at least
 // two slices.  n_resident: CTAs that run at the same time.
 static inline void tbq_attention_cut(tbq_attention_args & a, int n_resident) {
-    const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
+    a.gqa               = a.n_head / a.n_head_kv;
+    a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
+    const int n_columns = a.n_q * a.gqa;
     const int nc        = tbq_attention_columns(n_columns);
-    const int n_tiles   = (n_columns + nc - 1) / nc * a.n_head_kv * a.n_seq;
+    a.n_groups          = (n_columns + nc - 1) / nc;
+    a.kv_per_seq        = a.n_seq / a.n_seq_kv;
+    const int n_tiles   = a.n_groups * a.n_head_kv * a.n_seq;
     const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
     const int useful    = (n_slices + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
     int       n_split   = n_resident / n_tiles;
@@ -349,20 +358,23 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     const int g    = lane / 4;
     const int t    = lane % 4;
 
-    const int gqa       = a.n_head / a.n_head_kv;
+    const int gqa       = a.gqa;
     const int n_columns = a.n_q * gqa;
-    const int n_groups  = (n_columns + NC - 1) / NC;
-    const int head_kv   = blockIdx.y / n_groups;
-    const int first_col = blockIdx.y % n_groups * NC;
+    const int head_kv   = a.n_groups == 1 ? blockIdx.y : blockIdx.y / a.n_groups;
+    const int first_col = (blockIdx.y - head_kv * a.n_groups) * NC;
     const int seq       = blockIdx.z;
+    // column -> token; a division takes as long as a trip to the L2 cache
+    auto token_of = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
+    auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
     extern __shared__ __align__(16) char smem[];
-    __shared__ __align__(16) int8_t q8[NC][D];
+    __shared__ __align__(16) int8_t q8[NC][D]; // in the order in which operand A takes them
     __shared__ float   q_scale[NC][NB];
     __shared__ int     q_sum[NC][NB];
     __shared__ uint32_t hidden[TBQ_N_HIDDEN];
-    __shared__ float   max_of[WARPS][NC];
-    __shared__ float   sum_of[WARPS][NC];
+    __shared__ float    max_of[WARPS][NC];
+    __shared__ float    sum_of[WARPS][NC];
+    __shared__ float    factor_of[WARPS][NC];
 
     // A ring of this warp alone.
     char * const   ring      = smem + warp * STAGES * STAGE;
@@ -372,7 +384,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     const int first    = blockIdx.x * a.slices_per_split + warp;
     const int end      = min((int) (blockIdx.x + 1) * a.slices_per_split, n_slices);
 
-    const int seq_kv = seq / (a.n_seq / a.n_seq_kv);
+    const int seq_kv = seq == 0 ? 0 : seq / a.kv_per_seq;
     reader_k  keys(a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3, a.k_nb1, first, lane);
     reader_v  values(a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3, a.v_nb1, first, lane);
 
@@ -380,7 +392,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     cudaGridDependencySynchronize();
 #endif
 
-#pragma unroll
+    // This code runs once, and what it costs is to fetch it: loops stay loops where they can.
+#pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) {
         const int slice = first + i * WARPS;
         if (slice < end) {
@@ -395,29 +408,32 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 
     // Queries: rotated, scaled, rounded to 8 bits.  While the first slices are on their way.
     const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
-    for (int i = warp; i < NC * NB; i += WARPS) {
-        const int c   = i / NB;
-        const int b   = i % NB;
-        const int col = first_col + c;
-        float     lo = 0.0f, hi = 0.0f;
-        if (col < n_columns) {
-            const float * q = (const float *) (a.q + col / gqa * a.q_nb1 + (head_kv * gqa + col % gqa) * a.q_nb2 + seq * a.q_nb3);
-            lo = q[64 * b + lane];
-            hi = q[64 * b + lane + 32];
-        }
+    const int   n_cols   = min(NC, n_columns - first_col); // the others stay zero
+    for (int i = threadIdx.x + n_cols * D / 4; i < NC * D / 4; i += TBQ_ATTENTION_THREADS) {
+        ((int *) q8)[i] = 0;
+    }
+    if (threadIdx.x < NC * NB && threadIdx.x >= n_cols * NB) {
+        (&q_scale[0][0])[threadIdx.x] = 0.0f;
+        (&q_sum[0][0])[threadIdx.x]   = 0;
+    }
+#pragma unroll 1
+    for (int i = warp; i < n_cols * NB; i += WARPS) {
+        const int     c   = i / NB;
+        const int     b   = i % NB;
+        const int     col = first_col + c;
+        const float * q   = (const float *) (a.q + token_of(col) * a.q_nb1 + head_of(col) * a.q_nb2 + seq * a.q_nb3);
+        float         lo  = q[64 * b + lane];
+        float         hi  = q[64 * b + lane + 32];
         tbq_rotate_warp(lo, hi, lane);
-        float top = fmaxf(fabsf(lo), fabsf(hi));
-#pragma unroll
-        for (int h = 1; h < 32; h *= 2) {
-            top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
-        }
-        // a query with a NaN or Inf must not vanish in the rounding
-        const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= FLT_MAX) || !(fabsf(hi) <= FLT_MAX));
+        // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the rounding
+        const uint32_t bits = __reduce_max_sync(TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
+        const float    top  = __uint_as_float(bits);
+        const bool     bad  = bits >= 0x7F800000u;
         const float inverse = top > 0.0f && !bad ? 127.0f / top : 0.0f;
         const int   qlo     = __float2int_rn(lo * inverse);
         const int   qhi     = __float2int_rn(hi * inverse);
-        q8[c][64 * b + lane]      = (int8_t) qlo;
-        q8[c][64 * b + lane + 32] = (int8_t) qhi;
+        // word 2 w + h: channels 4w + 2h, 4w + 2h + 32, 4w + 2h + 1, 4w + 2h + 33
+        *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
         const int sum = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
         if (lane == 0) {
             q_scale[c][b] = bad ? __int_as_float(0x7FC00000) : top / 127.0f * q_factor;
@@ -443,8 +459,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 // rows g and g + 8; with 8 columns the second is a copy, whose results nobody reads
-                const int8_t * q = q8[g + (NG == 2 ? r % 2 * 8 : 0)] + 64 * b + 16 * half + 4 * t + r / 2 * 2;
-                qa[b][half][r] = (uint8_t) q[0] | (uint8_t) q[32] << 8 | (uint8_t) q[1] << 16 | (uint32_t) (uint8_t) q[33] << 24;
+                qa[b][half][r] = *(const uint32_t *) &q8[g + (NG == 2 ? r % 2 * 8 : 0)][64 * b + 8 * (t + 4 * half) + r / 2 * 4];
             }
         }
 #pragma unroll
@@ -459,8 +474,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #pragma unroll
     for (int n = 0; n < NG; n++) {
         const int col = min(first_col + g + 8 * n, n_columns - 1);
-        mask[n]       = a.mask ? (const half *) (a.mask + col / gqa * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3) : nullptr;
-        slope[n]      = tbq_alibi_slope(a.max_bias, head_kv * gqa + col % gqa, a.n_head) * TBQ_LOG2E;
+        mask[n]       = a.mask ? (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3) : nullptr;
+        slope[n]      = tbq_alibi_slope(a.max_bias, head_of(col), a.n_head) * TBQ_LOG2E;
     }
 
     float acc[NG][NB][4][4];
@@ -695,23 +710,34 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         }
     }
     __syncthreads(); // the rings are free now
+    if (threadIdx.x < NC) {
+        const int c     = threadIdx.x;
+        float     top   = max_of[0][c];
+        float     total = 0.0f;
+        for (int w = 1; w < WARPS; w++) {
+            top = fmaxf(top, max_of[w][c]);
+        }
+        for (int w = 0; w < WARPS; w++) {
+            const float f   = tbq_exp2(max_of[w][c] - top);
+            factor_of[w][c] = f;
+            total += sum_of[w][c] * f;
+        }
+        max_of[0][c] = top;
+        sum_of[0][c] = total;
+    }
+    __syncthreads();
 
     constexpr int ROW = tbq_attention_row(D);
     float * const sums = (float *) smem + (warp % (WARPS / 2)) * NC * ROW;
-#pragma unroll
+#pragma unroll 1
     for (int round = 0; round < 2; round++) {
         if ((round == 0) == (warp >= WARPS / 2)) {
 #pragma unroll
             for (int n = 0; n < NG; n++) {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    const int c   = 8 * n + 2 * t + j;
-                    float     top = max_of[0][c];
-#pragma unroll
-                    for (int w = 1; w < WARPS; w++) {
-                        top = fmaxf(top, max_of[w][c]);
-                    }
-                    const float f = tbq_exp2(max_of[warp][c] - top);
+                    const int   c = 8 * n + 2 * t + j;
+                    const float f = factor_of[warp][c];
 #pragma unroll
                     for (int i = 0; i < NB * 2; i++) {
                         float4 * to = (float4 *) (sums + c * ROW + i / 2 * 64 + i % 2 * 32 + 4 * g);
@@ -733,31 +759,21 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
 
-    for (int i = warp; i < NC * NB; i += WARPS) {
-        const int c   = i / NB;
-        const int b   = i % NB;
-        const int col = first_col + c;
-        if (col >= n_columns) {
-            break;
-        }
-        float top = max_of[0][c];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++) {
-            top = fmaxf(top, max_of[w][c]);
-        }
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            total += sum_of[w][c] * tbq_exp2(max_of[w][c] - top);
-        }
+#pragma unroll 1
+    for (int i = warp; i < n_cols * NB; i += WARPS) {
+        const int   c     = i / NB;
+        const int   b     = i % NB;
+        const int   col   = first_col + c;
+        const float top   = max_of[0][c];
+        const float total = sum_of[0][c];
         float * const sum0 = (float *) smem + c * ROW;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
             float * p = sum0 + 64 * b + 32 * x + lane;
             *p = (p[0] + p[NC * ROW]) + (p[2 * NC * ROW] + p[3 * NC * ROW]);
         }
-        const int       head = head_kv * gqa + col % gqa;
-        const long long row  = ((long long) seq * a.n_q + col / gqa) * a.n_head + head;
+        const int       head = head_of(col);
+        const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
         if (a.n_split == 1) {
             tbq_attention_store<D>(a.dst + row * D, sum0, top, total, a.sinks ? a.sinks + head : nullptr, b, lane);
         } else {

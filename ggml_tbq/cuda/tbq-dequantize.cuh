@@ -112,6 +112,7 @@ template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_d
     const long long i3  = rest / a.ne2;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
     const long long row = a.ids ? a.ids[i1 * a.ids_s0 + i2 * a.ids_s1 + i3 * a.ids_s2] : i1;
     dst_t * const   dst = (dst_t *) a.dst + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;

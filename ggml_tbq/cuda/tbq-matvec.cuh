@@ -32,6 +32,7 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     rest /= a.ne1;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
     const float * x  = a.src + i0 * 64 + i1 * a.s1 + rest % a.ne2 * a.s2 + rest / a.ne2 * a.s3;
     float         lo = x[lane], hi = x[lane + 32];
@@ -79,6 +80,7 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
     const char *            w   = a.w + row * a.nb1;
     const tbq_activations * x   = a.x;

@@ -101,6 +101,49 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
 
 // --- a block ----------------------------------------------------------------------------------------------------
 
+// The norm preserved: d . |k| = |y|.  Saturates at the largest half.
+static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
+    const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) kk));
+    const float d    = __fmul_rn(norm, huge ? 0x1p100f : 1.0f);
+    return d < 65504.0f ? d : 65504.0f;
+}
+
+// By 16 lanes, whose values are l + 16 j.
+template <int BITS>
+static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], unsigned short d, char * block, bool write, int l) {
+    int high = 0;
+    if constexpr (BITS == 3) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            high |= (index[j] >> 2) << ((j & 1) | (l >> 3) << 1 | (j >> 1) << 2);
+        }
+        high |= __shfl_xor_sync(TBQ_WARP_ALL, high, 8); // bits of the other half of qh's byte
+    }
+    if (!write) {
+        return;
+    }
+    uint8_t * qs = (uint8_t *) block + TBQ_QS_OFFSET;
+    if constexpr (BITS == 4) {
+        qs[l]      = (uint8_t) (index[0] | index[2] << 4);
+        qs[l + 16] = (uint8_t) (index[1] | index[3] << 4);
+    } else {
+        qs[l] = (uint8_t) ((index[0] & 3) | (index[1] & 3) << 2 | (index[2] & 3) << 4 | (index[3] & 3) << 6);
+        if (BITS == 3 && l < 8) {
+            ((uint8_t *) block + TBQ_QH_OFFSET)[l] = (uint8_t) high;
+        }
+    }
+    if (l == 0) {
+        *(unsigned short *) block = d;
+    }
+}
+
+// Is (qk, kk) of scale s better than the other?  qk / sqrt(kk) compared exactly; of equals the smaller scale.
+static __device__ __forceinline__ bool tbq_scale_better(int qk, int kk, int s, int o_qk, int o_kk, int o) {
+    const uint64_t mine   = (uint64_t) qk * (uint64_t) qk * (uint64_t) o_kk;
+    const uint64_t theirs = (uint64_t) o_qk * (uint64_t) o_qk * (uint64_t) kk;
+    return mine > theirs || (mine == theirs && s < o);
+}
+
 // What a block needs of shared memory.
 struct tbq_encoder_scratch {
     float m[64];
@@ -193,9 +236,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         const int o_qk = __shfl_xor_sync(TBQ_WARP_ALL, best_qk, h);
         const int o_kk = __shfl_xor_sync(TBQ_WARP_ALL, best_kk, h);
         const int o    = __shfl_xor_sync(TBQ_WARP_ALL, best, h);
-        const uint64_t mine   = (uint64_t) best_qk * (uint64_t) best_qk * (uint64_t) o_kk;
-        const uint64_t theirs = (uint64_t) o_qk * (uint64_t) o_qk * (uint64_t) best_kk;
-        if (theirs > mine || (theirs == mine && o < best)) {
+        if (tbq_scale_better(o_qk, o_kk, o, best_qk, best_kk, best)) {
             best_qk = o_qk;
             best_kk = o_kk;
             best    = o;
@@ -294,9 +335,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         best_kk = huge ? best_kk : total;
     }
 
-    const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) best_kk));
-    float       d    = __fmul_rn(norm, huge ? 0x1p100f : 1.0f);
-    d                = d < 65504.0f ? d : 65504.0f;
+    float d = tbq_norm_scale(rms, best_kk, huge);
     if (zero || bad) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -305,31 +344,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         d = 0.0f;
     }
 
-    // bits of the other half of qh's byte
-    int high = 0;
-    if constexpr (BITS == 3) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            high |= (index[j] >> 2) << ((j & 1) | (l >> 3) << 1 | (j >> 1) << 2);
-        }
-        high |= __shfl_xor_sync(TBQ_WARP_ALL, high, 8);
-    }
-    if (!write) {
-        return;
-    }
-    uint8_t * qs = (uint8_t *) block + TBQ_QS_OFFSET;
-    if constexpr (BITS == 4) {
-        qs[l]      = (uint8_t) (index[0] | index[2] << 4);
-        qs[l + 16] = (uint8_t) (index[1] | index[3] << 4);
-    } else {
-        qs[l] = (uint8_t) ((index[0] & 3) | (index[1] & 3) << 2 | (index[2] & 3) << 4 | (index[3] & 3) << 6);
-        if (BITS == 3 && l < 8) {
-            ((uint8_t *) block + TBQ_QH_OFFSET)[l] = (uint8_t) high;
-        }
-    }
-    if (l == 0) {
-        *(uint16_t *) block = bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d));
-    }
+    tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)), block, write, l);
 }
 
 // Rows of values to rows of blocks.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are elements,
@@ -344,6 +359,46 @@ struct tbq_encode_args {
     int          ids_64;
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
 };
+
+// Rotary embedding on the way (GGML_OP_ROPE, modes NORMAL and NEOX), of keys that are encoded right after it.
+// Angles are computed as the backend computes those of the queries, with the same approximations: only equal errors
+// cancel between the two.
+struct tbq_rope_args {
+    int           head_size;  // 0: none
+    int           n_dims;     // rotated channels of a head; the others pass
+    bool          neox;       // pairs (i, i + n_dims / 2) instead of (2 i, 2 i + 1)
+    const int *   pos;        // of each token
+    const float * factors;    // n_dims / 2 divisors of the angles, or null
+    float         theta_scale, freq_scale, ext_factor, attn_factor, corr_low, corr_high;
+    long long     s_head;     // elements between heads of the source
+};
+
+// Channel c of the head that starts at x.
+static __device__ __forceinline__ float tbq_rope(const tbq_rope_args & r, const float * x, int c, int pos) {
+    if (c >= r.n_dims) {
+        return x[c];
+    }
+    const int  half   = r.n_dims / 2;
+    const int  pair   = r.neox ? c % half : c / 2;
+    const bool second = r.neox ? c >= half : c % 2;
+    const float x0 = x[r.neox ? pair : 2 * pair];
+    const float x1 = x[r.neox ? pair + half : 2 * pair + 1];
+
+    float extrapolated = pos * powf(r.theta_scale, (float) pair);
+    if (r.factors) {
+        extrapolated /= r.factors[pair];
+    }
+    float theta     = r.freq_scale * extrapolated;
+    float magnitude = r.attn_factor;
+    if (r.ext_factor != 0.0f) { // YaRN (arXiv 2309.00071): fast channels keep their angle, slow ones are interpolated
+        const float ramp = fminf(1.0f, fmaxf(0.0f, (pair - r.corr_low) / fmaxf(0.001f, r.corr_high - r.corr_low)));
+        const float mix  = (1.0f - ramp) * r.ext_factor;
+        theta            = theta * (1.0f - mix) + extrapolated * mix;
+        magnitude *= 1.0f + 0.1f * logf(1.0f / r.freq_scale);
+    }
+    const float cosine = cosf(theta) * magnitude, sine = sinf(theta) * magnitude;
+    return second ? x0 * sine + x1 * cosine : x0 * cosine - x1 * sine;
+}
 
 static __device__ __forceinline__ float tbq_load(const float * p) {
     return *p;
@@ -375,6 +430,7 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
     long long row = i1;
     if (a.ids) {
@@ -389,7 +445,246 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
     }
     tbq_quantize_block<BITS>(x, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
                              &scratch[threadIdx.x / 16], &gaps);
+}
+
+// --- few blocks: the shortest way -------------------------------------------------------------------------------------
+//
+// In decode there is a block or two for each of a few heads, and what counts is how long one takes.  Four warps to a
+// block: eight half-warps rotate it, all the same, and try two scales each; one warp prepares the weights of noise
+// shaping meanwhile; then a warp descends on the even coordinates, a lane to each, and another on the odd ones.
+
+#define TBQ_ENCODE_FEW_THREADS 128
+
+// Block i of a.
+template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope) {
+    using tables = tbq_encoder_tables<BITS>;
+    constexpr int HALF = 1 << (BITS - 1);
+
+    __shared__ tbq_encoder_gaps gaps;
+    __shared__ float            z_all[64], w_all[64], m_all[64];
+    __shared__ int              cand_qk[8], cand_kk[8], cand_s[8];
+    __shared__ int              index_all[64], kk_of[2];
+
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int l    = threadIdx.x % 16;
+    const int hw   = threadIdx.x / 16;
+
+    // 32 bits: there are few.  Divisions are a tenth of all the time here, so none that is not needed.
+    const unsigned i0 = i % (unsigned) a.ne0;
+    unsigned       i1 = i / (unsigned) a.ne0, i2 = 0, i3 = 0;
+    long long      at = 0;
+    if (a.ne2 * a.ne3 > 1) {
+        const unsigned rest = i1 / (unsigned) a.ne1;
+        i1 %= (unsigned) a.ne1;
+        i2 = rest % (unsigned) a.ne2;
+        i3 = rest / (unsigned) a.ne2;
+        if (a.ids) {
+            at = i2 % (unsigned) a.ids_ne1 * a.ids_s1 + i3 % (unsigned) a.ids_ne2 * a.ids_s2;
+        }
+    }
+    tbq_encoder_fill_gaps<BITS>(&gaps);
+
 #if __CUDA_ARCH__ >= 900
-    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
+    long long row = i1;
+    if (a.ids) {
+        at += i1 * a.ids_s0;
+        row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
+    }
+    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    float    x[4], z[4];
+    uint32_t top = 0;
+    if (rope && rope->head_size) {
+        const unsigned head = i0 * 64 / rope->head_size, channel = i0 * 64 % rope->head_size;
+        const int      pos  = rope->pos[i1];
+        src = (const src_t *) a.src + head * rope->s_head + i1 * a.s1;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_rope(*rope, (const float *) src, channel + l + 16 * j, pos);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_load(src + l + 16 * j);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+    }
+    top = __reduce_max_sync(TBQ_WARP_ALL, top); // both halves hold the same block
+    const bool bad  = top >= 0x7F800000u;
+    const bool zero = top < 0x30800000u;
+    const bool huge = top > 0x58800000u && !bad;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        z[j] = tbq_flip(huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
+    }
+    tbq_butterflies_16(z, l);
+    float sum = __fmul_rn(z[0], z[0]);
+#pragma unroll
+    for (int j = 1; j < 4; j++) {
+        sum = __fadd_rn(sum, __fmul_rn(z[j], z[j]));
+    }
+#pragma unroll
+    for (int h = 8; h > 0; h /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(TBQ_WARP_ALL, sum, h));
+    }
+    const float rms     = __fsqrt_rn(__fmul_rn(sum, 1.0f / 64));
+    const float inverse = __fdiv_rn((float) TBQ_Q_ONE, rms);
+
+    int best_qk = 0, best_kk = 1, best = hw;
+#pragma unroll
+    for (int r = 0; r < (tables::N_SCALES + 7) / 8; r++) {
+        const int s  = hw + 8 * r;
+        int       qk = 0, kk = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int q = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z[j]), inverse), 0.5f));
+            const int k = tbq_half_level_of<BITS>(q, min(s, tables::N_SCALES - 1));
+            qk += q * k;
+            kk += k * k;
+        }
+#pragma unroll
+        for (int h = 1; h < 16; h *= 2) {
+            qk += __shfl_xor_sync(TBQ_WARP_ALL, qk, h);
+            kk += __shfl_xor_sync(TBQ_WARP_ALL, kk, h);
+        }
+        if (s < tables::N_SCALES && tbq_scale_better(qk, kk, s, best_qk, best_kk, best)) {
+            best_qk = qk;
+            best_kk = kk;
+            best    = s;
+        }
+    }
+    if (l == 0) {
+        cand_qk[hw] = best_qk;
+        cand_kk[hw] = best_kk;
+        cand_s[hw]  = best;
+    }
+    if (warp == 0) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            z_all[l + 16 * j] = z[j]; // both halves write the same
+        }
+    } else if (warp == 3) {
+        const float mean_square = __fmul_rn(__fmul_rn(rms, rms), 1.0f / 64);
+        const float scale       = __fdiv_rn(0.5f, mean_square);
+        float       m[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float square = __fmul_rn(x[j], x[j]);
+            const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
+            m[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
+            w_all[l + 16 * j] = m[j];
+        }
+        tbq_butterflies_16(m, l);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            m_all[l + 16 * j] = __fmul_rn(m[j], 1.0f / 64);
+        }
+    }
+    __syncthreads();
+
+    if (warp < 2) {
+        best_qk = cand_qk[lane % 8];
+        best_kk = cand_kk[lane % 8];
+        best    = cand_s[lane % 8];
+#pragma unroll
+        for (int h = 1; h < 8; h *= 2) {
+            const int o_qk = __shfl_xor_sync(TBQ_WARP_ALL, best_qk, h);
+            const int o_kk = __shfl_xor_sync(TBQ_WARP_ALL, best_kk, h);
+            const int o    = __shfl_xor_sync(TBQ_WARP_ALL, best, h);
+            if (tbq_scale_better(o_qk, o_kk, o, best_qk, best_kk, best)) {
+                best_qk = o_qk;
+                best_kk = o_kk;
+                best    = o;
+            }
+        }
+        // values lane and lane + 32, in both warps
+        const float d = __fdiv_rn((float) best_qk, (float) best_kk);
+        float       g[2];
+        int         index[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float y = z_all[lane + 32 * r];
+            const int   q = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(y), inverse), 0.5f));
+            int         m = 0;
+#pragma unroll
+            for (int t = 0; t < tables::N_THRESHOLDS; t++) {
+                m += q > tables::threshold(best, t);
+            }
+            index[r] = y < 0.0f ? HALF - 1 - m : HALF + m;
+            g[r]     = __fsub_rn(__fmul_rn(y, inverse), __fmul_rn(d, gaps.level[index[r]]));
+        }
+        tbq_butterflies(g[0], g[1], lane);
+        g[0] = __fmul_rn(g[0], w_all[lane]);
+        g[1] = __fmul_rn(g[1], w_all[lane + 32]);
+        tbq_butterflies(g[0], g[1], lane);
+
+        // value 2 lane + warp
+        const int   from    = (2 * lane + warp) % 32;
+        const float g_lo    = __shfl_sync(TBQ_WARP_ALL, g[0], from), g_hi = __shfl_sync(TBQ_WARP_ALL, g[1], from);
+        const int   i_lo    = __shfl_sync(TBQ_WARP_ALL, index[0], from), i_hi = __shfl_sync(TBQ_WARP_ALL, index[1], from);
+        float       slope   = __fmul_rn(lane < 16 ? g_lo : g_hi, 1.0f / 64);
+        int         my      = lane < 16 ? i_lo : i_hi;
+        const float m0      = m_all[0];
+        const bool  shapes  = !huge && !zero && !bad;
+        float       up      = __fmul_rn(d, gaps.up[my]), down = __fmul_rn(d, gaps.down[my]);
+        for (int step = 0; step < TBQ_SHAPE_STEPS && shapes; step++) {
+            const float gap   = slope > 0.0f ? up : down;
+            const float size  = fabsf(slope);
+            const float value = __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
+            // not negative, so that the bits order like the values
+            const uint32_t gain = value > 0.0f ? __float_as_uint(value) : 0u;
+            const uint32_t most = __reduce_max_sync(TBQ_WARP_ALL, gain);
+            if (most == 0) {
+                break;
+            }
+            const int   at     = __ffs(__ballot_sync(TBQ_WARP_ALL, gain == most)) - 1;
+            const float s      = __shfl_sync(TBQ_WARP_ALL, slope > 0.0f ? up : -down, at);
+            const float change = __fmul_rn(s, m_all[(2 * lane) ^ (2 * at)]);
+            if (lane == at) {
+                my += slope > 0.0f ? 1 : -1;
+                up   = __fmul_rn(d, gaps.up[my]);
+                down = __fmul_rn(d, gaps.down[my]);
+            }
+            slope = __fsub_rn(slope, change);
+        }
+        index_all[2 * lane + warp] = zero || bad ? 0 : my;
+        const int level = (int) gaps.level[my];
+        const int total = __reduce_add_sync(TBQ_WARP_ALL, level * level);
+        if (lane == 0) {
+            kk_of[warp] = total;
+        }
+    }
+    __syncthreads();
+    if (warp == 0) {
+        const int kk = huge ? best_kk : kk_of[0] + kk_of[1];
+        const float d = zero || bad ? 0.0f : tbq_norm_scale(rms, kk, huge);
+        int index[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            index[j] = index_all[l + 16 * j];
+        }
+        tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)),
+                              a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, lane < 16, l);
+    }
+}
+
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS) tbq_quantize_few(const tbq_encode_args a) {
+    tbq_quantize_one<BITS, src_t>(a, blockIdx.x, nullptr);
+}
+
+// A token's keys, before their rotary embedding, and its values in one launch: the first n_a CTAs do a.
+template <int BITS_A, int BITS_B>
+__global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS)
+    tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {
+    if (blockIdx.x < n_a) {
+        tbq_quantize_one<BITS_A, float>(a, blockIdx.x, &rope);
+    } else {
+        tbq_quantize_one<BITS_B, float>(b, blockIdx.x - n_a, nullptr);
+    }
 }

@@ -1,0 +1,3 @@
+#include "tbq-attention-launch.cuh"
+
+TBQ_ATTENTION_DEFINE(2, 2)

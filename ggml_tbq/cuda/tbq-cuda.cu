@@ -1,0 +1,526 @@
+#include "tbq-ggml-cuda.cuh"
+
+#include "ggml-impl.h"
+
+#include "tbq-attention-launch.cuh"
+#include "tbq-dequantize.cuh"
+#include "tbq-matvec.cuh"
+#include "tbq-quantize.cuh"
+
+static int bits_of(ggml_type type) {
+    return 2 + type - GGML_TYPE_TBQ2_0;
+}
+
+// f(std::integral_constant<int, bits>)
+template <typename F> static void with_bits(ggml_type type, F f) {
+    switch (type) {
+        case GGML_TYPE_TBQ2_0: f(std::integral_constant<int, 2>()); break;
+        case GGML_TYPE_TBQ3_0: f(std::integral_constant<int, 3>()); break;
+        case GGML_TYPE_TBQ4_0: f(std::integral_constant<int, 4>()); break;
+        default: GGML_ABORT("%s is not a tbq type", ggml_type_name(type));
+    }
+}
+
+static dim3 grid_for(int64_t n_threads, int block) {
+    const int64_t n = (n_threads + block - 1) / block;
+    GGML_ASSERT(n <= INT_MAX);
+    return dim3((unsigned) n);
+}
+
+// --- values to blocks ---------------------------------------------------------------------------------------------
+
+static int64_t n_blocks_of(const tbq_encode_args & a) {
+    return a.ne0 * a.ne1 * a.ne2 * a.ne3;
+}
+
+// What the multiprocessors can take at once.  (__reduce_max_sync is of sm_80.)
+static bool is_few(const tbq_encode_args & a) {
+    const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
+    return n_blocks_of(a) <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
+}
+
+static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, cudaStream_t stream) {
+    const int64_t n = n_blocks_of(a);
+    if (n == 0) {
+        return;
+    }
+    const bool few = is_few(a);
+    const ggml_cuda_kernel_launch_params launch(few ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
+                                                dim3(few ? TBQ_ENCODE_FEW_THREADS : TBQ_ENCODE_THREADS), 0, stream);
+    with_bits(type, [&](auto bits) {
+        if (half_source) {
+            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
+        } else {
+            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
+        }
+    });
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[0];
+    const ggml_tensor * ids = dst->src[1];
+    const size_t        ts  = ggml_type_size(src->type);
+    const size_t        ti  = ggml_type_size(ids->type);
+
+    tbq_encode_args a = {};
+    a.src     = src->data;
+    a.dst     = (char *) dst->data;
+    a.ne0     = src->ne[0] / TBQ_BLOCK;
+    a.ne1     = src->ne[1];
+    a.ne2     = src->ne[2];
+    a.ne3     = src->ne[3];
+    a.s1      = src->nb[1] / ts;
+    a.s2      = src->nb[2] / ts;
+    a.s3      = src->nb[3] / ts;
+    a.nb1     = dst->nb[1];
+    a.nb2     = dst->nb[2];
+    a.nb3     = dst->nb[3];
+    a.ids     = ids->data;
+    a.ids_64  = ids->type == GGML_TYPE_I64;
+    a.ids_ne1 = ids->ne[1];
+    a.ids_ne2 = ids->ne[2];
+    a.ids_s0  = ids->nb[0] / ti;
+    a.ids_s1  = ids->nb[1] / ti;
+    a.ids_s2  = ids->nb[2] / ti;
+    return a;
+}
+
+bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!ggml_type_rotates(dst->type)) {
+        return false;
+    }
+    encode(dst->type, dst->src[0]->type == GGML_TYPE_F16, set_rows_args(dst), ctx.stream());
+    return true;
+}
+
+// The rotary embedding of one token's keys (or a few), as far as tbq_rope does it.
+static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
+    const ggml_tensor * x      = rope->src[0];
+    const int32_t *     params = (const int32_t *) rope->op_params;
+    const int           n_dims = params[1], mode = params[2], n_ctx_orig = params[4], n_offs = params[15];
+    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 || x->type != GGML_TYPE_F32 ||
+        x->nb[0] != sizeof(float) || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0) {
+        return false;
+    }
+    float freq_base, beta_fast, beta_slow, corr[2];
+    memcpy(&freq_base, params + 5, sizeof(float));
+    memcpy(&r.freq_scale, params + 6, sizeof(float));
+    memcpy(&r.ext_factor, params + 7, sizeof(float));
+    memcpy(&r.attn_factor, params + 8, sizeof(float));
+    memcpy(&beta_fast, params + 9, sizeof(float));
+    memcpy(&beta_slow, params + 10, sizeof(float));
+    ggml_rope_yarn_corr_dims(n_dims, n_ctx_orig, freq_base, beta_fast, beta_slow, corr);
+    r.head_size   = x->ne[0];
+    r.n_dims      = n_dims;
+    r.neox        = mode == GGML_ROPE_TYPE_NEOX;
+    r.pos         = (const int *) rope->src[1]->data;
+    r.factors     = rope->src[2] ? (const float *) rope->src[2]->data : nullptr;
+    r.theta_scale = powf(freq_base, -2.0f / n_dims);
+    r.corr_low    = corr[0];
+    r.corr_high   = corr[1];
+    r.s_head      = x->nb[1] / sizeof(float);
+    return true;
+}
+
+int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    auto ours = [](const ggml_tensor * t) {
+        return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32;
+    };
+    auto nothing = [](const ggml_tensor * t) {
+        return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+    };
+    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
+
+    tbq_rope_args       rope = {};
+    const ggml_tensor * k    = graph->nodes[i];
+    int                 last = i;
+    if (k->op == GGML_OP_ROPE) {
+        // its result must go to the cache and nowhere else, all heads of a token in a row
+        const ggml_tensor * embedding = k;
+        if (i + 2 >= graph->n_nodes || !ours(graph->nodes[i + 2]) ||
+            !ggml_can_fuse(graph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS })) {
+            return 0;
+        }
+        k    = graph->nodes[i + 2];
+        last = i + 2;
+        const ggml_tensor * view = graph->nodes[i + 1];
+        if (k->src[0] != view || view->view_src != embedding || view->view_offs != 0 || view->ne[0] != embedding->ne[0] * embedding->ne[1] ||
+            view->ne[1] != embedding->ne[2] || view->ne[2] * view->ne[3] != 1 || !ggml_is_contiguous(embedding) || !rope_args(embedding, rope)) {
+            return 0;
+        }
+    } else if (!ours(k)) {
+        return 0;
+    }
+    tbq_encode_args a = set_rows_args(k);
+    if (rope.head_size) {
+        const ggml_tensor * x = graph->nodes[i]->src[0];
+        a.src = x->data;
+        a.s1  = x->nb[2] / sizeof(float);
+    }
+    if (n_blocks_of(a) == 0 || !is_few(a)) {
+        return 0;
+    }
+
+    // the values, if they are next
+    int j = last + 1;
+    while (j < graph->n_nodes && nothing(graph->nodes[j])) {
+        j++;
+    }
+    const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
+    tbq_encode_args     b = {};
+    if (v) {
+        // two caches, and the second reads nothing that the first writes
+        b = set_rows_args(v);
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || n_blocks_of(b) == 0 || !is_few(b)) {
+            v = nullptr;
+            b = {};
+        }
+    }
+    if (!v && !rope.head_size) {
+        return 0;
+    }
+    const int                            n_a = (int) n_blocks_of(a);
+    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_blocks_of(b))), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
+    with_bits(k->type, [&](auto bits_k) {
+        with_bits(v ? v->type : k->type, [&](auto bits_v) { ggml_cuda_kernel_launch(tbq_quantize_pair<bits_k, bits_v>, launch, a, rope, b, n_a); });
+    });
+    CUDA_CHECK(cudaGetLastError());
+    return (v ? j : last) - i;
+}
+
+// --- blocks to values ---------------------------------------------------------------------------------------------
+
+template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args & a, cudaStream_t stream) {
+    const int64_t n = a.ne0 * a.ne1 * a.ne2 * a.ne3;
+    if (n == 0) {
+        return;
+    }
+    const ggml_cuda_kernel_launch_params launch(grid_for(4 * n, 256), dim3(256), 0, stream);
+    with_bits(type, [&](auto bits) { ggml_cuda_kernel_launch(tbq_dequantize_rows<bits, dst_t>, launch, a); });
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int BITS, typename dst_t> static void to_values(const void * x, dst_t * y, int64_t k, cudaStream_t stream) {
+    tbq_rows_args a = {};
+    a.src = (const char *) x;
+    a.dst = y;
+    a.ne0 = k / TBQ_BLOCK;
+    a.ne1 = a.ne2 = a.ne3 = 1;
+    decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
+}
+
+// s01, s02, s03 count blocks
+template <int BITS, typename dst_t>
+static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01, int64_t s02,
+                         int64_t s03, cudaStream_t stream) {
+    tbq_rows_args a = {};
+    a.src = (const char *) x;
+    a.dst = y;
+    a.ne0 = ne00 / TBQ_BLOCK;
+    a.ne1 = ne01;
+    a.ne2 = ne02;
+    a.ne3 = ne03;
+    a.nb1 = s01 * tbq_block_bytes(BITS);
+    a.nb2 = s02 * tbq_block_bytes(BITS);
+    a.nb3 = s03 * tbq_block_bytes(BITS);
+    a.s1  = ne00;
+    a.s2  = ne00 * ne01;
+    a.s3  = ne00 * ne01 * ne02;
+    decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
+}
+
+#define TBQ_PICK(function, type, dst_t)                                         \
+    ((type) == GGML_TYPE_TBQ2_0 ? function<2, dst_t> :                          \
+     (type) == GGML_TYPE_TBQ3_0 ? function<3, dst_t> :                          \
+     (type) == GGML_TYPE_TBQ4_0 ? function<4, dst_t> : nullptr)
+
+to_fp16_cuda_t tbq_cuda_to_fp16(ggml_type type) {
+    return TBQ_PICK(to_values, type, half);
+}
+
+to_bf16_cuda_t tbq_cuda_to_bf16(ggml_type type) {
+    return TBQ_PICK(to_values, type, nv_bfloat16);
+}
+
+to_fp32_cuda_t tbq_cuda_to_fp32(ggml_type type) {
+    return TBQ_PICK(to_values, type, float);
+}
+
+to_fp16_nc_cuda_t tbq_cuda_to_fp16_nc(ggml_type type) {
+    return TBQ_PICK(to_values_nc, type, half);
+}
+
+to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type) {
+    return TBQ_PICK(to_values_nc, type, nv_bfloat16);
+}
+
+to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type) {
+    return TBQ_PICK(to_values_nc, type, float);
+}
+
+static tbq_rows_args rows_of(const ggml_tensor * src, const ggml_tensor * dst) {
+    const size_t  ts = ggml_type_size(dst->type);
+    tbq_rows_args a  = {};
+    a.src = (const char *) src->data;
+    a.dst = dst->data;
+    a.ne0 = src->ne[0] / TBQ_BLOCK;
+    a.ne1 = dst->ne[1];
+    a.ne2 = dst->ne[2];
+    a.ne3 = dst->ne[3];
+    a.nb1 = src->nb[1];
+    a.nb2 = src->nb[2];
+    a.nb3 = src->nb[3];
+    a.s1  = dst->nb[1] / ts;
+    a.s2  = dst->nb[2] / ts;
+    a.s3  = dst->nb[3] / ts;
+    return a;
+}
+
+bool tbq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
+    if (ggml_type_rotates(src->type) && dst->type == GGML_TYPE_F32) {
+        decode<float>(src->type, rows_of(src, dst), ctx.stream());
+        return true;
+    }
+    if (ggml_type_rotates(dst->type) && src->type == GGML_TYPE_F32) {
+        tbq_encode_args a = {};
+        a.src = src->data;
+        a.dst = (char *) dst->data;
+        a.ne0 = src->ne[0] / TBQ_BLOCK;
+        a.ne1 = src->ne[1];
+        a.ne2 = src->ne[2];
+        a.ne3 = src->ne[3];
+        a.s1  = src->nb[1] / sizeof(float);
+        a.s2  = src->nb[2] / sizeof(float);
+        a.s3  = src->nb[3] / sizeof(float);
+        a.nb1 = dst->nb[1];
+        a.nb2 = dst->nb[2];
+        a.nb3 = dst->nb[3];
+        encode(dst->type, false, a, ctx.stream());
+        return true;
+    }
+    return false;
+}
+
+bool tbq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[0];
+    const ggml_tensor * ids = dst->src[1];
+    if (!ggml_type_rotates(src->type)) {
+        return false;
+    }
+    GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
+    tbq_rows_args a = rows_of(src, dst);
+    a.ids    = (const int *) ids->data;
+    a.ids_s0 = ids->nb[0] / sizeof(int);
+    a.ids_s1 = ids->nb[1] / sizeof(int);
+    a.ids_s2 = ids->nb[2] / sizeof(int);
+    switch (dst->type) {
+        case GGML_TYPE_F32: decode<float>(src->type, a, ctx.stream()); break;
+        case GGML_TYPE_F16: decode<half>(src->type, a, ctx.stream()); break;
+        case GGML_TYPE_BF16: decode<nv_bfloat16>(src->type, a, ctx.stream()); break;
+        default: GGML_ABORT("GET_ROWS from %s to %s", ggml_type_name(src->type), ggml_type_name(dst->type));
+    }
+    return true;
+}
+
+// --- weights --------------------------------------------------------------------------------------------------------
+
+static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, const ggml_tensor * dst) {
+    return ggml_type_rotates(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
+           (ids ? dst->ne[2] <= 8 : src1->ne[1] <= 8);
+}
+
+bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+                      ggml_tensor * dst) {
+    if (!mul_mat_supported(src0, src1, ids, dst)) {
+        return false;
+    }
+    cudaStream_t  stream   = ctx.stream();
+    const int64_t n_blocks = src0->ne[0] / TBQ_BLOCK;
+    const int64_t n_all    = n_blocks * ggml_nrows(src1);
+
+    ggml_cuda_pool_alloc<tbq_activations> x(ctx.pool(), n_all);
+    tbq_activations_args                  r = {};
+    r.src = (const float *) src1->data;
+    r.dst = x.ptr;
+    r.ne0 = n_blocks;
+    r.ne1 = src1->ne[1];
+    r.ne2 = src1->ne[2];
+    r.ne3 = src1->ne[3];
+    r.s1  = src1->nb[1] / sizeof(float);
+    r.s2  = src1->nb[2] / sizeof(float);
+    r.s3  = src1->nb[3] / sizeof(float);
+    ggml_cuda_kernel_launch(tbq_rotate_activations, ggml_cuda_kernel_launch_params(grid_for(32 * n_all, 128), dim3(128), 0, stream), r);
+    CUDA_CHECK(cudaGetLastError());
+
+    tbq_matvec_args a = {};
+    a.w        = (const char *) src0->data;
+    a.x        = x.ptr;
+    a.dst      = (float *) dst->data;
+    a.ids      = ids ? (const int *) ids->data : nullptr;
+    a.n_blocks = n_blocks;
+    a.n_rows   = src0->ne[1];
+    a.n_cols   = ids ? 1 : src1->ne[1];
+    a.nb1      = src0->nb[1];
+    a.nb2      = src0->nb[2];
+    a.nb3      = src0->nb[3];
+    a.ne02     = src0->ne[2];
+    a.ne03     = src0->ne[3];
+    a.ne12     = src1->ne[2];
+    a.ne13     = src1->ne[3];
+    a.x_slots  = src1->ne[1];
+    a.x_s1     = n_blocks;
+    a.x_s2     = n_blocks * src1->ne[1];
+    a.x_s3     = n_blocks * src1->ne[1] * src1->ne[2];
+    a.dst_s1   = dst->nb[1] / sizeof(float);
+    a.dst_s2   = dst->nb[2] / sizeof(float);
+    a.dst_s3   = dst->nb[3] / sizeof(float);
+    if (ids) {
+        a.ids_s0 = ids->nb[0] / sizeof(int);
+        a.ids_s1 = ids->nb[1] / sizeof(int);
+    }
+    const dim3 grid((a.n_rows + TBQ_MATVEC_WARPS - 1) / TBQ_MATVEC_WARPS, ids ? ids->ne[0] : src1->ne[2], ids ? ids->ne[1] : src1->ne[3]);
+    const ggml_cuda_kernel_launch_params launch(grid, dim3(32 * TBQ_MATVEC_WARPS), 0, stream);
+    with_bits(src0->type, [&](auto bits) {
+        switch (a.n_cols) {
+            case 1: ggml_cuda_kernel_launch(tbq_matvec<bits, 1>, launch, a); break;
+            case 2: ggml_cuda_kernel_launch(tbq_matvec<bits, 2>, launch, a); break;
+            case 3: ggml_cuda_kernel_launch(tbq_matvec<bits, 3>, launch, a); break;
+            case 4: ggml_cuda_kernel_launch(tbq_matvec<bits, 4>, launch, a); break;
+            case 5: ggml_cuda_kernel_launch(tbq_matvec<bits, 5>, launch, a); break;
+            case 6: ggml_cuda_kernel_launch(tbq_matvec<bits, 6>, launch, a); break;
+            case 7: ggml_cuda_kernel_launch(tbq_matvec<bits, 7>, launch, a); break;
+            default: ggml_cuda_kernel_launch(tbq_matvec<bits, 8>, launch, a); break;
+        }
+    });
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+}
+
+// --- attention ------------------------------------------------------------------------------------------------------
+
+// mainline's kernels have no soft-cap for head size 64, so there ours takes prompts too.
+static bool only_native(const ggml_tensor * dst) {
+    float logit_softcap;
+    memcpy(&logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
+    return logit_softcap != 0.0f && dst->src[0]->ne[0] != 128 && dst->src[0]->ne[0] != 256 && dst->src[0]->ne[0] != 512;
+}
+
+bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
+    return !(ggml_type_rotates(dst->src[1]->type) || ggml_type_rotates(dst->src[2]->type)) || !only_native(dst);
+}
+
+// More columns than this are a prompt: converting the cache to f16 once is less work than unpacking it for every 16.
+#define TBQ_ATTENTION_MAX_COLUMNS 64
+
+bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const int64_t       d     = q->ne[0];
+    const int           cc    = ggml_cuda_info().devices[device].cc;
+    if (!ggml_type_rotates(k->type) || !ggml_type_rotates(v->type) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
+        return false;
+    }
+    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    if (q->ne[1] * (q->ne[2] / k->ne[2]) > TBQ_ATTENTION_MAX_COLUMNS && !only_native(dst)) {
+        return false;
+    }
+    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 || !ggml_is_contiguous(dst) ||
+        k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 || (mask && mask->ne[2] != 1)) {
+        return false;
+    }
+    for (const ggml_tensor * t : { k, v }) {
+        // heads at multiples of 4 bytes (2, if they are one block), rows where 32-bit arithmetic reaches
+        for (int i = 1; i < 4; i++) {
+            if (t->nb[i] % (d == 64 ? 2 : 4) != 0) {
+                return false;
+            }
+        }
+        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || (size_t) t->data % (d == 64 ? 2 : 4) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
+        return false;
+    }
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+
+    tbq_attention_args a = {};
+    a.q     = (const char *) q->data;
+    a.k     = (const char *) k->data;
+    a.v     = (const char *) v->data;
+    a.mask  = mask ? (const char *) mask->data : nullptr;
+    a.sinks = sinks ? (const float *) sinks->data : nullptr;
+    a.dst   = (float *) dst->data;
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
+    a.n_q        = q->ne[1];
+    a.n_head     = q->ne[2];
+    a.n_seq      = q->ne[3];
+    a.n_kv       = k->ne[1];
+    a.n_head_kv  = k->ne[2];
+    a.n_seq_kv   = k->ne[3];
+    a.n_seq_mask = mask ? mask->ne[3] : 1;
+    a.q_nb1 = q->nb[1], a.q_nb2 = q->nb[2], a.q_nb3 = q->nb[3];
+    a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
+    a.v_nb1 = v->nb[1], a.v_nb2 = v->nb[2], a.v_nb3 = v->nb[3];
+    if (mask) {
+        a.mask_nb1 = mask->nb[1];
+        a.mask_nb3 = mask->nb[3];
+    }
+    switch (10 * bits_of(k->type) + bits_of(v->type)) {
+        case 22: tbq_attention_2_2(ctx, q->ne[0], a); break;
+        case 23: tbq_attention_2_3(ctx, q->ne[0], a); break;
+        case 24: tbq_attention_2_4(ctx, q->ne[0], a); break;
+        case 32: tbq_attention_3_2(ctx, q->ne[0], a); break;
+        case 33: tbq_attention_3_3(ctx, q->ne[0], a); break;
+        case 34: tbq_attention_3_4(ctx, q->ne[0], a); break;
+        case 42: tbq_attention_4_2(ctx, q->ne[0], a); break;
+        case 43: tbq_attention_4_3(ctx, q->ne[0], a); break;
+        case 44: tbq_attention_4_4(ctx, q->ne[0], a); break;
+        default: GGML_ABORT("fatal error");
+    }
+    return true;
+}
+
+// --- what the backend promises --------------------------------------------------------------------------------------
+
+bool tbq_cuda_kv_type_supported(ggml_type type) {
+    return ggml_type_rotates(type);
+}
+
+bool tbq_cuda_supports_op(const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            return ggml_type_rotates(a->type) && b->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 &&
+                   a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float);
+        case GGML_OP_GET_ROWS:
+            return ggml_type_rotates(a->type) && b->type == GGML_TYPE_I32 &&
+                   (op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16);
+        case GGML_OP_SET_ROWS:
+            return ggml_type_rotates(op->type) && (a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) &&
+                   a->nb[0] == ggml_type_size(a->type) && (b->type == GGML_TYPE_I32 || b->type == GGML_TYPE_I64);
+        case GGML_OP_CPY:
+            // b is where it goes
+            return ((ggml_type_rotates(a->type) && b->type == GGML_TYPE_F32) || (a->type == GGML_TYPE_F32 && ggml_type_rotates(b->type))) &&
+                   ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == ggml_type_size(b->type);
+        default:
+            return false;
+    }
+}

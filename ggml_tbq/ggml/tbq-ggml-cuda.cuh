@@ -1,0 +1,78 @@
+// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend calls these first;
+// each returns false, with nothing done, for what is not ours.
+#pragma once
+
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+
+// Built from the same sources, but nobody has run the kernels there: the backend says that it does not support the
+// types, and a cache on such a device is refused when the context is made.  (Included after common.cuh.)
+#define TBQ_CUDA_NOT_HERE(name)                                      \
+    template <typename... T> static inline bool name(const T &...) { \
+        return false;                                                \
+    }
+TBQ_CUDA_NOT_HERE(tbq_cuda_supports_op)
+TBQ_CUDA_NOT_HERE(tbq_cuda_kv_type_supported)
+TBQ_CUDA_NOT_HERE(tbq_cuda_set_rows)
+TBQ_CUDA_NOT_HERE(tbq_cuda_fuse)
+TBQ_CUDA_NOT_HERE(tbq_cuda_cpy)
+TBQ_CUDA_NOT_HERE(tbq_cuda_get_rows)
+TBQ_CUDA_NOT_HERE(tbq_cuda_mul_mat)
+TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext_supported)
+TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext)
+static inline bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor *) {
+    return true;
+}
+#undef TBQ_CUDA_NOT_HERE
+#define TBQ_CUDA_NOT_HERE(name)                             \
+    static inline std::nullptr_t name(ggml_type) {          \
+        return nullptr;                                     \
+    }
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_fp16)
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_bf16)
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_fp32)
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_fp16_nc)
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_bf16_nc)
+TBQ_CUDA_NOT_HERE(tbq_cuda_to_fp32_nc)
+#undef TBQ_CUDA_NOT_HERE
+
+#else
+
+#include "ggml-cuda/common.cuh"
+#include "ggml-cuda/convert.cuh"
+
+// Is this an operation on a tbq type that the backend does?  (Attention: below.)
+bool tbq_cuda_supports_op(const ggml_tensor * op);
+
+// May a cache have this type?
+bool tbq_cuda_kv_type_supported(ggml_type type);
+
+// f32 or f16 rows to blocks, int32 or int64 row numbers.  The CPU's bytes.
+bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys, with the ROPE before it, and of its
+// values, as far as node i and those that follow are these: one launch instead of three.  The number of nodes after i that are done with it, 0 if it is something else.
+int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// f32 to blocks and blocks to f32, of one shape.
+bool tbq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
+
+bool tbq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// Values in the original domain, the CPU's to the last bit, rounded once.
+to_fp16_cuda_t    tbq_cuda_to_fp16(ggml_type type);
+to_bf16_cuda_t    tbq_cuda_to_bf16(ggml_type type);
+to_fp32_cuda_t    tbq_cuda_to_fp32(ggml_type type);
+to_fp16_nc_cuda_t tbq_cuda_to_fp16_nc(ggml_type type);
+to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type);
+to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
+
+// Up to eight columns; ids: those of MUL_MAT_ID, or null.  What this does not take goes through cuBLAS.
+bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst);
+
+// Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens), head sizes 64, 128, 256,
+// tbq on both sides, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
+bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
+bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // can it, as far as we know
+
+#endif
