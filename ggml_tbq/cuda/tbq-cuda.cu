@@ -426,6 +426,10 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
+    // head size 256 does not fit into the 99 KiB of sm_86, sm_89 and sm_120
+    if ((size_t) tbq_attention_smem(d, bits_of(k->type), bits_of(v->type), 16) > ggml_cuda_info().devices[device].smpbo) {
+        return false;
+    }
     if (q->ne[1] * (q->ne[2] / k->ne[2]) > TBQ_ATTENTION_MAX_COLUMNS && !only_native(dst)) {
         return false;
     }

@@ -457,6 +457,7 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
 // Block i of a.
 template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope) {
+#if __CUDA_ARCH__ >= 800
     using tables = tbq_encoder_tables<BITS>;
     constexpr int HALF = 1 << (BITS - 1);
 
@@ -672,6 +673,9 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
         tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)),
                               a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, lane < 16, l);
     }
+#else
+    __trap(); // the host takes tbq_quantize_rows here
+#endif
 }
 
 template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS) tbq_quantize_few(const tbq_encode_args a) {

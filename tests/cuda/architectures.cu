@@ -1,0 +1,14 @@
+// One of each kernel, to be compiled for every architecture (test_cuda.py); never run.
+#include "tbq-attention.cuh"
+#include "tbq-dequantize.cuh"
+#include "tbq-matvec.cuh"
+#include "tbq-quantize.cuh"
+
+template __global__ void tbq_attention<128, 4, 4, 8>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 3, 2, 16>(const tbq_attention_args);
+template __global__ void tbq_attention<64, 2, 3, 8>(const tbq_attention_args);
+template __global__ void tbq_attention_combine<128, 4>(const tbq_attention_args);
+template __global__ void tbq_dequantize_rows<4, half>(const tbq_rows_args);
+template __global__ void tbq_matvec<4, 1>(const tbq_matvec_args);
+template __global__ void tbq_quantize_rows<4, float>(const tbq_encode_args);
+template __global__ void tbq_quantize_pair<4, 3>(const tbq_encode_args, const tbq_rope_args, const tbq_encode_args, int);
