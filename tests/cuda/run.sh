@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Everything that a GPU must show, in the order of docs/cuda.md:  tests/cuda/run.sh BIN [check|speed]
+# Everything that a GPU must show:  tests/cuda/run.sh BIN [check|kernels|ops|splits|speed]
 #
 # BIN: the folder with llama-bench and test-backend-ops of a build with CUDA (`make cuda`, then
 # `make test TESTS=tests/test_cuda.py` builds the latter into build/cp*/bin).  Ends with a status that is not 0 if a
 # check fails.  PYTHON: an interpreter that has gguf.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-bin=${1:?usage: tests/cuda/run.sh BIN [check|speed]}
+bin=${1:?usage: tests/cuda/run.sh BIN [check|kernels|ops|splits|speed]}
 what=${2:-all}
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
+
+wanted() { # wanted PART: is it what was asked for?
+    [ "$what" = all ] || [ "$what" = "$1" ] || { [ "$what" = check ] && [ "$1" != speed ]; }
+}
 
 plain() { sed 's/\x1b\[[0-9;]*m//g'; }
 
@@ -32,10 +36,11 @@ model() { # model NAME LAYERS WIDTH HEADS KV_HEADS HEAD_SIZE FF: random Q8_0 wei
 
 echo "$(git rev-parse --short HEAD 2>/dev/null || echo '?'), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
 
-if [ "$what" != speed ]; then
+if wanted kernels; then
     if command -v nvcc > /dev/null; then
         "$python" tests/cuda/build.py "$work" || exit 1
-        "$work/blocks" 100000 | grep -v encode || failed=1
+        "$work/blocks" 100000 | grep -v encode
+        [ "${PIPESTATUS[0]}" = 0 ] || failed=1
         "$work/attention" check 360 || failed=1
         if command -v compute-sanitizer > /dev/null; then
             for tool in memcheck racecheck; do
@@ -45,13 +50,22 @@ if [ "$what" != speed ]; then
                 echo "blocks, $tool: $(tail -1 "$work/san")"
             done
         fi
+    else
+        echo "no nvcc: the kernels by themselves are not checked"
     fi
+fi
+
+if wanted ops; then
     for op in SET_ROWS ROPE_SET_ROWS CPY GET_ROWS MUL_MAT MUL_MAT_ID FLASH_ATTN_EXT; do
         ops $op tbq
     done
+    # what the patches must leave as it is
     ops SET_ROWS "type_dst=(f16|q8_0|q4_0)"
     ops GET_ROWS "type=(f16|q8_0|q4_0)"
     ops FLASH_ATTN_EXT "hsk=128,.*type_K=(f16|q8_0|q4_0),type_V=(f16|q8_0|q4_0)"
+fi
+
+if wanted splits; then
     for head in 64 128 256; do
         model tiny 2 512 8 2 $head 512
         base=$(splits "$work/tiny.gguf" f16 f16)
@@ -59,14 +73,14 @@ if [ "$what" != speed ]; then
         for k in f16 q8_0 tbq2_0 tbq3_0 tbq4_0; do
             for v in f16 q8_0 tbq2_0 tbq3_0 tbq4_0; do
                 n=$(splits "$work/tiny.gguf" $k $v)
-                if [ "$n" = "$base" ]; then same=$((same + 1)); else echo "head size $head, $k/$v: ${n:-no} splits, f16 $base"; failed=1; fi
+                if [ -n "$n" ] && [ "$n" = "$base" ]; then same=$((same + 1)); else echo "head size $head, $k/$v: ${n:-no} splits, f16 ${base:-none}"; failed=1; fi
             done
         done
         echo "head size $head: $same of 25 pairs of cache types have f16's ${base:-?} splits"
     done
 fi
 
-if [ "$what" != check ]; then
+if wanted speed; then
     "$bin/test-backend-ops" perf -b CUDA0 -o FLASH_ATTN_EXT -p "nr23=\[[48],1\],kv=(256|32768|131072),nb=1,.*permute=\[0,2,1,3\]" 2>&1 | plain |
         sed -nE 's/.*hsk=([0-9]+),hsv=[0-9]+,nh=([0-9]+),nr23=\[([0-9]+),1\],kv=([0-9]+),.*type_K=([a-z0-9_]+),type_V=([a-z0-9_]+).* - +([0-9.]+) us.*/attention, head size \1, \2 x \3 heads, \4 tokens, \5\/\6: \7 us/p'
     bench() { # bench MODEL ARGUMENTS: a line for each type and depth
