@@ -27,7 +27,7 @@ ops() { # ops NAME PATTERN: llama.cpp's own comparison with the CPU
 
 splits() { # splits MODEL K V: the parts that the graph falls into; 2 is the embedding on the CPU and the rest
     "$bin/llama-bench" -m "$1" -ngl 99 -fa 1 -ctk "$2" -ctv "$3" -p 8 -n 1 -r 1 --no-warmup -v 2>&1 | plain |
-        grep -oE "graph splits = [0-9]+" | sort -u | tail -1 | grep -oE "[0-9]+"
+        grep -oE "splits = [0-9]+" | sort -u | tail -1 | grep -oE "[0-9]+"
 }
 
 model() { # model NAME LAYERS WIDTH HEADS KV_HEADS HEAD_SIZE FF: random Q8_0 weights
