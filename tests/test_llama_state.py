@@ -160,7 +160,7 @@ def test_context_shift(bin_dir, demo_model, k, v, share, last):
         steps = [b - a for a, b in zip(part, part[1:])]
         assert len(steps) >= 20, text
         assert sum(s in (1, 2) for s in steps) / len(steps) >= share, text
-    assert numbers[-1] >= last, text
+    assert max(numbers[-2:]) >= last, text  # the last may be cut off: "101, 1"
 
 
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq2_0"), ("tbq2_0", "tbq2_0")])

@@ -42,7 +42,7 @@ struct tbq_attention_args {
     const float * sinks; // f32 [n_head], or null
     float * dst;        // f32 [D, n_head, n_q, n_seq], contiguous
 
-    float * partial;    // tbq_attention_plan::partial_bytes, unless n_split == 1
+    float * partial;    // tbq_attention_partial_bytes() of them, unless n_split == 1
 
     float scale, max_bias, logit_softcap;
 
@@ -92,6 +92,11 @@ constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits
                           (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) + 16;
     const int results = TBQ_ATTENTION_WARPS / 2 * nc * tbq_attention_row(d) * 4;
     return rings > results ? rings : results;
+}
+
+// What the kernel declares besides, at most.
+constexpr __host__ __device__ int tbq_attention_static_smem(int d, int nc) {
+    return nc * d + nc * (d / 64) * 8 + nc * TBQ_ATTENTION_WARPS * 3 * 4 + 256;
 }
 
 // Columns of one tile of the tensor core: query heads of one KV head times tokens.
@@ -791,7 +796,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #endif
 }
 
-// Adds the parts of a row up, un-rotates and stores it.  grid: (rows); block: (D, groups), groups D / 32 at least
+// Adds the parts of a row up, un-rotates and stores it.  grid: (rows); block: (D, groups)
 template <int D, int GROUPS> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
     const int       d    = threadIdx.x;
     const int       grp  = threadIdx.y;

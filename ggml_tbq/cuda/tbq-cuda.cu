@@ -94,99 +94,42 @@ bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
-// The rotary embedding of one token's keys (or a few), as far as tbq_rope does it.
-static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
-    const ggml_tensor * x      = rope->src[0];
-    const int32_t *     params = (const int32_t *) rope->op_params;
-    const int           n_dims = params[1], mode = params[2], n_ctx_orig = params[4], n_offs = params[15];
-    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 || x->type != GGML_TYPE_F32 ||
-        x->nb[0] != sizeof(float) || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0) {
-        return false;
-    }
-    float freq_base, beta_fast, beta_slow, corr[2];
-    memcpy(&freq_base, params + 5, sizeof(float));
-    memcpy(&r.freq_scale, params + 6, sizeof(float));
-    memcpy(&r.ext_factor, params + 7, sizeof(float));
-    memcpy(&r.attn_factor, params + 8, sizeof(float));
-    memcpy(&beta_fast, params + 9, sizeof(float));
-    memcpy(&beta_slow, params + 10, sizeof(float));
-    ggml_rope_yarn_corr_dims(n_dims, n_ctx_orig, freq_base, beta_fast, beta_slow, corr);
-    r.head_size   = x->ne[0];
-    r.n_dims      = n_dims;
-    r.neox        = mode == GGML_ROPE_TYPE_NEOX;
-    r.pos         = (const int *) rope->src[1]->data;
-    r.factors     = rope->src[2] ? (const float *) rope->src[2]->data : nullptr;
-    r.theta_scale = powf(freq_base, -2.0f / n_dims);
-    r.corr_low    = corr[0];
-    r.corr_high   = corr[1];
-    r.s_head      = x->nb[1] / sizeof(float);
-    return true;
-}
-
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
-        return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32;
+        return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
     };
     auto nothing = [](const ggml_tensor * t) {
         return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
     };
-    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
-
-    tbq_rope_args       rope = {};
-    const ggml_tensor * k    = graph->nodes[i];
-    int                 last = i;
-    if (k->op == GGML_OP_ROPE) {
-        // its result must go to the cache and nowhere else, all heads of a token in a row
-        const ggml_tensor * embedding = k;
-        if (i + 2 >= graph->n_nodes || !ours(graph->nodes[i + 2]) ||
-            !ggml_can_fuse(graph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS })) {
-            return 0;
-        }
-        k    = graph->nodes[i + 2];
-        last = i + 2;
-        const ggml_tensor * view = graph->nodes[i + 1];
-        if (k->src[0] != view || view->view_src != embedding || view->view_offs != 0 || view->ne[0] != embedding->ne[0] * embedding->ne[1] ||
-            view->ne[1] != embedding->ne[2] || view->ne[2] * view->ne[3] != 1 || !ggml_is_contiguous(embedding) || !rope_args(embedding, rope)) {
-            return 0;
-        }
-    } else if (!ours(k)) {
+    const ggml_tensor * k = graph->nodes[i];
+    // on another stream than the first, keys and values are branches that do not wait for each other
+    if (!ours(k) || ctx.curr_stream_no != 0) {
         return 0;
     }
-    tbq_encode_args a = set_rows_args(k);
-    if (rope.head_size) {
-        const ggml_tensor * x = graph->nodes[i]->src[0];
-        a.src = x->data;
-        a.s1  = x->nb[2] / sizeof(float);
-    }
-    if (n_blocks_of(a) == 0 || !is_few(a)) {
-        return 0;
-    }
-
-    // the values, if they are next
-    int j = last + 1;
+    int j = i + 1;
     while (j < graph->n_nodes && nothing(graph->nodes[j])) {
         j++;
     }
-    const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
-    tbq_encode_args     b = {};
-    if (v) {
-        // two caches, and the second reads nothing that the first writes
-        b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || n_blocks_of(b) == 0 || !is_few(b)) {
-            v = nullptr;
-            b = {};
-        }
+    if (j == graph->n_nodes || !ours(graph->nodes[j])) {
+        return 0;
     }
-    if (!v && !rope.head_size) {
+    const ggml_tensor * v = graph->nodes[j];
+    // two caches, and the second reads nothing that the first writes
+    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
+    if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k)) {
+        return 0;
+    }
+    const tbq_encode_args a = set_rows_args(k), b = set_rows_args(v);
+    if (n_blocks_of(a) == 0 || n_blocks_of(b) == 0 || !is_few(a) || !is_few(b)) {
         return 0;
     }
     const int                            n_a = (int) n_blocks_of(a);
     const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_blocks_of(b))), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
     with_bits(k->type, [&](auto bits_k) {
-        with_bits(v ? v->type : k->type, [&](auto bits_v) { ggml_cuda_kernel_launch(tbq_quantize_pair<bits_k, bits_v>, launch, a, rope, b, n_a); });
+        with_bits(v->type, [&](auto bits_v) { ggml_cuda_kernel_launch(tbq_quantize_pair<bits_k, bits_v>, launch, a, b, n_a); });
     });
     CUDA_CHECK(cudaGetLastError());
-    return (v ? j : last) - i;
+    return j - i;
 }
 
 // --- blocks to values ---------------------------------------------------------------------------------------------
@@ -327,7 +270,7 @@ bool tbq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
 static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, const ggml_tensor * dst) {
     return ggml_type_rotates(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
-           (ids ? dst->ne[2] <= 8 : src1->ne[1] <= 8);
+           src0->ne[0] > 0 && (ids ? dst->ne[2] <= 8 && ids->ne[0] <= 65535 : src1->ne[1] <= 8 && src1->ne[2] <= 65535 && src1->ne[3] <= 65535);
 }
 
 bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
@@ -420,14 +363,23 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * mask  = dst->src[3];
     const int64_t       d     = q->ne[0];
     const int           cc    = ggml_cuda_info().devices[device].cc;
+#ifndef FLASH_ATTN_AVAILABLE
+    return false; // a prompt would have no kernel
+#endif
     if (!ggml_type_rotates(k->type) || !ggml_type_rotates(v->type) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
-    // head size 256 does not fit into the 99 KiB of sm_86, sm_89 and sm_120
-    if ((size_t) tbq_attention_smem(d, bits_of(k->type), bits_of(v->type), 16) > ggml_cuda_info().devices[device].smpbo) {
+    // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
+    if ((size_t) tbq_attention_smem(d, bits_of(k->type), bits_of(v->type), 16) + tbq_attention_static_smem(d, 16) >
+        ggml_cuda_info().devices[device].smpbo) {
+        return false;
+    }
+    // limits of a grid
+    const int64_t n_columns = q->ne[1] * (q->ne[2] / k->ne[2]);
+    if (k->ne[1] == 0 || (n_columns + 7) / 8 * k->ne[2] > 65535 || q->ne[3] > 65535) {
         return false;
     }
     if (q->ne[1] * (q->ne[2] / k->ne[2]) > TBQ_ATTENTION_MAX_COLUMNS && !only_native(dst)) {
@@ -444,7 +396,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
                 return false;
             }
         }
-        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || (size_t) t->data % (d == 64 ? 2 : 4) != 0) {
+        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || t->view_offs % (d == 64 ? 2 : 4) != 0) {
             return false;
         }
     }
@@ -523,7 +475,8 @@ bool tbq_cuda_supports_op(const ggml_tensor * op) {
         case GGML_OP_CPY:
             // b is where it goes
             return ((ggml_type_rotates(a->type) && b->type == GGML_TYPE_F32) || (a->type == GGML_TYPE_F32 && ggml_type_rotates(b->type))) &&
-                   ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == ggml_type_size(b->type);
+                   ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == ggml_type_size(b->type) &&
+                   (b->type != GGML_TYPE_F32 || (b->nb[1] | b->nb[2] | b->nb[3] | b->view_offs) % 16 == 0); // four values at once
         default:
             return false;
     }

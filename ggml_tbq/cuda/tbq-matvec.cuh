@@ -54,6 +54,17 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     }
 }
 
+static __device__ __forceinline__ int tbq_dp4a(int a, int b, int c) {
+#if __CUDA_ARCH__ >= 610
+    return __dp4a(a, b, c);
+#else
+    for (int i = 0; i < 32; i += 8) {
+        c += (int) (int8_t) (a >> i) * (int) (int8_t) (b >> i);
+    }
+    return c;
+#endif
+}
+
 struct tbq_matvec_args {
     const char *            w;   // [ne00, ne01, ne02, ne03] in tbq
     const tbq_activations * x;   // columns, [n_blocks, ne11, ne12, ne13], contiguous
@@ -112,8 +123,8 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
             const tbq_activations * xb = x + c * a.x_s1 + b;
             const int *             q  = (const int *) (xb->qs + 8 * word);
             // levels are biased by 64: -64 times the sum of q takes it off
-            int dot = __dp4a((int) levels.x, q[0], __dp4a((int) levels.y, q[1], 0));
-            dot     = __dp4a((int) 0xC0C0C0C0, q[0], __dp4a((int) 0xC0C0C0C0, q[1], dot));
+            int dot = tbq_dp4a((int) levels.x, q[0], tbq_dp4a((int) levels.y, q[1], 0));
+            dot     = tbq_dp4a((int) 0xC0C0C0C0, q[0], tbq_dp4a((int) 0xC0C0C0C0, q[1], dot));
             sum[c] += (float) dot * (d * xb->d);
         }
     }

@@ -49,8 +49,8 @@ bool tbq_cuda_kv_type_supported(ggml_type type);
 // f32 or f16 rows to blocks, int32 or int64 row numbers.  The CPU's bytes.
 bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys, with the ROPE before it, and of its
-// values, as far as node i and those that follow are these: one launch instead of three.  The number of nodes after i that are done with it, 0 if it is something else.
+// In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys and of its values, if node i and the
+// next that computes something are these: one launch instead of two.  The number of nodes after i that are done with it, 0 if it is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // f32 to blocks and blocks to f32, of one shape.
@@ -69,8 +69,8 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 // Up to eight columns; ids: those of MUL_MAT_ID, or null.  What this does not take goes through cuBLAS.
 bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst);
 
-// Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens), head sizes 64, 128, 256,
-// tbq on both sides, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
+// Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number where nothing else
+// has a kernel), head sizes 64, 128, 256, tbq on both sides, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // can it, as far as we know

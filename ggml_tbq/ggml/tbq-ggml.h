@@ -33,10 +33,11 @@ TBQ_API size_t tbq_ggml_quantize(enum ggml_type type, const float * src, void * 
 typedef void (*tbq_ggml_mad_t)(const void * v, float p, float * acc, int64_t n);
 TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
 
-// Can the device do what a cache layer of these types asks of it: write rows, and attend (one token, flash attention)?
-// v_in_k: the values are the first channels of the keys (MLA).  What it cannot do would run on the CPU instead, without
-// a word.  True where neither type is tbq: that is not ours to say.
-TBQ_API bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool v_in_k,
+// Can the device do what a cache layer of these types asks of it: write rows, and attend, to one token and to a prompt?
+// flash: with FLASH_ATTN_EXT; else by products, for which values are not quantized.  v_in_k: the values are the first
+// channels of the keys (MLA).  What it cannot do would run on the CPU instead, without a word, or abort.  True where
+// neither type is tbq: that is not ours to say.
+TBQ_API bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash, bool v_in_k,
                                      int64_t head_size_k, int64_t head_size_v, int64_t n_head, int64_t n_head_kv);
 
 #ifdef __cplusplus
