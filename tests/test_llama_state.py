@@ -114,13 +114,14 @@ def test_upstream_save_load_pairs(build_dir, demo_model, tmp_path, k, v):
 
 def test_upstream_save_load_other_architectures(build_dir, tmp_path):
     """The same parts on tiny random models: keys of 576 whose first 512 are the values (MLA), one KV head for four
-    heads, sliding windows, attention sinks, logit soft-capping, hybrids with recurrent layers."""
+    heads, sliding windows, attention sinks, logit soft-capping, hybrids with recurrent layers, and caches of keys only
+    (the indexers of sparse attention)."""
     models = tmp_path / "models"
     models.mkdir()
-    names = "deepseek2|qwen3|gemma2|gemma3|gpt-oss|falcon-h1|qwen2|phi3|lfm2"
+    names = "deepseek2|deepseek32|deepseek4|glm-dsa|qwen3|gemma2|gemma3|gpt-oss|falcon-h1|qwen2|phi3|lfm2"
     run(next(build_dir.rglob("bin/test-llama-archs")), "-o", models, "-a", f"^({names})$")
     made = sorted(m.stem for m in models.glob("*.gguf"))
-    assert len(made) >= 9, made
+    assert len(made) >= 12, made
     done = run(next(build_dir.rglob("bin/test-save-load-state")), "--models", models, *types("tbq4_0", "tbq4_0"), "-t", 2,
                ok=False, cwd=tmp_path, until=made[-1])
     table = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
