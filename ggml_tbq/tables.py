@@ -131,6 +131,10 @@ def header():
         "",
         "// |y|/rms(y) = 1.0 in the fixed-point units of the scale search",
         f"#define TBQ_Q_ONE {Q_ONE}",
+        "",
+        "// Noise shaping (cpu/tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel",
+        "#define TBQ_SHAPE_STEPS 5",
+        "#define TBQ_SHAPE_FLOOR 0.5f",
     ]
     for bits in BITS:
         levels = lloyd_max(bits)

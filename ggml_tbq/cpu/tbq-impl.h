@@ -132,10 +132,6 @@ TBQ_INLINE const tbq_gaps * tbq_gap_table(int bits) {
     return bits == 2 ? &tbq_gaps_2 : bits == 3 ? &tbq_gaps_3 : &tbq_gaps_4;
 }
 
-// Noise shaping (tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel.
-enum { TBQ_SHAPE_STEPS = 5 };
-#define TBQ_SHAPE_FLOOR 0.5f
-
 TBQ_INLINE int tbq_n_scales(int bits) {
     return bits == 2 ? TBQ2_N_SCALES : bits == 3 ? TBQ3_N_SCALES : TBQ4_N_SCALES;
 }

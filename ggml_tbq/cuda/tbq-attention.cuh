@@ -26,7 +26,7 @@
 // value the word g of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i < 4, of the output.
 //
 // Everything is computed in the rotated domain: queries are rotated when they are loaded, the output is un-rotated
-// when it is written.  The order of all sums depends on the shape of the problem alone.
+// when it is written.  The order of all sums depends on the shape of the problem and the number of multiprocessors.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -55,7 +55,7 @@ struct tbq_attention_args {
 
     // by tbq_attention_cut
     int gqa;              // query heads of a KV head
-    unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^16 or gqa == 1 (then 0)
+    unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^32 / gqa; 0 if gqa == 1
     int n_groups;         // tiles of columns
     int kv_per_seq;       // sequences of queries that share one of keys
     int n_split;          // parts that the cache is cut into

@@ -8,9 +8,6 @@
 
 #include "tbq-block.cuh"
 
-#define TBQ_SHAPE_STEPS 5
-#define TBQ_SHAPE_FLOOR 0.5f
-
 // --- tables -----------------------------------------------------------------------------------------------------
 
 // int, because that is what a comparison reads straight from constant memory.

@@ -8,6 +8,10 @@
 // |y|/rms(y) = 1.0 in the fixed-point units of the scale search
 #define TBQ_Q_ONE 2048
 
+// Noise shaping (cpu/tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel
+#define TBQ_SHAPE_STEPS 5
+#define TBQ_SHAPE_FLOOR 0.5f
+
 // tbq2_0: Lloyd-Max levels of N(0,1) times 33.1049; distortion 0.117482, 0.00 % above 0.117482 of the real-valued levels
 #define TBQ2_LEVELS { -50, -15, 15, 50 }
 #define TBQ2_HALF_LEVELS { 15, 50 }
