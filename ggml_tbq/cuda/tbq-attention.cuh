@@ -62,11 +62,9 @@ struct tbq_attention_args {
     int slices_per_split; // of 16 tokens
 };
 
-#ifndef TBQ_ATTENTION_STAGES
-#define TBQ_ATTENTION_STAGES  3
-#endif
 #define TBQ_ATTENTION_WARPS   8
 #define TBQ_ATTENTION_SLICE   16
+#define TBQ_ATTENTION_STAGES  3
 #define TBQ_ATTENTION_THREADS (32 * TBQ_ATTENTION_WARPS)
 
 // A row of the cache in shared memory: the 16-byte units that a head's slice of a row can touch.  An odd number of

@@ -42,9 +42,25 @@ static __device__ __forceinline__ uint32_t tbq_prmt(uint32_t a, uint32_t b, uint
     return r;
 }
 
+// Eight indices in the nibbles of a word to eight bytes level + 64: those of nibbles 0..3, and of nibbles 4..7.
+// t0, t2: words 0 and 2 of the table.
+template <int BITS>
+static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles, uint32_t t0 = tbq_level_word<BITS>(0),
+                                                   uint32_t t2 = tbq_level_word<BITS>(BITS == 4 ? 2 : 0)) {
+    constexpr uint32_t t1 = tbq_level_word<BITS>(BITS > 2);
+    if constexpr (BITS == 4) {
+        constexpr uint32_t t3    = tbq_level_word<BITS>(3);
+        const uint32_t     other = nibbles ^ 0x88888888u;
+        return make_uint2(tbq_prmt(t0, t1, nibbles) | tbq_prmt(t2, t3, other),
+                          tbq_prmt(t0, t1, nibbles >> 16) | tbq_prmt(t2, t3, other >> 16));
+    } else {
+        return make_uint2(tbq_prmt(t0, t1, nibbles), tbq_prmt(t0, t1, nibbles >> 16));
+    }
+}
+
 // A `prmt` takes one of its three operands as an immediate.  Tables of more than one word must have the others in
 // registers, and a compiler that can see their values moves them there for every single use, a third of all
-// instructions; so they go through shared memory, where it cannot.
+// instructions; so where it matters they go through shared memory, where it cannot.
 #define TBQ_N_HIDDEN 5
 static __device__ __forceinline__ uint32_t tbq_hidden_constant(int i) {
     switch (i) {
@@ -60,40 +76,10 @@ template <int BITS> struct tbq_lookup_table {
     uint32_t t0, t2;
 
     // hidden: the constants above, in shared memory
-    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) {
-        t0 = hidden[BITS];
-        t2 = BITS == 4 ? hidden[1] : 0;
-    }
+    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) : t0(hidden[BITS]), t2(BITS == 4 ? hidden[1] : 0) {}
 
-    // Eight indices in the nibbles of a word to eight bytes level + 64: those of nibbles 0..3, and of nibbles 4..7.
-    __device__ __forceinline__ uint2 operator()(uint32_t nibbles) const {
-        constexpr uint32_t t1 = tbq_level_word<BITS>(1);
-        if constexpr (BITS == 4) {
-            constexpr uint32_t t3    = tbq_level_word<BITS>(3);
-            const uint32_t     other = nibbles ^ 0x88888888u;
-            return make_uint2(tbq_prmt(t0, t1, nibbles) | tbq_prmt(t2, t3, other),
-                              tbq_prmt(t0, t1, nibbles >> 16) | tbq_prmt(t2, t3, other >> 16));
-        } else if constexpr (BITS == 3) {
-            return make_uint2(tbq_prmt(t0, t1, nibbles), tbq_prmt(t0, t1, nibbles >> 16));
-        } else {
-            constexpr uint32_t all = tbq_level_word<2>(0);
-            return make_uint2(tbq_prmt(t0, all, nibbles), tbq_prmt(t0, all, nibbles >> 16));
-        }
-    }
+    __device__ __forceinline__ uint2 operator()(uint32_t nibbles) const { return tbq_lookup<BITS>(nibbles, t0, t2); }
 };
-
-// The same where speed does not depend on it.
-template <int BITS> static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles) {
-    constexpr uint32_t t0 = tbq_level_word<BITS>(0), t1 = tbq_level_word<BITS>(BITS > 2);
-    uint2 r = make_uint2(tbq_prmt(t0, t1, nibbles), tbq_prmt(t0, t1, nibbles >> 16));
-    if constexpr (BITS == 4) {
-        constexpr uint32_t t2 = tbq_level_word<4>(2), t3 = tbq_level_word<4>(3);
-        const uint32_t     other = nibbles ^ 0x88888888u;
-        r.x |= tbq_prmt(t2, t3, other);
-        r.y |= tbq_prmt(t2, t3, other >> 16);
-    }
-    return r;
-}
 
 // --- unpacking ------------------------------------------------------------------------------------------------
 

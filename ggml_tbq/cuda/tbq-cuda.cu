@@ -57,25 +57,29 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
     CUDA_CHECK(cudaGetLastError());
 }
 
-static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
-    const ggml_tensor * src = dst->src[0];
-    const ggml_tensor * ids = dst->src[1];
-    const size_t        ts  = ggml_type_size(src->type);
-    const size_t        ti  = ggml_type_size(ids->type);
+// src: f32 or f16, dst: tbq, of the same sizes but for the rows
+static tbq_encode_args encode_args(const ggml_tensor * src, const ggml_tensor * dst) {
+    const size_t    ts = ggml_type_size(src->type);
+    tbq_encode_args a  = {};
+    a.src = src->data;
+    a.dst = (char *) dst->data;
+    a.ne0 = src->ne[0] / TBQ_BLOCK;
+    a.ne1 = src->ne[1];
+    a.ne2 = src->ne[2];
+    a.ne3 = src->ne[3];
+    a.s1  = src->nb[1] / ts;
+    a.s2  = src->nb[2] / ts;
+    a.s3  = src->nb[3] / ts;
+    a.nb1 = dst->nb[1];
+    a.nb2 = dst->nb[2];
+    a.nb3 = dst->nb[3];
+    return a;
+}
 
-    tbq_encode_args a = {};
-    a.src     = src->data;
-    a.dst     = (char *) dst->data;
-    a.ne0     = src->ne[0] / TBQ_BLOCK;
-    a.ne1     = src->ne[1];
-    a.ne2     = src->ne[2];
-    a.ne3     = src->ne[3];
-    a.s1      = src->nb[1] / ts;
-    a.s2      = src->nb[2] / ts;
-    a.s3      = src->nb[3] / ts;
-    a.nb1     = dst->nb[1];
-    a.nb2     = dst->nb[2];
-    a.nb3     = dst->nb[3];
+static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
+    const ggml_tensor * ids = dst->src[1];
+    const size_t        ti  = ggml_type_size(ids->type);
+    tbq_encode_args     a   = encode_args(dst->src[0], dst);
     a.ids     = ids->data;
     a.ids_64  = ids->type == GGML_TYPE_I64;
     a.ids_ne1 = ids->ne[1];
@@ -86,7 +90,7 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
     return a;
 }
 
-bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!ggml_type_rotates(dst->type)) {
         return false;
     }
@@ -144,15 +148,6 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args
     CUDA_CHECK(cudaGetLastError());
 }
 
-template <int BITS, typename dst_t> static void to_values(const void * x, dst_t * y, int64_t k, cudaStream_t stream) {
-    tbq_rows_args a = {};
-    a.src = (const char *) x;
-    a.dst = y;
-    a.ne0 = k / TBQ_BLOCK;
-    a.ne1 = a.ne2 = a.ne3 = 1;
-    decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
-}
-
 // s01, s02, s03 count blocks
 template <int BITS, typename dst_t>
 static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01, int64_t s02,
@@ -171,6 +166,10 @@ static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, 
     a.s2  = ne00 * ne01;
     a.s3  = ne00 * ne01 * ne02;
     decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
+}
+
+template <int BITS, typename dst_t> static void to_values(const void * x, dst_t * y, int64_t k, cudaStream_t stream) {
+    to_values_nc<BITS>(x, y, k, 1, 1, 1, 0, 0, 0, stream);
 }
 
 #define TBQ_PICK(function, type, dst_t)                                         \
@@ -220,32 +219,19 @@ static tbq_rows_args rows_of(const ggml_tensor * src, const ggml_tensor * dst) {
     return a;
 }
 
-bool tbq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
+static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     if (ggml_type_rotates(src->type) && dst->type == GGML_TYPE_F32) {
         decode<float>(src->type, rows_of(src, dst), ctx.stream());
         return true;
     }
     if (ggml_type_rotates(dst->type) && src->type == GGML_TYPE_F32) {
-        tbq_encode_args a = {};
-        a.src = src->data;
-        a.dst = (char *) dst->data;
-        a.ne0 = src->ne[0] / TBQ_BLOCK;
-        a.ne1 = src->ne[1];
-        a.ne2 = src->ne[2];
-        a.ne3 = src->ne[3];
-        a.s1  = src->nb[1] / sizeof(float);
-        a.s2  = src->nb[2] / sizeof(float);
-        a.s3  = src->nb[3] / sizeof(float);
-        a.nb1 = dst->nb[1];
-        a.nb2 = dst->nb[2];
-        a.nb3 = dst->nb[3];
-        encode(dst->type, false, a, ctx.stream());
+        encode(dst->type, false, encode_args(src, dst), ctx.stream());
         return true;
     }
     return false;
 }
 
-bool tbq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0];
     const ggml_tensor * ids = dst->src[1];
     if (!ggml_type_rotates(src->type)) {
@@ -273,8 +259,8 @@ static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1
            src0->ne[0] > 0 && (ids ? dst->ne[2] <= 8 && ids->ne[0] <= 65535 : src1->ne[1] <= 8 && src1->ne[2] <= 65535 && src1->ne[3] <= 65535);
 }
 
-bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
-                      ggml_tensor * dst) {
+static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+                    ggml_tensor * dst) {
     if (!mul_mat_supported(src0, src1, ids, dst)) {
         return false;
     }
@@ -403,7 +389,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     return true;
 }
 
-bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
         return false;
     }
@@ -452,7 +438,19 @@ bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
     return true;
 }
 
-// --- what the backend promises --------------------------------------------------------------------------------------
+// --- what the backend asks for, and what it promises --------------------------------------------------------------------------------------
+
+bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->op) {
+        case GGML_OP_SET_ROWS: return set_rows(ctx, dst);
+        case GGML_OP_CPY: return cpy(ctx, dst->src[0], dst->src[1]);
+        case GGML_OP_GET_ROWS: return get_rows(ctx, dst);
+        case GGML_OP_MUL_MAT: return mul_mat(ctx, dst->src[0], dst->src[1], nullptr, dst);
+        case GGML_OP_MUL_MAT_ID: return mul_mat(ctx, dst->src[0], dst->src[1], dst->src[2], dst);
+        case GGML_OP_FLASH_ATTN_EXT: return flash_attn_ext(ctx, dst);
+        default: return false;
+    }
+}
 
 bool tbq_cuda_kv_type_supported(ggml_type type) {
     return ggml_type_rotates(type);

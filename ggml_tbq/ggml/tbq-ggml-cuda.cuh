@@ -1,5 +1,5 @@
-// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend calls these first;
-// each returns false, with nothing done, for what is not ours.
+// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend asks here first;
+// false, with nothing done, means that it is not ours.
 #pragma once
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
@@ -12,13 +12,9 @@
     }
 TBQ_CUDA_NOT_HERE(tbq_cuda_supports_op)
 TBQ_CUDA_NOT_HERE(tbq_cuda_kv_type_supported)
-TBQ_CUDA_NOT_HERE(tbq_cuda_set_rows)
+TBQ_CUDA_NOT_HERE(tbq_cuda_compute)
 TBQ_CUDA_NOT_HERE(tbq_cuda_fuse)
-TBQ_CUDA_NOT_HERE(tbq_cuda_cpy)
-TBQ_CUDA_NOT_HERE(tbq_cuda_get_rows)
-TBQ_CUDA_NOT_HERE(tbq_cuda_mul_mat)
 TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext_supported)
-TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext)
 static inline bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor *) {
     return true;
 }
@@ -46,17 +42,13 @@ bool tbq_cuda_supports_op(const ggml_tensor * op);
 // May a cache have this type?
 bool tbq_cuda_kv_type_supported(ggml_type type);
 
-// f32 or f16 rows to blocks, int32 or int64 row numbers.  The CPU's bytes.
-bool tbq_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// Computes a node: SET_ROWS (f32 or f16, int32 or int64 row numbers; the CPU's bytes), CPY between f32 and blocks of one
+// shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
+bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys and of its values, if node i and the
 // next that computes something are these: one launch instead of two.  The number of nodes after i that are done with it, 0 if it is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
-
-// f32 to blocks and blocks to f32, of one shape.
-bool tbq_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
-
-bool tbq_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // Values in the original domain, the CPU's to the last bit, rounded once.
 to_fp16_cuda_t    tbq_cuda_to_fp16(ggml_type type);
@@ -66,13 +58,9 @@ to_fp16_nc_cuda_t tbq_cuda_to_fp16_nc(ggml_type type);
 to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type);
 to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 
-// Up to eight columns; ids: those of MUL_MAT_ID, or null.  What this does not take goes through cuBLAS.
-bool tbq_cuda_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, ggml_tensor * dst);
-
 // Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number where nothing else
 // has a kernel), head sizes 64, 128, 256, tbq on both sides, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
-bool tbq_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // can it, as far as we know
 
 #endif

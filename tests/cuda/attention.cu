@@ -3,6 +3,8 @@
 //   attention bench                       the shapes that docs/cuda.md lists
 #include "tbq-attention.cuh"
 
+#include "check.cuh"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,15 +12,6 @@
 #include <cstring>
 #include <random>
 #include <vector>
-
-#define CHECK(call)                                                                              \
-    do {                                                                                         \
-        const cudaError_t e = (call);                                                            \
-        if (e != cudaSuccess) {                                                                  \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e));      \
-            std::exit(2);                                                                        \
-        }                                                                                        \
-    } while (0)
 
 template <typename T> struct device_array {
     T *    p = nullptr;
@@ -297,13 +290,10 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
             launch_any(d, k, v, a, partial.p);
         }
     };
-    cudaStream_t stream;
-    cudaGraph_t graph; cudaGraphExec_t exec;
     round();
     CHECK(cudaDeviceSynchronize());
     cudaEvent_t from, to;
     CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
-    (void) stream; (void) graph; (void) exec;
     float best = 1e9f;
     for (int r = 0; r < 5; r++) {
         CHECK(cudaEventRecord(from));

@@ -3,6 +3,8 @@
 #include "tbq-dequantize.cuh"
 #include "tbq-quantize.cuh"
 
+#include "check.cuh"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,15 +12,6 @@
 #include <limits>
 #include <random>
 #include <vector>
-
-#define CHECK(call)                                                                              \
-    do {                                                                                         \
-        const cudaError_t e = (call);                                                            \
-        if (e != cudaSuccess) {                                                                  \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e));      \
-            std::exit(2);                                                                        \
-        }                                                                                        \
-    } while (0)
 
 static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
     std::normal_distribution<float> normal;

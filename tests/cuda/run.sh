@@ -56,7 +56,7 @@ if wanted kernels; then
 fi
 
 if wanted ops; then
-    for op in SET_ROWS ROPE_SET_ROWS CPY GET_ROWS MUL_MAT MUL_MAT_ID FLASH_ATTN_EXT; do
+    for op in SET_ROWS CPY GET_ROWS MUL_MAT MUL_MAT_ID FLASH_ATTN_EXT; do
         ops $op tbq
     done
     # what the patches must leave as it is
