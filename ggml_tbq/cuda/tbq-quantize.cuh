@@ -141,6 +141,42 @@ static __device__ __forceinline__ bool tbq_scale_better(int qk, int kk, int s, i
     return mine > theirs || (mine == theirs && s < o);
 }
 
+// What both kernels know of a block before they search.
+struct tbq_measure {
+    bool  bad, zero, huge; // NaN or Inf; too small for any d; above 2^50, where squares would overflow
+    float rms, inverse;    // of the rotated values, and TBQ_Q_ONE over it
+};
+
+// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  top: the largest of the bits of |x| of the block.
+static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t top, int l) {
+    tbq_measure m;
+    m.bad  = top >= 0x7F800000u;
+    m.zero = top < 0x30800000u; // 2^-30
+    m.huge = top > 0x58800000u && !m.bad;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
+    }
+    tbq_butterflies_16(z, l);
+    float sum = __fmul_rn(z[0], z[0]);
+#pragma unroll
+    for (int j = 1; j < 4; j++) {
+        sum = __fadd_rn(sum, __fmul_rn(z[j], z[j]));
+    }
+#pragma unroll
+    for (int h = 8; h > 0; h /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(TBQ_WARP_ALL, sum, h));
+    }
+    m.rms     = __fsqrt_rn(__fmul_rn(sum, 1.0f / 64));
+    m.inverse = __fdiv_rn((float) TBQ_Q_ONE, m.rms);
+    return m;
+}
+
+// A rotated value's size in the fixed-point units of the search.
+static __device__ __forceinline__ int tbq_to_fixed(float z, float inverse, bool none) {
+    return none ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z), inverse), 0.5f));
+}
+
 // What a block needs of shared memory.
 struct tbq_encoder_scratch {
     float m[64];
@@ -179,34 +215,15 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
     for (int h = 1; h < 16; h *= 2) {
         top = max(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
     }
-    const bool bad  = top >= 0x7F800000u;          // Inf or NaN
-    const bool zero = top < 0x30800000u;           // 2^-30
-    const bool huge = top > 0x58800000u && !bad;   // 2^50
-
-    // rotated, not divided by 8
-    float z[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        z[j] = tbq_flip(huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
-    }
-    tbq_butterflies_16(z, l);
-
-    float sum = __fmul_rn(z[0], z[0]);
-#pragma unroll
-    for (int j = 1; j < 4; j++) {
-        sum = __fadd_rn(sum, __fmul_rn(z[j], z[j]));
-    }
-#pragma unroll
-    for (int h = 8; h > 0; h /= 2) {
-        sum = __fadd_rn(sum, __shfl_xor_sync(TBQ_WARP_ALL, sum, h));
-    }
-    const float rms     = __fsqrt_rn(__fmul_rn(sum, 1.0f / 64));
-    const float inverse = __fdiv_rn((float) TBQ_Q_ONE, rms);
+    float             z[4];
+    const tbq_measure what = tbq_rotate_and_measure(x, z, top, l);
+    const bool        bad = what.bad, zero = what.zero, huge = what.huge;
+    const float       rms = what.rms, inverse = what.inverse;
 
     int q[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        q[j] = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z[j]), inverse), 0.5f));
+        q[j] = tbq_to_fixed(z[j], inverse, zero || bad);
     }
 
     // The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves
@@ -453,7 +470,7 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
         row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
     }
     const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
-    float    x[4], z[4];
+    float    x[4];
     uint32_t top = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -464,25 +481,10 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
         top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
     top = __reduce_max_sync(TBQ_WARP_ALL, top); // both halves hold the same block
-    const bool bad  = top >= 0x7F800000u;
-    const bool zero = top < 0x30800000u;
-    const bool huge = top > 0x58800000u && !bad;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        z[j] = tbq_flip(huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
-    }
-    tbq_butterflies_16(z, l);
-    float sum = __fmul_rn(z[0], z[0]);
-#pragma unroll
-    for (int j = 1; j < 4; j++) {
-        sum = __fadd_rn(sum, __fmul_rn(z[j], z[j]));
-    }
-#pragma unroll
-    for (int h = 8; h > 0; h /= 2) {
-        sum = __fadd_rn(sum, __shfl_xor_sync(TBQ_WARP_ALL, sum, h));
-    }
-    const float rms     = __fsqrt_rn(__fmul_rn(sum, 1.0f / 64));
-    const float inverse = __fdiv_rn((float) TBQ_Q_ONE, rms);
+    float             z[4];
+    const tbq_measure what = tbq_rotate_and_measure(x, z, top, l);
+    const bool        bad = what.bad, zero = what.zero, huge = what.huge;
+    const float       rms = what.rms, inverse = what.inverse;
 
     int best_qk = 0, best_kk = 1, best = hw;
 #pragma unroll
@@ -491,7 +493,7 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
         int       qk = 0, kk = 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int q = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z[j]), inverse), 0.5f));
+            const int q = tbq_to_fixed(z[j], inverse, zero || bad);
             const int k = tbq_half_level_of<BITS>(q, min(s, tables::N_SCALES - 1));
             qk += q * k;
             kk += k * k;
@@ -558,7 +560,7 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float y = z_all[lane + 32 * r];
-            const int   q = zero || bad ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(y), inverse), 0.5f));
+            const int   q = tbq_to_fixed(y, inverse, zero || bad);
             int         m = 0;
 #pragma unroll
             for (int t = 0; t < tables::N_THRESHOLDS; t++) {
