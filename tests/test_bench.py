@@ -49,5 +49,5 @@ def test_bytes_are_those_of_the_cache():
 ])
 def test_errors(arguments, message):
     done = run("--depths", "0", "--prompts", "", "--rounds", "1", *arguments)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(f"tbq: error: {message}", done.stderr.strip().splitlines()[-1]), done.stderr

@@ -34,7 +34,7 @@ def test_one_path(installed):
     assert run("paths", "bin").stdout.strip() == installed["bin"]
     assert json.loads(run("paths", "lib", "--json").stdout) == {"lib": installed["lib"]}
     result = run("paths", "cellar")
-    assert result.returncode == 1 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.strip() == f"tbq: error: key 'cellar' is not one of {', '.join(installed)}"
 
 

@@ -1,23 +1,25 @@
 """The command `tbq`.
 
 A subcommand is a function that takes a parser of its own and sets `run`, which gets the parsed arguments and returns
-the exit status; add it to COMMANDS.
+the exit status; its docstring is the line in the help, `parser.epilog` has an example.  Add it to COMMANDS.
 """
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 
 from tbq import __version__, bench
 from tbq.errors import TBQError
 from tbq.paths import paths
 
 
-def _paths(parser):
+def _paths(parser: argparse.ArgumentParser) -> None:
     """where the patched programs and libraries are"""
+    parser.epilog = "example: $(tbq paths bin)/llama-server -m model.gguf --cache-type-k tbq4_0 --cache-type-v tbq4_0"
     parser.add_argument("key", nargs="?", metavar="KEY", help="print only this one: bin, lib, ...")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
-    def run(args):
+    def run(args: argparse.Namespace) -> int:
         found = paths()
         if args.key is not None:
             if args.key not in found:
@@ -36,28 +38,32 @@ def _paths(parser):
     parser.set_defaults(run=run)
 
 
-COMMANDS = {"bench": bench.define, "paths": _paths}
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"bench": bench.define, "paths": _paths}
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tbq", description="TurboQuant tensor types for llama.cpp")
     parser.add_argument("--version", action="version", version=f"tbq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, define in COMMANDS.items():
-        define(commands.add_parser(name, help=define.__doc__, description=define.__doc__))
+        text = define.__doc__
+        define(commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
 
 
-def main(argv=None):
-    """Runs a command; returns the exit status.  An error is one line on stderr and status 1 (2 for usage)."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        return int(args.run(args))
     except TBQError as error:
-        print(f"tbq: error: {error}", file=sys.stderr)
-        return 1
+        message = str(error)
+    except OSError as error:
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
         return 130
+    print(f"tbq: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
