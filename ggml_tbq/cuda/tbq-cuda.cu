@@ -7,8 +7,9 @@
 #include "tbq-matvec.cuh"
 #include "tbq-quantize.cuh"
 
+// Bits of an index, of a q8_0 or an f16 value; 0 for other types.
 static int bits_of(ggml_type type) {
-    return 2 + type - GGML_TYPE_TBQ2_0;
+    return ggml_type_rotates(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
 }
 
 // f(std::integral_constant<int, bits>)
@@ -352,14 +353,15 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
 #endif
-    if (!ggml_type_rotates(k->type) || !ggml_type_rotates(v->type) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
+    const int bits_k = bits_of(k->type), bits_v = bits_of(v->type);
+    if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
     // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
-    if ((size_t) tbq_attention_smem(d, bits_of(k->type), bits_of(v->type), 16) + tbq_attention_static_smem(d, 16) >
+    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
         ggml_cuda_info().devices[device].smpbo) {
         return false;
     }
@@ -376,13 +378,14 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
-        // heads at multiples of 4 bytes (2, if they are one block), rows where 32-bit arithmetic reaches
+        // heads at multiples of their own size, rows where 32-bit arithmetic reaches
+        const size_t align = tbq_attention_align(d, bits_of(t->type));
         for (int i = 1; i < 4; i++) {
-            if (t->nb[i] % (d == 64 ? 2 : 4) != 0) {
+            if (t->nb[i] % align != 0) {
                 return false;
             }
         }
-        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || t->view_offs % (d == 64 ? 2 : 4) != 0) {
+        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || t->view_offs % align != 0) {
             return false;
         }
     }
@@ -423,16 +426,9 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb1 = mask->nb[1];
         a.mask_nb3 = mask->nb[3];
     }
-    switch (10 * bits_of(k->type) + bits_of(v->type)) {
-        case 22: tbq_attention_2_2(ctx, q->ne[0], a); break;
-        case 23: tbq_attention_2_3(ctx, q->ne[0], a); break;
-        case 24: tbq_attention_2_4(ctx, q->ne[0], a); break;
-        case 32: tbq_attention_3_2(ctx, q->ne[0], a); break;
-        case 33: tbq_attention_3_3(ctx, q->ne[0], a); break;
-        case 34: tbq_attention_3_4(ctx, q->ne[0], a); break;
-        case 42: tbq_attention_4_2(ctx, q->ne[0], a); break;
-        case 43: tbq_attention_4_3(ctx, q->ne[0], a); break;
-        case 44: tbq_attention_4_4(ctx, q->ne[0], a); break;
+#define TBQ_CASE(K, V) case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
+    switch (100 * bits_of(k->type) + bits_of(v->type)) {
+        TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
     }
     return true;
