@@ -46,8 +46,9 @@ bool tbq_cuda_kv_type_supported(ggml_type type);
 // shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys and of its values, if node i and the
-// next that computes something are these: one launch instead of two.  The number of nodes after i that are done with it, 0 if it is something else.
+// In decode a launch costs as much as what it does here.  From node i on, if they are this: ROPE of a token's keys, their
+// SET_ROWS, and that of its values, in one launch instead of three; any two of the three neighbours but ROPE alone, too.
+// The number of nodes after i that are done with it, 0 if it is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // Values in the original domain, the CPU's to the last bit, rounded once.
