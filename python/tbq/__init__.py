@@ -12,6 +12,9 @@ from tbq.blocks import dequantize, quantize, row_bytes
 from tbq.errors import TBQError
 from tbq._types import BLOCK, TypeInfo, types
 from tbq._version import FORMAT_VERSION, __version__
+from tbq.gguf_types import register as _register
+
+_register()
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "dequantize", "quantize", "row_bytes",
            "types"]
