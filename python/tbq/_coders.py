@@ -31,7 +31,7 @@ def decoder(type: GGMLQuantizationType) -> Callable[[Bytes], Floats]:
         return lambda data: blocks.dequantize(data, name, len(data) // types[name].block_bytes * BLOCK)
     if type == GGMLQuantizationType.F32:
         return lambda data: data.view("<f4")
-    function = _symbol(_decoder_name(name))
+    function = type == GGMLQuantizationType.F16 and _fast_half() or _symbol(_decoder_name(name))
     if function is None:
         return _probed(lambda data: gguf.dequantize(data, type), type, Bytes, "decode")
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
@@ -89,15 +89,35 @@ def _symbol(name: str) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def _ggml() -> ctypes.CDLL | None:
+    return _library("ggml-base")
+
+
+def _library(name: str) -> ctypes.CDLL | None:
     try:
         found = paths()
     except TBQError:
         return None
     for folder in (found["lib"], found["bin"]):  # on Windows libraries are beside the programs
-        for path in sorted(pathlib.Path(folder).glob("*ggml-base.*")):
+        for path in sorted(pathlib.Path(folder).glob(f"*{name}.*")):
             if path.suffix in (".so", ".dylib", ".dll"):
                 return ctypes.CDLL(str(path))
     return None
+
+
+@functools.lru_cache(maxsize=None)
+def _fast_half() -> Any:
+    """The CPU backend's half to float, ten times as fast as ggml-base's and NumPy's, or None.
+
+    Without the instructions it reads a table that is empty until the backend starts, so all halves are compared.
+    """
+    function = getattr(_library("ggml-cpu"), "ggml_cpu_fp16_to_fp32", None)
+    if function is not None:
+        halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+        values = np.empty(1 << 16, np.float32)
+        function(_pointer(halves), _pointer(values), ctypes.c_int64(1 << 16))
+        if not np.array_equal(values, halves.astype(np.float32), equal_nan=True):
+            return None
+    return function
 
 
 def _probed(function: Callable[[Any], Any], type: GGMLQuantizationType, argument: Any, verb: str) -> Callable[[Any], Any]:
