@@ -7,14 +7,15 @@
     ((2, 68), dtype('uint8'))
     >>> tbq.dequantize(packed, "tbq4_0", x.shape).shape
     (2, 128)
+
+The package gguf knows the types from then on: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader, GGUFWriter, gguf.quantize.
 """
 from tbq.blocks import dequantize, quantize, row_bytes
 from tbq.errors import TBQError
 from tbq._types import BLOCK, TypeInfo, types
 from tbq._version import FORMAT_VERSION, __version__
-from tbq.gguf_types import register as _register
+from tbq.conversion import convert
+from tbq.gguf_files import open_gguf
 
-_register()
-
-__all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "dequantize", "quantize", "row_bytes",
-           "types"]
+__all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "convert", "dequantize", "open_gguf", "quantize",
+           "row_bytes", "types"]

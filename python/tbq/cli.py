@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, convert
+from tbq import __version__, bench, conversion, inspection
 from tbq.errors import TBQError
 from tbq.paths import paths
 
@@ -38,7 +38,12 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"bench": bench.define, "convert": convert.define, "paths": _paths}
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "bench": bench.define,
+    "convert": conversion.define,
+    "inspect": inspection.define,
+    "paths": _paths,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+import tbq.gguf_types  # noqa: F401  the types' numbers must be known
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
 
@@ -139,6 +141,24 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
         raise TBQError(f"{path}: the files of the split have {len(everything)} tensors, not {expected}")
     _check_unique([tensor.name for tensor in everything], path)
     return Model(tuple(paths), parts[0][0], everything)
+
+
+def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a tensor, front to back, each time those of n_values values (which every type's block divides)."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+    left = tensor.n_bytes
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        while left:
+            data = np.empty(min(left, n_values // block * block_bytes), np.uint8)
+            view, got = data.data, 0
+            while got < len(data):
+                n = file.readinto(view[got:])
+                if not n:
+                    raise TBQError(f"{tensor.path} became shorter: tensor {tensor.name} is not complete")
+                got += n
+            yield data
+            left -= len(data)
 
 
 def header(entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuantizationType, tuple[int, ...]]],

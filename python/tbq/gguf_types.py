@@ -1,4 +1,4 @@
-"""Makes the package gguf know the types; done when tbq is imported, once.
+"""Makes the package gguf know the types; done when this module, and so tbq, is imported.
 
 gguf has no way to add a type, so this extends its enums and tables in place: GGMLQuantizationType.TBQ4_0 and its
 neighbours, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the patched llama-quantize, which are those of
@@ -59,3 +59,6 @@ def _add_coder(info: TypeInfo, member: Any) -> None:
 
     methods = {"quantize_blocks": classmethod(quantize_blocks), "dequantize_blocks": classmethod(dequantize_blocks)}
     new_class(info.name.upper(), quants.BF16.__mro__[1:2], {"qtype": member}, lambda body: body.update(methods))  # registers itself
+
+
+register()

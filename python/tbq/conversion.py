@@ -23,7 +23,7 @@ from tbq import _coders
 from tbq._types import BLOCK, types
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
-from tbq.gguf_files import FORMAT_KEY, Model, Tensor, entry, header, open_gguf
+from tbq.gguf_files import FORMAT_KEY, Model, Tensor, entry, header, open_gguf, pieces
 
 #: Values that a thread takes at a time: a multiple of every type's block.
 CHUNK = 1 << 20
@@ -307,7 +307,7 @@ def _converted(plan: Plan, offsets: list[int], pool: ThreadPoolExecutor, window:
     try:
         for (tensor, type), offset in zip(plan, offsets):
             work = _work(tensor, type)
-            for data in _pieces(tensor):
+            for data in pieces(tensor, CHUNK):
                 waiting.append((tensor, offset, pool.submit(work, data)))
                 offset = 0  # the next one follows
                 if len(waiting) >= window:
@@ -319,23 +319,6 @@ def _converted(plan: Plan, offsets: list[int], pool: ThreadPoolExecutor, window:
     finally:
         for _, _, future in waiting:
             future.cancel()
-
-
-def _pieces(tensor: Tensor) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
-    left = tensor.n_bytes
-    with open(tensor.path, "rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        while left:
-            data = np.empty(min(left, CHUNK // block * block_bytes), np.uint8)
-            view, got = data.data, 0
-            while got < len(data):
-                n = file.readinto(view[got:])
-                if not n:
-                    raise TBQError(f"{tensor.path} became shorter: tensor {tensor.name} is not complete")
-                got += n
-            yield data
-            left -= len(data)
 
 
 def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.uint8]]], Any]:
