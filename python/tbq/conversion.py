@@ -2,6 +2,7 @@
 import argparse
 import collections
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -43,7 +44,8 @@ _KEPT = re.compile("|".join(map(re.escape, (
     "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
     *(f"time_mix_{x}.weight" for x in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2", "decay_w1", "decay_w2", "lerp_fused")),
     "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
-    "a.rvq.codebook", "mm.a.code_embd"))) + r"|^(position_embd|token_types)\.weight$")
+    "a.rvq.codebook", "mm.a.code_embd"))))
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
 _KEPT_IN_GLM5_NEXT = re.compile("|".join(map(re.escape, (
     "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate", "indexer_compressor_ape", "ssm_f_a.weight",
     "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"))))
@@ -165,8 +167,8 @@ def _type(name: str) -> GGML:
 
 def _convertible(tensor: Tensor, arch: str) -> bool:
     dimensions = len(tensor.shape) - next((i for i, n in enumerate(tensor.shape) if n > 1), len(tensor.shape) - 1)
-    return (dimensions >= 2 and tensor.name.endswith("weight") and not _KEPT.search(tensor.name)
-            and not (arch == "glm5-next" and _KEPT_IN_GLM5_NEXT.search(tensor.name)))
+    return (dimensions >= 2 and tensor.name.endswith("weight") and tensor.name not in _KEPT_NAMES
+            and not _KEPT.search(tensor.name) and not (arch == "glm5-next" and _KEPT_IN_GLM5_NEXT.search(tensor.name)))
 
 
 def _without_tbq(tensor: Tensor) -> GGML:
@@ -281,12 +283,21 @@ def _check_target(model: Model, paths: list[pathlib.Path], force: bool) -> None:
 def _as_one_file(folder: pathlib.Path, paths: list[pathlib.Path]) -> Iterator[list[io.BufferedWriter]]:
     """Files that get their names when all are complete, the first of a split last: without it, no program opens the rest."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tbq-") as beside, contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(os.path.join(beside, path.name), "xb")) for path in paths]
+        files = []
+        for path in paths:
+            files.append(open(os.path.join(beside, path.name), "xb"))
+            stack.push(functools.partial(_closed, files[-1]))
         yield files
         for file, path in reversed(list(zip(files, paths))):
             with _named(path):
                 file.close()
                 os.replace(file.name, path)
+
+
+def _closed(file: io.BufferedWriter, *_: object) -> None:
+    """After an error: what is left in the buffer may give it again."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 @contextlib.contextmanager
