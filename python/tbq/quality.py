@@ -185,11 +185,10 @@ def measure(model: Model, pairs: Sequence[Pair], text: bytes, context: int = 102
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    _check(model, context, chunks)
+    check(model, context, chunks, scratch)
     report = Report(model, pairs, context)
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=scratch) as name, contextlib.suppress(KeyboardInterrupt):
         folder = pathlib.Path(name)
-        _check_disk(folder, base_bytes(context, chunks, model.vocab) + len(text))
         (folder / "text.txt").write_bytes(text)
         with tqdm(total=chunks * (1 + len(pairs)), unit="chunk", desc="f16, base") as bar:
             def show(i: int) -> Callable[[int], None]:
@@ -208,19 +207,18 @@ def measure(model: Model, pairs: Sequence[Pair], text: bytes, context: int = 102
     return report
 
 
-def _check(model: Model, context: int, chunks: int) -> None:
+def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None = None) -> None:
+    """TBQError if there are too few scores, or too little room in the folder for the probabilities."""
     if not model.vocab:
         raise TBQError(f"model {str(model.path)!r} has no tokenizer; perplexity needs one")
     if chunks * scores_per_chunk(context) < LEAST_SCORES:
         raise TBQError(f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; at least {LEAST_SCORES} are needed")
     if 0 < model.context < context:
         raise TBQError(f"--context {context} is more than the {model.context} tokens that the model was trained for")
-
-
-def _check_disk(folder: pathlib.Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
+    folder = scratch or pathlib.Path(tempfile.gettempdir())
+    size, free = base_bytes(context, chunks, model.vocab) + (1 << 20), shutil.disk_usage(folder).free
     if size > free:
-        raise TBQError(f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB; "
+        raise TBQError(f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB; "
                        "name another folder with --scratch, or fewer --chunks")
 
 
@@ -329,6 +327,7 @@ def _run(args: argparse.Namespace) -> int:
     text = read_text(args.text) if args.text else python_text()
     model = caches.read_model(args.model)
     source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
+    check(model, args.context, args.chunks, args.scratch)
     with interruptible():
         print(f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
               f"{args.scratch or tempfile.gettempdir()} while this runs", file=sys.stderr)
