@@ -1,7 +1,7 @@
 """NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -44,9 +44,7 @@ def quantize(array: npt.ArrayLike, type: str, *, kv: bool = False) -> npt.NDArra
     info = find(type)
     array = np.asarray(array)
     _check_float(array.dtype, "array has dtype")
-    if array.ndim == 0:
-        raise TBQError("array has no axis; its last axis must be a multiple of 64")
-    width = _length(array.shape[-1], f"array has shape {array.shape}: its last axis")
+    width = _width(array)
     array = np.ascontiguousarray(array)
     packed = np.empty((*array.shape[:-1], width // BLOCK * info.block_bytes), np.uint8)
     if array.dtype == np.float32:
@@ -84,10 +82,41 @@ def dequantize(data: Blocks, type: str, shape: Shape, dtype: npt.DTypeLike = np.
     return result
 
 
+def rotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """What quantize rounds: each 64 values rotated by the fixed rotation of the types, lengths and angles kept.
+
+    array: float32 of shape (..., n) with n a multiple of 64.  Returns float32 of the same shape.
+    Raises TBQError for another dtype or last axis.
+    """
+    return _transform(lib.tbq_rotate, array)
+
+
+def unrotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """The inverse of rotate, up to rounding; the same shapes, dtypes and errors."""
+    return _transform(lib.tbq_unrotate, array)
+
+
+def _transform(function: "Callable[[CData, CData, int], int]", values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    array = np.asarray(values)
+    if array.dtype != np.float32:
+        raise TBQError(f"array has dtype {array.dtype}; it must be float32")
+    _width(array)
+    array = np.ascontiguousarray(array)
+    result = np.empty(array.shape, np.float32)
+    _check_status(function(_pointer("float[]", array), _pointer("float[]", result), array.size))
+    return result
+
+
 def _check_float(dtype: np.dtype[Any], what: str) -> None:
     # equality of dtypes includes the byte order
     if dtype not in _FLOATS:
         raise TBQError(f"{what} {dtype}; it must be float32 or float16")
+
+
+def _width(array: npt.NDArray[Any]) -> int:
+    if array.ndim == 0:
+        raise TBQError("array has no axis; its last axis must be a multiple of 64")
+    return _length(array.shape[-1], f"array has shape {array.shape}: its last axis")
 
 
 def _length(length: SupportsIndex, what: str) -> int:
