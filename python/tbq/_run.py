@@ -1,4 +1,5 @@
 """Programs of llama.cpp as child processes that never outlive the caller."""
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -29,6 +30,8 @@ class Done:
             for line in lines:
                 if mark in line:
                     return line.rpartition(mark)[2]
+        if not self.status:
+            return "it ended without a result"
         return lines[-1] if lines else f"exit status {self.status}"
 
 
@@ -58,6 +61,18 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
             process.stdout.close()
         errors.seek(0)
         return Done(process.returncode, output.decode(errors="replace"), errors.read().decode(errors="replace"))
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def at_least_one(text: str) -> int:
+    """For argparse."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def one_line(failures: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import statistics
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tbq import caches, quality, shape
-from tbq._run import Done, interruptible, one_line, run
+from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Cache, Pair
 from tbq.errors import TBQError
 from tbq.shape import Shape
@@ -162,17 +161,6 @@ def attention_table(speeds: Speeds, cache: Cache, threads: int) -> str:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def at_least_one(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def _depths(text: str) -> list[int]:
     parts = [part for part in text.split(",") if part]
     if not all(part.isascii() and part.isdigit() for part in parts):
@@ -191,27 +179,27 @@ def _prompts(text: str) -> list[Test]:
 
 
 @contextlib.contextmanager
-def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | None, str]]:
-    """Path, cache and description of the file named, or of one of random weights that exists inside only."""
+def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | None, dict[str, str]]]:
+    """Path, cache and identity of the file named, or of one of random weights that exists inside only."""
     if args.model:
         model = caches.read_model(args.model)
         longest = max(t.depth + t.prompt + t.generate for t in args.tests)
         if 0 < model.context < longest:
             print(f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",
                   file=sys.stderr)
-        yield args.model, model.cache, f"{args.model.name}, sha256 {caches.sha256(args.model)}"
+        yield args.model, model.cache, {"model": args.model.name, "model_sha256": caches.sha256(args.model)}
         return
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=args.scratch) as folder:
         free = shutil.disk_usage(folder).free
         if args.shape.size() * 1.01 > free:
             raise TBQError(f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
                            "name another folder with --scratch, or a smaller --shape")
-        yield shape.write(pathlib.Path(folder) / "shape.gguf", args.shape), args.shape.cache(), f"random weights, --shape {args.shape}"
+        yield shape.write(pathlib.Path(folder) / "shape.gguf", args.shape), args.shape.cache(), {"shape": str(args.shape)}
 
 
-def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, model: str) -> None:
+def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identity: dict[str, str]) -> None:
     if args.json:
-        print(json.dumps({"model": model, **caches.versions(), "device": speeds.device, "threads": args.threads, "options": args.options,
+        print(json.dumps({**identity, **caches.versions(), "device": speeds.device, "threads": args.threads, "options": args.options,
                           "tokens_per_second": {str(pair): {str(test): found for test, found in tests.items()}
                                                 for pair, tests in speeds.samples.items()},
                           "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}}, indent=2))
@@ -219,7 +207,8 @@ def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, model:
     versions = caches.versions()
     facts = [f"tokens per second, medians of {args.rounds}, and relative to {next(iter(speeds.samples))}; "
              "tg: generating, pp: a prompt, @: tokens in the cache before",
-             f"model: {model}",
+             f"model: {identity['model']}, sha256 {identity['model_sha256']}" if "model" in identity else
+             f"model: random weights, --shape {identity['shape']}",
              f"llama.cpp {versions['llama_cpp_commit']}, tbq {versions['tbq']}; {args.threads} threads; {speeds.device}"]
     parts = [table(speeds, args.tests), attention_table(speeds, cache, args.threads) if cache else "", "\n".join(facts)]
     print("\n\n".join(filter(None, parts)))
@@ -227,16 +216,15 @@ def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, model:
 
 def _run(args: argparse.Namespace) -> int:
     args.tests = [Test(0, args.generate, depth) for depth in args.depths] + args.prompts
-    args.tests.sort(key=lambda test: bool(test.prompt))  # stable: generating first, each in the order asked for
     if not args.tests:
         raise TBQError("--depths and --prompts are both empty; one of them names what to measure")
     if args.scratch and not args.scratch.is_dir():
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = caches.parse(args.types)
-    with interruptible(), _model(args) as (model, cache, description):
+    with interruptible(), _model(args) as (model, cache, identity):
         speeds = measure(pairs, args.tests, args.threads, model, args.rounds, args.options)
         if any(speeds.samples.values()):
-            _print(args, speeds, cache, description)
+            _print(args, speeds, cache, identity)
     if not speeds.complete:
         print("tbq: interrupted", file=sys.stderr)
         return 130

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 from tbq import caches
-from tbq._run import Done, interruptible, one_line, run
+from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Cache, Model, Pair
 from tbq.errors import TBQError
 
@@ -58,7 +58,6 @@ class Report:
     """What was measured so far."""
 
     model: Model
-    pairs: Sequence[Pair]
     context: int
     chunks: int = 0
     base_ppl: float = math.nan
@@ -186,7 +185,7 @@ def measure(model: Model, pairs: Sequence[Pair], text: bytes, context: int = 102
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     check(model, context, chunks, scratch)
-    report = Report(model, pairs, context)
+    report = Report(model, context)
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=scratch) as name, contextlib.suppress(KeyboardInterrupt):
         folder = pathlib.Path(name)
         (folder / "text.txt").write_bytes(text)
@@ -239,18 +238,21 @@ def _bits(pair: Pair) -> str:
     return f"{sum(pair.bits) / 2:g}"
 
 
-def facts(report: Report, sha256: str, text: str) -> dict[str, str]:
-    """What somebody else needs to measure the same."""
-    versions = caches.versions()
-    return {
-        "model": f"{report.model.path.name}, sha256 {sha256}",
-        "text": text,
+def as_text(report: Report, identity: dict[str, str]) -> str:
+    """The table, and what somebody else needs to measure the same."""
+    base, pair = (shlex.join(["llama-perplexity", *command]) for command in report.commands[:2])
+    facts = {
+        "model": f"{identity['model']}, sha256 {identity['model_sha256']}",
+        "text": f"{identity['text']}, sha256 {identity['text_sha256']}",
         "scored": f"{report.scored} tokens: the second halves of {report.chunks} chunks of {report.context}",
-        "built": f"llama.cpp {versions['llama_cpp_commit']}, tbq {versions['tbq']}",
+        "built": f"llama.cpp {identity['llama_cpp_commit']}, tbq {identity['tbq']}",
+        "base": base,
+        "pairs": re.sub(r"-ctk \S+ -ctv \S+$", "-ctk K -ctv V", pair),
     }
+    return "\n".join([table(report), "", *(f"{key:7}{value}" for key, value in facts.items())])
 
 
-def as_json(report: Report, about: dict[str, str]) -> str:
+def as_json(report: Report, identity: dict[str, str]) -> str:
     """Numbers as measured; null where there is none."""
     def plain(x: object) -> object:
         if isinstance(x, dict):
@@ -260,7 +262,7 @@ def as_json(report: Report, about: dict[str, str]) -> str:
     cache = report.model.cache
     pairs = {str(pair): {"bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
                          **dataclasses.asdict(score)} for pair, score in report.scores.items()}
-    return json.dumps(plain({**about, "base_ppl": report.base_ppl, "pairs": pairs, "failures": {str(p): why for p, why in report.failures.items()},
+    return json.dumps(plain({**identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs, "failures": {str(p): why for p, why in report.failures.items()},
                              "commands": [shlex.join(["llama-perplexity", *command]) for command in report.commands]}), indent=2, ensure_ascii=False)
 
 
@@ -331,11 +333,11 @@ def _run(args: argparse.Namespace) -> int:
     with interruptible():
         print(f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
               f"{args.scratch or tempfile.gettempdir()} while this runs", file=sys.stderr)
-        sha256 = caches.sha256(args.model)
+        identity = {"model": args.model.name, "model_sha256": caches.sha256(args.model), "text": source,
+                    "text_sha256": hashlib.sha256(text).hexdigest(), **caches.versions()}
         report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch)
-        about = facts(report, sha256, f"{source}, sha256 {hashlib.sha256(text).hexdigest()}")
         if report.scores:
-            print(as_json(report, about) if args.json else _text(report, about))
+            print(as_json(report, identity) if args.json else as_text(report, identity))
         if report.scores and report.complete and args.plot:
             _replace(args.plot, picture(report, args.model.name, format))
     if not report.complete:
@@ -346,16 +348,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(report: Report, about: dict[str, str]) -> str:
-    base, pair = (shlex.join(["llama-perplexity", *command]) for command in report.commands[:2])
-    facts = {**about, "base": base, "pairs": re.sub(r"-ctk \S+ -ctv \S+$", "-ctk K -ctv V", pair)}
-    return "\n".join([table(report), "", *(f"{key:7}{value}" for key, value in facts.items())])
-
-
 def define(parser: argparse.ArgumentParser) -> None:
     """perplexity and KL divergence of cache types against f16, with llama-perplexity"""
-    from tbq.bench import at_least_one, cores
-
     parser.epilog = ("examples: tbq bench quality --model model.gguf --plot quality.png\n"
                      "          tbq bench quality --model model.gguf --text book.txt --types q8_0,q8_0/tbq4_0,tbq4_0 --chunks 20 -- -ngl 99")
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
