@@ -121,10 +121,10 @@ def test_picture_has_both_series_and_every_label():
     model = caches.Model(pathlib.Path("m.gguf"), 0, 2, None)
     report = quality.Report(model, 256)
     some = quality.Value(1.0, 0.1)
-    for i, name in enumerate(("f16", "q8_0", "q4_0", "tbq4_0", "tbq2_0")):
+    for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):  # two of the same bits
         report.scores[Pair(name, name)] = quality.Score(some, some, quality.Value(0.01 * i, 0.001), 1, some, some)
     svg = quality.picture(report, "a title", "svg").decode()
-    for said in ("a title", "llama.cpp's types", "with tbq types", "q8_0", "q4_0", "tbq4_0", "tbq2_0"):
+    for said in ("a title", "llama.cpp's types", "with tbq types", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0"):
         assert svg.count(f"<!-- {said} -->") == 1
     assert "<!-- f16 -->" not in svg
 

@@ -273,8 +273,8 @@ def picture(report: Report, title: str, format: str) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for ours, label, color, marker in ((False, "llama.cpp's types", "tab:gray", "s"), (True, "with tbq types", "tab:blue", "o")):
-        points = sorted((sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
-                        if pair.ours == ours and score.kld.mean > 0 and set((pair.k, pair.v)) != {"f16"})
+        points = sorted(((sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
+                         if pair.ours == ours and score.kld.mean > 0 and pair != Pair("f16", "f16")), key=lambda point: (point[0], point[1].mean))
         if points:
             axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
                           label=label, color=color, marker=marker, capsize=3, linewidth=1)
