@@ -11,7 +11,8 @@
 from tbq.blocks import dequantize, quantize, row_bytes
 from tbq.errors import TBQError
 from tbq._types import BLOCK, TypeInfo, types
+from tbq.plan import Layer, Pair, Plan, plan
 from tbq._version import FORMAT_VERSION, __version__
 
-__all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "dequantize", "quantize", "row_bytes",
-           "types"]
+__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
+           "row_bytes", "types"]
