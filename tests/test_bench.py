@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tbq import shape
-from tbq.caches import Pair
+from tbq.caches import TypePair
 from llama_tools import BLOCK, cache_mib, tiny_llama
 
 SMALL = ("--shape", "layers=2,width=256,heads=4,kv_heads=2,head_size=64,ff=512,vocab=1000", "--rounds", "1", "--generate", "4")
@@ -66,9 +66,9 @@ def test_model(tmp_path):
 def test_bytes_are_those_of_the_cache():
     cache = shape.Shape().cache()
     for name in BLOCK:
-        assert Pair(name, name).bytes(cache) == pytest.approx(2 * cache_mib(name, 1, 8, 4, 128) * 2**20)
-        assert Pair(name, name).bits == (8 * BLOCK[name][1] / BLOCK[name][0],) * 2
-    assert Pair("q8_0", "tbq3_0").bytes(cache) * 2 == Pair("q8_0", "q8_0").bytes(cache) + Pair("tbq3_0", "tbq3_0").bytes(cache)
+        assert TypePair(name, name).bytes(cache) == pytest.approx(2 * cache_mib(name, 1, 8, 4, 128) * 2**20)
+        assert TypePair(name, name).bits == (8 * BLOCK[name][1] / BLOCK[name][0],) * 2
+    assert TypePair("q8_0", "tbq3_0").bytes(cache) * 2 == TypePair("q8_0", "q8_0").bytes(cache) + TypePair("tbq3_0", "tbq3_0").bytes(cache)
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -76,8 +76,8 @@ def test_bytes_are_those_of_the_cache():
     (("--types", "q8_0/"), r"cache type '' is not one of .*"),
     (("--types", ","), r"no cache types; .*"),
     (("--depths", "", "--prompts", ""), r"--depths and --prompts are both empty; .*"),
-    (("--model", "nowhere.gguf"), r"model 'nowhere.gguf' is not a file"),
-    (("--model", __file__), r"model '.*test_bench.py' cannot be read as GGUF \(ValueError: GGUF magic invalid\)"),
+    (("--model", "nowhere.gguf"), r"model 'nowhere.gguf' does not exist"),
+    (("--model", __file__), r"model '.*test_bench.py' is no GGUF file that can be used: GGUF magic invalid"),
     (("--shape", "layers=1000,width=65536,ff=65536"), r"the model takes [\d.]+ GB, .* has [\d.]+ GB; name another folder .*"),
     (("--scratch", "nowhere"), r"--scratch 'nowhere' is not a folder"),
     ((*SMALL, "--types", "f16,q8_0", "--", "-foo"), r"f16 @ 0, q8_0 @ 0: invalid parameter for argument: -foo"),

@@ -15,7 +15,7 @@ import pytest
 
 import tbq
 from tbq import caches, quality
-from tbq.caches import Pair
+from tbq.caches import TypePair
 from llama_tools import ENV, cache_line, complete, number, tiny_llama
 
 SMALL = ("--context", "256", "--chunks", "2", "--threads", "2")
@@ -84,7 +84,7 @@ def test_figures(found):
 def test_bytes_are_those_that_llama_cpp_allocates(bin_dir, demo_model, k, v):
     cache = caches.read_model(demo_model).cache
     line = cache_line(complete(bin_dir, demo_model, "a", "-ctk", k, "-ctv", v, n=1, n_ctx=8192)[1])
-    assert Pair(k, v).bytes(cache) * line["cells"] / 2**20 == pytest.approx(line["mib"], abs=0.01)
+    assert TypePair(k, v).bytes(cache) * line["cells"] / 2**20 == pytest.approx(line["mib"], abs=0.01)
 
 
 def test_what_is_needed_to_measure_the_same(table, found, demo_model, installed):
@@ -122,7 +122,7 @@ def test_picture_has_both_series_and_every_label():
     report = quality.Report(model, 256)
     some = quality.Value(1.0, 0.1)
     for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):  # two of the same bits
-        report.scores[Pair(name, name)] = quality.Score(some, some, quality.Value(0.01 * i, 0.001), 1, some, some)
+        report.scores[TypePair(name, name)] = quality.Score(some, some, quality.Value(0.01 * i, 0.001), 1, some, some)
     svg = quality.picture(report, "a title", "svg").decode()
     for said in ("a title", "llama.cpp's types", "with tbq types", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0"):
         assert svg.count(f"<!-- {said} -->") == 1
@@ -155,9 +155,9 @@ def wrong(tmp_path, demo_model):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (("--model", "nowhere.gguf"), r"model 'nowhere.gguf' is not a file"),
-    (("--model", "cut.gguf"), r"model 'cut.gguf' cannot be read as GGUF .*"),
-    (("--model", "halved.gguf"), r"llama-perplexity failed for f16: .*tensor .* data is not within the file bounds.*"),
+    (("--model", "nowhere.gguf"), r"model 'nowhere.gguf' does not exist"),
+    (("--model", "cut.gguf"), r"model 'cut.gguf' is no GGUF file that can be used: .*"),
+    (("--model", "halved.gguf"), r"model 'halved.gguf' is no GGUF file that can be used: .*"),
     (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
     (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
     (("--text", "short.txt"), r"the text has \d+ tokens; --context 256 needs 512"),
@@ -224,13 +224,17 @@ def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
     assert not any(child.exists() for child in children)
 
 
-def test_models_with_other_caches():
-    """Where a token does not take a row of each KV head in each layer, no number is made up."""
-    plain = {"block_count": 3, "attention.head_count": 8, "embedding_length": 512}
-    assert caches._cache(plain) == [(512, 512)] * 3
-    assert caches._cache({**plain, "attention.head_count_kv": [2, 0, 4], "attention.key_length": 128}) == [(256, 128), (512, 256)]
-    for key in ("attention.kv_lora_rank", "attention.sliding_window", "full_attention_interval"):
-        assert caches._cache({**plain, key: 4}) is None
+def test_bytes_do_not_count_what_does_not_grow():
+    """Nor is a number made up for a cache that is not known."""
+    of = {"block_count": 3, "attention.head_count": 8, "embedding_length": 512, "context_length": 64}
+
+    def cache(architecture, **more):
+        return caches._cache({"general.architecture": architecture, **{f"{architecture}.{k}": v for k, v in {**of, **more}.items()}})
+
+    assert cache("llama") == [(512, 512)] * 3
+    assert cache("lfm2", **{"attention.head_count_kv": [2, 0, 4], "attention.key_length": 128, "shortconv.l_cache": 3}) == [(256, 128), (512, 256)]
+    assert cache("gemma2", **{"attention.sliding_window": 4096}) == [(512, 512)]
+    assert cache("deepseek4") is None
 
 
 def test_split_models_hash(tmp_path):

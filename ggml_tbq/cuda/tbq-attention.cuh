@@ -27,6 +27,11 @@
 //
 // Everything is computed in the rotated domain: queries are rotated when they are loaded, the output is un-rotated
 // when it is written.  The order of all sums depends on the shape of the problem and the number of multiprocessors.
+//
+// ONE SIDE MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large biases on its keys wants that), in the same
+// frame.  q8_0 keys are bytes already, with a scale for 32 channels, and so are the queries then; q8_0 values become
+// bfloat16, in tiles of 32 channels because of their scales.  An f16 side comes by `ldmatrix`, and queries or weights
+// are f16 for it.  Neither is rotated here.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -36,8 +41,8 @@
 // Shapes in ggml's order.  Strides are bytes.
 struct tbq_attention_args {
     const char * q;     // f32 [D, n_q, n_head, n_seq]
-    const char * k;     // tbq [D, n_kv, n_head_kv, n_seq_kv]
-    const char * v;     // tbq [D, n_kv, n_head_kv, n_seq_kv]
+    const char * k;     // [D, n_kv, n_head_kv, n_seq_kv] of the type that BITS_K names
+    const char * v;     // [D, n_kv, n_head_kv, n_seq_kv], BITS_V
     const char * mask;  // f16 [n_kv, >= n_q, 1, n_seq_mask], or null
     const float * sinks; // f32 [n_head], or null
     float * dst;        // f32 [D, n_head, n_q, n_seq], contiguous
@@ -64,18 +69,37 @@ struct tbq_attention_args {
 
 #define TBQ_ATTENTION_WARPS   8
 #define TBQ_ATTENTION_SLICE   16
-#define TBQ_ATTENTION_STAGES  3
 #define TBQ_ATTENTION_THREADS (32 * TBQ_ATTENTION_WARPS)
+
+// Bytes of 64 values of a side: 2, 3, 4: tbq; 8: two blocks of q8_0, each a half and 32 bytes; 16: f16.
+constexpr __host__ __device__ int tbq_attention_block(int bits) {
+    return bits == 16 ? 128 : bits == 8 ? 68 : tbq_block_bytes(bits);
+}
+
+// What the start of a head's slice of a row is a multiple of, up to 16: its own size.
+constexpr __host__ __device__ int tbq_attention_align(int d, int bits) {
+    const int bytes = d / 64 * tbq_attention_block(bits);
+    return (bytes & -bytes) < 16 ? bytes & -bytes : 16;
+}
 
 // A row of the cache in shared memory: the 16-byte units that a head's slice of a row can touch.  An odd number of
 // units keeps every read of the kernel free of bank conflicts (rows are 4, 12, 20 or 28 banks apart, modulo 32).
 constexpr __host__ __device__ int tbq_attention_units(int d, int bits) {
-    // A head starts at a multiple of its own size: of 4 for d >= 128 (12 bytes into a unit at most), of 2 for d = 64.
-    return (d / 64 * tbq_block_bytes(bits) + (d == 64 ? 14 : d == 128 ? 12 : 8) + 15) / 16;
+    return (d / 64 * tbq_attention_block(bits) + 16 - tbq_attention_align(d, bits) + 15) / 16;
 }
 
 constexpr __host__ __device__ int tbq_attention_pitch(int d, int bits) {
     return (tbq_attention_units(d, bits) | 1) * 16;
+}
+
+// Slices of a ring.  Those with an f16 side are large: two leave room for a second CTA.
+constexpr __host__ __device__ int tbq_attention_stages(int bits_k, int bits_v) {
+    return bits_k == 16 || bits_v == 16 ? 2 : 3;
+}
+
+// Bytes of a query in shared memory, 8 bits each or f16 (rows on different banks).
+constexpr __host__ __device__ int tbq_attention_query(int d, int bits_k) {
+    return bits_k == 16 ? 2 * d + 16 : d;
 }
 
 // Floats between the columns of a result in shared memory: those of a warp's lanes fall on different banks.
@@ -86,15 +110,15 @@ constexpr __host__ __device__ int tbq_attention_row(int d) {
 // The rings, and after them the results of four warps in the same place.  A word more, because words that may lie
 // across two are read as two.
 constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits_v, int nc) {
-    const int rings = TBQ_ATTENTION_WARPS * TBQ_ATTENTION_STAGES * TBQ_ATTENTION_SLICE *
+    const int rings = TBQ_ATTENTION_WARPS * tbq_attention_stages(bits_k, bits_v) * TBQ_ATTENTION_SLICE *
                           (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) + 16;
     const int results = TBQ_ATTENTION_WARPS / 2 * nc * tbq_attention_row(d) * 4;
     return rings > results ? rings : results;
 }
 
 // What the kernel declares besides, at most.
-constexpr __host__ __device__ int tbq_attention_static_smem(int d, int nc) {
-    return nc * d + nc * (d / 64) * 8 + nc * TBQ_ATTENTION_WARPS * 3 * 4 + 256;
+constexpr __host__ __device__ int tbq_attention_static_smem(int d, int bits_k, int nc) {
+    return nc * tbq_attention_query(d, bits_k) + nc * (d / 64) * 12 + nc * TBQ_ATTENTION_WARPS * 3 * 4 + 256;
 }
 
 // Columns of one tile of the tensor core: query heads of one KV head times tokens.
@@ -169,6 +193,37 @@ static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t
 #endif
 }
 
+static __device__ __forceinline__ void tbq_mma_s8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int c) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
+#endif
+}
+
+static __device__ __forceinline__ void tbq_mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Four tiles of 8 x 8 halves; lanes 8 i .. 8 i + 7 give the addresses of the rows of tile i.
+static __device__ __forceinline__ void tbq_ldmatrix(uint32_t (&r)[4], const void * row) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void tbq_ldmatrix_transposed(uint32_t (&r)[4], const void * row) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
+#endif
+}
+
 static __device__ __forceinline__ void tbq_mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -186,6 +241,22 @@ static __device__ __forceinline__ uint32_t tbq_bf16_levels(uint32_t biased) {
     r = biased;
 #endif
     return r;
+}
+
+// Signed bytes in the low halves of both words: the lower 7 bits under the exponent of 128, less 128 or 256 as the top bit says.
+static __device__ __forceinline__ uint32_t tbq_bf16_bytes(uint32_t x) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"((x & 0x007F007Fu) | 0x43004300u), "r"(0x3F803F80u), "r"((x & 0x00800080u) | 0xC300C300u));
+#else
+    r = x;
+#endif
+    return r;
+}
+
+static __device__ __forceinline__ uint32_t tbq_pack_f16(float lo, float hi) {
+    const half2 x = __floats2half2_rn(lo, hi);
+    return *(const uint32_t *) &x;
 }
 
 static __device__ __forceinline__ uint32_t tbq_pack_bf16(float lo, float hi) {
@@ -224,7 +295,8 @@ static __device__ __forceinline__ float tbq_alibi_slope(float max_bias, int head
 // One side of the cache, K or V, as one lane sees it.
 template <int D, int BITS> struct tbq_cache_reader {
     static constexpr int NB    = D / 64;
-    static constexpr int BYTES = tbq_block_bytes(BITS);
+    static constexpr int BYTES = tbq_attention_block(BITS);
+    static constexpr int ALIGN = tbq_attention_align(D, BITS);
     static constexpr int UNITS = tbq_attention_units(D, BITS);
     static constexpr int PITCH = tbq_attention_pitch(D, BITS);
     static constexpr int TRIPS = (TBQ_ATTENTION_SLICE * UNITS + 31) / 32;
@@ -246,7 +318,7 @@ template <int D, int BITS> struct tbq_cache_reader {
         wide   = stride % 16 == 0;
         nb1    = (int) stride;
         offset = (int) ((size_t) row0 & (wide ? 15 : 3));
-        odd    = D == 64 && !wide ? nb1 & 2 : 0;
+        odd    = ALIGN == 2 && !wide ? nb1 & 2 : 0;
         step   = stride * (TBQ_ATTENTION_SLICE * TBQ_ATTENTION_WARPS);
         units  = 0;
         if (wide) {
@@ -283,7 +355,7 @@ template <int D, int BITS> struct tbq_cache_reader {
         } else if (lane / 2 < n) {
             // any layout: rare, and correct
 #pragma unroll 1
-            for (int at = lane % 2 * 4; at < NB * BYTES + (D == 64 ? 2 : 0); at += 8) {
+            for (int at = lane % 2 * 4; at < NB * BYTES + (ALIGN == 2 ? 2 : 0); at += 8) {
                 tbq_cp_async_4(stage + to + at, from + at);
             }
         }
@@ -293,7 +365,7 @@ template <int D, int BITS> struct tbq_cache_reader {
     // The 4 bytes at `at` of block b.  Blocks are 4 k + 2 bytes long, so those of every other one lie across two words.
     static __device__ __forceinline__ uint32_t word(const char * row, int b, int at) {
         const int byte = b * BYTES + at;
-        if constexpr (D == 64) {
+        if constexpr (ALIGN == 2) {
             const uint32_t   start = (uint32_t) (size_t) row + byte;
             const uint32_t * w     = (const uint32_t *) (row + byte - (start & 3));
             return __funnelshift_r(w[0], w[1], start * 8);
@@ -307,15 +379,16 @@ template <int D, int BITS> struct tbq_cache_reader {
 
     // Where in a block's qs and qh the lane with nibble word w reads.
     static __device__ __forceinline__ int qs_at(int w) {
-        return 4 * (BITS == 4 ? w : w % 4);
+        return 4 * (BITS == 2 || BITS == 3 ? w % 4 : w);
     }
 
     static __device__ __forceinline__ int qh_at(int w) {
         return 4 * (w % 2);
     }
 
-    static __device__ __forceinline__ float scale(const char * row, int b) {
-        return __half2float(*(const __half *) (row + b * BYTES));
+    // h: which half of the 64 channels; only those of q8_0 differ
+    static __device__ __forceinline__ float scale(const char * row, int b, int h = 0) {
+        return __half2float(*(const __half *) (row + b * BYTES + h * (BYTES / 2)));
     }
 };
 
@@ -323,7 +396,7 @@ template <int D, int BITS> struct tbq_cache_reader {
 
 // Writes the sums of one output row's part: for later, or, where there is one part, the row itself.
 // Warp by warp: un-rotate, divide, store.
-template <int D>
+template <bool ROTATED>
 static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l, const float * sink,
                                                            int b, int lane) {
     if (sink) {
@@ -338,7 +411,9 @@ static __device__ __forceinline__ void tbq_attention_store(float * dst, const fl
     const float inverse = l == 0.0f ? 0.0f : m / l;
     float       lo      = sums[64 * b + lane] * inverse;
     float       hi      = sums[64 * b + lane + 32] * inverse;
-    tbq_unrotate_warp(lo, hi, lane);
+    if constexpr (ROTATED) {
+        tbq_unrotate_warp(lo, hi, lane);
+    }
     dst[64 * b + lane]      = lo;
     dst[64 * b + lane + 32] = hi;
 }
@@ -353,7 +428,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     constexpr int NG     = NC / 8;  // groups of 8 columns
     constexpr int WARPS  = TBQ_ATTENTION_WARPS;
     constexpr int SLICE  = TBQ_ATTENTION_SLICE;
-    constexpr int STAGES = TBQ_ATTENTION_STAGES;
+    constexpr int STAGES = tbq_attention_stages(BITS_K, BITS_V);
     constexpr int STAGE  = SLICE * (reader_k::PITCH + reader_v::PITCH);
 
     const int lane = threadIdx.x % 32;
@@ -371,8 +446,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
     extern __shared__ __align__(16) char smem[];
-    __shared__ __align__(16) int8_t q8[NC][D]; // in the order in which operand A takes them
-    __shared__ float   q_scale[NC][NB];
+    constexpr int QROW = tbq_attention_query(D, BITS_K);
+    constexpr int NS   = BITS_K == 8 ? 2 : 1; // scales of a query for 64 channels
+    __shared__ __align__(16) int8_t q8[NC][QROW]; // in the order in which operand A takes them
+    __shared__ float   q_scale[NC][NB * NS];
     __shared__ int     q_sum[NC][NB];
     __shared__ uint32_t hidden[TBQ_N_HIDDEN];
     __shared__ float    max_of[WARPS][NC];
@@ -412,12 +489,16 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     // Queries: rotated, scaled, rounded to 8 bits.  While the first slices are on their way.
     const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
     const int   n_cols   = min(NC, n_columns - first_col); // the others stay zero
-    for (int i = threadIdx.x + n_cols * D / 4; i < NC * D / 4; i += TBQ_ATTENTION_THREADS) {
+    for (int i = threadIdx.x + n_cols * QROW / 4; i < NC * QROW / 4; i += TBQ_ATTENTION_THREADS) {
         ((int *) q8)[i] = 0;
     }
-    if (threadIdx.x < NC * NB && threadIdx.x >= n_cols * NB) {
-        (&q_scale[0][0])[threadIdx.x] = 0.0f;
-        (&q_sum[0][0])[threadIdx.x]   = 0;
+    for (int c = n_cols + warp; c < NC; c += WARPS) {
+        if (lane < NB * NS) {
+            q_scale[c][lane] = 0.0f;
+        }
+        if (lane < NB) {
+            q_sum[c][lane] = 0;
+        }
     }
 #pragma unroll 1
     for (int i = warp; i < n_cols * NB; i += WARPS) {
@@ -427,20 +508,41 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         const float * q   = (const float *) (a.q + token_of(col) * a.q_nb1 + head_of(col) * a.q_nb2 + seq * a.q_nb3);
         float         lo  = q[64 * b + lane];
         float         hi  = q[64 * b + lane + 32];
-        tbq_rotate_warp(lo, hi, lane);
+        if constexpr (BITS_K == 16) {
+            *(__half *) &q8[c][2 * (64 * b + lane)]      = __float2half(lo * q_factor);
+            *(__half *) &q8[c][2 * (64 * b + lane + 32)] = __float2half(hi * q_factor);
+            continue;
+        }
+        if constexpr (BITS_K < 8) {
+            tbq_rotate_warp(lo, hi, lane);
+        }
         // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the rounding
-        const uint32_t bits = __reduce_max_sync(TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
-        const float    top  = __uint_as_float(bits);
-        const bool     bad  = bits >= 0x7F800000u;
-        const float inverse = top > 0.0f && !bad ? 127.0f / top : 0.0f;
-        const int   qlo     = __float2int_rn(lo * inverse);
-        const int   qhi     = __float2int_rn(hi * inverse);
-        // word 2 w + h: channels 4w + 2h, 4w + 2h + 32, 4w + 2h + 1, 4w + 2h + 33
-        *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
-        const int sum = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
-        if (lane == 0) {
-            q_scale[c][b] = bad ? __int_as_float(0x7FC00000) : top / 127.0f * q_factor;
-            q_sum[c][b]   = sum;
+        uint32_t bits_lo = __float_as_uint(lo) & 0x7FFFFFFFu, bits_hi = __float_as_uint(hi) & 0x7FFFFFFFu;
+        if constexpr (NS == 1) {
+            bits_lo = bits_hi = __reduce_max_sync(TBQ_WARP_ALL, max(bits_lo, bits_hi));
+        } else {
+            bits_lo = __reduce_max_sync(TBQ_WARP_ALL, bits_lo);
+            bits_hi = __reduce_max_sync(TBQ_WARP_ALL, bits_hi);
+        }
+        auto inverse = [](uint32_t bits) { return bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f; };
+        auto scale   = [&](uint32_t bits) { return bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * q_factor; };
+        const float inverse_lo = inverse(bits_lo);
+        const int   qlo        = __float2int_rn(lo * inverse_lo);
+        const int   qhi        = __float2int_rn(hi * (NS == 1 ? inverse_lo : inverse(bits_hi)));
+        if constexpr (BITS_K == 8) {
+            q8[c][64 * b + lane]      = (int8_t) qlo;
+            q8[c][64 * b + lane + 32] = (int8_t) qhi;
+            if (lane < 2) {
+                q_scale[c][2 * b + lane] = scale(lane == 0 ? bits_lo : bits_hi);
+            }
+        } else {
+            // word 2 w + h: channels 4w + 2h, 4w + 2h + 32, 4w + 2h + 1, 4w + 2h + 33
+            *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
+            const int sum = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
+            if (lane == 0) {
+                q_scale[c][b] = scale(bits_lo);
+                q_sum[c][b]   = sum;
+            }
         }
     }
     __syncthreads();
@@ -453,21 +555,25 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     // into the mantissa of 1.5 . 2^23, reads as a float.
     constexpr int FLOAT_ZERO = 0x4B400000;
     uint32_t qa[NB][2][4];
-    float    dq[NB][NG];
+    float    dq[NB * NS][NG];
     int      start[NB][NG];
 #pragma unroll
-    for (int b = 0; b < NB; b++) {
+    for (int b = 0; BITS_K <= 8 && b < NB; b++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 // rows g and g + 8; with 8 columns the second is a copy, whose results nobody reads
-                qa[b][half][r] = *(const uint32_t *) &q8[g + (NG == 2 ? r % 2 * 8 : 0)][64 * b + 8 * (t + 4 * half) + r / 2 * 4];
+                const int at   = BITS_K == 8 ? 32 * half + 4 * t + r / 2 * 16 : 8 * (t + 4 * half) + r / 2 * 4;
+                qa[b][half][r] = *(const uint32_t *) &q8[g + (NG == 2 ? r % 2 * 8 : 0)][64 * b + at];
             }
         }
 #pragma unroll
         for (int n = 0; n < NG; n++) {
-            dq[b][n]    = q_scale[g + 8 * n][b];
+#pragma unroll
+            for (int h = 0; h < NS; h++) {
+                dq[b * NS + h][n] = q_scale[g + 8 * n][b * NS + h];
+            }
             start[b][n] = FLOAT_ZERO - 64 * q_sum[g + 8 * n][b];
         }
     }
@@ -552,7 +658,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
             tbq_cp_async_wait<STAGES - 1>();
             __syncwarp();
         }
-        const char * const rows = ring + stage * STAGE;
+        char * const rows = ring + stage * STAGE;
         stage = stage == STAGES - 1 ? 0 : stage + 1;
 
         if (!__any_sync(TBQ_WARP_ALL, seen)) {
@@ -561,39 +667,80 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 
         // S[n][j]: query g + 8 n, token 2t + j % 2 + 8 (j / 2)
         float s[NG][4];
+        if constexpr (BITS_K == 16) {
+            // tile i of what a lane names: row lane % 8 of channels 32 c + 8 i
+            const int at = lane % 8 * reader_k::PITCH + lane / 8 * 16;
+            float     c[2][4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            constexpr int HALF = 8 * reader_k::PITCH;
+            for (int i = 0; i < D / 32; i++) {
+                uint32_t q_lo[4], q_hi[4];
+                tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
+                if constexpr (NG == 2) {
+                    tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
+                } else {
+                    q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
+                }
 #pragma unroll
-            for (int b = 0; b < NB; b++) {
-                const uint32_t qs = reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET);
-                const uint32_t q4 = BITS_K == 4 ? reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET + 16) : qs;
-                const uint32_t qh = BITS_K == 3 ? reader_k::word(rows + k_qh + half * HALF, b, TBQ_QH_OFFSET) : 0;
-                const uint2    w0 = k_levels(tbq_nibbles<BITS_K>(qs, qh, t));
-                const uint2    w1 = k_levels(tbq_nibbles<BITS_K>(q4, qh, t + 4));
-                int            c[4];
-                tbq_mma_s8_u8(c, qa[b][0], w0.x, w0.y, { 0, 0, 0, 0 });
-                tbq_mma_s8_u8(c, qa[b][1], w1.x, w1.y, c);
+                for (int half = 0; half < 2; half++) {
+                    uint32_t k[4];
+                    tbq_ldmatrix(k, rows + at + half * 8 * reader_k::PITCH + 64 * i);
+                    tbq_mma_f16(c[half], { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
+                    tbq_mma_f16(c[half], { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
+                }
+            }
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const float d = reader_k::scale(rows + k_d[j] + half * HALF, b);
+            for (int i = 0; i < 4 * NG; i++) {
+                s[i / 4][i % 4] = c[i % 4 / 2][2 * (i / 4) + i % 2];
+            }
+        } else {
 #pragma unroll
-                    for (int n = 0; n < NG; n++) {
-                        const float x = __int_as_float(c[2 * n + j] + start[b][n]) - 12582912.0f;
-                        float &     y = s[n][2 * half + j];
-                        y             = b == 0 ? x * (d * dq[b][n]) : y + x * (d * dq[b][n]);
+            for (int half = 0; half < 2; half++) {
+                constexpr int HALF = 8 * reader_k::PITCH;
+#pragma unroll
+                for (int b = 0; b < NB; b++) {
+                    int c[NS][4];
+                    if constexpr (BITS_K == 8) {
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            const uint32_t w0 = reader_k::word(rows + k_qs + half * HALF, b, 34 * h + 2);
+                            const uint32_t w1 = reader_k::word(rows + k_qs + half * HALF, b, 34 * h + 18);
+                            tbq_mma_s8_s8(c[h], qa[b][h], w0, w1, FLOAT_ZERO);
+                        }
+                    } else {
+                        const uint32_t qs = reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET);
+                        const uint32_t q4 = BITS_K == 4 ? reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET + 16) : qs;
+                        const uint32_t qh = BITS_K == 3 ? reader_k::word(rows + k_qh + half * HALF, b, TBQ_QH_OFFSET) : 0;
+                        const uint2    w0 = k_levels(tbq_nibbles<BITS_K>(qs, qh, t));
+                        const uint2    w1 = k_levels(tbq_nibbles<BITS_K>(q4, qh, t + 4));
+                        tbq_mma_s8_u8(c[0], qa[b][0], w0.x, w0.y, { 0, 0, 0, 0 });
+                        tbq_mma_s8_u8(c[0], qa[b][1], w1.x, w1.y, c[0]);
+                    }
+#pragma unroll
+                    for (int h = 0; h < NS; h++) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const float d = reader_k::scale(rows + k_d[j] + half * HALF, b, h);
+#pragma unroll
+                            for (int n = 0; n < NG; n++) {
+                                const float x = __int_as_float(c[h][2 * n + j] + (BITS_K == 8 ? 0 : start[b][n])) - 12582912.0f;
+                                const float f = d * dq[b * NS + h][n];
+                                float &     y = s[n][2 * half + j];
+                                y             = b == 0 && h == 0 ? x * f : y + x * f;
+                            }
+                        }
                     }
                 }
             }
         }
 
-        float d_v[NB][4];
+        constexpr int NV = BITS_V == 8 ? 2 : 1; // scales of a value for 64 channels
+        float d_v[NB * NV][4];
         float d_sum = 0.0f;
 #pragma unroll
-        for (int b = 0; b < NB; b++) {
+        for (int b = 0; BITS_V <= 8 && b < NB * NV; b++) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                d_v[b][j] = reader_v::scale(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH, b);
+                d_v[b][j] = reader_v::scale(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH, b / NV, b % NV);
                 d_sum += d_v[b][j];
             }
         }
@@ -649,9 +796,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         // A hidden value may be NaN as well, and 0 . NaN is not 0.  Rare, so it costs one test.
         const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
 
-#pragma unroll
-        for (int b = 0; b < NB; b++) {
-            uint32_t pb[NG][2];
+        // Weights of the four tokens times their scales of number b.
+        uint32_t pb[NG][2];
+        auto weigh = [&](int b) {
 #pragma unroll
             for (int n = 0; n < NG; n++) {
                 float w[4];
@@ -668,33 +815,87 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                 pb[n][0] = tbq_pack_bf16(w[0], w[1]);
                 pb[n][1] = tbq_pack_bf16(w[2], w[3]);
             }
-            uint32_t word[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const char *   row = rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH;
-                const uint32_t qh  = BITS_V == 3 ? reader_v::word(row + v_qh, b, TBQ_QH_OFFSET) : 0;
-                word[j]            = tbq_nibbles<BITS_V>(reader_v::word(row + v_qs, b, TBQ_QS_OFFSET), qh, g);
-            }
-            uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                // byte i of both tokens side by side: the four indices that a look-up takes are then channel 4g + i
-                // and 4g + 32 + i of one token and of the other
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const uint32_t x  = tbq_prmt(word[2 * pair], word[2 * pair + 1], h == 0 ? 0x5140 : 0x7362);
-                    const uint2    lv = v_levels(x);
-                    va[2 * h + 0][2 * pair + 0] = tbq_bf16_levels((lv.x & 0x00FF00FFu) | exponents);
-                    va[2 * h + 0][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.x, exponents, 0x5351));
-                    va[2 * h + 1][2 * pair + 0] = tbq_bf16_levels((lv.y & 0x00FF00FFu) | exponents);
-                    va[2 * h + 1][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.y, exponents, 0x5351));
+        };
+        if constexpr (BITS_V == 16) {
+            // A tile is 16 channels in order.  (A hidden value must be finite here, as for mainline's kernels.)
+            const int n_here = a.n_kv - slice * SLICE;
+            if (n_here < SLICE) { // what was never copied may be NaN
+                for (int i = lane; i < (SLICE - n_here) * (reader_v::PITCH / 16); i += 32) {
+                    ((uint4 *) (rows + v_base + n_here * reader_v::PITCH))[i] = make_uint4(0, 0, 0, 0);
                 }
+                __syncwarp();
             }
 #pragma unroll
             for (int n = 0; n < NG; n++) {
+                pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
+                pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
+            }
+            const int at = v_base + (lane % 8 + lane / 16 * 8) * reader_v::PITCH + lane / 8 % 2 * 16;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    tbq_mma_bf16(acc[n][b][i], va[i], pb[n][0], pb[n][1]);
+            for (int i = 0; i < D / 16; i++) {
+                uint32_t va[4];
+                tbq_ldmatrix_transposed(va, rows + at + 32 * i);
+#pragma unroll
+                for (int n = 0; n < NG; n++) {
+                    tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
+                }
+            }
+        } else if constexpr (BITS_V == 8) {
+            // Tile 2 h + i: channels 32 h + 4g + 2 i and the next, of which all have one scale.
+#pragma unroll
+            for (int b = 0; b < NB * 2; b++) {
+                weigh(b);
+                uint32_t word[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    word[j] = reader_v::word(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH + v_qs, b / 2, b % 2 * 34 + 2);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    uint32_t va[4];
+#pragma unroll
+                    for (int r = 0; r < 4; r++) {
+                        const int byte = 2 * i + r % 2;
+                        va[r] = tbq_bf16_bytes(tbq_prmt(word[r / 2 * 2], word[r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                    }
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_bf16(acc[n][b / 2][b % 2 * 2 + i], va, pb[n][0], pb[n][1]);
+                    }
+                }
+            }
+        } else {
+#pragma unroll
+            for (int b = 0; b < NB; b++) {
+                weigh(b);
+                uint32_t word[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const char *   row = rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH;
+                    const uint32_t qh  = BITS_V == 3 ? reader_v::word(row + v_qh, b, TBQ_QH_OFFSET) : 0;
+                    word[j]            = tbq_nibbles<BITS_V>(reader_v::word(row + v_qs, b, TBQ_QS_OFFSET), qh, g);
+                }
+                uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    // byte i of both tokens side by side: the four indices that a look-up takes are then channel 4g + i
+                    // and 4g + 32 + i of one token and of the other
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const uint32_t x  = tbq_prmt(word[2 * pair], word[2 * pair + 1], h == 0 ? 0x5140 : 0x7362);
+                        const uint2    lv = v_levels(x);
+                        va[2 * h + 0][2 * pair + 0] = tbq_bf16_levels((lv.x & 0x00FF00FFu) | exponents);
+                        va[2 * h + 0][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.x, exponents, 0x5351));
+                        va[2 * h + 1][2 * pair + 0] = tbq_bf16_levels((lv.y & 0x00FF00FFu) | exponents);
+                        va[2 * h + 1][2 * pair + 1] = tbq_bf16_levels(tbq_prmt(lv.y, exponents, 0x5351));
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < NG; n++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        tbq_mma_bf16(acc[n][b][i], va[i], pb[n][0], pb[n][1]);
+                    }
                 }
             }
         }
@@ -742,15 +943,25 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                     const int   c = 8 * n + 2 * t + j;
                     const float f = factor_of[warp][c];
 #pragma unroll
-                    for (int i = 0; i < NB * 2; i++) {
+                    for (int i = 0; BITS_V == 16 && i < NB * 8; i++) {
+                        float * to = sums + c * ROW + 8 * i + g;
+                        float   x  = acc[n][i / 8][i / 2 % 4][i % 2 * 2 + j] * f;
+                        *to        = round == 1 ? x + *to : x;
+                    }
+#pragma unroll
+                    for (int i = 0; BITS_V <= 8 && i < NB * 2; i++) {
                         float4 * to = (float4 *) (sums + c * ROW + i / 2 * 64 + i % 2 * 32 + 4 * g);
-                        float4   x  = make_float4(acc[n][i / 2][0][i % 2 * 2 + j] * f, acc[n][i / 2][1][i % 2 * 2 + j] * f,
-                                                  acc[n][i / 2][2][i % 2 * 2 + j] * f, acc[n][i / 2][3][i % 2 * 2 + j] * f);
+                        float    x[4];
+#pragma unroll
+                        for (int r = 0; r < 4; r++) {
+                            // where channel 4g + r of these 32 is
+                            x[r] = f * (BITS_V == 8 ? acc[n][i / 2][i % 2 * 2 + r / 2][r % 2 * 2 + j] : acc[n][i / 2][r][i % 2 * 2 + j]);
+                        }
                         if (round == 1) {
                             const float4 y = *to;
-                            x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+                            x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
                         }
-                        *to = x;
+                        *to = make_float4(x[0], x[1], x[2], x[3]);
                     }
                 }
             }
@@ -778,7 +989,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         const int       head = head_of(col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
         if (a.n_split == 1) {
-            tbq_attention_store<D>(a.dst + row * D, sum0, top, total, a.sinks ? a.sinks + head : nullptr, b, lane);
+            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, top, total, a.sinks ? a.sinks + head : nullptr, b, lane);
         } else {
             float * to = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
             to[64 * b + lane]      = sum0[64 * b + lane];
@@ -795,7 +1006,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 }
 
 // Adds the parts of a row up, un-rotates and stores it.  grid: (rows); block: (D, groups)
-template <int D, int GROUPS> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
+template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
     const int       d    = threadIdx.x;
     const int       grp  = threadIdx.y;
     const long long row  = blockIdx.x;
@@ -836,7 +1047,7 @@ template <int D, int GROUPS> __global__ void __launch_bounds__(D *GROUPS) tbq_at
     sums[0][d] = sum;
     asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // the threads of group 0
     if (d / 32 < D / 64) {
-        tbq_attention_store<D>(a.dst + row * D, sums[0], top, total, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
+        tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], top, total, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
     }
 }
 

@@ -76,7 +76,7 @@ template <int BITS> struct tbq_lookup_table {
     uint32_t t0, t2;
 
     // hidden: the constants above, in shared memory
-    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) : t0(hidden[BITS]), t2(BITS == 4 ? hidden[1] : 0) {}
+    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) : t0(BITS <= 4 ? hidden[BITS] : 0), t2(BITS == 4 ? hidden[1] : 0) {}
 
     __device__ __forceinline__ uint2 operator()(uint32_t nibbles) const { return tbq_lookup<BITS>(nibbles, t0, t2); }
 };

@@ -7,8 +7,9 @@
 #include "tbq-matvec.cuh"
 #include "tbq-quantize.cuh"
 
+// Bits of an index, of a q8_0 or an f16 value; 0 for other types.
 static int bits_of(ggml_type type) {
-    return 2 + type - GGML_TYPE_TBQ2_0;
+    return ggml_type_rotates(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
 }
 
 // f(std::integral_constant<int, bits>)
@@ -98,6 +99,35 @@ static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
+// The rotary embedding of a few tokens' keys, as far as tbq_rope does it.
+static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
+    const ggml_tensor * x      = rope->src[0];
+    const int32_t *     params = (const int32_t *) rope->op_params;
+    const int           n_dims = params[1], mode = params[2], n_ctx_orig = params[4], n_offs = params[15];
+    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 || x->type != GGML_TYPE_F32 ||
+        x->nb[0] != sizeof(float) || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0) {
+        return false;
+    }
+    float freq_base, beta_fast, beta_slow, corr[2];
+    memcpy(&freq_base, params + 5, sizeof(float));
+    memcpy(&r.freq_scale, params + 6, sizeof(float));
+    memcpy(&r.ext_factor, params + 7, sizeof(float));
+    memcpy(&r.attn_factor, params + 8, sizeof(float));
+    memcpy(&beta_fast, params + 9, sizeof(float));
+    memcpy(&beta_slow, params + 10, sizeof(float));
+    ggml_rope_yarn_corr_dims(n_dims, n_ctx_orig, freq_base, beta_fast, beta_slow, corr);
+    r.head_size   = x->ne[0];
+    r.n_dims      = n_dims;
+    r.neox        = mode == GGML_ROPE_TYPE_NEOX;
+    r.pos         = (const int *) rope->src[1]->data;
+    r.factors     = rope->src[2] ? (const float *) rope->src[2]->data : nullptr;
+    r.theta_scale = powf(freq_base, -2.0f / n_dims);
+    r.corr_low    = corr[0];
+    r.corr_high   = corr[1];
+    r.s_head      = x->nb[1] / sizeof(float);
+    return true;
+}
+
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
         return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
@@ -105,35 +135,68 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     auto nothing = [](const ggml_tensor * t) {
         return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
     };
-    const ggml_tensor * k = graph->nodes[i];
+    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     // on another stream than the first, keys and values are branches that do not wait for each other
-    if (!ours(k) || ctx.curr_stream_no != 0) {
+    if (ctx.curr_stream_no != 0) {
         return 0;
     }
-    int j = i + 1;
+    tbq_rope_args       rope = {};
+    const ggml_tensor * k    = graph->nodes[i];
+    int                 last = i;
+    if (k->op == GGML_OP_ROPE) {
+        // its result must go to the cache and nowhere else, all heads of a token in a row
+        if (i + 2 >= graph->n_nodes || !ours(graph->nodes[i + 2]) ||
+            !ggml_can_fuse_subgraph(graph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS }, { i + 2 })) {
+            return 0;
+        }
+        const ggml_tensor * view = graph->nodes[i + 1];
+        last = i + 2;
+        if (graph->nodes[last]->src[0] != view || view->view_src != k || view->view_offs != 0 || view->ne[0] != k->ne[0] * k->ne[1] ||
+            view->ne[1] != k->ne[2] || view->ne[2] * view->ne[3] != 1 || !ggml_is_contiguous(k) || !rope_args(k, rope)) {
+            return 0;
+        }
+        k = graph->nodes[last];
+    } else if (!ours(k)) {
+        return 0;
+    }
+    tbq_encode_args a = set_rows_args(k);
+    if (rope.head_size) {
+        const ggml_tensor * x = graph->nodes[i]->src[0];
+        a.src = x->data;
+        a.s1  = x->nb[2] / sizeof(float);
+    }
+    if (n_blocks_of(a) == 0 || !is_few(a)) {
+        return 0;
+    }
+
+    // the values, if they are next
+    int j = last + 1;
     while (j < graph->n_nodes && nothing(graph->nodes[j])) {
         j++;
     }
-    if (j == graph->n_nodes || !ours(graph->nodes[j])) {
-        return 0;
+    const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
+    tbq_encode_args     b = {};
+    if (v) {
+        // two caches, and the second reads nothing that the first writes
+        b = set_rows_args(v);
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || n_blocks_of(b) == 0 || !is_few(b)) {
+            v = nullptr;
+        }
     }
-    const ggml_tensor * v = graph->nodes[j];
-    // two caches, and the second reads nothing that the first writes
-    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
-    if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k)) {
-        return 0;
-    }
-    const tbq_encode_args a = set_rows_args(k), b = set_rows_args(v);
-    if (n_blocks_of(a) == 0 || n_blocks_of(b) == 0 || !is_few(a) || !is_few(b)) {
+    if (!v && !rope.head_size) {
         return 0;
     }
     const int                            n_a = (int) n_blocks_of(a);
-    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_blocks_of(b))), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
+    const int                            n_b = v ? (int) n_blocks_of(b) : 0;
+    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
     with_bits(k->type, [&](auto bits_k) {
-        with_bits(v->type, [&](auto bits_v) { ggml_cuda_kernel_launch(tbq_quantize_pair<bits_k, bits_v>, launch, a, b, n_a); });
+        with_bits(v ? v->type : k->type, [&](auto bits_v) {
+            ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>, launch, a,
+                                    rope, b, n_a);
+        });
     });
     CUDA_CHECK(cudaGetLastError());
-    return j - i;
+    return (v ? j : last) - i;
 }
 
 // --- blocks to values ---------------------------------------------------------------------------------------------
@@ -352,14 +415,15 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
 #endif
-    if (!ggml_type_rotates(k->type) || !ggml_type_rotates(v->type) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
+    const int bits_k = bits_of(k->type), bits_v = bits_of(v->type);
+    if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return false;
     }
     // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
-    if ((size_t) tbq_attention_smem(d, bits_of(k->type), bits_of(v->type), 16) + tbq_attention_static_smem(d, 16) >
+    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
         ggml_cuda_info().devices[device].smpbo) {
         return false;
     }
@@ -376,13 +440,14 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
-        // heads at multiples of 4 bytes (2, if they are one block), rows where 32-bit arithmetic reaches
+        // heads at multiples of their own size, rows where 32-bit arithmetic reaches
+        const size_t align = tbq_attention_align(d, bits_of(t->type));
         for (int i = 1; i < 4; i++) {
-            if (t->nb[i] % (d == 64 ? 2 : 4) != 0) {
+            if (t->nb[i] % align != 0) {
                 return false;
             }
         }
-        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || t->view_offs % (d == 64 ? 2 : 4) != 0) {
+        if (t->nb[0] != ggml_type_size(t->type) || t->nb[1] >= 1 << 27 || t->view_offs % align != 0) {
             return false;
         }
     }
@@ -423,16 +488,9 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb1 = mask->nb[1];
         a.mask_nb3 = mask->nb[3];
     }
-    switch (10 * bits_of(k->type) + bits_of(v->type)) {
-        case 22: tbq_attention_2_2(ctx, q->ne[0], a); break;
-        case 23: tbq_attention_2_3(ctx, q->ne[0], a); break;
-        case 24: tbq_attention_2_4(ctx, q->ne[0], a); break;
-        case 32: tbq_attention_3_2(ctx, q->ne[0], a); break;
-        case 33: tbq_attention_3_3(ctx, q->ne[0], a); break;
-        case 34: tbq_attention_3_4(ctx, q->ne[0], a); break;
-        case 42: tbq_attention_4_2(ctx, q->ne[0], a); break;
-        case 43: tbq_attention_4_3(ctx, q->ne[0], a); break;
-        case 44: tbq_attention_4_4(ctx, q->ne[0], a); break;
+#define TBQ_CASE(K, V) case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
+    switch (100 * bits_of(k->type) + bits_of(v->type)) {
+        TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
     }
     return true;

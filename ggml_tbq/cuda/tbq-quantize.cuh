@@ -374,6 +374,46 @@ struct tbq_encode_args {
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
 };
 
+// Rotary embedding on the way (GGML_OP_ROPE, modes NORMAL and NEOX), of keys that are encoded right after it.
+// Angles are computed as the backend computes those of the queries, with the same approximations: only equal errors
+// cancel between the two.
+struct tbq_rope_args {
+    int           head_size;
+    int           n_dims;  // rotated channels of a head; the others pass
+    bool          neox;    // pairs (i, i + n_dims / 2) instead of (2 i, 2 i + 1)
+    const int *   pos;     // of each token
+    const float * factors; // n_dims / 2 divisors of the angles, or null
+    float         theta_scale, freq_scale, ext_factor, attn_factor, corr_low, corr_high;
+    long long     s_head;  // elements between heads of the source
+};
+
+// Channel c of the head that starts at x.
+static __device__ __forceinline__ float tbq_rope(const tbq_rope_args & r, const float * x, int c, int pos) {
+    if (c >= r.n_dims) {
+        return x[c];
+    }
+    const int  half   = r.n_dims / 2;
+    const bool second = r.neox ? c >= half : c & 1;
+    const int  pair   = r.neox ? c - (second ? half : 0) : c / 2;
+    const float x0 = x[r.neox ? pair : 2 * pair];
+    const float x1 = x[r.neox ? pair + half : 2 * pair + 1];
+
+    float extrapolated = pos * powf(r.theta_scale, (float) pair);
+    if (r.factors) {
+        extrapolated /= r.factors[pair];
+    }
+    float theta     = r.freq_scale * extrapolated;
+    float magnitude = r.attn_factor;
+    if (r.ext_factor != 0.0f) { // YaRN (arXiv 2309.00071): fast channels keep their angle, slow ones are interpolated
+        const float ramp = fminf(1.0f, fmaxf(0.0f, (pair - r.corr_low) / fmaxf(0.001f, r.corr_high - r.corr_low)));
+        const float mix  = (1.0f - ramp) * r.ext_factor;
+        theta            = theta * (1.0f - mix) + extrapolated * mix;
+        magnitude *= 1.0f + 0.1f * logf(1.0f / r.freq_scale);
+    }
+    const float cosine = cosf(theta) * magnitude, sine = sinf(theta) * magnitude;
+    return second ? x0 * sine + x1 * cosine : x0 * cosine - x1 * sine;
+}
+
 static __device__ __forceinline__ float tbq_load(const float * p) {
     return *p;
 }
@@ -429,8 +469,9 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
 #define TBQ_ENCODE_FEW_THREADS 128
 
-// Block i of a.
-template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i) {
+// Block i of a.  rope: null, or the embedding of float rows that a.src points at, head after head.
+template <int BITS, typename src_t>
+static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
 #if __CUDA_ARCH__ >= 800
     using tables = tbq_encoder_tables<BITS>;
     constexpr int HALF = 1 << (BITS - 1);
@@ -472,9 +513,19 @@ template <int BITS, typename src_t> static __device__ __forceinline__ void tbq_q
     const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
     float    x[4];
     uint32_t top = 0;
+    if (rope) {
+        const unsigned head = i0 * 64 / rope->head_size;
+        const float *  from = (const float *) a.src + head * rope->s_head + i1 * a.s1;
+        const int      pos  = rope->pos[i1];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        x[j] = tbq_load(src + l + 16 * j);
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_rope(*rope, from, i0 * 64 - head * rope->head_size + l + 16 * j, pos);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_load(src + l + 16 * j);
+        }
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -631,11 +682,13 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
     tbq_quantize_one<BITS, src_t>(a, blockIdx.x);
 }
 
-// A token's keys and values in one launch: the first n_a CTAs do a, the others b.
-template <int BITS_A, int BITS_B>
-__global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS) tbq_quantize_pair(const tbq_encode_args a, const tbq_encode_args b, int n_a) {
+// A token's keys and values in one launch: the first n_a CTAs do a, the others b.  ROPE: the keys are as they were before
+// their rotary embedding.
+template <int BITS_A, int BITS_B, bool ROPE>
+__global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS)
+    tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {
     if (blockIdx.x < n_a) {
-        tbq_quantize_one<BITS_A, float>(a, blockIdx.x);
+        tbq_quantize_one<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
     } else {
         tbq_quantize_one<BITS_B, float>(b, blockIdx.x - n_a);
     }

@@ -46,8 +46,9 @@ bool tbq_cuda_kv_type_supported(ggml_type type);
 // shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// In decode a launch costs as much as what it does here.  SET_ROWS of a token's keys and of its values, if node i and the
-// next that computes something are these: one launch instead of two.  The number of nodes after i that are done with it, 0 if it is something else.
+// In decode a launch costs as much as what it does here.  The ROPE of a token's keys, their SET_ROWS and that of its values
+// become one launch, as far as node i begins with them and they follow each other (ROPE and keys, keys and values, all).
+// The number of nodes after i that are done with it, 0 if it is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // Values in the original domain, the CPU's to the last bit, rounded once.
@@ -59,7 +60,7 @@ to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type);
 to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 
 // Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number where nothing else
-// has a kernel), head sizes 64, 128, 256, tbq on both sides, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
+// has a kernel), head sizes 64, 128, 256, tbq on both sides or beside q8_0 or f16, sm_80 and later.  Everything else converts to f16 and takes the backend's own kernels.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // can it, as far as we know
 

@@ -16,9 +16,11 @@ import numpy as np
 
 from tbq import caches, quality, shape
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
-from tbq.caches import Cache, Pair
+from tbq.caches import Cache, TypePair, split_pair
 from tbq.errors import TBQError
 from tbq.shape import Shape
+
+__all__ = ["Speeds", "Test", "attention_table", "define", "measure", "read_bandwidth", "split_pair", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Test:
 class Speeds:
     """What was measured so far."""
 
-    samples: dict[Pair, dict[Test, list[float]]]  #: tokens per second, one each round
-    failures: dict[tuple[Pair, int], str] = dataclasses.field(default_factory=dict)  #: why a pair has none at a depth
+    samples: dict[TypePair, dict[Test, list[float]]]  #: tokens per second, one each round
+    failures: dict[tuple[TypePair, int], str] = dataclasses.field(default_factory=dict)  #: why a pair has none at a depth
     device: str = ""
     complete: bool = False
 
-    def median(self, pair: Pair, test: Test) -> float | None:
+    def median(self, pair: TypePair, test: Test) -> float | None:
         found = self.samples[pair].get(test)
         return statistics.median(found) if found else None
 
@@ -64,7 +66,7 @@ def read_bandwidth(size: int, threads: int) -> float:
     return 8 * sum(map(len, parts)) / best
 
 
-def bench_arguments(model: pathlib.Path, pair: Pair, tests: Sequence[Test], threads: int, options: Sequence[str]) -> list[str]:
+def bench_arguments(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]) -> list[str]:
     """llama-bench's, for tests at one depth, once each."""
     prompts = ",".join(str(t.prompt) for t in tests if t.prompt) or "0"
     generate = ",".join(str(t.generate) for t in tests if t.generate) or "0"
@@ -72,7 +74,7 @@ def bench_arguments(model: pathlib.Path, pair: Pair, tests: Sequence[Test], thre
             "-p", prompts, "-n", generate, "-d", str(tests[0].depth), "-r", "1", "-o", "json"]
 
 
-def llama_bench(model: pathlib.Path, pair: Pair, tests: Sequence[Test], threads: int,
+def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int,
                 options: Sequence[str] = ()) -> tuple[dict[Test, float], str]:
     """Tokens per second of each test, all at one depth; and the device.  TBQError with llama.cpp's reason if it fails."""
     arguments = bench_arguments(model, pair, tests, threads, options)
@@ -100,7 +102,7 @@ def _failure(done: Done, tests: Sequence[Test]) -> str:
     return reason
 
 
-def measure(pairs: Sequence[Pair], tests: Sequence[Test], threads: int, model: pathlib.Path, rounds: int = 3,
+def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, model: pathlib.Path, rounds: int = 3,
             options: Sequence[str] = ()) -> Speeds:
     """Speeds of pairs, each in turn within a round; a depth is filled once for all tests at it.
 

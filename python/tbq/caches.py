@@ -4,9 +4,10 @@ import hashlib
 import pathlib
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tbq._layers import GLOBAL, read_shape
 from tbq._types import BLOCK, types
 from tbq._version import __version__
 from tbq.errors import TBQError
@@ -17,8 +18,8 @@ Cache = Sequence[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """The types of keys and values: Pair("tbq4_0", "tbq3_0")."""
+class TypePair:
+    """The types of keys and values: TypePair("tbq4_0", "tbq3_0")."""
 
     k: str
     v: str
@@ -61,12 +62,17 @@ def known() -> list[str]:
     return found[1].replace(",", " ").split()
 
 
-def parse(text: str) -> list[Pair]:
+def split_pair(text: str) -> tuple[str, str]:
+    """("tbq4_0", "tbq3_0") of "tbq4_0/tbq3_0"; one name is for both sides."""
+    k, slash, v = text.partition("/")
+    return k, v if slash else k
+
+
+def parse(text: str) -> list[TypePair]:
     """The pairs of "f16,tbq4_0/tbq3_0": keys / values, one name for both; TBQError for an unknown type."""
     names, pairs = known(), []
     for part in filter(None, text.split(",")):
-        k, slash, v = part.partition("/")
-        pair = Pair(k, v if slash else k)
+        pair = TypePair(*split_pair(part))
         for name in (pair.k, pair.v):
             if name not in names:
                 raise TBQError(f"cache type {name!r} is not one of {', '.join(names)}; a pair is K/V, as in tbq4_0/tbq3_0")
@@ -86,42 +92,23 @@ class Model:
     path: pathlib.Path
     context: int  #: tokens that it was trained for, 0 if the file does not say
     vocab: int  #: tokens of the tokenizer, 0 without one
-    cache: Cache | None  #: None where the cache is not one row of each KV head for each layer and token
+    cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
 
 
 def read_model(path: pathlib.Path) -> Model:
-    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none."""
-    import gguf
+    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged."""
+    from tbq._header import open_header
 
-    if not path.is_file():
-        raise TBQError(f"model {str(path)!r} is not a file")
-    class Header(gguf.GGUFReader):
-        def _build_tensors(self, *_: Any) -> None:
-            """Stops before the tensors, whose types may be ours."""
+    fields = open_header(path).fields
+    context = fields.get(f"{fields.get('general.architecture')}.context_length", 0)
+    return Model(path, int(context), int(fields.get("tokenizer.ggml.tokens", 0)), _cache(fields))
 
+
+def _cache(fields: Mapping[str, Any]) -> Cache | None:
     try:
-        fields = Header(str(path)).fields
-        architecture = fields["general.architecture"].contents()
-        prefix = f"{architecture}."
-        values = {key[len(prefix):]: field.contents() for key, field in fields.items() if key.startswith(prefix)}
-        vocab = len(fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in fields else 0
-        return Model(path, int(values.get("context_length", 0)), vocab, _cache(values))
-    except Exception as error:  # the reader checks nothing: whatever a broken file leads to
-        raise TBQError(f"model {str(path)!r} cannot be read as GGUF ({error.__class__.__name__}: {error})") from None
-
-
-def _cache(values: dict[str, Any]) -> Cache | None:
-    # latent attention, windows, layers that share a cache or have none: llama.cpp's to know, not read off these keys
-    if any(re.search(r"kv_lora_rank|sliding_window|shared_kv_layers|full_attention_interval|ssm\.", key) for key in values):
+        return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in read_shape(fields).layers if layer.kind == GLOBAL]
+    except TBQError:
         return None
-    layers, heads = values["block_count"], values["attention.head_count"]
-    kv_heads = values.get("attention.head_count_kv", heads)
-    if not all(isinstance(n, int) for n in (layers, heads)):
-        return None
-    default = values["embedding_length"] // heads
-    k, v = values.get("attention.key_length", default), values.get("attention.value_length", default)
-    per_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
-    return [(n * k, n * v) for n in per_layer if n]
 
 
 def sha256(path: pathlib.Path) -> str:

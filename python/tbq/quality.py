@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from tbq import caches
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
-from tbq.caches import Cache, Model, Pair
+from tbq.caches import Cache, Model, TypePair
 from tbq.errors import TBQError
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -61,8 +61,8 @@ class Report:
     context: int
     chunks: int = 0
     base_ppl: float = math.nan
-    scores: dict[Pair, Score] = dataclasses.field(default_factory=dict)
-    failures: dict[Pair, str] = dataclasses.field(default_factory=dict)
+    scores: dict[TypePair, Score] = dataclasses.field(default_factory=dict)
+    failures: dict[TypePair, str] = dataclasses.field(default_factory=dict)
     commands: list[list[str]] = dataclasses.field(default_factory=list)
     complete: bool = False
 
@@ -111,7 +111,7 @@ def _base_command(model: pathlib.Path, context: int, chunks: int, threads: int, 
             "-ctk", "f16", "-ctv", "f16"]
 
 
-def _pair_command(model: pathlib.Path, pair: Pair, context: int, threads: int, options: Sequence[str]) -> list[str]:
+def _pair_command(model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]) -> list[str]:
     return [*_common(model, context, threads, options), "--kl-divergence", "--kl-divergence-base", BASE, "-ctk", pair.k, "-ctv", pair.v]
 
 
@@ -173,7 +173,7 @@ def _score(folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], 
     raise TBQError(done.error())
 
 
-def measure(model: Model, pairs: Sequence[Pair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
+def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
             options: Sequence[str] = (), scratch: pathlib.Path | None = None) -> Report:
     """Scores of pairs against an f16 cache, on the first `chunks` times `context` tokens of a text.
 
@@ -234,7 +234,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _bits(pair: Pair) -> str:
+def _bits(pair: TypePair) -> str:
     return f"{sum(pair.bits) / 2:g}"
 
 
@@ -274,7 +274,7 @@ def picture(report: Report, title: str, format: str) -> bytes:
     axes = figure.subplots()
     for ours, label, color, marker in ((False, "llama.cpp's types", "tab:gray", "s"), (True, "with tbq types", "tab:blue", "o")):
         points = sorted(((sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
-                         if pair.ours == ours and score.kld.mean > 0 and pair != Pair("f16", "f16")), key=lambda point: (point[0], point[1].mean))
+                         if pair.ours == ours and score.kld.mean > 0 and pair != TypePair("f16", "f16")), key=lambda point: (point[0], point[1].mean))
         if points:
             axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
                           label=label, color=color, marker=marker, capsize=3, linewidth=1)

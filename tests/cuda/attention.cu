@@ -40,7 +40,7 @@ template <int D, int K, int V, int NC> static void launch_nc(tbq_attention_args 
     kernel<<<dim3(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq), TBQ_ATTENTION_THREADS, smem>>>(a);
     CHECK(cudaGetLastError());
     if (a.n_split > 1) {
-        tbq_attention_combine<D, 512 / D><<<a.n_seq * a.n_q * a.n_head, dim3(D, 512 / D)>>>(a);
+        tbq_attention_combine<D, 512 / D, (V < 8)><<<a.n_seq * a.n_q * a.n_head, dim3(D, 512 / D)>>>(a);
         CHECK(cudaGetLastError());
     }
 }
@@ -62,23 +62,36 @@ template <int K, int V> static void launch_d(int d, const tbq_attention_args & a
 }
 
 static void launch_any(int d, int k, int v, const tbq_attention_args & a, float * partial) {
-    switch (10 * k + v) {
-        case 44: return launch_d<4, 4>(d, a, partial);
-        case 43: return launch_d<4, 3>(d, a, partial);
-        case 33: return launch_d<3, 3>(d, a, partial);
-        case 32: return launch_d<3, 2>(d, a, partial);
-        case 22: return launch_d<2, 2>(d, a, partial);
-        case 24: return launch_d<2, 4>(d, a, partial);
+    switch (100 * k + v) {
+        case 404: return launch_d<4, 4>(d, a, partial);
+        case 403: return launch_d<4, 3>(d, a, partial);
+        case 303: return launch_d<3, 3>(d, a, partial);
+        case 302: return launch_d<3, 2>(d, a, partial);
+        case 202: return launch_d<2, 2>(d, a, partial);
+        case 204: return launch_d<2, 4>(d, a, partial);
+        case 804: return launch_d<8, 4>(d, a, partial);
+        case 308: return launch_d<3, 8>(d, a, partial);
+        case 1603: return launch_d<16, 3>(d, a, partial);
+        case 416: return launch_d<4, 16>(d, a, partial);
         default: std::exit(3);
     }
 }
 
-static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, { 3, 2 }, { 2, 4 } };
+static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, { 3, 2 }, { 2, 4 }, { 8, 4 }, { 3, 8 }, { 16, 3 }, { 4, 16 } };
+static const int N_PAIRS    = sizeof(PAIRS) / sizeof(PAIRS[0]);
 
 // Random blocks: any bytes decode to something; only the scales must be reasonable.
 static std::vector<char> random_rows(int bits, size_t n_blocks, std::mt19937 & rng) {
-    const int         bytes = tbq_block_bytes(bits);
+    const int         bytes = tbq_attention_block(bits);
     std::vector<char> rows(n_blocks * bytes);
+    if (bits == 16) {
+        std::normal_distribution<float> normal;
+        for (size_t i = 0; i < rows.size() / 2; i++) {
+            const __half h = __float2half(normal(rng));
+            std::memcpy(&rows[2 * i], &h, 2);
+        }
+        return rows;
+    }
     for (size_t i = 0; i + 4 <= rows.size(); i += 4) {
         const uint32_t r = rng();
         std::memcpy(&rows[i], &r, 4);
@@ -87,11 +100,55 @@ static std::vector<char> random_rows(int bits, size_t n_blocks, std::mt19937 & r
         rows[i] = (char) rng();
     }
     for (size_t b = 0; b < n_blocks; b++) {
-        const float  d = (0.5f + (rng() % 1000) / 1000.0f) / 22.0f;
-        const __half h = __float2half(d);
-        std::memcpy(&rows[b * bytes], &h, 2);
+        for (int i = 0; i < (bits == 8 ? 2 : 1); i++) {
+            const float  d = (0.5f + (rng() % 1000) / 1000.0f) / (bits == 8 ? 74.0f : 22.0f);
+            const __half h = __float2half(d);
+            std::memcpy(&rows[b * bytes + i * 34], &h, 2);
+        }
     }
     return rows;
+}
+
+static tbq_type type_of(int bits) {
+    return (tbq_type) (TBQ_TYPE_TBQ2_0 + bits - 2);
+}
+
+static void decode(int bits, const char * row, float * to, int n) {
+    if (bits < 8) {
+        tbq_dequantize(type_of(bits), row, to, n);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        __half h;
+        std::memcpy(&h, bits == 16 ? row + 2 * i : row + i / 32 * 34, 2);
+        to[i] = bits == 16 ? __half2float(h) : __half2float(h) * (signed char) row[i / 32 * 34 + 2 + i % 32];
+    }
+}
+
+// The query as the kernel takes it: 8 bits and one scale for 64 rotated values, or for 32 as they are beside q8_0, or f16.
+static void round_query(int bits_k, float * q, int d) {
+    if (bits_k == 16) {
+        for (int i = 0; i < d; i++) {
+            q[i] = __half2float(__float2half(q[i]));
+        }
+        return;
+    }
+    const int n = bits_k == 8 ? 32 : 64;
+    if (bits_k < 8) {
+        tbq_rotate(q, q, d);
+    }
+    for (int e = 0; e < d; e += n) {
+        float largest = 0;
+        for (int c = e; c < e + n; c++) {
+            largest = std::max(largest, std::fabs(q[c]));
+        }
+        for (int c = e; c < e + n; c++) {
+            q[c] = largest > 0 ? std::nearbyint(q[c] * (127 / largest)) * (largest / 127) : 0;
+        }
+    }
+    if (bits_k < 8) {
+        tbq_unrotate(q, q, d);
+    }
 }
 
 static double alibi(float max_bias, int head, int n_head) {
@@ -103,13 +160,9 @@ static double alibi(float max_bias, int head, int n_head) {
                          : std::pow(std::pow(2.0, -max_bias / 2 / n_log2), 2 * (head - n_log2) + 1);
 }
 
-static tbq_type type_of(int bits) {
-    return (tbq_type) (TBQ_TYPE_TBQ2_0 + bits - 2);
-}
-
 static double check(int index, std::mt19937 & rng) {
-    const int * const pair = PAIRS[index % 6];
-    const int         d    = 64 << (index / 6 % 3);
+    const int * const pair = PAIRS[index % N_PAIRS];
+    const int         d    = 64 << (index / N_PAIRS % 3);
     auto              pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
     a.n_head_kv = pick({ 1, 2, 3, 4, 5, 8 });
@@ -138,7 +191,7 @@ static double check(int index, std::mt19937 & rng) {
     std::vector<char> rows[2];
     long long *       nb[2] = { &a.k_nb1, &a.v_nb1 };
     for (int side = 0; side < 2; side++) {
-        const long long row = (long long) d / 64 * tbq_block_bytes(pair[side]);
+        const long long row = (long long) d / 64 * tbq_attention_block(pair[side]);
         rows[side]          = random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
         nb[side][0]         = heads_apart ? row : row * a.n_head_kv;
         nb[side][1]         = heads_apart ? row * (a.n_kv + more) : row;
@@ -166,7 +219,7 @@ static double check(int index, std::mt19937 & rng) {
                 mask[((size_t) s * a.n_q + i) * a.n_kv + hidden] = __float2half(-INFINITY);
             }
         }
-        for (int side = 0; side < 2; side++) {
+        for (int side = 0; side < (pair[1] == 16 ? 1 : 2); side++) { // but a value in f16
             for (int s = 0; s < a.n_seq_kv; s++) {
                 for (int h = 0; h < a.n_head_kv; h++) {
                     const uint16_t nan = 0x7E00;
@@ -198,23 +251,12 @@ static double check(int index, std::mt19937 & rng) {
         for (int h = 0; h < a.n_head; h++) {
             std::vector<float> keys((size_t) a.n_kv * d), vals((size_t) a.n_kv * d);
             for (int j = 0; j < a.n_kv; j++) {
-                tbq_dequantize(type_of(pair[0]), &rows[0][s_kv * a.k_nb3 + h / gqa * a.k_nb2 + j * a.k_nb1], &keys[(size_t) j * d], d);
-                tbq_dequantize(type_of(pair[1]), &rows[1][s_kv * a.v_nb3 + h / gqa * a.v_nb2 + j * a.v_nb1], &vals[(size_t) j * d], d);
+                decode(pair[0], &rows[0][s_kv * a.k_nb3 + h / gqa * a.k_nb2 + j * a.k_nb1], &keys[(size_t) j * d], d);
+                decode(pair[1], &rows[1][s_kv * a.v_nb3 + h / gqa * a.v_nb2 + j * a.v_nb1], &vals[(size_t) j * d], d);
             }
             for (int i = 0; i < a.n_q; i++) {
-                // the query as the kernel takes it: 8 bits, one scale for 64 rotated values
-                std::vector<float> qi(d);
-                tbq_rotate(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d], qi.data(), d);
-                for (int e = 0; e < d; e += 64) {
-                    float largest = 0;
-                    for (int c = e; c < e + 64; c++) {
-                        largest = std::max(largest, std::fabs(qi[c]));
-                    }
-                    for (int c = e; c < e + 64; c++) {
-                        qi[c] = largest > 0 ? std::nearbyint(qi[c] * (127 / largest)) * (largest / 127) : 0;
-                    }
-                }
-                tbq_unrotate(qi.data(), qi.data(), d);
+                std::vector<float> qi(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d], &q[(((size_t) s * a.n_q + i) * a.n_head + h) * d] + d);
+                round_query(pair[0], qi.data(), d);
                 std::vector<double> w(a.n_kv);
                 double top = with_sinks ? sinks[h] : -INFINITY;
                 for (int j = 0; j < a.n_kv; j++) {
@@ -253,7 +295,7 @@ static double check(int index, std::mt19937 & rng) {
     }
     const double nmse = norm > 0 ? error / norm : error;
     if (!(nmse < 3e-5) || !repeats) {
-        std::printf("problem %d: tbq%d/tbq%d D=%d n_q=%d heads %d/%d n_kv=%d seq %d/%d mask %d bias %g cap %g sinks %d apart %d: "
+        std::printf("problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d seq %d/%d mask %d bias %g cap %g sinks %d apart %d: "
                     "relative squared error %.3g%s\n", index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, a.n_seq,
                     a.n_seq_kv, masked, a.max_bias, a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
         return 1;
@@ -266,8 +308,8 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
     a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_seq = a.n_seq_kv = a.n_seq_mask = 1, a.n_kv = n_kv;
     a.scale = 1.0f / std::sqrt((float) d);
     a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * n_q;
-    a.k_nb2 = d / 64 * tbq_block_bytes(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
-    a.v_nb2 = d / 64 * tbq_block_bytes(v), a.v_nb1 = a.v_nb2 * n_head_kv, a.v_nb3 = a.v_nb1 * n_kv;
+    a.k_nb2 = d / 64 * tbq_attention_block(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
+    a.v_nb2 = d / 64 * tbq_attention_block(v), a.v_nb1 = a.v_nb2 * n_head_kv, a.v_nb3 = a.v_nb1 * n_kv;
     a.mask_nb1 = 2 * n_kv, a.mask_nb3 = a.mask_nb1 * n_q;
     std::mt19937 rng(1);
     // several layers, so that the L2 cache does not hold what the next call reads
@@ -306,7 +348,7 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
         CHECK(cudaEventElapsedTime(&ms, from, to));
         best = std::min(best, ms / (5 * layers));
     }
-    std::printf("D %3d tbq%d/tbq%d %d x %2d heads, %6d tokens, %2d rows: %8.1f us, %6.0f GB/s packed\n", d, k, v, n_head_kv, gqa, n_kv, n_q,
+    std::printf("D %3d, %d/%d bits, %d x %2d heads, %6d tokens, %2d rows: %8.1f us, %6.0f GB/s packed\n", d, k, v, n_head_kv, gqa, n_kv, n_q,
                 best * 1000, (rows_k.size() + rows_v.size()) / (best * 1e6));
 }
 
@@ -334,7 +376,7 @@ int main(int argc, char ** argv) {
         }
         std::printf("copy: %.0f GB/s read and written\n", 2 * bytes / (ms * 1e6));
         for (int n_kv : { 256, 32768, 131072 }) {
-            for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[2], PAIRS[3] }) {
+            for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[2], PAIRS[3], PAIRS[6], PAIRS[8], PAIRS[9] }) {
                 bench(128, pair[0], pair[1], 8, 4, n_kv, 1);
             }
             bench(128, 4, 4, 4, 8, n_kv, 1);
