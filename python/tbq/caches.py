@@ -106,9 +106,10 @@ def read_model(path: pathlib.Path) -> Model:
 
 def _cache(fields: Mapping[str, Any]) -> Cache | None:
     try:
-        return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in read_shape(fields).layers if layer.kind == GLOBAL]
+        layers = read_shape(fields).layers
     except TBQError:
         return None
+    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in layers if layer.kind == GLOBAL]
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from tbq import caches
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
-from tbq.caches import Cache, Model, TypePair
+from tbq.caches import Model, TypePair
 from tbq.errors import TBQError
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -112,12 +112,14 @@ def _base_command(model: pathlib.Path, context: int, chunks: int, threads: int, 
 
 
 def _pair_command(model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]) -> list[str]:
-    return [*_common(model, context, threads, options), "--kl-divergence", "--kl-divergence-base", BASE, "-ctk", pair.k, "-ctv", pair.v]
+    return [*_common(model, context, threads, options), "--kl-divergence", "--kl-divergence-base", BASE,
+            "-ctk", pair.k, "-ctv", pair.v]
 
 
 def _common(model: pathlib.Path, context: int, threads: int, options: Sequence[str]) -> list[str]:
     # one chunk a batch and a fixed number of threads: the same sums in the same order, so the same digits again
-    return [*options, "-m", str(model.absolute()), "-c", str(context), "-b", str(context), "-t", str(threads), "-tb", str(threads), "-fa", "on"]
+    return [*options, "-m", str(model.absolute()), "-c", str(context), "-b", str(context),
+            "-t", str(threads), "-tb", str(threads), "-fa", "on"]
 
 
 def _number(text: str) -> float:
@@ -211,7 +213,8 @@ def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None 
     if not model.vocab:
         raise TBQError(f"model {str(model.path)!r} has no tokenizer; perplexity needs one")
     if chunks * scores_per_chunk(context) < LEAST_SCORES:
-        raise TBQError(f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; at least {LEAST_SCORES} are needed")
+        raise TBQError(f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; "
+                       f"at least {LEAST_SCORES} are needed")
     if 0 < model.context < context:
         raise TBQError(f"--context {context} is more than the {model.context} tokens that the model was trained for")
     folder = scratch or pathlib.Path(tempfile.gettempdir())
@@ -262,8 +265,12 @@ def as_json(report: Report, identity: dict[str, str]) -> str:
     cache = report.model.cache
     pairs = {str(pair): {"bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
                          **dataclasses.asdict(score)} for pair, score in report.scores.items()}
-    return json.dumps(plain({**identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs, "failures": {str(p): why for p, why in report.failures.items()},
-                             "commands": [shlex.join(["llama-perplexity", *command]) for command in report.commands]}), indent=2, ensure_ascii=False)
+    everything = {
+        **identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs,
+        "failures": {str(pair): why for pair, why in report.failures.items()},
+        "commands": [shlex.join(["llama-perplexity", *command]) for command in report.commands],
+    }
+    return json.dumps(plain(everything), indent=2, ensure_ascii=False)
 
 
 def picture(report: Report, title: str, format: str) -> bytes:
@@ -273,13 +280,15 @@ def picture(report: Report, title: str, format: str) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for ours, label, color, marker in ((False, "llama.cpp's types", "tab:gray", "s"), (True, "with tbq types", "tab:blue", "o")):
-        points = sorted(((sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
-                         if pair.ours == ours and score.kld.mean > 0 and pair != TypePair("f16", "f16")), key=lambda point: (point[0], point[1].mean))
+        points = [(sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
+                  if pair.ours == ours and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
+        points.sort(key=lambda point: (point[0], point[1].mean))
         if points:
             axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
                           label=label, color=color, marker=marker, capsize=3, linewidth=1)
-        for bits, kld, name in points:
-            axes.annotate(name, (bits, kld.mean), xytext=(-8, -8) if ours else (8, 4), textcoords="offset points",
+        for i, (bits, kld, name) in enumerate(points):
+            crowded = [point[0] for point in points[i + 1:i + 2]] == [bits]  # the next is above it
+            axes.annotate(name, (bits, kld.mean), xytext=(-8, -8) if ours else (8, -14 if crowded else 4), textcoords="offset points",
                           ha="right" if ours else "left", fontsize=9, color=color)
     axes.set(yscale="log", xlabel="bits per value, mean of keys and values", ylabel="KL divergence to an f16 cache, nats", title=title)
     axes.margins(x=0.13)
