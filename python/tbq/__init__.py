@@ -8,10 +8,12 @@
     >>> tbq.dequantize(packed, "tbq4_0", x.shape).shape
     (2, 128)
 """
-from tbq.blocks import dequantize, quantize, row_bytes
+from tbq.blocks import dequantize, quantize, rotate, row_bytes, unrotate
 from tbq.errors import TBQError
+from tbq._layers import Layer
 from tbq._types import BLOCK, TypeInfo, types
+from tbq.plan import Pair, Plan, plan
 from tbq._version import FORMAT_VERSION, __version__
 
-__all__ = ["BLOCK", "FORMAT_VERSION", "TBQError", "TypeInfo", "__version__", "dequantize", "quantize", "row_bytes",
-           "types"]
+__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
+           "rotate", "row_bytes", "types", "unrotate"]

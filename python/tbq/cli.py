@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from tbq import __version__, bench
 from tbq.errors import TBQError
 from tbq.paths import paths
+from tbq.plan import define as define_plan  # tbq.plan is the function
 
 
 def _paths(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"bench": bench.define, "paths": _paths}
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"bench": bench.define, "paths": _paths, "plan": define_plan}
 
 
 def _parser() -> argparse.ArgumentParser:
