@@ -382,7 +382,7 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         found = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*", str(size), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
         if match is None:
             raise TBQError(f"size {size!r} is not understood; write 8G, 512M, 6.5GiB, 24GB or a number of bytes")
         number, prefix, suffix = match.groups()
@@ -526,6 +526,8 @@ def define(parser: argparse.ArgumentParser) -> None:
 
         split: Callable[[str], tuple[str, str]] = split_pair
         pairs = [split(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
+        if pairs == []:
+            raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
         found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs, parallel=args.parallel,
                      unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
         if args.plot is not None:
