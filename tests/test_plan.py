@@ -84,6 +84,18 @@ def gemma4(path):
                        rope__dimension_count_swa=64)
 
 
+def gemma3n(path):
+    """Only the first 20 layers have a cache; the others read it."""
+    layer = attention(2, 1, 64, norms=True) | POST | {
+        "inp_gate.weight": (256, 128), "proj.weight": (128, 256), "post_norm.weight": (128,), "altup_correct_coef.weight": (4, 4),
+        "altup_correct_scale.weight": (128,), "altup_predict_coef.weight": (16, 4), "altup_router.weight": (4, 128),
+        "altup_router_norm.weight": (128,), "laurel_l.weight": (64, 128), "laurel_r.weight": (128, 64), "laurel_post_norm.weight": (128,)}
+    more = {"altup_proj.weight": (3, 128, 128), "altup_unembd_proj.weight": (3, 128, 128), "per_layer_token_embd.weight": (260, 256 * 23),
+            "per_layer_model_proj.weight": (256 * 23, 128), "per_layer_proj_norm.weight": (256,)}
+    return write_model(path, "gemma3n", 23, tensors=lambda i: layer, more=more, kv_heads=1, attention__sliding_window=512,
+                       attention__key_length=64, attention__value_length=64)
+
+
 def gpt_oss(path):
     def layer(i):
         experts = {f"ffn_{x}_exps.{y}": s for x in ("gate", "up", "down") for y, s in (("weight", (2, 128, 128)), ("bias", (2, 128)))}
@@ -128,7 +140,7 @@ def deci(path):
 MODELS = {
     "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2),
     "llama-k192": lambda path: tiny_llama(path, 192, heads=2, kv_heads=1),
-    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "deepseek2": tiny_mla, "lfm2": lfm2,
+    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss, "deepseek2": tiny_mla, "lfm2": lfm2,
     "openelm": openelm, "deci": deci,
     "llama-h80": lambda path: tiny_llama(path, 80), "llama-h96": lambda path: tiny_llama(path, 96),
 }
@@ -244,8 +256,9 @@ def test_every_architecture(architectures, bin_dir):
     assert unknown == {"deepseek4", "dream", "llada", "llada-moe", "rnd1"}
 
 
-def stretched(source, target, layers, like, *without):
-    """A copy of a model with more layers; layer i is a copy of layer like(i).  Metadata in `without` are left out."""
+def stretched(source, target, layers, like, *without, **more):
+    """A copy of a model with more layers; layer i is a copy of layer like(i), without tensors if that is None.
+    Metadata in `without` are left out, numbers in `more` are put in."""
     import gguf
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
@@ -253,13 +266,15 @@ def stretched(source, target, layers, like, *without):
     writer = gguf.GGUFWriter(str(target), arch)
     for name, field in reader.fields.items():
         value = field.contents()
-        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix(f"{arch}.") in without or value == []:
+        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix(f"{arch}.") in {*without, *more} or value == []:
             continue
         if name == f"{arch}.block_count":
             value = layers
         elif isinstance(value, list) and name.startswith(arch) and len(value) == count:
-            value = [value[like(i)] for i in range(layers)]
+            value = [value[like(i) or 0] for i in range(layers)]
         writer.add_key_value(name, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for key, value in more.items():
+        writer.add_uint32(f"{arch}.{key}", value)
     for tensor in reader.tensors:
         block = re.match(r"blk\.(\d+)\.(.*)", tensor.name)
         for name in [f"blk.{i}.{block[2]}" for i in range(layers) if like(i) == int(block[1])] if block else [tensor.name]:
@@ -289,6 +304,15 @@ def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, arch
     path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0), "full_attention_interval")
     plan = tbq.plan(path, context=8192, parallel=2)
     assert [layer.index for layer in plan.layers if layer.kind == "global"] == list(range(interval - 1, 9, interval))
+    assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
+
+
+@pytest.mark.parametrize("name", ["deepseek2-moe", "mimo2-moe", "bailingmoe3-moe", "cohere2moe-moe", "deepseek32-moe", "glm-dsa-moe"])
+def test_layers_that_predict_further_tokens(name, architectures, bin_dir, tmp_path):
+    """A file may come without the tensors of its last layer, which drafts; most architectures make no cache for it."""
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 3, (0, 1, None).__getitem__, nextn_predict_layers=1)
+    plan = tbq.plan(path, context=8192, parallel=2)
+    assert plan.layers[2].kind == ("global" if name == "bailingmoe3-moe" else "none")
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
 
 
