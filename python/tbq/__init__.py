@@ -13,6 +13,9 @@ from tbq.errors import TBQError
 from tbq._types import BLOCK, TypeInfo, types
 from tbq.plan import Layer, Pair, Plan, plan
 from tbq._version import FORMAT_VERSION, __version__
+from tbq.gguf_types import register as _register
+
+_register()
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
            "row_bytes", "types"]
