@@ -8,7 +8,6 @@ import pytest
 
 import tbq
 from conftest import ROOT
-from tbq import demo
 from tbq.paths import program
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-perplexity", "llama-bench", "llama-batched-bench", "llama-quantize")
@@ -104,14 +103,14 @@ def test_demo_port_taken(demo_model):
         out = subprocess.run([sys.executable, "-m", "tbq.demo", "--cache", demo_model.parent, "--serve", "--port",
                               str(port)], capture_output=True, text=True, timeout=60)
     assert out.returncode != 0 and out.stdout == ""
-    assert out.stderr.strip() == f"error: port {port} cannot be used (Address already in use); name another one"
+    assert out.stderr.strip() == f"error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"
 
 
 def test_server_is_stopped_after_an_error(demo_model):
     with pytest.raises(tbq.TBQError, match="llama-server ended with status"):
-        with demo.Server(demo_model, demo.free_port(), ["--cache-type-k", "no-such-type"]):
+        with tbq.Server(demo_model, "tbq4_0", options=["--no-such-option"]):
             pass
     with pytest.raises(RuntimeError):
-        with demo.Server(demo_model, demo.free_port(), demo.server_arguments()) as server:
+        with tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
             raise RuntimeError
     assert server.process.poll() is not None

@@ -14,6 +14,9 @@ from tbq._layers import Layer
 from tbq._types import BLOCK, TypeInfo, types
 from tbq.plan import Pair, Plan, plan
 from tbq._version import FORMAT_VERSION, __version__
+from tbq.gguf_types import register as _register
 
-__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
+_register()
+
+__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "Server", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
            "rotate", "row_bytes", "types", "unrotate"]

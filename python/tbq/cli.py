@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench
+from tbq import __version__, bench, server
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
@@ -39,7 +39,24 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"bench": bench.define, "paths": _paths, "plan": define_plan}
+def _completion(parser: argparse.ArgumentParser) -> None:
+    """print the script that lets a shell complete these commands"""
+    parser.epilog = "example: tbq completion bash > ~/.local/share/bash-completion/completions/tbq"
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            import shtab  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise TBQError("tbq completion needs shtab: pip install 'ggml-tbq[completion]'") from None
+        print(shtab.complete(_parser(), args.shell))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "bench": bench.define, "completion": _completion, "paths": _paths, "plan": define_plan, "serve": server.define}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,6 +59,9 @@ class Plan:
     context: int  #: tokens, of all sequences together
     context_train: int  #: tokens that the model was trained for
     parallel: int  #: sequences
+    unified: bool  #: one cache for all sequences
+    ubatch: int  #: tokens of a physical batch
+    swa_full: bool  #: sliding windows keep the whole context
     memory: int | None  #: bytes for the cache, the state and, unless cache_only, the weights
     cache_only: bool
     weights_bytes: int
@@ -74,6 +77,10 @@ class Plan:
     large_key_biases: Mapping[int, float]  #: by layer: key_biases() of those from LARGE_BIAS on
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate something else
+
+    def bytes_at(self, k: str, v: str, context: int) -> int:
+        """Bytes of keys and values of a pair of types, whether llama.cpp takes it or not, at a context of so many tokens."""
+        return _total(self.layers, self.window, k, v, context, _Options(self.parallel, self.unified, self.ubatch, self.swa_full))
 
     def pair(self, k: str, v: str) -> Pair:
         """The figures of a pair; TBQError if it is not among `pairs`."""
@@ -122,11 +129,11 @@ def _cells(context: int, window: int, options: _Options) -> dict[str, int]:
     return {GLOBAL: each * streams, WINDOW: windowed * streams}
 
 
-def _cache_bytes(shape: Shape, k: str, v: str, context: int, options: _Options) -> dict[str, tuple[int, int]]:
+def _cache_bytes(layers: Sequence[Layer], window: int, k: str, v: str, context: int, options: _Options) -> dict[str, tuple[int, int]]:
     """Bytes of keys and of values by kind of layer."""
-    cells = _cells(context, shape.window, options)
-    found = {kind: (0, 0) for kind in (GLOBAL, WINDOW) if any(layer.kind == kind for layer in shape.layers)}
-    for layer in shape.layers:
+    cells = _cells(context, window, options)
+    found = {kind: (0, 0) for kind in (GLOBAL, WINDOW) if any(layer.kind == kind for layer in layers)}
+    for layer in layers:
         if layer.kind != NONE:
             keys = _row(k, layer.kv_heads * layer.key_size) + _row(k, layer.indexer_key_size)
             values = _row(v, layer.kv_heads * layer.value_size) + _row(v, layer.indexer_value_size)
@@ -135,19 +142,19 @@ def _cache_bytes(shape: Shape, k: str, v: str, context: int, options: _Options) 
     return found
 
 
-def _total(shape: Shape, k: str, v: str, context: int, options: _Options) -> int:
-    return sum(map(sum, _cache_bytes(shape, k, v, context, options).values()))
+def _total(layers: Sequence[Layer], window: int, k: str, v: str, context: int, options: _Options) -> int:
+    return sum(map(sum, _cache_bytes(layers, window, k, v, context, options).values()))
 
 
 def _longest(shape: Shape, k: str, v: str, budget: int, options: _Options) -> int | None:
     """The longest context whose cache fits in so many bytes; None if it does not grow with the context."""
     step = _CELLS * (1 if options.unified else options.parallel)
     low, high = 0, _MAX_CONTEXT // step
-    if _total(shape, k, v, high * step, options) <= budget:
+    if _total(shape.layers, shape.window, k, v, high * step, options) <= budget:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _total(shape, k, v, middle * step, options) <= budget:
+        if _total(shape.layers, shape.window, k, v, middle * step, options) <= budget:
             low = middle
         else:
             high = middle
@@ -306,7 +313,7 @@ def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int |
     shown = [*(PAIRS if pairs is None else pairs)]
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     figures = [_figures(shape, k, v, context, left, options) for k, v in dict.fromkeys([*shown, chosen]) if f"{k}/{v}" not in refused]
-    fits = None if left is None else _total(shape, *chosen, context, options) <= left
+    fits = None if left is None else _total(shape.layers, shape.window, *chosen, context, options) <= left
     has_cache = any(layer.kind != NONE for layer in shape.layers)
     if not has_cache:
         reason = "no layer has attention, so there are no keys and values to quantize"
@@ -316,14 +323,14 @@ def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int |
         reason += f"; but not even this fits {context} tokens in the memory"
     return Plan(
         model=str(header.path), name=header.fields.get("general.name"), architecture=shape.architecture, context=context,
-        context_train=shape.context_train, parallel=parallel, memory=budget, cache_only=cache_only, weights_bytes=weights,
+        context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget, cache_only=cache_only, weights_bytes=weights,
         state_bytes=state, layers=shape.layers, window=shape.window, pairs=tuple(figures), refused=refused, recommended=chosen,
         reason=reason, fits=fits, sinks=sinks, large_key_biases=large,
         warnings=tuple(_warnings(shape, context, sinks, biases, large)), exact=not shape.doubts)
 
 
 def _figures(shape: Shape, k: str, v: str, context: int, left: int | None, options: _Options) -> Pair:
-    found = _cache_bytes(shape, k, v, context, options)
+    found = _cache_bytes(shape.layers, shape.window, k, v, context, options)
     keys, values = (sum(side) for side in zip(*found.values())) if found else (0, 0)
     longest = None if left is None or not found else _longest(shape, k, v, left, options)
     return Pair(k, v, keys, values, found, longest, None if left is None else keys + values <= left)
@@ -334,12 +341,12 @@ def _choose(shape: Shape, ladder: Sequence[tuple[str, str]], context: int | None
     """The recommended pair, the context it is for, and the reason if it is not that of the pair."""
     wanted = context or max(1, shape.context_train)
     plain = ("f16", "f16")
-    size = _total(shape, *plain, wanted, options)
+    size = _total(shape.layers, shape.window, *plain, wanted, options)
     if not any(layer.kind != NONE for layer in shape.layers):
         return plain, wanted, ""
     if size <= weights * SMALL_CACHE and (left is None or size <= left):
         return plain, wanted, f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; a smaller one would gain little"
-    fitting = [pair for pair in ladder if left is None or _total(shape, *pair, wanted, options) <= left]
+    fitting = [pair for pair in ladder if left is None or _total(shape.layers, shape.window, *pair, wanted, options) <= left]
     if fitting and (context is not None or fitting[0] in ladder[:2]):
         return fitting[0], wanted, ""
     if context is not None:
@@ -375,7 +382,7 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         found = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*", str(size), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
         if match is None:
             raise TBQError(f"size {size!r} is not understood; write 8G, 512M, 6.5GiB, 24GB or a number of bytes")
         number, prefix, suffix = match.groups()
@@ -389,7 +396,8 @@ def parse_size(size: int | str) -> int:
     return found
 
 
-def _amount(size: float) -> str:
+def amount(size: float) -> str:
+    """A size for people: "47.8 MiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
@@ -411,17 +419,17 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
         if indexer:
             text += f", an indexer key of {indexer}"
         if state:
-            text += f"{',' if kind != NONE else ':'} recurrent state of {_amount(state)} a sequence"
+            text += f"{',' if kind != NONE else ':'} recurrent state of {amount(state)} a sequence"
         yield text
 
 
 def report(plan: Plan) -> str:
     """The plan as the text that `tbq plan` prints."""
     lines = [f"{plan.name or pathlib.Path(plan.model).name}: {plan.architecture}, {len(plan.layers)} layers, trained for {plan.context_train} tokens, "
-             f"weights {_amount(plan.weights_bytes)}", *_layer_lines(plan), ""]
+             f"weights {amount(plan.weights_bytes)}", *_layer_lines(plan), ""]
     memory = ""
     if plan.memory is not None:
-        memory = f"; memory {_amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
+        memory = f"; memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
     lines.append(f"context {plan.context}, {plan.parallel} sequence{'s' * (plan.parallel != 1)}{memory}; bytes of keys (K) and values (V)")
     if plan.state_bytes:
         lines.append(f"recurrent states take {plan.state_bytes:,} bytes beside any cache")
@@ -433,7 +441,7 @@ def report(plan: Plan) -> str:
     rows = [head]
     for pair in plan.pairs:
         cells = [f"{n:,}" for kind in kinds for n in pair.by_kind[kind]]
-        row = ["*" if (pair.k, pair.v) == plan.recommended else "", f"{pair.k} / {pair.v}", *cells, f"{pair.bytes:,}", _amount(pair.bytes),
+        row = ["*" if (pair.k, pair.v) == plan.recommended else "", f"{pair.k} / {pair.v}", *cells, f"{pair.bytes:,}", amount(pair.bytes),
                f"{100 * pair.bytes / full:.1f} %" if full else ""]
         if plan.memory is not None:
             row.append("none fits" if pair.longest == 0 else "any" if pair.longest is None else str(pair.longest))
@@ -460,6 +468,44 @@ def as_json(plan: Plan) -> str:
     return json.dumps(data, indent=2)
 
 
+def plot(plan: Plan, path: str | pathlib.Path) -> None:
+    """Draws memory against context for the plan's pairs; weights and states are in it unless the plan is cache_only.
+
+    path: the picture, .png, .svg or .pdf.  Raises TBQError for another ending, without matplotlib and if it cannot be written.
+    """
+    target = pathlib.Path(path)
+    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise TBQError(f"plot {str(target)!r} must end in .png, .svg or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TBQError("--plot needs matplotlib: pip install 'ggml-tbq[plot]'") from None
+    base = 0 if plan.cache_only else plan.weights_bytes + plan.state_bytes
+    recommended = plan.pair(*plan.recommended)
+    end = max(plan.context, plan.context_train, min(recommended.longest or 0, 4 * plan.context_train), 2 * _CELLS)
+    contexts = sorted({_padded(int(x)) for x in np.linspace(_CELLS, end, 65)})
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for pair in sorted(plan.pairs, key=lambda pair: -pair.bytes):
+        sizes = [(base + plan.bytes_at(pair.k, pair.v, n)) / 2**30 for n in contexts]
+        chosen = pair == recommended
+        axes.plot(contexts, sizes, label=f"{pair.k} / {pair.v}{' (recommended)' if chosen else ''}", linewidth=3 if chosen else 1.2)
+    if plan.memory is not None:
+        axes.axhline(plan.memory / 2**30, color="black", linestyle="--", linewidth=1, label="memory")
+    axes.axvline(plan.context_train, color="gray", linestyle=":", linewidth=1, label="trained for")
+    axes.set(xlabel="context, tokens", ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}", ylim=(0, None), xlim=(0, end),
+             title=f"{plan.name or pathlib.Path(plan.model).name}, {plan.parallel} sequence{'s' * (plan.parallel != 1)}")
+    axes.legend(title="keys / values", fontsize="small")
+    part = target.with_name(f".{target.name}.part")
+    try:
+        figure.savefig(part, format=target.suffix.lower()[1:])
+        part.replace(target)
+    except OSError as error:
+        raise TBQError(f"plot {str(target)!r} cannot be written: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def define(parser: argparse.ArgumentParser) -> None:
     """what the KV cache of a model will take, and which types to use"""
     parser.epilog = ("examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
@@ -481,9 +527,12 @@ def define(parser: argparse.ArgumentParser) -> None:
 
         split: Callable[[str], tuple[str, str]] = split_pair
         pairs = [split(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
-        arguments = dict(memory=args.memory, cache_only=args.cache_only, pairs=pairs, parallel=args.parallel,
-                         unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
-        found = plan(args.model, context=args.context, **arguments)
+        if pairs == []:
+            raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
+        found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs, parallel=args.parallel,
+                     unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
+        if args.plot is not None:
+            plot(found, args.plot)
         print(as_json(found) if args.json else report(found))
         return 0
 

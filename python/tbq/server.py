@@ -249,7 +249,7 @@ def _die_with_parent() -> Callable[[], object] | None:
 
 def summary(server: Server, kv: str) -> list[str]:
     """The plan in three lines."""
-    from tbq.plan import _amount as amount
+    from tbq.plan import amount
 
     plan = server.plan
     if plan is None:

@@ -1,0 +1,327 @@
+"""Opens GGUF files that may be damaged or hostile: every count, length, offset and size is held against the size of the
+file before it is used.
+
+gguf.GGUFReader trusts them, makes an array of each element of each list (3 s for a vocabulary of 49,000; 0.1 s here), and
+does not keep an entry's bytes, which is what copies it unchanged.  The numbers of the format are gguf's.
+"""
+import os
+import pathlib
+import re
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from tbq.errors import TBQError
+
+#: Where the header must end; that of a vocabulary of 256,000 tokens is 16 MiB.
+MAX_HEADER = 256 << 20
+#: As in ggml: GGML_MAX_DIMS, and GGML_MAX_NAME with its terminator.
+MAX_DIMS, MAX_NAME = 4, 64
+#: Far above any model's; an object each must stay small beside the file.
+MAX_COUNT = 1 << 17
+
+#: struct's letter for each value of fixed size.
+_SCALARS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+}
+_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is; open_gguf has checked that the file has these bytes."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]  #: as NumPy has it: rows last but one, the values of a row last
+    path: pathlib.Path  #: of the file, which may be one of a split
+    offset: int  #: of the first byte in that file
+    n_bytes: int
+
+    @property
+    def n_values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bits_per_value(self) -> float:
+        return 8 * self.n_bytes / self.n_values
+
+
+class Metadata(Mapping[str, Any]):
+    """The entries by key, decoded when asked for: int, float, bool, str, or a list of them.
+
+    raw[key] is the whole entry as the file has it, the key included.
+    """
+
+    def __init__(self, entries: Mapping[str, tuple[bytes, int]]) -> None:
+        self._entries = entries  # key: (bytes, where the type begins)
+
+    def __getitem__(self, key: str) -> Any:
+        entry, start = self._entries[key]
+        cursor = _Cursor.of_bytes(entry[start:])
+        return _value(cursor, cursor.u32())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def raw(self) -> dict[str, bytes]:
+        return {key: entry for key, (entry, _) in self._entries.items()}
+
+    def integer(self, key: str, default: int) -> int:
+        """The value of a key that must be an integer of 0 or more, if it is there."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise TBQError(f"metadata {key} is {str(value)[:40]!r}; it must be an integer, 0 or more")
+        return value
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GGUF file, or all files of a split."""
+
+    files: tuple[pathlib.Path, ...]
+    metadata: Metadata  #: of the first file
+    tensors: tuple[Tensor, ...]  #: in the order of the files
+
+
+def open_gguf(path: str | os.PathLike[str]) -> Model:
+    """Checks a file and says what it has; if it is one of a split, with all others, which must lie beside it.
+
+    Allocates no more than the header's size (at most MAX_HEADER of each file); reads no tensor.
+    Raises TBQError for what is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself; OSError
+    for what cannot be opened.
+    """
+    path = pathlib.Path(path)
+    metadata, tensors = _read_file(path)
+    count = _split_count(path, metadata)
+    if count < 2:
+        return Model((path,), metadata, tensors)
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if not match or int(match[3]) != count:
+        raise TBQError(f"{path} is one of {count} files of a split; its name must end in -00001-of-{count:05}.gguf")
+    paths, parts = [], []
+    for i in range(count):
+        paths.append(path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf"))
+        if not paths[i].exists():
+            raise TBQError(f"{path} is one of {count} files of a split; {paths[i].name} is not beside it")
+        parts.append((metadata, tensors) if paths[i] == path else _read_file(paths[i]))
+        if (parts[i][0].integer("split.no", 0), _split_count(paths[i], parts[i][0])) != (i, count):
+            raise TBQError(f"{paths[i]} is not file {i + 1} of {count} of the split, as its name says")
+    everything = tuple(tensor for _, part in parts for tensor in part)
+    expected = parts[0][0].integer("split.tensors.count", len(everything))
+    if expected != len(everything):
+        raise TBQError(f"{path}: the files of the split have {len(everything)} tensors, not {expected}")
+    _check_unique([tensor.name for tensor in everything], path)
+    return Model(tuple(paths), parts[0][0], everything)
+
+
+def _split_count(path: pathlib.Path, metadata: Metadata) -> int:
+    try:
+        return metadata.integer("split.count", 0)
+    except TBQError as error:
+        raise TBQError(f"{path}: {error}") from None
+
+
+class _Cursor:
+    """Reads a header front to back, never beyond `end`."""
+
+    def __init__(self, file: BinaryIO | None, end: int, path: object) -> None:
+        self._file, self._end, self._path = file, end, path
+        self.buffer = bytearray()
+        self.position = 0
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> "_Cursor":
+        cursor = cls(None, len(data), "metadata")
+        cursor.buffer += data
+        return cursor
+
+    def require(self, size: int, what: str) -> None:
+        """That so many bytes follow; they are in `buffer` afterwards."""
+        stop = self.position + size
+        if stop > self._end:
+            raise TBQError(f"{self._path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
+        if stop > MAX_HEADER:
+            raise TBQError(f"{self._path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
+        while len(self.buffer) < stop:
+            assert self._file is not None
+            piece = self._file.read(max(1 << 16, stop - len(self.buffer)))
+            if not piece:
+                raise TBQError(f"{self._path} ends at byte {len(self.buffer)}; it became shorter")
+            self.buffer += piece
+
+    def unpack(self, letters: str, what: str) -> tuple[Any, ...]:
+        form = struct.Struct("<" + letters)
+        self.require(form.size, what)
+        values = form.unpack_from(self.buffer, self.position)
+        self.position += form.size
+        return values
+
+    def u32(self, what: str = "a value") -> int:
+        return int(self.unpack("I", what)[0])
+
+    def skip_string(self, what: str) -> tuple[int, int]:
+        """First and last+1 byte of a string."""
+        length, = self.unpack("Q", f"the length of {what}")
+        self.require(length, what)
+        start = self.position
+        self.position += length
+        return start, self.position
+
+    def name(self, what: str) -> str:
+        start, stop = self.skip_string(what)
+        try:
+            text = self.buffer[start:stop].decode()
+        except UnicodeDecodeError:
+            raise TBQError(f"{self._path}: {what} is not text") from None
+        if not text or not text.isprintable():
+            raise TBQError(f"{self._path}: {what} is {text[:40]!r}")
+        return text
+
+
+def _array(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
+    """Type of the elements and how many there are; that many fit."""
+    kind, count = cursor.unpack("IQ", what)
+    if kind == GGUFValueType.ARRAY or kind not in GGUFValueType._value2member_map_:
+        raise TBQError(f"{cursor._path}: {what} is an array of type {kind}, which GGUF does not have")
+    kind = GGUFValueType(kind)
+    smallest = 8 if kind == GGUFValueType.STRING else struct.calcsize("<" + _SCALARS[kind])
+    cursor.require(count * smallest, f"{what}, {count} elements,")
+    return kind, count
+
+
+def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
+    if kind == GGUFValueType.STRING:
+        cursor.skip_string(what)
+    elif kind == GGUFValueType.ARRAY:
+        element, count = _array(cursor, what)
+        if element == GGUFValueType.STRING:
+            for _ in range(count):
+                cursor.skip_string(what)
+        else:
+            cursor.position += count * struct.calcsize("<" + _SCALARS[element])
+    elif kind in _SCALARS:
+        cursor.unpack(_SCALARS[GGUFValueType(kind)], what)
+    else:
+        raise TBQError(f"{cursor._path}: {what} has type {kind}, which GGUF does not have")
+
+
+def _value(cursor: _Cursor, kind: int) -> Any:
+    """What _skip_value has been over."""
+    def text() -> str:
+        start, stop = cursor.skip_string("a string")
+        return cursor.buffer[start:stop].decode(errors="replace")
+
+    if kind == GGUFValueType.STRING:
+        return text()
+    if kind != GGUFValueType.ARRAY:
+        return cursor.unpack(_SCALARS[GGUFValueType(kind)], "a value")[0]
+    element, count = _array(cursor, "an array")
+    if element == GGUFValueType.STRING:
+        return [text() for _ in range(count)]
+    return np.frombuffer(cursor.buffer, np.dtype("<" + _SCALARS[element]), count, cursor.position).tolist()
+
+
+def _read_file(path: pathlib.Path) -> tuple[Metadata, tuple[Tensor, ...]]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise TBQError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        cursor = _Cursor(file, size, path)
+        n_tensors, n_entries = _preamble(cursor, path)
+        metadata = _entries(cursor, path, n_entries)
+        return metadata, _tensors(cursor, path, n_tensors, _alignment(path, metadata), size)
+
+
+def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
+    magic = cursor.u32("the magic number")
+    if magic != gguf.GGUF_MAGIC:
+        raise TBQError(f"{path} is not a GGUF file: it begins with {bytes(cursor.buffer[:4])!r}")
+    version = cursor.u32("the version")
+    if version & 0xffff == 0:
+        raise TBQError(f"{path} is big-endian; only little-endian GGUF files are read")
+    if version not in (2, 3):
+        raise TBQError(f"{path} has GGUF version {version}; 2 and 3 are read")
+    n_tensors, n_entries = cursor.unpack("QQ", "the header")
+    if max(n_tensors, n_entries) > MAX_COUNT:
+        raise TBQError(f"{path} says that it has {n_tensors} tensors and {n_entries} entries; at most {MAX_COUNT} are read")
+    # the smallest tensor: name's length and a character, dimensions, one of them, type, offset; the smallest entry
+    cursor.require(n_tensors * (9 + 4 + 8 + 4 + 8) + n_entries * (9 + 4 + 1), f"a header of {n_tensors} tensors and {n_entries} entries")
+    return n_tensors, n_entries
+
+
+def _entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
+    entries = {}
+    for i in range(count):
+        start = cursor.position
+        key = cursor.name(f"key {i} of the metadata")
+        if key in entries:
+            raise TBQError(f"{path}: metadata {key} is there twice")
+        type_start = cursor.position
+        _skip_value(cursor, cursor.u32(f"metadata {key}"), f"metadata {key}")
+        entries[key] = bytes(cursor.buffer[start:cursor.position]), type_start - start
+    return Metadata(entries)
+
+
+def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
+    value = metadata.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(value, int) or value <= 0 or value & (value - 1):
+        raise TBQError(f"{path}: {gguf.Keys.General.ALIGNMENT} is {str(value)[:40]!r}; it must be a power of two")
+    return value
+
+
+def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, size: int) -> tuple[Tensor, ...]:
+    found = []
+    for i in range(count):
+        name = cursor.name(f"the name of tensor {i}")
+        if len(name.encode()) >= MAX_NAME:
+            raise TBQError(f"{path}: tensor {name[:40]!r}... has a name of {MAX_NAME} bytes or more")
+        n_dims = cursor.u32(f"tensor {name}")
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise TBQError(f"{path}: tensor {name} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
+        *dims, kind, offset = cursor.unpack("Q" * n_dims + "IQ", f"tensor {name}")
+        found.append((name, tuple(reversed(dims)), kind, offset))
+    start = -(-cursor.position // alignment) * alignment
+    tensors = tuple(_tensor(path, *each, alignment, start, size) for each in found)
+    _check_unique([tensor.name for tensor in tensors], path)
+    end, before = start, ""
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise TBQError(f"{path}: tensors {before} and {tensor.name} overlap")
+        end, before = tensor.offset + tensor.n_bytes, tensor.name
+    return tensors
+
+
+def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int,
+            size: int) -> Tensor:
+    if kind not in GGMLQuantizationType._value2member_map_:
+        raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know")
+    type = GGMLQuantizationType(kind)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+    if min(shape) == 0 or shape[-1] % block:
+        raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")
+    n_bytes = prod(shape) // block * block_bytes
+    if offset % alignment or start + offset + n_bytes > size:
+        raise TBQError(f"{path} is truncated or damaged: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}")
+    return Tensor(name, type, shape, path, start + offset, n_bytes)
+
+
+def _check_unique(names: list[str], path: pathlib.Path) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise TBQError(f"{path}: tensor {name} is there twice")
+        seen.add(name)
