@@ -82,7 +82,8 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     """
     from tbq.plan import plan
 
-    if not pathlib.Path(model).is_file():
+    model = pathlib.Path(model)
+    if not model.is_file():
         raise TBQError(f"model {str(model)!r} is not a file")
     if kv == "auto":
         chosen = plan(model, **shape)
