@@ -296,7 +296,7 @@ class Server:
         for pattern in (r"(?:GGML_ASSERT|error|terminate called)\b.*", r"[\d.]+ E (.*)", r"(.*(?:error|failed|unsupported|invalid).*)"):
             for line in list(self.log):
                 if match := re.match(pattern, line, re.I if pattern.endswith("*)") else 0):
-                    return match[match.re.groups].strip()
+                    return match[match.re.groups].strip().removeprefix("error: ")
         lines = [line for line in self.log if line.strip()]
         return re.sub(r"^[\d.]+ [A-Z] ", "", lines[-1]) if lines else "it printed nothing"
 
