@@ -13,6 +13,7 @@ from tbq.errors import TBQError
 from tbq._layers import Layer
 from tbq._types import BLOCK, TypeInfo, types
 from tbq.plan import Pair, Plan, plan
+from tbq.server import Server
 from tbq._version import FORMAT_VERSION, __version__
 from tbq.gguf_types import register as _register
 

@@ -1,21 +1,21 @@
 """llama-server with a tbq cache: Server for programs, `tbq serve` for the command line."""
 import argparse
+import concurrent.futures
 import contextlib
-import ctypes
+import http.client
 import json
 import os
 import pathlib
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,31 +29,76 @@ if TYPE_CHECKING:
 
 F16_BYTES = 2
 _STOP_SECONDS = 10
+_LOG_LINES = 5000
 
-# Options of llama-server that the plan or the wait depends on, and whether a value follows.
+# Options of llama-server that the plan or the wait depends on, or that would contradict them, and whether a value follows.
 _OPTIONS = {"-c": ("context", True), "--ctx-size": ("context", True), "-np": ("parallel", True), "--parallel": ("parallel", True),
             "-ub": ("ubatch", True), "--ubatch-size": ("ubatch", True), "--swa-full": ("swa_full", False),
             "-kvu": ("unified", False), "--kv-unified": ("unified", False), "-no-kvu": ("separate", False), "--no-kv-unified": ("separate", False),
-            "--host": ("host", True), "--port": ("port", True), "--api-prefix": ("prefix", True),
-            "--ssl-key-file": ("ssl", True), "--ssl-cert-file": ("ssl", True),
-            "-ctk": ("types", True), "--cache-type-k": ("types", True), "-ctv": ("types", True), "--cache-type-v": ("types", True)}
+            "--host": ("host", True), "--port": ("port", True), "--reuse-port": ("reuse_port", False), "--api-prefix": ("prefix", True),
+            "--api-key": ("key", True), "--api-key-file": ("key_file", True), "--ssl-key-file": ("ssl_key", True), "--ssl-cert-file": ("ssl_cert", True),
+            "-ctk": ("types", True), "--cache-type-k": ("types", True), "-ctv": ("types", True), "--cache-type-v": ("types", True),
+            **{name: ("model", True) for name in ("-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo")}}
 
 
-def _read(options: Sequence[str]) -> dict[str, str]:
-    """Those of llama-server's options that are in _OPTIONS; the last of each, as it takes them."""
-    found = {}
+def _read(options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Those of llama-server's options that are in _OPTIONS, the last of each, as it takes them; and all without --host and --port."""
+    found, others = {}, []
     rest = iter(options)
     for option in rest:
-        if option in _OPTIONS:
-            name, has_value = _OPTIONS[option]
-            found[name] = next(rest, "") if has_value else option
-    return found
+        name, has_value = _OPTIONS.get(option.replace("_", "-") if option.startswith("--") else option, ("", False))
+        given = [option]
+        if has_value:
+            value = next(rest, None)
+            if value is None:
+                raise TBQError(f"{option} needs a value")
+            given.append(value)
+        if name:
+            found[name] = given[-1]
+        if name not in ("host", "port"):
+            others += given
+    return found, others
 
 
-def _number(found: dict[str, str], name: str) -> int | None:
+def _number(found: Mapping[str, str], name: str) -> int | None:
     """Of an option; None where llama-server's own default applies (not given, 0, negative) or it will complain itself."""
     text = found.get(name, "")
-    return int(text) if re.fullmatch(r"\d{1,9}", text) and int(text) else None
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) and int(text) else None
+
+
+def _shape(found: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of choose() that llama-server's options ask for."""
+    shape: dict[str, Any] = {"context": _number(found, "context"), "swa_full": "swa_full" in found, "unified": "separate" not in found}
+    if parallel := _number(found, "parallel"):
+        shape.update(parallel=parallel, unified="unified" in found)
+    if ubatch := _number(found, "ubatch"):
+        shape.update(ubatch=ubatch)
+    return shape
+
+
+def _reachable(hosts: str) -> str:
+    """The first address of llama-server's --host that has a port."""
+    for host in filter(None, (part.strip() for part in hosts.split(","))):
+        if not host.endswith(".sock"):
+            return host
+    raise TBQError(f"host {hosts!r} has no address with a port; for Unix sockets alone start $(tbq paths bin)/llama-server itself")
+
+
+def _url(host: str, port: int, found: Mapping[str, str]) -> str:
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    scheme = "https" if {"ssl_key", "ssl_cert"} <= found.keys() else "http"
+    prefix = found.get("prefix", "").strip("/")
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}" + (f"/{prefix}" if prefix else "")
+
+
+def _api_key(found: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
+    """A key that the server will take; None if it takes requests without one."""
+    keys = found.get("key", environment.get("LLAMA_API_KEY", "")).split(",")
+    if "key_file" in found:
+        with contextlib.suppress(OSError):  # the server will say so
+            text = pathlib.Path(found["key_file"]).read_text(encoding="utf-8", errors="replace")
+            keys += [line for line in text.splitlines() if not line.startswith("#")]
+    return next(filter(None, keys), None)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -70,8 +115,11 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
         with socket.socket(family) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(address)
-    except (OSError, OverflowError) as error:
-        raise TBQError(f"port {port} of {host} cannot be used ({getattr(error, 'strerror', None) or error}); name another one") from None
+    except socket.gaierror as error:
+        raise TBQError(f"host {host!r} is not an address of this machine: {error.strerror}") from None
+    except (OSError, OverflowError, UnicodeError) as error:
+        where = "" if host == "127.0.0.1" else f" of {host}"
+        raise TBQError(f"port {port}{where} cannot be used ({getattr(error, 'strerror', None) or error}); name another one") from None
 
 
 def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, str, "Plan | None"]:
@@ -82,33 +130,47 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     """
     from tbq.plan import plan
 
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(kv, str):
+        raise TBQError(f"model {model!r} and kv {kv!r} must be the path of a GGUF file, and auto, a cache type or K/V")
     model = pathlib.Path(model)
     if not model.is_file():
         raise TBQError(f"model {str(model)!r} is not a file")
     if kv == "auto":
-        chosen = plan(model, **shape)
-        return *chosen.recommended, chosen
+        planned = plan(model, **shape)
+        return *planned.recommended, planned
     k, slash, v = kv.partition("/")
     v = v if slash else k
     try:
-        chosen = plan(model, pairs=[("f16", "f16"), (k, v)], **shape)
-    except TBQError as error:
-        if "cache type" in str(error):
-            raise
-        return k, v, None  # llama.cpp may know more models than the plan does
-    if why := chosen.refused.get(f"{k}/{v}"):
+        planned = plan(model, pairs=[("f16", "f16"), (k, v)], **shape)
+    except TBQError:
+        try:
+            plan(model, **shape)
+        except TBQError:  # it is not the types; llama.cpp may know more models than the plan does, or say better what is wrong
+            return k, v, None
+        raise
+    if why := planned.refused.get(f"{k}/{v}"):
         raise TBQError(f"cache {k}/{v} is refused: {why}")
-    return k, v, chosen
+    return k, v, planned
 
 
-def _shape(found: dict[str, str]) -> dict[str, Any]:
-    """The arguments of choose() that llama-server's options ask for."""
-    shape: dict[str, Any] = {"context": _number(found, "context"), "swa_full": "swa_full" in found, "unified": "separate" not in found}
-    if parallel := _number(found, "parallel"):
-        shape.update(parallel=parallel, unified="unified" in found)
-    if ubatch := _number(found, "ubatch"):
-        shape.update(ubatch=ubatch)
-    return shape
+# Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
+# survives execv).  Asking takes code between fork and exec, which is not safe in a program with threads, so a bare Python
+# does it and becomes llama-server.  Until then Ctrl-C ends it without a word.
+_ASK_AND_BECOME = """\
+import _signal, os, sys
+_signal.getsignal(2) == _signal.SIG_IGN or _signal.signal(2, _signal.SIG_DFL)
+import ctypes
+ctypes.CDLL(None).prctl(1, ctypes.c_ulong(9))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _dies_with_us(command: Sequence[str]) -> list[str]:
+    if sys.platform.startswith("linux") and sys.executable:
+        return [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
+    return [*command]
 
 
 class Server:
@@ -118,13 +180,14 @@ class Server:
             server.client().chat.completions.create(...)
 
     model: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
-    host, port: where to listen; a free port if None.  options: more of llama-server's.
+    host, port: where to listen; a free port if None or 0.  options: more of llama-server's, whose --host and --port go first.
     timeout: seconds to wait until the model is loaded; None for as long as it takes.
-    on_line: is called with each line of the log, from another thread.
+    on_line: is called with each line of the log, from another thread; not again once it raised something.
     LLAMA_ARG_... variables are not passed on: what is set for other servers must not change this one.
+    Only on Linux the server also ends when this process is killed.
 
-    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  plan: the tbq.Plan of its cache, or
-    None.  log: lines so far.  process: the subprocess.Popen.
+    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types.  plan: the
+    tbq.Plan of its cache, or None.  log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
     Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
     """
 
@@ -132,23 +195,31 @@ class Server:
 
     def __init__(self, model: str | os.PathLike[str], kv: str = "auto", *, host: str = "127.0.0.1", port: int | None = None,
                  options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
-        found = _read(options)
+        if isinstance(options, str) or not all(isinstance(option, str) for option in options):
+            raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
+        found, others = _read(options)
         if "types" in found:
             raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
+        if "model" in found:
+            raise TBQError(f"there are two models, {os.fspath(model)!r} and {found['model']!r}; name one, as MODEL")
+        hosts, number = found.get("host", host), found.get("port", str(port or 0))
+        if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
+            raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
+        self._host = _reachable(hosts)
         self.k, self.v, self.plan = choose(model, kv, **_shape(found))
-        self.port = free_port(host) if port is None else port
-        prefix = found.get("prefix", "").strip("/")
-        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        scheme = "https" if "ssl" in found else "http"
-        self.url = f"{scheme}://{f'[{name}]' if ':' in name else name}:{self.port}" + (f"/{prefix}" if prefix else "")
+        self.port = int(number) or free_port(self._host)
+        self.url = _url(self._host, self.port, found)
         self.log: list[str] = []
-        self._host, self._timeout, self._on_line, self._die_with_us = host, timeout, on_line, False
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
+        self._key = _api_key(found, self._environment)
+        self._timeout, self._on_line, self._share_port = timeout, on_line, "reuse_port" in found
         self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
-                         "--host", host, "--port", str(self.port), *options]
+                         "--host", hosts, "--port", str(self.port), *others]
+        self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
 
     def __enter__(self) -> "Server":
-        self.start()
         try:
+            self.start()
             self.wait_until_healthy()
         except BaseException:
             self.stop()
@@ -160,69 +231,116 @@ class Server:
 
     def start(self) -> None:
         """Starts the process and returns at once."""
-        check_port(self.port, self._host)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
-        # A session of its own: Ctrl-C reaches it through us, once.
-        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
-                                        start_new_session=True, preexec_fn=_die_with_parent() if self._die_with_us else None)
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        if self._started is not None:
+            raise TBQError("a Server runs once; make another one")
+        if not self._share_port:
+            check_port(self.port, self._host)
+        self._started = concurrent.futures.Future()
+        # The thread that reads the log also starts the process, because on Linux the end of that thread ends the process.
+        self._reader = threading.Thread(target=self._run, args=(self._started,), name="llama-server", daemon=True)
         self._reader.start()
+        self.process = self._started.result()
 
-    def _read_log(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.log.append(line.decode(errors="replace").rstrip())
-            if self._on_line:
-                self._on_line(self.log[-1])
+    def _run(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
+        try:
+            # A session of its own: Ctrl-C reaches it through us, once.
+            process = subprocess.Popen(_dies_with_us(self._command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                       env=self._environment, start_new_session=True)
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        on_line = self._on_line
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                self.log.append(line.decode(errors="replace").rstrip())
+                if len(self.log) == 3 * _LOG_LINES:
+                    del self.log[_LOG_LINES:2 * _LOG_LINES]
+                if on_line:
+                    try:
+                        on_line(self.log[-1])
+                    except Exception:  # a full pipe would stop the server
+                        on_line = None
+        process.wait()
 
     def wait_until_healthy(self) -> None:
         """Returns when the model is loaded; TBQError if that does not happen."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        # it is this machine, and the certificate may be its own
-        context = ssl._create_unverified_context() if self.url.startswith("https") else None
         while deadline is None or time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise TBQError(f"llama-server ended with status {self.process.returncode}: {self.last_error()}")
-            with contextlib.suppress(OSError, ValueError):
-                with urllib.request.urlopen(self.url + "/health", timeout=2, context=context) as answer:
-                    if answer.status == 200:
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+                with self._open("/health", timeout=2) as answer:
+                    if answer.status == 200 and self.process.poll() is None:  # not another server's
                         return
-            time.sleep(0.1)
+            if self.process.poll() is not None:
+                raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
+            time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
+
+    def _open(self, path: str, body: Any = None, timeout: float = 300) -> Any:
+        """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
+        import ssl
+
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}"} if self._key else {})}
+        return opener.open(urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers), timeout=timeout)
+
+    def _ending(self) -> str:
+        status = self.process.returncode
+        return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
 
     def last_error(self) -> str:
         """The line of the log that says most about a failure."""
         if self.process.poll() is not None:
             self._reader.join(5)
-        lines = [re.sub(r"^[\d.]+ [A-Z] ", "", line) for line in self.log if line]
-        errors = [line for line in lines if re.search(r"error|failed|unsupported|invalid", line, re.I)]
-        return (errors[:1] or lines[-1:] or ["it printed nothing"])[0]
+        for pattern in (r"(?:GGML_ASSERT|error|terminate called)\b.*", r"[\d.]+ E (.*)", r"(.*(?:error|failed|unsupported|invalid).*)"):
+            for line in list(self.log):
+                if match := re.match(pattern, line, re.I if pattern.endswith("*)") else 0):
+                    return match[match.re.groups].strip().removeprefix("error: ")
+        lines = [line for line in self.log if line.strip()]
+        return re.sub(r"^[\d.]+ [A-Z] ", "", lines[-1]) if lines else "it printed nothing"
 
     def stop(self) -> None:
-        """Ends the process, by force if it does not end within 10 seconds."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_STOP_SECONDS)
-                return
-            self.process.kill()
-        self.process.wait()
-
-    def client(self, api_key: str = "none", **options: Any) -> "OpenAI":
-        """openai.OpenAI for this server; options are its own.  TBQError if the package is not installed."""
+        """Ends the process, by force if it does not end within 10 seconds; does nothing if there is none."""
         try:
-            from openai import OpenAI
+            process = None if self._started is None else self._started.result(_STOP_SECONDS)
+        except Exception:
+            process = None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+                return
+            process.kill()
+        process.wait()
+
+    def client(self, api_key: str | None = None, **options: Any) -> "OpenAI":
+        """openai.OpenAI for this server; options are its own.  TBQError if the package is not installed.
+
+        api_key: if None, the first that the server was started with.
+        """
+        try:
+            import openai
         except ImportError:
-            raise TBQError("client() needs the openai package: pip install openai") from None
-        return OpenAI(base_url=self.url + "/v1", api_key=api_key, **options)
+            raise TBQError("client() needs the openai package: pip install 'ggml-tbq[openai]'") from None
+        if "http_client" not in options:  # as in _open
+            options["http_client"] = openai.DefaultHttpxClient(trust_env=False, verify=not self.url.startswith("https"))
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=api_key or self._key or "none", **options)
 
     def chat(self, question: str, **options: Any) -> dict[str, Any]:
-        """The answer of /v1/chat/completions to one question, as the decoded JSON object; options go into the request."""
-        body = {"messages": [{"role": "user", "content": question}], **options}
-        request = urllib.request.Request(self.url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
+        """The answer of /v1/chat/completions to one question, as the decoded JSON object; options go into the request.
+
+        Raises TBQError if the server refuses the request, OSError if it is gone.
+        """
+        try:
+            with self._open("/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.HTTPError as error:
+            with error:
+                raise TBQError(f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}") from None
 
     def cache(self) -> dict[str, Any]:
         """What the server logged about its cache, with --verbosity 4: types, bytes, and what f16 would take."""
@@ -235,14 +353,6 @@ class Server:
         cells, layers, k_type, k_mib, v_type, v_mib = size.groups()
         return {"k_type": k_type, "v_type": v_type, "cells": int(cells), "mib": float(k_mib) + float(v_mib),
                 "f16_mib": int(cells) * int(layers) * sum(widths) * F16_BYTES / 2**20}
-
-
-def _die_with_parent() -> Callable[[], object] | None:
-    """For preexec_fn: Linux ends the child when the thread that started it is gone, even by SIGKILL."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
-    return lambda: libc.prctl(set_death_signal, signal.SIGTERM)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -272,53 +382,60 @@ class _Signals:
         self.server = server
         self.early: int | None = None  # came before there was a process
         self.count = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self)
+
+    @contextlib.contextmanager
+    def passed_on(self) -> Iterator[None]:
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # nohup's SIGHUP, for example, stays ignored; the server inherits that
+        before = {number: signal.signal(number, self) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if not hasattr(self.server, "process"):
             self.early = number
-        elif self.server.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.server.process.send_signal(number if self.count == 1 else signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+        else:
+            self._send(number if self.count == 1 else signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.server.process.send_signal(number)
 
     def started(self) -> None:
         if self.early is not None:
-            self.server.process.send_signal(self.early)
+            self._send(self.early)
 
 
-def _say(text: str) -> None:
+def _say(text: str, to_stderr: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 def serve(model: str, kv: str, options: Sequence[str]) -> int:
     """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
-    found = _read(options)
-    host = found.get("host", "127.0.0.1")
-    if host.endswith(".sock"):
-        raise TBQError(f"--host {host}: Unix sockets are llama-server's; start it yourself, $(tbq paths bin)/llama-server")
-    port = found.get("port", "8080")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise TBQError(f"--port {port!r} is not a port from 1 to 65535")
-    server = Server(model, kv, host=host, port=int(port), options=options, timeout=None, on_line=_say)
-    server._die_with_us = True
+    server = Server(model, kv, port=8080, options=options, timeout=None, on_line=lambda line: _say(line, to_stderr=True))
     for line in summary(server, kv):
-        print(f"tbq: {line}", flush=True)
+        _say(f"tbq: {line}")
+    if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):
+        _say(f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead", to_stderr=True)
     signals = _Signals(server)
-    server.start()
-    signals.started()
-    try:
-        server.wait_until_healthy()
-        print(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it", flush=True)
-        server.process.wait()
-    except TBQError as error:
-        if not signals.count:
-            _say(f"tbq: error: {error}")
-    finally:
-        server.stop()
+    with signals.passed_on():
+        server.start()
+        signals.started()
+        try:
+            server.wait_until_healthy()
+            _say(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it")
+            server.process.wait()
+        except TBQError as error:
+            if not signals.count:
+                _say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
+        finally:
+            server.stop()
+            server._reader.join(5)  # its last lines
     status = server.process.returncode
     return status if status >= 0 else 128 - status
 
@@ -332,13 +449,14 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="auto", metavar="auto|TYPE|K/V",
                         help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values")
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
-    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is")
+    rest = parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is")
+    rest.required = False  # or it would be called missing beside MODEL
 
     def run(args: argparse.Namespace) -> int:
-        kv, options, rest = args.kv, [], iter(args.options)
-        for option in rest:  # ours may come after the model too
+        kv, options, given = args.kv, [], iter(args.options)
+        for option in given:  # ours may come after the model too
             if option == "--kv":
-                kv = next(rest, "")
+                kv = next(given, "")
             elif option.startswith("--kv="):
                 kv = option[len("--kv="):]
             elif option in ("-h", "--help"):
@@ -350,4 +468,4 @@ def define(parser: argparse.ArgumentParser) -> None:
             raise TBQError("--kv needs a value: auto, a type, or K/V")
         return serve(args.model, kv, options)
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, hint="; llama-server's options come after MODEL")
