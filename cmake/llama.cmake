@@ -14,6 +14,16 @@ if(NOT TBQ_PREPARE_RESULT EQUAL 0)
     # The blank in front keeps CMake from wrapping the line.
     message(FATAL_ERROR " tbq: ${TBQ_PREPARE_ERROR}")
 endif()
+# The bindings that fit this llama.cpp, for `pip install ggml-tbq[llama]`: tbq.llama loads them.
+set(TBQ_BINDINGS "${CMAKE_CURRENT_BINARY_DIR}/bindings")
+if(NOT TBQ_LLAMA_CPP_SOURCE)
+    execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/llama_cpp.py" bindings "${TBQ_BINDINGS}"
+        RESULT_VARIABLE TBQ_BINDINGS_RESULT ERROR_VARIABLE TBQ_BINDINGS_ERROR ERROR_STRIP_TRAILING_WHITESPACE)
+    if(NOT TBQ_BINDINGS_RESULT EQUAL 0)
+        message(FATAL_ERROR " tbq: ${TBQ_BINDINGS_ERROR}")
+    endif()
+    install(DIRECTORY "${TBQ_BINDINGS}/" DESTINATION tbq/_vendor/llama_cpp COMPONENT tbq PATTERN ".*" EXCLUDE)
+endif()
 # A changed series is applied again by the next build, without a new configure by hand.
 file(GLOB TBQ_PATCHES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/patches/*.patch")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TBQ_PATCHES} patches/pin.json cmake/llama_cpp.py)

@@ -2,6 +2,7 @@
 """The pinned llama.cpp and the patch series on top of it (standard library only).
 
     llama_cpp.py prepare DIR [--source TREE]   DIR becomes the pin with patches/*.patch applied
+    llama_cpp.py bindings DIR                  llama-cpp-python's own files, which fit the pin
     llama_cpp.py size                          the size of the series, one line
     llama_cpp.py git-tree DIR                  a git repository to edit: tag `pin`, then one commit per patch
     llama_cpp.py export DIR                    write the commits after tag `pin` of that repository to patches/
@@ -348,6 +349,30 @@ def prepare(tree, source=None):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def bindings(folder):
+    """The Python bindings of the pin's source distribution, pure Python, into a folder: they fit its llama.cpp."""
+    pin = read_pin()
+    stamp = folder / STAMP
+    if stamp.is_file() and stamp.read_text() == pin["sha256"]:
+        return
+    sdist = fetch_sdist(pin)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-tmp-"))
+    try:
+        with tarfile.open(sdist) as tar:
+            for member in tar:
+                _, _, path = member.name.partition("/")
+                if member.isfile() and re.fullmatch(r"llama_cpp/\w+\.py|llama_cpp/py\.typed|LICENSE\.md", path):
+                    (tmp / pathlib.Path(path).name).write_bytes(tar.extractfile(member).read())
+        if not (tmp / "llama_cpp.py").is_file():
+            raise Failure(f"{sdist.name} has no llama_cpp/llama_cpp.py")
+        (tmp / STAMP).write_text(pin["sha256"])
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
 # --- editing the series -----------------------------------------------------------------------------------------
 
 AUTHOR = ["-c", "user.name=ggml-tbq", "-c", "user.email=ggml-tbq@localhost", "-c", "commit.gpgsign=false",
@@ -402,7 +427,7 @@ def export(tree):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("prepare", "git-tree", "export"):
+    for name in ("prepare", "bindings", "git-tree", "export"):
         command = commands.add_parser(name)
         command.add_argument("tree", type=pathlib.Path)
         if name == "prepare":
@@ -411,6 +436,8 @@ def main():
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.tree.absolute(), args.source and args.source.absolute())
+    elif args.command == "bindings":
+        bindings(args.tree.absolute())
     elif args.command == "git-tree":
         git_tree(args.tree.absolute())
     elif args.command == "export":

@@ -145,15 +145,15 @@ def test_zero_and_damage_stay_in_their_block(name):
 
 def test_rotation():
     x = DISTRIBUTIONS["heavy tails"]
-    y, back = np.empty_like(x), np.empty_like(x)
-    assert lib.tbq_rotate(ffi.from_buffer("float[]", x), ffi.from_buffer("float[]", y), x.size) == lib.TBQ_OK
+    y = tbq.rotate(x)
+    assert y.shape == x.shape and y.dtype == np.float32
     assert np.array_equal(y, reference.rotate(x))  # equal numbers; zeros may differ in sign, see the reference
     exact = (x.reshape(-1, 64) * reference.SIGNS).astype(np.float64) @ reference.H.astype(np.float64).T / 8
     scale = np.linalg.norm(exact, axis=1, keepdims=True)
     # six additions deep, each off by at most half an ulp of at most the norm times 8
     assert np.max(np.abs(y.reshape(-1, 64) - exact) / scale) < 6 * 2.0**-24 * 8
-    assert lib.tbq_unrotate(ffi.from_buffer("float[]", y), ffi.from_buffer("float[]", back), x.size) == lib.TBQ_OK
-    assert np.array_equal(back, reference.unrotate(y))
+    assert np.array_equal(tbq.unrotate(y), reference.unrotate(y))
+    assert np.array_equal(tbq.rotate(x[..., ::-1]), tbq.rotate(x[..., ::-1].copy()))  # another layout is copied
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -275,6 +275,9 @@ ERRORS = [
     (lambda: tbq.dequantize(b"", "tbq2_0", 64), "data has 0 bytes; tbq2_0 of shape (64,) has 18"),
     (lambda: tbq.dequantize(PACKED.astype(np.int8), "tbq4_0", (2, 64)), "data has dtype int8; it must be uint8"),
     (lambda: tbq.dequantize("text", "tbq4_0", (2, 64)), "data is a str; it must be bytes-like or a uint8 array"),
+    (lambda: tbq.rotate(X.astype(np.float16)), "array has dtype float16; it must be float32"),
+    (lambda: tbq.rotate(X[:, :60]), "array has shape (2, 60): its last axis is 60; it must be a multiple of 64"),
+    (lambda: tbq.unrotate(np.float32(1)), "array has no axis; its last axis must be a multiple of 64"),
     (lambda: tbq.row_bytes(100, "tbq4_0"), "n is 100; it must be a multiple of 64"),
     (lambda: tbq.row_bytes(-64, "tbq4_0"), "n is -64; it must be a multiple of 64"),
     (lambda: tbq.row_bytes("64", "tbq4_0"), "n is '64'; it must be a multiple of 64"),

@@ -166,7 +166,7 @@ def test_bad_patterns(tiny, tmp_path, option, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [("--type", "tbq5_0"), ("--type", "f16", "--tensor", "x"), ("--type", "f16", "--split", "0M"), ()])
+@pytest.mark.parametrize("arguments", [("--type", "tbq5_0"), ("--type", "f16", "--tensor", "x"), ("--type", "f16", "--split", "0M"), ("--type", "f16", "--threads", "0"), ()])
 def test_bad_usage(tiny, tmp_path, arguments):
     done = cli(tiny, tmp_path / "o.gguf", *arguments)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
@@ -245,7 +245,6 @@ def test_refusals(tiny, tmp_path):
     refused(cli(tiny, "/dev/null", "--type", "tbq4_0", "--force"), "null is not a file that can be replaced")
     refused(cli(tmp_path / "nothing.gguf", out, "--type", "tbq4_0"), "No such file or directory: .*nothing.gguf")
     refused(cli(tmp_path, out, "--type", "tbq4_0"), "is not a regular file")
-    refused(cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", "--threads", "0"), "threads is 0; it must be an integer, at least 1")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert cli(tiny, out, "--type", "tbq4_0", "--force").returncode == 0 and "blk.0.ffn_up.weight" in contents(out)
 

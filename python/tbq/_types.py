@@ -19,10 +19,10 @@ class TypeInfo:
     bits: int  #: bits of an index
     bits_per_value: float  #: storage, the scale included
     block_bytes: int  #: bytes of a block of 64 values
-    levels: tuple  #: the integer codebook, ascending
+    levels: tuple[int, ...]  #: the integer codebook, ascending
 
 
-def _load(name):
+def _load(name: str) -> TypeInfo:
     info = lib.tbq_find_type(name.encode())
     return TypeInfo(
         name=ffi.string(info.name).decode(),
@@ -35,10 +35,10 @@ def _load(name):
 
 
 #: Every type that stores values, by name.
-types: Mapping = MappingProxyType({name: _load(name) for name in ("tbq2_0", "tbq3_0", "tbq4_0")})
+types: Mapping[str, TypeInfo] = MappingProxyType({name: _load(name) for name in ("tbq2_0", "tbq3_0", "tbq4_0")})
 
 
-def find(name):
+def find(name: str) -> TypeInfo:
     """The TypeInfo of a name; TBQError if there is none."""
     info = types.get(name) if isinstance(name, str) else None
     if info is None:

@@ -1,97 +1,57 @@
-"""Measures the speed of cache types side by side: `tbq bench speed`."""
+"""Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py."""
+import argparse
 import contextlib
+import dataclasses
 import json
-import os
 import pathlib
-import subprocess
+import shutil
+import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tbq import caches, quality, shape
+from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
+from tbq.caches import Cache, TypePair, split_pair
 from tbq.errors import TBQError
-from tbq.paths import program
+from tbq.shape import Shape
 
-# The shape of docs/attention.md: a token reads 153 MB of weights, so that on two cores attention dominates from depth
-# 4096 on.
-SHAPE = {"layers": 8, "width": 1024, "heads": 16, "kv_heads": 4, "head_size": 128, "ff": 2816, "vocab": 32000}
+__all__ = ["Speeds", "Test", "attention_table", "define", "measure", "read_bandwidth", "split_pair", "table"]
 
 
-def write_shape_model(path, layers, width, heads, kv_heads, head_size, ff, vocab, seed=0):
-    """Writes a llama of random Q8_0 weights without a tokenizer, to measure speed on; returns the path."""
-    import gguf
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """Tokens read at once, or generated one by one, with so many in the cache before."""
 
-    rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("shape only, random weights")
-    writer.add_block_count(layers)
-    writer.add_context_length(1 << 20)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("none")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    prompt: int
+    generate: int
+    depth: int
 
-    def add(name, rows, columns):
-        # uniform bytes (standard deviation 74) times d: outputs of the size of inputs
-        blocks = np.empty((rows, columns // 32, 34), np.uint8)
-        blocks[..., :2] = np.array([1 / (74 * columns ** 0.5)], "<f2").view(np.uint8)
-        blocks[..., 2:] = rng.integers(-127, 128, (rows, columns // 32, 32), np.int8).view(np.uint8)
-        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-
-    def ones(name):
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-
-    add("token_embd", vocab, width)
-    add("output", vocab, width)
-    ones("output_norm")
-    for i in range(layers):
-        block = f"blk.{i}"
-        ones(f"{block}.attn_norm")
-        ones(f"{block}.ffn_norm")
-        add(f"{block}.attn_q", heads * head_size, width)
-        add(f"{block}.attn_k", kv_heads * head_size, width)
-        add(f"{block}.attn_v", kv_heads * head_size, width)
-        add(f"{block}.attn_output", width, heads * head_size)
-        add(f"{block}.ffn_gate", ff, width)
-        add(f"{block}.ffn_up", ff, width)
-        add(f"{block}.ffn_down", width, ff)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    def __str__(self) -> str:
+        if self.generate:
+            return f"tg @ {self.depth}"
+        return f"pp {self.prompt}" + (f" @ {self.depth}" if self.depth else "")
 
 
-def split_pair(pair):
-    """("tbq4_0", "tbq3_0") of "tbq4_0/tbq3_0"; one name is for both sides."""
-    k, _, v = pair.partition("/")
-    return k, v or k
+@dataclasses.dataclass
+class Speeds:
+    """What was measured so far."""
+
+    samples: dict[TypePair, dict[Test, list[float]]]  #: tokens per second, one each round
+    failures: dict[tuple[TypePair, int], str] = dataclasses.field(default_factory=dict)  #: why a pair has none at a depth
+    device: str = ""
+    complete: bool = False
+
+    def median(self, pair: TypePair, test: Test) -> float | None:
+        found = self.samples[pair].get(test)
+        return statistics.median(found) if found else None
 
 
-def cache_bytes(pair, shape=None):
-    """Bytes of keys and values of one token, in all layers."""
-    import gguf
-
-    shape = shape or SHAPE
-    values = shape["layers"] * shape["kv_heads"] * shape["head_size"]
-    ours = {"tbq2_0": (64, 18), "tbq3_0": (64, 26), "tbq4_0": (64, 34)}
-    total = 0
-    for name in split_pair(pair):
-        block, size = ours.get(name) or gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
-        total += values // block * size
-    return total
-
-
-def read_bandwidth(size, threads):
+def read_bandwidth(size: int, threads: int) -> float:
     """Bytes per second of a plain read of `size` bytes by so many threads: the floor of any attention over them."""
     parts = [np.ones(max(1, size // 8 // threads), np.uint64) for _ in range(threads)]
     best = float("inf")
@@ -106,105 +66,201 @@ def read_bandwidth(size, threads):
     return 8 * sum(map(len, parts)) / best
 
 
-def llama_bench(model, pair, threads, options):
-    """Tokens per second of each repetition of the one test that the options ask llama-bench for."""
-    k, v = split_pair(pair)
-    command = [program("llama-bench"), "-m", model, "-t", str(threads), "-fa", "1", "-ctk", k, "-ctv", v, "-o", "json", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr + done.stdout).splitlines()
-        errors = [line for line in lines if "error: " in line] or lines[-1:] or [f"exit status {done.returncode}"]
-        raise TBQError(f"llama-bench failed for {pair}: {errors[0].strip()}")
-    test, = json.loads(done.stdout)
-    return test["samples_ts"]
+def bench_arguments(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]) -> list[str]:
+    """llama-bench's, for tests at one depth, once each."""
+    prompts = ",".join(str(t.prompt) for t in tests if t.prompt) or "0"
+    generate = ",".join(str(t.generate) for t in tests if t.generate) or "0"
+    return [*options, "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", pair.k, "-ctv", pair.v,
+            "-p", prompts, "-n", generate, "-d", str(tests[0].depth), "-r", "1", "-o", "json"]
 
 
-def measure(pairs, depths, prompts, threads, model=None, generate=16, rounds=3):
-    """Tokens per second of cache types, each test of each type in turn within a round.
+def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int,
+                options: Sequence[str] = ()) -> tuple[dict[Test, float], str]:
+    """Tokens per second of each test, all at one depth; and the device.  TBQError with llama.cpp's reason if it fails."""
+    arguments = bench_arguments(model, pair, tests, threads, options)
+    done = run("llama-bench", arguments)
+    if done.status > 0 and "failed to create context" in done.stderr:
+        done = run("llama-bench", [*arguments, "-v"])  # only then it says why
+    if done.status:
+        raise TBQError(_failure(done, tests))
+    try:
+        rows = json.loads(done.stdout)
+        found = {Test(row["n_prompt"], row["n_gen"], row["n_depth"]): float(row["avg_ts"]) for row in rows}
+    except (ValueError, KeyError, TypeError):
+        raise TBQError("llama-bench printed no results; are the options after -- such that it runs?") from None
+    if len(rows) != len(tests) or set(found) != set(tests):
+        raise TBQError(f"llama-bench ran {len(rows)} tests instead of {len(tests)}; an option after -- must have one value, "
+                       "and cache types, depths and prompts have options of their own")
+    return found, " and ".join(filter(None, (rows[0]["cpu_info"], rows[0]["gpu_info"]))) + f" ({rows[0]['backends']})"
 
-    pairs: names such as "f16", "tbq4_0/tbq3_0".  depths: tokens in the cache when `generate` more are generated.
-    prompts: tokens of prompts from an empty cache.  model: a GGUF; a model of SHAPE is made if None.
-    Returns {pair: {"tg @ 8192": (median, [samples]), "pp 512": ...}}.  After an interruption, what there was time for.
+
+def _failure(done: Done, tests: Sequence[Test]) -> str:
+    tokens = max(t.depth + t.prompt + t.generate for t in tests)
+    reason = done.error()
+    if "failed to allocate" in done.stderr or "out of memory" in done.stderr.lower() or done.status == -9:
+        return f"no room for {tokens} tokens ({reason})"
+    return reason
+
+
+def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, model: pathlib.Path, rounds: int = 3,
+            options: Sequence[str] = ()) -> Speeds:
+    """Speeds of pairs, each in turn within a round; a depth is filled once for all tests at it.
+
+    model: a GGUF file.  options: more of llama-bench's.
+    A pair that fails at a depth is left out there.  An interruption ends it with what there was time for.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    tests = [(f"tg @ {d}", ["-p", "0", "-n", str(generate), "-d", str(d)]) for d in depths]
-    tests += [(f"pp {p}", ["-p", str(p), "-n", "0", "-d", "0"]) for p in prompts]
-    samples = {pair: {name: [] for name, _ in tests} for pair in pairs}
-    with tempfile.TemporaryDirectory() as folder:
-        if model is None:
-            model = write_shape_model(pathlib.Path(folder) / "shape.gguf", **SHAPE)
-        runs = [(name, options, pair) for _ in range(rounds) for name, options in tests for pair in pairs]
-        with tqdm(runs, unit="run") as bar, contextlib.suppress(KeyboardInterrupt):
-            for name, options, pair in bar:
-                bar.set_description(f"{pair} {name}")
-                samples[pair][name] += llama_bench(model, pair, threads, [*options, "-r", "1"])
-    return {pair: {name: (float(np.median(s)), s) for name, s in found.items() if s} for pair, found in samples.items()}
+    speeds = Speeds({pair: {} for pair in pairs})
+    depths = dict.fromkeys(test.depth for test in tests)
+    runs = [(pair, depth) for _ in range(rounds) for depth in depths for pair in pairs]
+    with tqdm(runs, unit="run") as bar, contextlib.suppress(KeyboardInterrupt):
+        for pair, depth in bar:
+            if (pair, depth) in speeds.failures:
+                continue
+            bar.set_description(f"{pair} @ {depth}")
+            try:
+                found, speeds.device = llama_bench(model, pair, [t for t in tests if t.depth == depth], threads, options)
+            except TBQError as error:
+                speeds.failures[pair, depth] = str(error)
+                continue
+            for test, speed in found.items():
+                speeds.samples[pair].setdefault(test, []).append(speed)
+        speeds.complete = True
+    return speeds
 
 
-def table(results, depths, threads, shape_known):
-    """Markdown: each type's tokens/s, relative to the first type; then what attention reads."""
-    pairs = list(results)
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
-    lines = ["| K / V | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+def table(speeds: Speeds, tests: Sequence[Test]) -> str:
+    """Markdown: each pair's tokens/s, and relative to the first pair."""
+    pairs = list(speeds.samples)
+    lines = ["| K / V | " + " | ".join(map(str, tests)) + " |", "|---|" + "---|" * len(tests)]
     for pair in pairs:
         cells = []
-        for name in names:
-            speed, base = (results[p].get(name, (None,))[0] for p in (pair, pairs[0]))
-            cells.append("" if not speed else f"{speed:.1f}" if pair == pairs[0] or not base else f"{speed:.1f} ({speed / base:.2f})")
+        for test in tests:
+            speed, base = speeds.median(pair, test), speeds.median(pairs[0], test)
+            cells.append("" if speed is None else f"{speed:.1f}" if pair == pairs[0] or not base else f"{speed:.1f} ({speed / base:.2f})")
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
-    deep = [d for d in depths if d > 0]
-    if 0 in depths and deep and shape_known:
-        lines += ["", "| K / V | depth | attention, ms a token | cache, MB | GB/s | plain read, GB/s |", "|---|---|---|---|---|---|"]
-        for pair in pairs:
-            for depth in deep:
-                if not {"tg @ 0", f"tg @ {depth}"} <= set(results[pair]):
-                    continue
-                seconds = 1 / results[pair][f"tg @ {depth}"][0] - 1 / results[pair]["tg @ 0"][0]
-                size = cache_bytes(pair) * depth
-                if seconds <= 0:  # a short cache, and noise
-                    continue
-                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} "
-                             f"| {read_bandwidth(size, threads) / 1e9:.2f} |")
     return "\n".join(lines)
 
 
-def numbers(text):
-    return [int(x) for x in text.split(",") if x]
+def attention_table(speeds: Speeds, cache: Cache, threads: int) -> str:
+    """Markdown: what attention over the cache takes, from the difference to an empty one; "" without both."""
+    lines = []
+    for pair, found in speeds.samples.items():
+        generated = {test.depth: speeds.median(pair, test) for test in found if test.generate}
+        for depth, speed in generated.items():
+            if not depth or not speed or not generated.get(0):
+                continue
+            seconds = 1 / speed - 1 / (generated[0] or 1)
+            size = pair.bytes(cache) * depth
+            if seconds > 0:  # not a short cache and noise
+                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} "
+                             f"| {read_bandwidth(size, threads) / 1e9:.2f} |")
+    head = ["| K / V | depth | attention, ms a token | cache, MB | GB/s | plain read, GB/s |", "|---|---|---|---|---|---|"]
+    return "\n".join(head + lines) if lines else ""
 
 
-def define(parser):
-    """measure the speed of cache types side by side"""
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def _depths(text: str) -> list[int]:
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8192")
+    return [int(part) for part in dict.fromkeys(parts)]
+
+
+def _prompts(text: str) -> list[Test]:
+    tests = []
+    for part in filter(None, text.split(",")):
+        length, at, depth = part.partition("@")
+        if not all(n.isascii() and n.isdigit() for n in (length, depth or "0")) or not int(length) or at and not depth:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a length such as 512, or a length and a depth such as 512@8192")
+        tests.append(Test(int(length), 0, int(depth or 0)))
+    return list(dict.fromkeys(tests))
+
+
+@contextlib.contextmanager
+def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | None, dict[str, str]]]:
+    """Path, cache and identity of the file named, or of one of random weights that exists inside only."""
+    if args.model:
+        model = caches.read_model(args.model)
+        longest = max(t.depth + t.prompt + t.generate for t in args.tests)
+        if 0 < model.context < longest:
+            print(f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",
+                  file=sys.stderr)
+        yield args.model, model.cache, {"model": args.model.name, "model_sha256": caches.sha256(args.model)}
+        return
+    with tempfile.TemporaryDirectory(prefix="tbq-", dir=args.scratch) as folder:
+        free = shutil.disk_usage(folder).free
+        if args.shape.size() * 1.01 > free:
+            raise TBQError(f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
+                           "name another folder with --scratch, or a smaller --shape")
+        yield shape.write(pathlib.Path(folder) / "shape.gguf", args.shape), args.shape.cache(), {"shape": str(args.shape)}
+
+
+def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identity: dict[str, str]) -> None:
+    if args.json:
+        print(json.dumps({**identity, **caches.versions(), "device": speeds.device, "threads": args.threads, "options": args.options,
+                          "tokens_per_second": {str(pair): {str(test): found for test, found in tests.items()}
+                                                for pair, tests in speeds.samples.items()},
+                          "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}}, indent=2))
+        return
+    versions = caches.versions()
+    facts = [f"tokens per second, medians of {args.rounds}, and relative to {next(iter(speeds.samples))}; "
+             "tg: generating, pp: a prompt, @: tokens in the cache before",
+             f"model: {identity['model']}, sha256 {identity['model_sha256']}" if "model" in identity else
+             f"model: random weights, --shape {identity['shape']}",
+             f"llama.cpp {versions['llama_cpp_commit']}, tbq {versions['tbq']}; {args.threads} threads; {speeds.device}"]
+    parts = [table(speeds, args.tests), attention_table(speeds, cache, args.threads) if cache else "", "\n".join(facts)]
+    print("\n\n".join(filter(None, parts)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    args.tests = [Test(0, args.generate, depth) for depth in args.depths] + args.prompts
+    if not args.tests:
+        raise TBQError("--depths and --prompts are both empty; one of them names what to measure")
+    if args.scratch and not args.scratch.is_dir():
+        raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
+    pairs = caches.parse(args.types)
+    with interruptible(), _model(args) as (model, cache, identity):
+        speeds = measure(pairs, args.tests, args.threads, model, args.rounds, args.options)
+        if any(speeds.samples.values()):
+            _print(args, speeds, cache, identity)
+    if not speeds.complete:
+        print("tbq: interrupted", file=sys.stderr)
+        return 130
+    if speeds.failures:
+        raise TBQError(one_line({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
+    return 0
+
+
+def _define_speed(parser: argparse.ArgumentParser) -> None:
+    """tokens per second of cache types side by side, with llama-bench"""
+    parser.epilog = ("examples: tbq bench speed --types f16,tbq4_0,tbq4_0/tbq3_0\n"
+                     "          tbq bench speed --model model.gguf --depths 0,32768 --prompts 2048@32768 -- -ngl 99\n"
+                     "          tbq bench speed --shape layers=32,width=4096,heads=32,kv_heads=8,ff=14336 --depths 0,131072")
+    parser.add_argument("--types", default="f16,q8_0,q4_0,tbq4_0,tbq3_0,tbq2_0", metavar="K/V,...",
+                        help="cache types, the first is what the others are compared with (%(default)s)")
+    parser.add_argument("--depths", type=_depths, default="0,8192", metavar="N,...",
+                        help="tokens in the cache when generating (%(default)s)")
+    parser.add_argument("--generate", type=at_least_one, default=16, metavar="N", help="tokens to generate at each depth (%(default)s)")
+    parser.add_argument("--prompts", type=_prompts, default="512,4096,512@8192", metavar="N[@DEPTH],...",
+                        help="lengths of prompts, from an empty cache or after so many tokens (%(default)s)")
+    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured (%(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="instead of a model of random weights")
+    which.add_argument("--shape", type=shape.parse, default=Shape(), metavar="KEY=N,...", help="of the model of random weights (%(default)s)")
+    parser.add_argument("--scratch", type=pathlib.Path, metavar="FOLDER", help="for the model of random weights (the system's temporary one)")
+    parser.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama-bench, one value each: -- -ngl 99")
+    parser.set_defaults(run=_run)
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """measure the speed, or the quality, of cache types side by side"""
+    parser.epilog = "examples: tbq bench speed, tbq bench quality --model model.gguf; each has its own --help"
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    speed = commands.add_parser("speed", help="tokens per second, with llama-bench", description=measure.__doc__.split("\n")[0])
-    speed.add_argument("--types", default="f16,q8_0,q4_0,tbq4_0,tbq3_0,tbq2_0", metavar="K/V,...",
-                       help="cache types, the first is what the others are compared with (%(default)s)")
-    speed.add_argument("--depths", type=numbers, default=[0, 8192], metavar="N,...", help="tokens in the cache when generating (0,8192)")
-    speed.add_argument("--prompts", type=numbers, default=[512, 4096], metavar="N,...", help="lengths of prompts (512,4096)")
-    speed.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), metavar="N")
-    speed.add_argument("--rounds", type=int, default=3, metavar="N")
-    speed.add_argument("--model", metavar="GGUF", help="instead of a model of random weights")
-    speed.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
-
-    def run(args):
-        if not args.depths and not args.prompts:
-            raise TBQError("--depths and --prompts are both empty; one of them names what to measure")
-        if args.rounds < 1 or args.threads < 1:
-            raise TBQError(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
-        if args.model and not pathlib.Path(args.model).is_file():
-            raise TBQError(f"model {args.model!r} is not a file")
-        results = measure(args.types.split(","), args.depths, args.prompts, args.threads, args.model, rounds=args.rounds)
-        done = sum(len(s) for tests in results.values() for _, s in tests.values())
-        runs = len(results) * (len(args.depths) + len(args.prompts)) * args.rounds
-        if done == 0:
-            return 130
-        if args.json:
-            print(json.dumps({pair: {name: s for name, (_, s) in tests.items()} for pair, tests in results.items()}, indent=2))
-        else:
-            print(table(results, args.depths, args.threads, args.model is None))
-        if done < runs:
-            print(f"tbq: interrupted after {done} of {runs} runs", file=sys.stderr)
-            return 130
-        return 0
-
-    speed.set_defaults(run=run)
+    for name, of in (("speed", _define_speed), ("quality", quality.define)):
+        of(commands.add_parser(name, help=of.__doc__, description=of.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))

@@ -1,28 +1,37 @@
 """NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
 import math
 import operator
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from tbq._ffi import ffi, lib
 from tbq.errors import TBQError
 from tbq._types import BLOCK, find
 
+if TYPE_CHECKING:
+    from tbq._ffi import CData
+
+#: What dequantize takes: the bytes of blocks, and the shape of the result.
+Blocks = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+Shape = SupportsIndex | Iterable[SupportsIndex]
+
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
-def row_bytes(n, type):
+def row_bytes(n: SupportsIndex, type: str) -> int:
     """Bytes of n values.
 
     n: int, a multiple of 64.  type: name of a type ("tbq4_0").
     Raises TBQError for another n or type.
     """
     info = find(type)
-    n = _length(n, "n")
-    return n // BLOCK * info.block_bytes
+    return _length(n, "n") // BLOCK * info.block_bytes
 
 
-def quantize(array, type, *, kv=False):
+def quantize(array: npt.ArrayLike, type: str, *, kv: bool = False) -> npt.NDArray[np.uint8]:
     """Blocks of an array, row by row along its last axis.
 
     array: float32 or float16 of shape (..., n) with n a multiple of 64; read in place if C-contiguous, otherwise
@@ -35,9 +44,7 @@ def quantize(array, type, *, kv=False):
     info = find(type)
     array = np.asarray(array)
     _check_float(array.dtype, "array has dtype")
-    if array.ndim == 0:
-        raise TBQError("array has no axis; its last axis must be a multiple of 64")
-    width = _length(array.shape[-1], f"array has shape {array.shape}: its last axis")
+    width = _width(array)
     array = np.ascontiguousarray(array)
     packed = np.empty((*array.shape[:-1], width // BLOCK * info.block_bytes), np.uint8)
     if array.dtype == np.float32:
@@ -48,7 +55,7 @@ def quantize(array, type, *, kv=False):
     return packed
 
 
-def dequantize(data, type, shape, dtype=np.float32):
+def dequantize(data: Blocks, type: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """The values of blocks.
 
     data: bytes-like or a uint8 array holding the blocks of the rows, one after the other; read in place if
@@ -75,25 +82,56 @@ def dequantize(data, type, shape, dtype=np.float32):
     return result
 
 
-def _check_float(dtype, what):
+def rotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """What quantize rounds: each 64 values rotated by the fixed rotation of the types, lengths and angles kept.
+
+    array: float32 of shape (..., n) with n a multiple of 64.  Returns float32 of the same shape.
+    Raises TBQError for another dtype or last axis.
+    """
+    return _transform(lib.tbq_rotate, array)
+
+
+def unrotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """The inverse of rotate, up to rounding; the same shapes, dtypes and errors."""
+    return _transform(lib.tbq_unrotate, array)
+
+
+def _transform(function: "Callable[[CData, CData, int], int]", values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    array = np.asarray(values)
+    if array.dtype != np.float32:
+        raise TBQError(f"array has dtype {array.dtype}; it must be float32")
+    _width(array)
+    array = np.ascontiguousarray(array)
+    result = np.empty(array.shape, np.float32)
+    _check_status(function(_pointer("float[]", array), _pointer("float[]", result), array.size))
+    return result
+
+
+def _check_float(dtype: np.dtype[Any], what: str) -> None:
     # equality of dtypes includes the byte order
     if dtype not in _FLOATS:
         raise TBQError(f"{what} {dtype}; it must be float32 or float16")
 
 
-def _length(n, what):
+def _width(array: npt.NDArray[Any]) -> int:
+    if array.ndim == 0:
+        raise TBQError("array has no axis; its last axis must be a multiple of 64")
+    return _length(array.shape[-1], f"array has shape {array.shape}: its last axis")
+
+
+def _length(length: SupportsIndex, what: str) -> int:
     try:
-        n = operator.index(n)
+        n = operator.index(length)
     except TypeError:
-        raise TBQError(f"{what} is {n!r}; it must be a multiple of {BLOCK}") from None
+        raise TBQError(f"{what} is {length!r}; it must be a multiple of {BLOCK}") from None
     if n < 0 or n % BLOCK:
         raise TBQError(f"{what} is {n}; it must be a multiple of {BLOCK}")
     return n
 
 
-def _shape(shape):
+def _shape(shape: Shape) -> tuple[int, ...]:
     try:
-        axes = tuple(operator.index(n) for n in (shape if hasattr(shape, "__iter__") else (shape,)))
+        axes = tuple(operator.index(n) for n in (shape if isinstance(shape, Iterable) else (shape,)))
     except TypeError:
         raise TBQError(f"shape is {shape!r}; it must be a tuple of integers") from None
     if not axes or min(axes) < 0:
@@ -102,7 +140,7 @@ def _shape(shape):
     return axes
 
 
-def _bytes_of(data):
+def _bytes_of(data: Blocks) -> npt.NDArray[np.uint8]:
     """One axis of uint8, a view where that is possible."""
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8:
@@ -114,11 +152,11 @@ def _bytes_of(data):
         raise TBQError(f"data is a {data.__class__.__name__}; it must be bytes-like or a uint8 array") from None
 
 
-def _pointer(ctype, array):
+def _pointer(ctype: str, array: npt.NDArray[Any]) -> "CData":
     # from_buffer refuses read-only memory unless asked not to write; the library writes to results only
     return ffi.from_buffer(ctype, array.reshape(-1).view(np.uint8) if array.size else b"")
 
 
-def _check_status(status):
+def _check_status(status: int) -> None:
     if status != lib.TBQ_OK:
         raise TBQError(ffi.string(lib.tbq_status_text(status)).decode())

@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, conversion, inspection
+from tbq import __version__, bench, conversion, inspection, server
 from tbq.errors import TBQError
 from tbq.paths import paths
+from tbq.plan import define as define_plan  # tbq.plan is the function
 
 
 def _paths(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +39,25 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _completion(parser: argparse.ArgumentParser) -> None:
+    """print the script that lets a shell complete these commands"""
+    parser.epilog = "example: tbq completion bash > ~/.local/share/bash-completion/completions/tbq"
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            import shtab  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise TBQError("tbq completion needs shtab: pip install 'ggml-tbq[completion]'") from None
+        print(shtab.complete(_parser(), args.shell))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "bench": bench.define,
-    "convert": conversion.define,
-    "inspect": inspection.define,
-    "paths": _paths,
-}
+    "bench": bench.define, "completion": _completion, "convert": conversion.define, "inspect": inspection.define, "paths": _paths,
+    "plan": define_plan, "serve": server.define}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
     try:
         return int(args.run(args))
     except TBQError as error:

@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from gguf import GGMLQuantizationType as GGML
 from gguf import GGUFValueType
 
 from tbq import _coders
+from tbq._run import at_least_one, cores, interruptible
 from tbq._types import BLOCK, types
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
@@ -84,35 +84,36 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type
     see Report.notes.
     Raises TBQError for a bad file, type, pattern or value (NaN, infinity); nothing is left behind then.
     """
-    target = as_path(target)
+    path = as_path(target)
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = cores()
     for name, value in (("threads", threads), ("split_bytes", split_bytes)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise TBQError(f"{name} is {value!r}; it must be an integer, at least 1")
     model = open_gguf(source)
     notes: dict[str, str] = {}
     plan = [(tensor, _fitting(tensor, wanted, notes)) for tensor, wanted in zip(model.tensors, _wanted(model, type, tensors))]
-    parts = _parts(plan, target, split_bytes)
-    _check_target(model, [path for path, _ in parts], force)
+    parts = _parts(plan, path, split_bytes)
+    names = [name for name, _ in parts]
+    _check_target(model, names, force)
     headers = [_header(model, parts, i, FILE_TYPES[type]) for i in range(len(parts))]
     need = sum(size for _, _, size in headers)
-    if need > shutil.disk_usage(target.parent).free:
-        raise TBQError(f"{target.parent} has no room for {need} bytes")
+    if need > shutil.disk_usage(path.parent).free:
+        raise TBQError(f"{path.parent} has no room for {need} bytes")
 
-    with _as_one_file(target.parent, [path for path, _ in parts]) as files, _bar(plan, progress) as advance:
+    with _as_one_file(path.parent, names) as files, _bar(plan, progress) as advance:
         with ThreadPoolExecutor(threads) as pool:
             for (_, part), (text, offsets, size), file in zip(parts, headers, files):
-                with _named(target):
+                with _named(path):
                     file.write(text)
                 for tensor, offset, data in _converted(part, offsets, pool, 2 * threads):
-                    with _named(target):
+                    with _named(path):
                         file.write(bytes(offset - file.tell()) if offset > file.tell() else b"")
                         file.write(data)
                     advance(tensor, len(data))
-                with _named(target):
+                with _named(path):
                     file.write(bytes(size - file.tell()))
-    return _report(plan, [path for path, _ in parts], notes)
+    return _report(plan, names, notes)
 
 
 Plan = list[tuple[Tensor, GGML]]
@@ -413,10 +414,10 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
                         help="another type for tensors in whose name the regular expression is found; the first that is found counts")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--split", type=_size_option, metavar="N(M|G)", help="several files of at most so many bytes of tensors each")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
 
     def run(args: argparse.Namespace) -> int:
-        with _terminated_as_interrupted():
+        with interruptible():
             report = convert(args.source, args.target, args.type, tensors=args.tensor, force=args.force,
                              split_bytes=args.split, threads=args.threads, progress=True)
         for (before, after), count in sorted(report.counts.items()):
@@ -432,18 +433,3 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
         return 0
 
     parser.set_defaults(run=run)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A polite end by SIGTERM or SIGHUP removes the half file as Ctrl-C does."""
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = [signal.signal(name, interrupt) for name in names]
-    try:
-        yield
-    finally:
-        for name, handler in zip(names, before):
-            signal.signal(name, handler)

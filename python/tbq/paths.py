@@ -7,7 +7,7 @@ from tbq.errors import TBQError
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
-def paths():
+def paths() -> dict[str, str]:
     """A dict of strings.
 
     bin: folder of llama-server, llama-cli and the other programs.
@@ -23,7 +23,7 @@ def paths():
     return {"bin": str(_PACKAGE / "bin"), "lib": str(_PACKAGE / "lib"), **build}
 
 
-def program(name):
+def program(name: str) -> pathlib.Path:
     """The path of a program of llama.cpp, "llama-server" for example; TBQError if it is not installed."""
     folder = _PACKAGE / "bin"
     for path in (folder / name, folder / f"{name}.exe"):

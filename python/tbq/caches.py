@@ -1,0 +1,135 @@
+"""Pairs of cache types, and what one token takes in a model's cache."""
+import dataclasses
+import hashlib
+import pathlib
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbq._layers import GLOBAL, read_shape
+from tbq._types import BLOCK, types
+from tbq._version import __version__
+from tbq.errors import TBQError
+from tbq.paths import paths, program
+
+#: Values of a token's keys and of its values, layer by layer.
+Cache = Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TypePair:
+    """The types of keys and values: TypePair("tbq4_0", "tbq3_0")."""
+
+    k: str
+    v: str
+
+    def __str__(self) -> str:
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+    @property
+    def ours(self) -> bool:
+        """Whether a side is a tbq type."""
+        return self.k in types or self.v in types
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Bits of a value of the keys, and of the values; scales included."""
+        (k_values, k_bytes), (v_values, v_bytes) = _block(self.k), _block(self.v)
+        return 8 * k_bytes / k_values, 8 * v_bytes / v_values
+
+    def bytes(self, cache: Cache) -> int:
+        """Bytes of one token in all layers."""
+        (k_values, k_bytes), (v_values, v_bytes) = _block(self.k), _block(self.v)
+        return sum(k // k_values * k_bytes + v // v_values * v_bytes for k, v in cache)
+
+
+def _block(name: str) -> tuple[int, int]:
+    """Values and bytes of a block."""
+    import gguf
+
+    if name in types:
+        return BLOCK, types[name].block_bytes
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+
+
+def known() -> list[str]:
+    """The cache types that this llama.cpp takes, in the order of its help."""
+    done = subprocess.run([program("llama-perplexity"), "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    found = re.search(r"--cache-type-k TYPE.*?allowed values: (.*?)\(default", done.stdout, re.S)
+    if not found:
+        raise TBQError(f"{program('llama-perplexity')} --help names no cache types; is it the patched one?")
+    return found[1].replace(",", " ").split()
+
+
+def split_pair(text: str) -> tuple[str, str]:
+    """("tbq4_0", "tbq3_0") of "tbq4_0/tbq3_0"; one name is for both sides."""
+    k, slash, v = text.partition("/")
+    return k, v if slash else k
+
+
+def parse(text: str) -> list[TypePair]:
+    """The pairs of "f16,tbq4_0/tbq3_0": keys / values, one name for both; TBQError for an unknown type."""
+    names, pairs = known(), []
+    for part in filter(None, text.split(",")):
+        pair = TypePair(*split_pair(part))
+        for name in (pair.k, pair.v):
+            if name not in names:
+                raise TBQError(f"cache type {name!r} is not one of {', '.join(names)}; a pair is K/V, as in tbq4_0/tbq3_0")
+        pairs.append(pair)
+    if not pairs:
+        raise TBQError("no cache types; f16,tbq4_0 would compare two")
+    return list(dict.fromkeys(pairs))
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What measuring needs of a GGUF file's metadata."""
+
+    path: pathlib.Path
+    context: int  #: tokens that it was trained for, 0 if the file does not say
+    vocab: int  #: tokens of the tokenizer, 0 without one
+    cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
+
+
+def read_model(path: pathlib.Path) -> Model:
+    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged."""
+    from tbq._header import open_header
+
+    fields = open_header(path).fields
+    context = fields.get(f"{fields.get('general.architecture')}.context_length", 0)
+    return Model(path, int(context), int(fields.get("tokenizer.ggml.tokens", 0)), _cache(fields))
+
+
+def _cache(fields: Mapping[str, Any]) -> Cache | None:
+    try:
+        layers = read_shape(fields).layers
+    except TBQError:
+        return None
+    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in layers if layer.kind == GLOBAL]
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file; of a split model's parts one after the other, given the first."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    digest, files = hashlib.sha256(), [path]
+    part = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if part:
+        files = [path.with_name(f"{part[1]}-{i:05}-of-{part[2]}.gguf") for i in range(1, int(part[2]) + 1)]
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, desc="sha256", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for file in files:
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 22):
+                    digest.update(piece)
+                    bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What was measured with."""
+    return {"tbq": __version__, "llama_cpp_commit": paths()["llama_cpp_commit"]}

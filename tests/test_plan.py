@@ -1,0 +1,591 @@
+"""tbq plan: what it says a cache will take is what llama.cpp allocates, and what it recommends starts."""
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tbq
+from llama_tools import THREADS, byte_tokenizer, complete, run, tiny_llama, tiny_mla, write_gguf
+from tbq.plan import LARGE_BIAS, PAIRS, parse_size, plot, report
+
+MIB = 2**20
+
+
+# -- tiny models -------------------------------------------------------------------------------------------------------
+
+
+def write_model(path, arch, layers=2, embd=128, ff=64, tensors=lambda i: {}, heads=2, kv_heads=None, output_norm="output_norm", tied=False, more=(), **fields):
+    """A model over the byte tokenizer.  tensors(i): shapes of a layer's tensors beside the plain feed-forward network, by
+    name ("attn_k.bias"), None for one that is not there; more: shapes of tensors that are in no layer; fields: more metadata, "__" for a dot."""
+    rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
+    vocab = len(tokenizer["tokenizer.ggml.tokens"])
+    fields = {"context_length": 4096, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
+              "attention.head_count": heads, "attention.head_count_kv": kv_heads or heads, "attention.layer_norm_rms_epsilon": 1e-5,
+              **{k.replace("__", "."): v for k, v in fields.items()}}
+    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **({} if tied else {"output.weight": (vocab, embd)}), **dict(more)}
+    for i in range(layers):
+        plain = {"attn_norm.weight": (embd,), "ffn_norm.weight": (embd,), "ffn_gate.weight": (ff, embd), "ffn_up.weight": (ff, embd),
+                 "ffn_down.weight": (embd, ff)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in {**plain, **tensors(i)}.items() if shape}
+    values = {name: (rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))).astype("f4")
+              for name, shape in shapes.items()}
+    return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, values)
+
+
+def attention(heads, kv_heads, size, embd=128, value=None, norms=False):
+    value = value or size
+    return {"attn_q.weight": (heads * size, embd), "attn_k.weight": (kv_heads * size, embd), "attn_v.weight": (kv_heads * value, embd),
+            "attn_output.weight": (embd, heads * value), **({"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)} if norms else {})}
+
+
+POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
+
+
+def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
+    """Keys with biases: of `bias` times the rest of a key in one layer, 0 in the others."""
+    biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+    path = write_model(path, "qwen2", layers, embd=heads * size, heads=heads, kv_heads=kv_heads, attention__key_length=size, attention__value_length=size,
+                       tensors=lambda i: attention(heads, kv_heads, size, heads * size) | biases)
+    import gguf
+    reader = gguf.GGUFReader(path, "r+")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    weight = tensors[f"blk.{layer}.attn_k.weight"].data
+    tensors[f"blk.{layer}.attn_k.bias"].data[:] = bias * np.sqrt(np.square(weight).sum() / kv_heads) / math.sqrt(size)
+    reader.data.flush()
+    return path
+
+
+def gemma2(path):
+    return write_model(path, "gemma2", 3, tied=True, tensors=lambda i: attention(2, 1, 64) | POST, kv_heads=1, attention__sliding_window=512,
+                       attention__key_length=64, attention__value_length=64)
+
+
+def gemma3(path):
+    """Seven layers, of which the sixth is global, as the architecture has it."""
+    return write_model(path, "gemma3", 7, tensors=lambda i: attention(2, 1, 64, norms=True) | POST, kv_heads=1, attention__sliding_window=512,
+                       attention__key_length=64, attention__value_length=64)
+
+
+def gemma4(path):
+    """Heads of another number and size in the windows, and three layers that use the cache of others."""
+    def layer(i):
+        size, kv_heads = (64, 2) if i % 3 != 2 else (128, 1)
+        return attention(2, kv_heads, size, norms=True) | POST
+
+    return write_model(path, "gemma4", 9, tensors=layer, more={"rope_freqs.weight": (64,)}, kv_heads=[2, 2, 1] * 3, attention__key_length=128, attention__value_length=128,
+                       attention__key_length_swa=64, attention__value_length_swa=64, attention__sliding_window=512, rope__dimension_count=128,
+                       attention__sliding_window_pattern=[1, 1, 0] * 3, attention__shared_kv_layers=3, embedding_length_per_layer_input=0,
+                       rope__dimension_count_swa=64)
+
+
+def gemma3n(path):
+    """Only the first 20 layers have a cache; the others read it."""
+    layer = attention(2, 1, 64, norms=True) | POST | {
+        "inp_gate.weight": (256, 128), "proj.weight": (128, 256), "post_norm.weight": (128,), "altup_correct_coef.weight": (4, 4),
+        "altup_correct_scale.weight": (128,), "altup_predict_coef.weight": (16, 4), "altup_router.weight": (4, 128),
+        "altup_router_norm.weight": (128,), "laurel_l.weight": (64, 128), "laurel_r.weight": (128, 64), "laurel_post_norm.weight": (128,)}
+    more = {"altup_proj.weight": (3, 128, 128), "altup_unembd_proj.weight": (3, 128, 128), "per_layer_token_embd.weight": (260, 256 * 23),
+            "per_layer_model_proj.weight": (256 * 23, 128), "per_layer_proj_norm.weight": (256,)}
+    return write_model(path, "gemma3n", 23, tensors=lambda i: layer, more=more, kv_heads=1, attention__sliding_window=512,
+                       attention__key_length=64, attention__value_length=64)
+
+
+def gpt_oss(path):
+    def layer(i):
+        experts = {f"ffn_{x}_exps.{y}": s for x in ("gate", "up", "down") for y, s in (("weight", (2, 128, 128)), ("bias", (2, 128)))}
+        return attention(2, 1, 64) | experts | {
+            "attn_sinks.weight": (2,), "post_attention_norm.weight": (128,), "ffn_gate_inp.weight": (2, 128), "ffn_gate_inp.bias": (2,),
+            "attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,), "attn_output.bias": (128,),
+            "ffn_norm.weight": None, "ffn_gate.weight": None, "ffn_up.weight": None, "ffn_down.weight": None}
+
+    return write_model(path, "gpt-oss", 3, tensors=layer, kv_heads=1, attention__sliding_window=128, expert_count=2, expert_used_count=1,
+                       expert_feed_forward_length=128, attention__key_length=64, attention__value_length=64, rope__dimension_count=64)
+
+
+def lfm2(path):
+    """Layers 0 and 2 are convolutions."""
+    def layer(i):
+        if i % 2:
+            return attention(2, 1, 64, norms=True)
+        return {"shortconv.conv.weight": (128, 3), "shortconv.in_proj.weight": (384, 128), "shortconv.out_proj.weight": (128, 128)}
+
+    return write_model(path, "lfm2", 4, tensors=layer, kv_heads=[0, 1, 0, 1], shortconv__l_cache=3, output_norm="token_embd_norm")
+
+
+def openelm(path):
+    """Heads of its own number in each layer."""
+    heads, kv_heads = [4, 8, 12], [1, 2, 3]
+
+    def layer(i):
+        return {"attn_qkv.weight": ((heads[i] + 2 * kv_heads[i]) * 64, 128), "attn_output.weight": (128, heads[i] * 64),
+                "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
+
+    return write_model(path, "openelm", 3, tied=True, tensors=layer, heads=heads, kv_heads=kv_heads, attention__key_length=64, attention__value_length=64)
+
+
+def deci(path):
+    """The layer in the middle has no attention, the last fewer heads."""
+    def layer(i):
+        return {"attn_norm.weight": None} if i == 1 else attention(2, [2, 0, 1][i], 64)
+
+    return write_model(path, "deci", 3, tensors=layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
+
+
+MODELS = {
+    "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2),
+    "llama-k192": lambda path: tiny_llama(path, 192, heads=2, kv_heads=1),
+    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss, "deepseek2": tiny_mla, "lfm2": lfm2,
+    "openelm": openelm, "deci": deci,
+    "llama-h80": lambda path: tiny_llama(path, 80), "llama-h96": lambda path: tiny_llama(path, 96),
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A function from a name in MODELS to the file."""
+    folder, made = tmp_path_factory.mktemp("plan"), {}
+
+    def get(name):
+        if name not in made:
+            made[name] = MODELS[name](folder / f"{name}.gguf")
+        return made[name]
+
+    return get
+
+
+# -- what llama.cpp allocates ------------------------------------------------------------------------------------------
+
+
+class Allocated:
+    """The caches that llama-batched-bench makes: rows (cells, layers, MiB of K, MiB of V), and MiB of recurrent states."""
+
+    def __init__(self, bin_dir, path, k, v, context, parallel=1, unified=True, swa_full=False, ubatch=512):
+        arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch, "--fit", "off",
+                     "-lv", 4, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
+        # at this line everything is allocated; what the model then computes does not matter here
+        done = run(bin_dir / "llama-batched-bench", *arguments, ok=False, until="reserve took")
+        self.log = done.stdout + done.stderr
+        self.started = "reserve took" in self.log
+        self.caches = [(int(c), int(n), float(k), float(v)) for c, n, k, v in re.findall(
+            r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB", self.log)]
+        self.states = sum(float(x) for x in re.findall(r"llama_memory_recurrent: size = +([\d.]+) MiB", self.log))
+
+
+def assert_same(plan, k, v, real):
+    """llama.cpp prints hundredths of a MiB, 10,486 bytes.  A layer of 256 cells with one block more or less, 18 bytes or more,
+    would differ by 4,608 in a sum of few lines, so the contexts of these tests make any wrong layer, head or type show."""
+    assert real.started, real.log[-2000:]
+    pair = plan.pair(k, v)
+    near = pytest.approx
+    slack = 0.0051 * max(1, len(real.caches))
+    assert sum(c[2] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
+    assert sum(c[3] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
+    assert real.states == near(plan.state_bytes / MIB, abs=0.0051)
+    if "window" in pair.by_kind and len(real.caches) == 2:  # the global one comes first
+        for row, kind in zip(real.caches, ("global", "window")):
+            assert row[2:] == tuple(near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0)))
+            assert row[1] == sum(layer.kind == kind for layer in plan.layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [
+    dict(context=32768), dict(context=1000, ubatch=64), dict(context=20000, parallel=3), dict(context=20000, parallel=3, unified=False),
+    dict(context=16384, parallel=2, swa_full=True)], ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_bytes_are_those_that_llama_cpp_allocates(name, options, model, bin_dir):
+    pairs = [("f16", "f16"), ("tbq4_0", "tbq3_0"), ("tbq4_0", "tbq4_0"), ("q8_0", "q8_0"), ("q4_0", "tbq2_0")]
+    plan = tbq.plan(model(name), pairs=pairs, **{"parallel": 1, **options})
+    assert plan.exact
+    k, v = next((p for p in pairs[1:] if f"{p[0]}/{p[1]}" not in plan.refused), pairs[0])
+    for pair in {pairs[0], (k, v)}:
+        assert_same(plan, *pair, Allocated(bin_dir, model(name), *pair, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek2", "llama-h80", "llama-h96", "lfm2"])
+def test_refuses_what_llama_cpp_refuses(name, model, bin_dir):
+    plan = tbq.plan(model(name))
+    assert {f"{p.k}/{p.v}" for p in plan.pairs}.isdisjoint(plan.refused)
+    for k, v in PAIRS:
+        real = Allocated(bin_dir, model(name), k, v, 512)
+        assert real.started == (f"{k}/{v}" not in plan.refused), (k, v, real.log[-800:])
+
+
+def test_demo_model(demo_model, bin_dir):
+    plan = tbq.plan(demo_model, context=1024)
+    for k, v in (("f16", "f16"), ("tbq4_0", "tbq3_0")):
+        _, log = complete(bin_dir, demo_model, "a", "-ctk", k, "-ctv", v, n=1, n_ctx=1024)
+        size = re.search(r"llama_kv_cache: size = *([\d.]+) MiB", log)
+        assert float(size[1]) == pytest.approx(plan.pair(k, v).bytes / MIB, abs=0.006)
+    assert plan.pair("f16", "f16").bytes == 2 * 2 * 1024 * 30 * 3 * 64
+
+
+# -- every architecture of which llama.cpp makes a model ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def architectures(build_dir):
+    """llama.cpp's own tiny models, one or two of each architecture; 1 GB, so they do not outlive this file."""
+    program = build_dir / "bin" / "test-llama-archs"
+    if not program.is_file():
+        pytest.skip("test-llama-archs was not built")
+    with tempfile.TemporaryDirectory() as folder:
+        run(program, "-o", folder, timeout=300)
+        yield Path(folder)
+
+
+def test_every_architecture(architectures, bin_dir):
+    files = sorted(architectures.glob("*.gguf"))
+    assert len(files) > 100
+    unknown = set()
+    for path in files:
+        options = dict(context=8192, parallel=2)
+        try:
+            plan = tbq.plan(path, **options)
+        except tbq.TBQError as error:
+            real = Allocated(bin_dir, path, "f16", "f16", **options)
+            assert "keeps no cache" not in str(error) or not real.caches, path.name
+            unknown.add(path.name.rsplit("-", 1)[0])
+            continue
+        k, v = ("tbq4_0", "tbq4_0") if "tbq4_0/tbq4_0" not in plan.refused else ("f16", "f16")
+        assert_same(plan, k, v, Allocated(bin_dir, path, k, v, **options))
+    assert unknown == {"deepseek4", "dream", "llada", "llada-moe", "rnd1"}
+
+
+def stretched(source, target, layers, like, *without, **more):
+    """A copy of a model with more layers; layer i is a copy of layer like(i), without tensors if that is None.
+    Metadata in `without` are left out, numbers in `more` are put in."""
+    import gguf
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    count = reader.fields[f"{arch}.block_count"].contents()
+    writer = gguf.GGUFWriter(str(target), arch)
+    for name, field in reader.fields.items():
+        value = field.contents()
+        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix(f"{arch}.") in {*without, *more} or value == []:
+            continue
+        if name == f"{arch}.block_count":
+            value = layers
+        elif isinstance(value, list) and name.startswith(arch) and len(value) == count:
+            value = [value[like(i) or 0] for i in range(layers)]
+        writer.add_key_value(name, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for key, value in more.items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    for tensor in reader.tensors:
+        block = re.match(r"blk\.(\d+)\.(.*)", tensor.name)
+        for name in [f"blk.{i}.{block[2]}" for i in range(layers) if like(i) == int(block[1])] if block else [tensor.name]:
+            writer.add_tensor(name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize("name,layers", [
+    *((name, 13) for name in ("afmoe-moe", "cohere2-dense", "cohere2moe-moe", "exaone-moe-moe", "gemma2-dense", "gemma3-dense", "gpt-oss-moe",
+                              "laguna-moe", "llama4-moe", "mellum-moe", "muse-glimmer-dense", "olmo2-dense", "plamo3-dense", "smallthinker-moe")),
+    ("exaone4-dense", 64), ("exaone4-dense", 63)])
+def test_windows_where_the_file_does_not_list_them(name, layers, architectures, bin_dir, tmp_path):
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, lambda i: i % 4 if "llama4" in name else min(i, 1),
+                     "attention.sliding_window_pattern")
+    plan = tbq.plan(path, context=8192, parallel=2)
+    assert plan.exact
+    assert {layer.kind for layer in plan.layers} == ({"global"} if layers == 63 else {"global", "window"})
+    assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
+
+
+@pytest.mark.parametrize("name,interval", [("qwen3next-moe", 4), ("qwen35-dense", 4), ("minimax-01-moe", 8)])
+def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, architectures, bin_dir, tmp_path):
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0), "full_attention_interval")
+    plan = tbq.plan(path, context=8192, parallel=2)
+    assert [layer.index for layer in plan.layers if layer.kind == "global"] == list(range(interval - 1, 9, interval))
+    assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
+
+
+@pytest.mark.parametrize("name", ["deepseek2-moe", "mimo2-moe", "bailingmoe3-moe", "cohere2moe-moe", "deepseek32-moe", "glm-dsa-moe"])
+def test_layers_that_predict_further_tokens(name, architectures, bin_dir, tmp_path):
+    """A file may come without the tensors of its last layer, which drafts; most architectures make no cache for it."""
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 3, (0, 1, None).__getitem__, nextn_predict_layers=1)
+    plan = tbq.plan(path, context=8192, parallel=2)
+    assert plan.layers[2].kind == ("global" if name == "bailingmoe3-moe" else "none")
+    assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
+
+
+# -- the longest context -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek2", "lfm2"])
+@pytest.mark.parametrize("unified", [True, False])
+def test_longest_context_is_the_last_that_fits(name, unified, model):
+    plan = tbq.plan(model(name), context=512, memory="40M", parallel=3, unified=unified)
+    step = 256 * (1 if unified else 3)
+    for pair in plan.pairs:
+        room = plan.memory - plan.weights_bytes - plan.state_bytes
+        assert pair.longest % step == 0
+        assert plan.bytes_at(pair.k, pair.v, pair.longest) <= room < plan.bytes_at(pair.k, pair.v, pair.longest + step)
+        assert pair.fits and plan.fits
+    only = tbq.plan(model(name), context=512, memory=plan.memory - plan.weights_bytes, cache_only=True, parallel=3, unified=unified)
+    assert [p.longest for p in only.pairs] == [p.longest for p in plan.pairs]
+
+
+def test_memory_that_is_too_small(model):
+    plan = tbq.plan(model("llama"), context=4096, memory="3M")  # the weights alone are larger
+    assert plan.fits is False and all(pair.longest == 0 and pair.fits is False for pair in plan.pairs)
+    assert "not even this fits 4096 tokens" in plan.reason
+    assert "none fits" in report(plan)
+
+
+def test_context_follows_the_memory(model):
+    """Nobody asked for a context: quality stays and the context gives way, unless a little fewer bits reach all of it."""
+    path = model("llama")
+    everything = tbq.plan(path).pair("tbq4_0", "tbq4_0").bytes
+    less = tbq.plan(path).pair("tbq4_0", "tbq3_0").bytes
+    for memory, pair, context in ((everything, ("tbq4_0", "tbq4_0"), 2048), (less, ("tbq4_0", "tbq3_0"), 2048),
+                                  (everything // 2, ("tbq4_0", "tbq4_0"), 1024)):
+        plan = tbq.plan(path, memory=memory, cache_only=True)
+        assert (plan.recommended, plan.context, plan.fits) == (pair, context, True)
+
+
+# -- the recommendation ------------------------------------------------------------------------------------------------
+
+
+def test_recommends_4_bits_and_fewer_if_it_must(demo_model):
+    plan = tbq.plan(demo_model)
+    assert plan.recommended == ("tbq4_0", "tbq4_0") and plan.fits is None and plan.warnings == ()
+    for k, v in (("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0")):
+        plan = tbq.plan(demo_model, context=8192, memory=plan.pair(k, v).bytes, cache_only=True)
+        assert plan.recommended == (k, v) and plan.fits
+    assert tbq.plan(demo_model, context=8192, memory=1000, cache_only=True).recommended == ("tbq3_0", "tbq2_0")
+
+
+def test_leaves_a_small_cache_alone(demo_model):
+    plan = tbq.plan(demo_model, context=256)  # 6 MiB of f16 beside weights of 92
+    assert plan.recommended == ("f16", "f16")
+    assert "small beside the weights" in plan.reason
+    assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
+
+
+def test_sinks_keep_f16_keys(model):
+    plan = tbq.plan(model("gpt-oss"), context=200_000)
+    assert plan.sinks and plan.recommended == ("f16", "tbq4_0")
+    assert "attention sinks" in plan.reason and any("attention sinks" in text for text in plan.warnings)
+    smaller = tbq.plan(model("gpt-oss"), context=200_000, memory=plan.pair("f16", "tbq4_0").bytes - 1, cache_only=True)
+    assert smaller.recommended == ("f16", "tbq3_0")
+
+
+@pytest.mark.parametrize("bias,kept", [(0.0, "tbq4_0"), (0.5 * LARGE_BIAS, "tbq4_0"), (1.5 * LARGE_BIAS, "q8_0"), (1e4, "q8_0")])
+def test_large_key_biases_keep_q8_0_keys(bias, kept, tmp_path):
+    """One layer of many is enough: what its heads attend to is lost for all that follow."""
+    path = qwen2(tmp_path / "model.gguf", bias, layer=1, layers=3)
+    plan = tbq.plan(path, context=32768)
+    assert plan.recommended == (kept, "tbq4_0")
+    if kept == "q8_0":
+        assert list(plan.large_key_biases) == [1]
+        assert plan.large_key_biases[1] == pytest.approx(bias, rel=0.1)  # every 8th row is read
+        assert any(re.search(r"large key biases in 1 of 3 layers \(layer 1: ", text) for text in plan.warnings)
+    else:
+        assert not plan.large_key_biases and plan.warnings[1:] == ()
+
+
+def test_fused_projections_have_key_biases_too(tmp_path):
+    """phi2 and others keep queries, keys and values in one tensor; a large bias of the queries or values is none of the keys."""
+    import gguf
+    for part, kept in ((0, "tbq4_0"), (1, "q8_0"), (2, "tbq4_0")):
+        path = write_model(tmp_path / f"{part}.gguf", "qwen", tensors=lambda i: {"attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,)})
+        reader = gguf.GGUFReader(path, "r+")
+        next(t for t in reader.tensors if t.name == "blk.1.attn_qkv.bias").data[128 * part:128 * (part + 1)] = 10
+        reader.data.flush()
+        assert tbq.plan(path, context=32768).recommended == (kept, "tbq4_0")
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "tbq4_0", "q4_k"])
+def test_biases_beside_quantized_weights(kind, bin_dir, tmp_path):
+    """The figure barely depends on the type of the weights, ours included."""
+    path = qwen2(tmp_path / "f32.gguf", 2 * LARGE_BIAS, heads=4, kv_heads=2)
+    small = tmp_path / "small.gguf"
+    # --pure: otherwise attn_v and others get types of their own; rows of 128 are too short for q4_k, which falls back
+    run(bin_dir / "llama-quantize", "--pure", path, small, kind)
+    a, b = tbq.plan(path, context=32768), tbq.plan(small, context=32768)
+    assert b.weights_bytes < a.weights_bytes / 1.8 and b.layers == a.layers
+    assert b.large_key_biases[0] == pytest.approx(a.large_key_biases[0], rel=0.03)
+
+
+@pytest.mark.parametrize("name,pair", [("llama-h80", ("f16", "f16")), ("llama-h96", ("q8_0", "q8_0")), ("deepseek2", ("tbq4_0", "tbq4_0"))])
+def test_recommends_what_starts(name, pair, model, bin_dir):
+    plan = tbq.plan(model(name), context=65536)
+    assert plan.recommended == pair
+    assert Allocated(bin_dir, model(name), *plan.recommended, 512).started
+    if name != "deepseek2":
+        assert any(f"head size {name[-2:]}: 64 does not divide it" in text for text in plan.warnings)
+
+
+def test_unknown_architecture_with_windows_is_uncertain(tmp_path):
+    path = write_model(tmp_path / "model.gguf", "future", tensors=lambda i: attention(2, 2, 64), attention__sliding_window=128)
+    plan = tbq.plan(path)
+    assert not plan.exact and "uncertain" in plan.warnings[0] and "128" in plan.warnings[0]
+    assert {layer.kind for layer in plan.layers} == {"global"}
+
+
+def test_longer_than_trained(model):
+    assert any("longer than the 2048" in text for text in tbq.plan(model("llama"), context=4096).warnings)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "tbq", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def one_line(done):
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("tbq: error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_split_model(demo_model, bin_dir, tmp_path):
+    run(bin_dir / "llama-gguf-split", "--split-max-size", "40M", demo_model, tmp_path / "part")
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 1
+    whole, split = tbq.plan(demo_model), tbq.plan(parts[0])
+    assert (split.layers, split.pairs, split.weights_bytes) == (whole.layers, whole.pairs, whole.weights_bytes)
+    with pytest.raises(tbq.TBQError, match="is file 2 of a split model; name the first"):
+        tbq.plan(parts[1])
+    parts[1].unlink()
+    with pytest.raises(tbq.TBQError, match=r"00002-of-.*does not exist"):
+        tbq.plan(parts[0])
+
+
+def test_truncated_anywhere(model, tmp_path):
+    """Wherever a file ends, an error in one line and never a crash, a hang or figures."""
+    data, path = Path(model("qwen2")).read_bytes(), tmp_path / "cut.gguf"
+    for length in (*range(0, 64), *range(64, 9000, 97), *range(9000, len(data), len(data) // 20), len(data) - 1000):
+        path.write_bytes(data[:length])
+        with pytest.raises(tbq.TBQError, match=r"^model '.*cut.gguf' is no GGUF file that can be used: .+") as error:
+            tbq.plan(path)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_anywhere(model, tmp_path):
+    """A byte of the header that is something else: figures or an error of ours."""
+    data, path, rng = bytearray(Path(model("qwen2")).read_bytes()), tmp_path / "damaged.gguf", np.random.default_rng(0)
+    for at in [*range(0, 600), *rng.integers(600, 9000, 300)]:
+        changed = bytearray(data)
+        changed[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed)
+        try:
+            tbq.plan(path)
+        except tbq.TBQError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("fields,message", [
+    ({}, "has no general.architecture"),
+    ({"general.architecture": "bert"}, "'bert' keeps no cache"),
+    ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
+    ({"general.architecture": "llama"}, "has no llama.block_count"),
+    ({"general.architecture": "llama", "llama.block_count": 100000}, "takes 1 to 512 layers"),
+    ({"general.architecture": "llama", "llama.block_count": "two"}, "llama.block_count is 'two'"),
+    ({"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 8, "llama.embedding_length": 128,
+      "llama.attention.head_count": [2]}, r"head_count has 1 values; 2 layers need one each"),
+])
+def test_metadata_that_describes_no_model(fields, message, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", {"general.name": "x", **fields}, {"a": np.zeros(4, "f4")})
+    with pytest.raises(tbq.TBQError, match=message):
+        tbq.plan(path)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_command(demo_model, tmp_path):
+    done = command(demo_model, "--memory", "1G", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.search(r"^ +30 x global: 3 KV heads, keys of 64, values of 64$", done.stdout, re.M)
+    assert re.search(r"^\* +tbq4_0 / tbq4_0 +25,067,520 +25,067,520 +50,135,040 +47.8 MiB +26.6 % +\d+$", done.stdout, re.M)
+    assert "recommended: -c 8192 --cache-type-k tbq4_0 --cache-type-v tbq4_0" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json(model):
+    done = command(model("gemma3"), "--json", "--context", "8192", "--types", "f16,tbq4_0/tbq3_0")
+    data = json.loads(done.stdout)
+    plan = tbq.plan(model("gemma3"), context=8192, pairs=[("f16", "f16"), ("tbq4_0", "tbq3_0")])
+    assert [(p["k"], p["v"], p["bytes"]) for p in data["pairs"]] == [(p.k, p.v, p.bytes) for p in plan.pairs]
+    assert data["pairs"][0]["by_kind"] == {kind: list(sizes) for kind, sizes in plan.pairs[0].by_kind.items()}
+    assert data["recommended"] == list(plan.recommended)
+    assert [layer["kind"] for layer in data["layers"]].count("window") == 6
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.svg", "C.PDF"])
+def test_plot(name, model, tmp_path):
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')")
+    done = command(model("llama"), "--memory", "64M", "--plot", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    data = (tmp_path / name).read_bytes()
+    assert data[:4] in (b"\x89PNG", b"%PDF", b"<?xm") and len(data) > 5000
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_plot_shows_the_bytes(model, tmp_path, monkeypatch):
+    """The curves are those of bytes_at, with the memory as a line."""
+    figure = pytest.importorskip("matplotlib.figure", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')")
+    kept = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: (kept.append(self), Path(path).write_bytes(b"")))
+    plan = tbq.plan(model("llama"), memory="64M")
+    plot(plan, tmp_path / "a.png")
+    lines = {line.get_label(): line for line in kept[0].axes[0].get_lines()}
+    x, y = lines["tbq4_0 / tbq4_0 (recommended)"].get_data()
+    expected = [plan.weights_bytes + plan.state_bytes + plan.bytes_at("tbq4_0", "tbq4_0", int(n)) for n in x]
+    assert list(np.asarray(y) * 2**30) == pytest.approx(expected)
+    assert lines["memory"].get_ydata()[0] == 64 / 1024
+    assert len(lines) == len(plan.pairs) + 2
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (("nowhere.gguf",), "model 'nowhere.gguf' does not exist"),
+    (("/",), "model '/' is a folder"),
+    ((__file__,), "is no GGUF file that can be used: GGUF magic invalid"),
+    (("MODEL", "--memory", "lots"), "size 'lots' is not understood; write 8G"),
+    (("MODEL", "--memory", "0"), "size '0' must be more than 0"),
+    (("MODEL", "--context", "0"), "context is 0; it must be an integer from 1"),
+    (("MODEL", "--context", "99999999999"), "context is 99999999999"),
+    (("MODEL", "--parallel", "1000"), "at most 256 sequences"),
+    (("MODEL", "--types", "f16,tbq5_0"), "cache type 'tbq5_0' is not one of tbq2_0, tbq3_0, tbq4_0, f32, f16"),
+    (("MODEL", "--types", "tbq4_0/"), None),
+    (("MODEL", "--types", ""), "--types names no pair"),
+    (("MODEL", "--plot", "a.jpeg"), "plot 'a.jpeg' must end in .png, .svg or .pdf"),
+    (("MODEL", "--plot", "no/such/folder/a.png"), "plot 'no/such/folder/a.png' cannot be written: No such file or directory"),
+])
+def test_errors(arguments, message, model, tmp_path):
+    done = command(*(model("llama") if x == "MODEL" else x for x in arguments), cwd=tmp_path)
+    if message is None:
+        assert done.returncode == 0
+    else:
+        assert message in one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text,size", [("8G", 8 << 30), ("512M", 512 << 20), ("6.5GiB", 13 << 29), ("24GB", 24 * 10**9), ("1 t", 1 << 40),
+                                       ("100", 100), ("100B", 100), (".5k", 512), (4096, 4096)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "8X", "-1G", "1e400", "nan", "8 GiBs", "9" * 400, -5, True, 1.5])
+def test_sizes_that_are_none(text):
+    with pytest.raises(tbq.TBQError, match="size"):
+        parse_size(text)
+
+
+def test_pair_that_is_not_in_the_plan(model):
+    plan = tbq.plan(model("llama-h80"))
+    with pytest.raises(tbq.TBQError, match="pair tbq4_0/tbq4_0 is not in the plan; tbq4_0 has blocks of 64 values"):
+        plan.pair("tbq4_0", "tbq4_0")
+    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; f16/f16"):
+        plan.pair("q5_0", "q5_0")
