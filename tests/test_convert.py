@@ -318,7 +318,7 @@ def test_speed(bin_dir, f16, tmp_path):
     """Not slower than llama-quantize to q4_0 beyond the start of Python and noise: the figures are in docs/convert.md."""
     def fastest(command):
         times = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True, env=ENV)
             times.append(time.perf_counter() - start)
