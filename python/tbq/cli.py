@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, server
+from tbq import __version__, bench, conversion, inspection, server
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
@@ -56,7 +56,14 @@ def _completion(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "bench": bench.define, "completion": _completion, "paths": _paths, "plan": define_plan, "serve": server.define}
+    "bench": bench.define,
+    "completion": _completion,
+    "convert": conversion.define,
+    "inspect": inspection.define,
+    "paths": _paths,
+    "plan": define_plan,
+    "serve": server.define,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
