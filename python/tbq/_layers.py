@@ -118,8 +118,8 @@ class _Fields:
         value = self.fields.get(name, default)
         if value is None:
             raise TBQError(f"the file has no {name}, which every model of architecture {self.architecture!r} needs")
-        if isinstance(value, (list, str)) or not 0 <= value < 2**31 or value != int(value):
-            raise TBQError(f"{name} is {value!r}; it must be a number from 0 to {2**31 - 1}")
+        if not isinstance(value, int) or not 0 <= value < 2**31:
+            raise TBQError(f"{name} is {str(value)[:40]!r}; it must be an integer from 0 to {2**31 - 1}")
         return int(value)
 
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
@@ -140,8 +140,8 @@ def read_shape(fields: Mapping[str, Any]) -> Shape:
     that llama.cpp would not load either.
     """
     arch = fields.get("general.architecture")
-    if not isinstance(arch, str):
-        raise TBQError("the file has no general.architecture; it is no model")
+    if not isinstance(arch, str) or not arch.isprintable():
+        raise TBQError("the file names no general.architecture; it is no model")
     if arch in _NO_CACHE:
         raise TBQError(f"a model of architecture {arch!r} keeps no cache; there is nothing to plan")
     if arch in _NOT_PLANNED:

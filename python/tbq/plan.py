@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,19 +10,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
 from tbq._types import BLOCK, types
 from tbq.errors import TBQError
 
 if TYPE_CHECKING:
-    from tbq._header import Header
+    from tbq.gguf_files import Tensor
 
 #: What the table shows unless told otherwise.
 PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), ("q8_0", "tbq4_0"), ("tbq4_0", "tbq4_0"),
          ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "tbq2_0"))
 
-#: From here on a bias makes quantized keys lose two of their bits; see key_biases().
+#: From here on key_biases() finds a bias large: in every layer it costs 4-bit keys more than one of their bits (docs/plan.md).
 LARGE_BIAS = 4.0
 
 #: An f16 cache smaller than this part of the weights that a token reads is left alone: a smaller one would hardly be felt.
@@ -180,41 +182,54 @@ def _refusal(shape: Shape, k: str, v: str) -> str | None:
 # -- what quantized keys do not bear -------------------------------------------------------------
 
 
-def key_biases(header: "Header", layers: Sequence[Layer]) -> dict[int, float]:
+def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict[int, float]:
     """How large the biases of the keys are, by layer, read from the tensors.
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
-    |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; every 8th row of W is read.  A block of a tbq type
-    spends its codebook on the whole key, so a bias of r raises the error of what differs between keys to (1 + r^2)
-    times: at LARGE_BIAS 17 times, about the step from 4 bits to 2.  q8_0 has four more bits to lose.
-    NaN where W cannot be decoded.  Layers without a bias are left out.
+    |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
+    docs/plan.md has what it does to the quality.  Layers without a bias are left out; NaN where W cannot be decoded.
     """
     found = {}
     for layer in layers:
-        name, first = f"blk.{layer.index}.attn_k", 0
-        rows = layer.kv_heads * layer.key_size
-        if f"{name}.bias" not in header.tensors:
+        if layer.kind == NONE or layer.key_size == 0:
+            continue
+        name, rows = f"blk.{layer.index}.attn_k", layer.kv_heads * layer.key_size
+        fused = f"{name}.bias" not in tensors
+        if fused:
             name = f"blk.{layer.index}.attn_qkv"
-        bias, weight = header.tensors.get(f"{name}.bias"), header.tensors.get(f"{name}.weight")
-        if layer.kind == NONE or bias is None or weight is None or not layer.key_size or len(weight.shape) != 2:
+        bias, weight = tensors.get(f"{name}.bias"), tensors.get(f"{name}.weight")
+        if bias is None or weight is None:
             continue
-        if name.endswith("qkv"):  # queries, keys, values
-            first = weight.shape[0] - rows - layer.kv_heads * layer.value_size
-        b = bias.rows().reshape(-1)[first:first + rows]
-        if first < 0 or len(b) != rows:
-            continue
-        norm = header.tensors.get(f"blk.{layer.index}.attn_norm.weight")
-        try:
-            gain = norm.rows().reshape(-1) if norm is not None else np.ones(1, np.float32)
-            w = weight.rows(8, first, first + rows) * gain
-        except TBQError:
-            found[layer.index] = math.nan
-            continue
-        energy = 8 * np.square(w).sum(1)
-        size = layer.key_size
-        heads = [(np.square(b[h * size:(h + 1) * size]).sum(), energy[h * size // 8:(h + 1) * size // 8].sum()) for h in range(layer.kv_heads)]
-        found[layer.index] = max(float(np.sqrt(bb / max(ww, 1e-30))) for bb, ww in heads)
+        first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0  # queries, keys, values
+        if len(weight.shape) != 2 or first < 0 or bias.shape != weight.shape[:1] or first + rows > weight.shape[0]:
+            raise TBQError(f"tensor {weight.name} of shape {weight.shape} and its bias of shape {bias.shape} do not hold {rows} rows of keys")
+        found[layer.index] = _bias_of_heads(bias, weight, tensors.get(f"blk.{layer.index}.attn_norm.weight"), first, layer)
     return found
+
+
+def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer) -> float:
+    size, heads = layer.key_size, layer.kv_heads
+    step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # so that each head has as many rows
+    b, w, gain = _rows(bias), _rows(weight, first, first + heads * size, step), None if norm is None else _rows(norm)
+    if b is None or w is None or (gain is not None and gain.shape[-1] != w.shape[-1]):
+        return math.nan
+    with np.errstate(all="ignore"):  # damaged weights may be infinite
+        energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
+        ratio = np.sqrt(np.square(b.reshape(-1)[first:first + heads * size]).reshape(heads, size).sum(1) / np.maximum(energy, 1e-30))
+    return float(np.nan_to_num(ratio.max(), nan=math.nan, posinf=1e30))
+
+
+def _rows(tensor: "Tensor", start: int = 0, stop: int | None = None, step: int = 1) -> npt.NDArray[np.float32] | None:
+    """Rows of a tensor of one or two axes as float32, the others not read; None for a type that gguf cannot decode."""
+    import gguf
+
+    mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+    rows = np.ascontiguousarray(mapped.reshape(math.prod(tensor.shape[:-1]), -1)[start:stop:step])
+    decode: Callable[..., npt.NDArray[np.float32]] = gguf.dequantize
+    try:
+        return decode(rows, tensor.type).reshape(-1, tensor.shape[-1]).astype(np.float32)
+    except (NotImplementedError, KeyError):
+        return None
 
 
 # -- the recommendation --------------------------------------------------------------------------
@@ -257,26 +272,28 @@ def _because(pair: tuple[str, str], shape: Shape, sinks: bool, biased: bool) -> 
         return "large biases on the keys would take up the few levels of a small type, so keys are q8_0"
     if pair in _WORTH:
         return _WORTH[pair]
+    if not shape.flash_attention:
+        return "llama.cpp has no flash attention for this architecture, so values stay f16"
     if any(size % BLOCK for size in (*shape.key_sizes, *shape.value_sizes)):
         return f"tbq types need head sizes that {BLOCK} divides"
     return "it is the smallest that llama.cpp takes for this model without a large loss"
 
 
-def _weights_read(header: "Header", fields: Mapping[str, Any], architecture: str) -> int:
-    """Bytes of weights that a token reads, about: of the experts only those that are used, of the embedding nothing."""
+def _weights_read(tensors: Mapping[str, "Tensor"], fields: Mapping[str, Any], architecture: str) -> int:
+    """Bytes of weights that a token reads, about: of the experts only those that are used, of an embedding that is not the output nothing."""
     experts, used = fields.get(f"{architecture}.expert_count", 0), fields.get(f"{architecture}.expert_used_count", 0)
     used = max(used) if isinstance(used, list) and used else used
     share = used / experts if isinstance(used, int) and isinstance(experts, int) and 0 < used <= experts else 1.0
-    tied = "output.weight" not in header.tensors
-    return int(sum(t.bytes * (share if "_exps" in t.name else 1) for t in header.tensors.values() if tied or not t.name.startswith("token_embd")))
+    tied = "output.weight" not in tensors
+    return int(sum(t.n_bytes * (share if "_exps" in t.name else 1) for t in tensors.values() if tied or not t.name.startswith("token_embd")))
 
 
-def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int | str | None = None, cache_only: bool = False,
+def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: int | str | None = None, cache_only: bool = False,
          pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True, ubatch: int = 512,
          swa_full: bool = False) -> Plan:
     """What the caches of a model take, and which types to use.
 
-    model: a GGUF file, the first one if it is split; its weights are not loaded.
+    model: a GGUF file, any one of a split; its weights are not loaded.
     context: tokens of all sequences together, llama-server's -c.  Without it, the most that the model was trained for
     and that fits in the memory with the recommended types.
     memory: bytes, or a text such as "8G", for weights, cache and recurrent state; with cache_only, not for weights.
@@ -285,32 +302,39 @@ def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int |
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
     ubatch: tokens of a physical batch (-ub).  swa_full: whole contexts for sliding windows too (--swa-full).
     Flash attention is assumed to be on, as it is by default.
-    Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments out of range.
+    Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments
+    out of range; OSError for what cannot be opened.
     """
-    from tbq._header import open_header
+    from tbq.gguf_files import open_gguf
 
+    if not isinstance(model, (str, os.PathLike)):
+        raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
     for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT):
             raise TBQError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_CONTEXT}")
     if parallel > 256:
         raise TBQError(f"parallel is {parallel}; llama.cpp takes at most 256 sequences")
     budget = parse_size(memory) if memory is not None else None
-    header = open_header(model)
+    opened = open_gguf(model)
+    fields, tensors = opened.metadata, {tensor.name: tensor for tensor in opened.tensors}
     try:
-        shape = read_shape(header.fields)
+        shape = read_shape(fields)
+        biases = key_biases(tensors, shape.layers)
     except TBQError as error:
-        raise TBQError(f"model {str(header.path)!r}: {error}") from None
+        raise TBQError(f"model {str(model)!r}: {error}") from None
     options = _Options(parallel, unified, ubatch, swa_full)
-    weights = sum(tensor.bytes for tensor in header.tensors.values())
+    weights = sum(tensor.n_bytes for tensor in tensors.values())
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
-    sinks = any(name.endswith("attn_sinks.weight") for name in header.tensors)
-    biases = key_biases(header, shape.layers)
+    sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
     large = {i: r for i, r in biases.items() if r >= LARGE_BIAS}
     ladder = _ladder(shape, sinks, bool(large))
     left = None if budget is None else budget - state - (0 if cache_only else weights)
 
-    chosen, context, reason = _choose(shape, ladder, context, left, options, _weights_read(header, header.fields, shape.architecture))
+    chosen, context, reason = _choose(shape, ladder, context, left, options, _weights_read(tensors, fields, shape.architecture))
     shown = [*(PAIRS if pairs is None else pairs)]
+    for pair in shown:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TBQError(f"pair {pair!r} must be two names of types, (\"tbq4_0\", \"tbq3_0\") for example")
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     figures = [_figures(shape, k, v, context, left, options) for k, v in dict.fromkeys([*shown, chosen]) if f"{k}/{v}" not in refused]
     fits = None if left is None else _total(shape.layers, shape.window, *chosen, context, options) <= left
@@ -322,11 +346,16 @@ def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int |
     if fits is False:
         reason += f"; but not even this fits {context} tokens in the memory"
     return Plan(
-        model=str(header.path), name=header.fields.get("general.name"), architecture=shape.architecture, context=context,
+        model=str(model), name=_printable(fields.get("general.name")), architecture=shape.architecture, context=context,
         context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget, cache_only=cache_only, weights_bytes=weights,
         state_bytes=state, layers=shape.layers, window=shape.window, pairs=tuple(figures), refused=refused, recommended=chosen,
         reason=reason, fits=fits, sinks=sinks, large_key_biases=large,
         warnings=tuple(_warnings(shape, context, sinks, biases, large)), exact=not shape.doubts)
+
+
+def _printable(name: object) -> str | None:
+    """A name for the terminal: what a file says may be anything."""
+    return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None
 
 
 def _figures(shape: Shape, k: str, v: str, context: int, left: int | None, options: _Options) -> Pair:
@@ -509,7 +538,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """what the KV cache of a model will take, and which types to use"""
     parser.epilog = ("examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
                      "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json")
-    parser.add_argument("model", metavar="MODEL.gguf", help="the model, or the first file of a split one; no weights are loaded")
+    parser.add_argument("model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded")
     parser.add_argument("--context", type=int, metavar="N", help="tokens, llama-server's -c (what the model was trained for, if it fits)")
     parser.add_argument("--memory", metavar="SIZE", help="memory for weights, cache and recurrent state: 24G, 512M, 6.5GiB, 24GB")
     parser.add_argument("--cache-only", action="store_true", help="--memory is not for the weights")
