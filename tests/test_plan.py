@@ -603,5 +603,5 @@ def test_pair_that_is_not_in_the_plan(model):
     plan = tbq.plan(model("llama-h80"))
     with pytest.raises(tbq.TBQError, match="pair tbq4_0/tbq4_0 is not in the plan; tbq4_0 has blocks of 64 values"):
         plan.pair("tbq4_0", "tbq4_0")
-    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; f16/f16"):
+    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; there is f16/f16"):
         plan.pair("q5_0", "q5_0")
