@@ -72,8 +72,8 @@ _RECURRENT_WITHOUT_HEADS = frozenset((
     "nemotron_h_moe", "plamo2"))
 #: Every n-th layer is attention, unless the file lists them.
 _ATTENTION_INTERVAL: Mapping[str, int] = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
-#: Hybrids whose cache includes the layers that predict further tokens.
-_CACHE_OF_PREDICTORS = frozenset(("bailingmoe3", "hy_v4", "minimax-m3", "nemotron_h", "nemotron_h_moe"))
+#: Those whose cache includes the layers that predict further tokens, although nothing reads it.
+_CACHE_OF_PREDICTORS = _RECURRENT_WITHOUT_HEADS - {"glm5-next"} | {"falcon-h1", "hy_v4", "minimax-m3"}
 
 _MLA = frozenset((
     "bailingmoe3", "deepseek2", "deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "kimi-k3", "kimi-linear", "mistral4"))
@@ -239,7 +239,7 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
     if isinstance(pattern, list):
         return ([bool(x) for x in pattern] + none)[:count], size
     if rule.period == 0:
-        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]}; a model of this architecture lists for each layer if it has a window")
+        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]}; a model of this architecture lists which layers have a window")
     period = f.number(key, rule.period)
     if period == 0:
         return [i < main for i in range(count)], size

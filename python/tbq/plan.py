@@ -134,7 +134,7 @@ class _Cache:
     def cells(self, context: int) -> dict[str, int]:
         """Cells of a layer of each kind, of all streams: llama_context() and llama_kv_cache_iswa()."""
         each = _padded(_padded(context) // self.streams)
-        seen = self.window * (self.parallel if self.unified else 1) + min(self.ubatch, context)
+        seen = self.window * (self.parallel if self.unified else 1) + self.ubatch
         windowed = each if self.swa_full else _padded(min(each, seen))
         return {GLOBAL: each * self.streams, WINDOW: windowed * self.streams}
 
@@ -303,7 +303,7 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     llama.cpp's compute buffers come on top.
     pairs: (K, V) names of types to show; PAIRS if None.
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
-    ubatch: tokens of a physical batch (-ub).  swa_full: whole contexts for sliding windows too (--swa-full).
+    ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
     Flash attention is assumed to be on, as it is by default.
     Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments
     out of range; OSError for what cannot be opened.
