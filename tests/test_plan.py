@@ -163,17 +163,22 @@ def model(tmp_path_factory):
 
 
 class Allocated:
-    """The caches that llama-batched-bench makes: rows (cells, layers, MiB of K, MiB of V), and MiB of recurrent states."""
+    """The caches that llama-batched-bench makes: rows (indices of layers, MiB of K, MiB of V), and MiB of recurrent states."""
 
     def __init__(self, bin_dir, path, k, v, context, parallel=1, unified=True, swa_full=False, ubatch=512):
         arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch, "--fit", "off",
-                     "-lv", 4, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
+                     "-lv", 5, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
         # at this line everything is allocated; what the model then computes does not matter here
         done = run(bin_dir / "llama-batched-bench", *arguments, ok=False, until="reserve took")
         self.log = done.stdout + done.stderr
         self.started = "reserve took" in self.log
-        self.caches = [(int(c), int(n), float(k), float(v)) for c, n, k, v in re.findall(
-            r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB", self.log)]
+        self.caches, layers = [], []
+        for line in self.log.splitlines():
+            if layer := re.search(r"llama_kv_cache: layer +(\d+): dev = ", line):
+                layers.append(int(layer[1]))
+            elif size := re.search(r"llama_kv_cache: size = .* K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB", line):
+                self.caches.append((layers, float(size[1]), float(size[2])))
+                layers = []
         self.states = sum(float(x) for x in re.findall(r"llama_memory_recurrent: size = +([\d.]+) MiB", self.log))
 
 
@@ -184,13 +189,15 @@ def assert_same(plan, k, v, real):
     pair = plan.pair(k, v)
     near = pytest.approx
     slack = 0.0051 * max(1, len(real.caches))
-    assert sum(c[2] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
-    assert sum(c[3] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
+    assert sum(c[1] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
+    assert sum(c[2] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
     assert real.states == near(plan.state_bytes / MIB, abs=0.0051)
     if "window" in pair.by_kind and len(real.caches) == 2:  # the global one comes first
-        for row, kind in zip(real.caches, ("global", "window")):
-            assert row[2:] == tuple(near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0)))
-            assert row[1] == sum(layer.kind == kind for layer in plan.layers)
+        for (layers, *sizes), kind in zip(real.caches, ("global", "window")):
+            assert sizes == [near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0))]
+            assert layers == [layer.index for layer in plan.layers if layer.kind == kind]
+    elif len(real.caches) == 1 and plan.architecture != "deci":  # which makes empty tensors for layers without heads
+        assert real.caches[0][0] == [layer.index for layer in plan.layers if layer.kind != "none"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -454,10 +461,9 @@ def test_split_model(demo_model, bin_dir, tmp_path):
     assert len(parts) > 1
     whole, split = tbq.plan(demo_model), tbq.plan(parts[0])
     assert (split.layers, split.pairs, split.weights_bytes) == (whole.layers, whole.pairs, whole.weights_bytes)
-    with pytest.raises(tbq.TBQError, match="is file 2 of a split model; name the first"):
-        tbq.plan(parts[1])
+    assert tbq.plan(parts[1]).pairs == whole.pairs
     parts[1].unlink()
-    with pytest.raises(tbq.TBQError, match=r"00002-of-.*does not exist"):
+    with pytest.raises(tbq.TBQError, match=r"00002-of-.* is not beside it"):
         tbq.plan(parts[0])
 
 
@@ -466,7 +472,7 @@ def test_truncated_anywhere(model, tmp_path):
     data, path = Path(model("qwen2")).read_bytes(), tmp_path / "cut.gguf"
     for length in (*range(0, 64), *range(64, 9000, 97), *range(9000, len(data), len(data) // 20), len(data) - 1000):
         path.write_bytes(data[:length])
-        with pytest.raises(tbq.TBQError, match=r"^model '.*cut.gguf' is no GGUF file that can be used: .+") as error:
+        with pytest.raises(tbq.TBQError, match=r"cut\.gguf") as error:
             tbq.plan(path)
         assert "\n" not in str(error.value)
 
@@ -485,7 +491,7 @@ def test_damaged_anywhere(model, tmp_path):
 
 
 @pytest.mark.parametrize("fields,message", [
-    ({}, "has no general.architecture"),
+    ({}, "names no general.architecture"),
     ({"general.architecture": "bert"}, "'bert' keeps no cache"),
     ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
     ({"general.architecture": "llama"}, "has no llama.block_count"),
@@ -548,9 +554,9 @@ def test_plot_shows_the_bytes(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (("nowhere.gguf",), "model 'nowhere.gguf' does not exist"),
-    (("/",), "model '/' is a folder"),
-    ((__file__,), "is no GGUF file that can be used: GGUF magic invalid"),
+    (("nowhere.gguf",), "No such file or directory: nowhere.gguf"),
+    (("/",), "/ is not a regular file"),
+    ((__file__,), "is not a GGUF file"),
     (("MODEL", "--memory", "lots"), "size 'lots' is not understood; write 8G"),
     (("MODEL", "--memory", "0"), "size '0' must be more than 0"),
     (("MODEL", "--context", "0"), "context is 0; it must be an integer from 1"),
@@ -583,9 +589,26 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize("arguments,message", [
+    (dict(model=5), "model is 5"), (dict(context="8k"), "context is '8k'"), (dict(context=True), "context is True"), (dict(memory=-1), "size -1"),
+    (dict(parallel=0), "parallel is 0"), (dict(ubatch=0), "ubatch is 0"), (dict(pairs=["f16"]), "pair 'f16' must be two names"),
+    (dict(pairs=[("f16", "q9")]), "cache type 'q9'")])
+def test_wrong_arguments(arguments, message, model):
+    with pytest.raises(tbq.TBQError, match=re.escape(message)):
+        tbq.plan(**{"model": model("llama"), **arguments})
+
+
+def test_names_in_files_do_not_reach_the_terminal_as_they_are(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", {
+        "general.architecture": "llama", "general.name": "a\x1b[31m\nb" + "c" * 1000, "llama.block_count": 1, "llama.context_length": 8,
+        "llama.embedding_length": 64, "llama.attention.head_count": 1}, {"a": np.zeros(4, "f4")})
+    assert report(tbq.plan(path)).startswith("a?[31m?bccc")
+    assert len(report(tbq.plan(path)).splitlines()[0]) < 200
+
+
 def test_pair_that_is_not_in_the_plan(model):
     plan = tbq.plan(model("llama-h80"))
     with pytest.raises(tbq.TBQError, match="pair tbq4_0/tbq4_0 is not in the plan; tbq4_0 has blocks of 64 values"):
         plan.pair("tbq4_0", "tbq4_0")
-    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; f16/f16"):
+    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; there is f16/f16"):
         plan.pair("q5_0", "q5_0")
