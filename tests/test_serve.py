@@ -103,7 +103,7 @@ def test_no_orphan_after_kill(demo_model):
 def test_the_servers_own_failure(demo_model):
     status, out, err = finished(demo_model, "--port", free_port(), "--no-such-option")
     assert status == 1 and "is up" not in out
-    assert err.splitlines()[-1] == "tbq: error: llama-server ended with status 1: error: invalid argument: --no-such-option"
+    assert err.splitlines()[-1] == "tbq: error: llama-server ended with status 1: invalid argument: --no-such-option"
 
 
 def test_mistakes_are_one_line(demo_model, tmp_path):
