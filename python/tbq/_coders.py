@@ -31,7 +31,7 @@ def decoder(type: GGMLQuantizationType) -> Callable[[Bytes], Floats]:
         return lambda data: blocks.dequantize(data, name, len(data) // types[name].block_bytes * BLOCK)
     if type == GGMLQuantizationType.F32:
         return lambda data: data.view("<f4")
-    function = type == GGMLQuantizationType.F16 and _fast_half() or _symbol(_decoder_name(name))
+    function = (_fast_half() if type == GGMLQuantizationType.F16 else None) or _symbol(_decoder_name(name))
     if function is None:
         return _probed(lambda data: gguf.dequantize(data, type), type, Bytes, "decode")
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]

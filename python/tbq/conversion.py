@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +20,11 @@ from gguf import GGMLQuantizationType as GGML
 from gguf import GGUFValueType
 
 from tbq import _coders
+from tbq._run import at_least_one, cores, interruptible
 from tbq._types import BLOCK, types
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
-from tbq.gguf_files import FORMAT_KEY, Model, Tensor, entry, header, open_gguf, pieces
+from tbq.gguf_files import FORMAT_KEY, Model, Tensor, as_path, entry, header, open_gguf, pieces
 
 #: Values that a thread takes at a time: a multiple of every type's block.
 CHUNK = 1 << 20
@@ -64,7 +64,7 @@ class Report:
     bytes_out: int
     bits_per_value: float  #: of the tensors written, all together
     counts: dict[tuple[str, str], int]  #: (type before, type after): tensors
-    kept: dict[str, str] = field(default_factory=dict)  #: name of a tensor that was asked for but is as it was: the reason
+    notes: dict[str, str] = field(default_factory=dict)  #: name of a tensor that did not get its type: what it has, and why
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type: str = "tbq4_0", *,
@@ -81,37 +81,39 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type
     force: replace target.  split_bytes: write files of at most so many bytes of tensors each, NAME-00001-of-00003.gguf.
     threads: all cores if None.  progress: show a bar.
     Weights that were quantized before lose precision twice.  A tensor whose rows its new type does not divide is kept;
-    see Report.kept.
+    see Report.notes.
     Raises TBQError for a bad file, type, pattern or value (NaN, infinity); nothing is left behind then.
     """
-    target = pathlib.Path(target)
+    path = as_path(target)
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads < 1 or (split_bytes is not None and split_bytes < 1):
-        raise TBQError(f"threads {threads} and split_bytes {split_bytes} must be at least 1")
+        threads = cores()
+    for name, value in (("threads", threads), ("split_bytes", split_bytes)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise TBQError(f"{name} is {value!r}; it must be an integer, at least 1")
     model = open_gguf(source)
-    kept: dict[str, str] = {}
-    plan = [(tensor, _fitting(tensor, wanted, kept)) for tensor, wanted in zip(model.tensors, _wanted(model, type, tensors))]
-    parts = _parts(plan, target, split_bytes)
-    _check_target(model, [path for path, _ in parts], force)
+    notes: dict[str, str] = {}
+    plan = [(tensor, _fitting(tensor, wanted, notes)) for tensor, wanted in zip(model.tensors, _wanted(model, type, tensors))]
+    parts = _parts(plan, path, split_bytes)
+    names = [name for name, _ in parts]
+    _check_target(model, names, force)
     headers = [_header(model, parts, i, FILE_TYPES[type]) for i in range(len(parts))]
     need = sum(size for _, _, size in headers)
-    if need > shutil.disk_usage(target.parent).free:
-        raise TBQError(f"{target.parent} has no room for {need} bytes")
+    if need > shutil.disk_usage(path.parent).free:
+        raise TBQError(f"{path.parent} has no room for {need} bytes")
 
-    with _as_one_file(target.parent, [path for path, _ in parts]) as files, _bar(plan, progress) as advance:
+    with _as_one_file(path.parent, names) as files, _bar(plan, progress) as advance:
         with ThreadPoolExecutor(threads) as pool:
             for (_, part), (text, offsets, size), file in zip(parts, headers, files):
-                with _named(target):
+                with _named(path):
                     file.write(text)
                 for tensor, offset, data in _converted(part, offsets, pool, 2 * threads):
-                    with _named(target):
+                    with _named(path):
                         file.write(bytes(offset - file.tell()) if offset > file.tell() else b"")
                         file.write(data)
                     advance(tensor, len(data))
-                with _named(target):
+                with _named(path):
                     file.write(bytes(size - file.tell()))
-    return _report(plan, [path for path, _ in parts], kept)
+    return _report(plan, names, notes)
 
 
 Plan = list[tuple[Tensor, GGML]]
@@ -120,11 +122,13 @@ Plan = list[tuple[Tensor, GGML]]
 # --- which type ---------------------------------------------------------------------------------------------------
 
 
-def _wanted(model: Model, type: str, patterns: Sequence[tuple[str, str]]) -> Iterator[GGML]:
+def _wanted(model: Model, type: str, patterns: Sequence[tuple[str, str]]) -> list[GGML]:
     """The type of each tensor, before it is known whether the rows fit."""
-    if type not in FILE_TYPES:
+    if not isinstance(type, str) or type not in FILE_TYPES:
         raise TBQError(f"type {type!r} is not one of {', '.join(FILE_TYPES)}")
     default = GGML[type.upper()]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in patterns):
+        raise TBQError("tensors must be pairs of a pattern and the name of a type")
     chosen = [(_pattern(pattern), _type(name)) for pattern, name in patterns]
     arch = str(model.metadata.get(gguf.Keys.General.ARCHITECTURE, ""))
     experts = model.metadata.integer(gguf.Keys.LLM.EXPERT_COUNT.format(arch=arch), 0)
@@ -145,7 +149,7 @@ def _wanted(model: Model, type: str, patterns: Sequence[tuple[str, str]]) -> Ite
     if unused:
         raise TBQError(f"--tensor {unused[0]!r} is not found in the name of any tensor that can be converted and that no "
                        "earlier pattern has taken")
-    return iter(result)
+    return result
 
 
 _FLOATS = (GGML.F32, GGML.F16, GGML.BF16)
@@ -154,7 +158,7 @@ _FLOATS = (GGML.F32, GGML.F16, GGML.BF16)
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
+    except (re.error, RecursionError, OverflowError, TypeError) as error:
         raise TBQError(f"pattern {text!r} is not a regular expression: {error}") from None
 
 
@@ -192,21 +196,23 @@ def _default(tensor: Tensor, default: GGML, arch: str, experts: int, tied: bool)
     return default
 
 
-def _fitting(tensor: Tensor, wanted: GGML, kept: dict[str, str]) -> GGML:
-    """The type, or one of smaller blocks in the place of a K type, or the present one, which then is in `kept`."""
-    width = tensor.shape[-1]
-    if width % gguf.GGML_QUANT_SIZES[wanted][0]:
-        wanted = _SMALLER_BLOCK.get(wanted, wanted)
+def _fitting(tensor: Tensor, wanted: GGML, notes: dict[str, str]) -> GGML:
+    """The type, or one of smaller blocks in the place of a K type, or the present one; what is not as wanted is noted."""
+    width, block = tensor.shape[-1], gguf.GGML_QUANT_SIZES[wanted][0]
     if wanted == tensor.type:
         return wanted
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
     if width % block:
-        kept[tensor.name] = f"{block} does not divide its rows of {width}"
-        return tensor.type
+        smaller = _SMALLER_BLOCK.get(wanted)
+        fits = smaller is not None and width % gguf.GGML_QUANT_SIZES[smaller][0] == 0
+        result = smaller if smaller is not None and fits else tensor.type
+        notes[tensor.name] = f"{result.name.lower()}, because {block} does not divide its rows of {width}"
+        if result == tensor.type:
+            return result
+        wanted = result
     try:
         _coders.decoder(tensor.type)
     except TBQError as error:
-        kept[tensor.name] = str(error)
+        notes[tensor.name] = f"{tensor.type.name.lower()}, because {error}"
         return tensor.type
     _coders.encoder(wanted)
     return wanted
@@ -269,10 +275,12 @@ def _check_target(model: Model, paths: list[pathlib.Path], force: bool) -> None:
     folder = paths[0].parent
     if not folder.is_dir():
         raise TBQError(f"folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise TBQError(f"folder {folder} cannot be written to")
     for path in paths:
-        if path.is_dir():
-            raise TBQError(f"{path} is a folder; name a file")
         if path.exists():
+            if not path.is_file():
+                raise TBQError(f"{path} is not a file that can be replaced")
             if any(path.samefile(file) for file in model.files):
                 raise TBQError(f"{path} is the file that is read; name another one")
             if not force:
@@ -366,12 +374,12 @@ def _bar(plan: Plan, show: bool) -> Iterator[Callable[[Tensor, int], None]]:
         yield advance
 
 
-def _report(plan: Plan, files: list[pathlib.Path], kept: dict[str, str]) -> Report:
+def _report(plan: Plan, files: list[pathlib.Path], notes: dict[str, str]) -> Report:
     size = sum(_n_bytes(tensor, type) for tensor, type in plan)
     return Report(
         files=tuple(files), bytes_in=sum(tensor.n_bytes for tensor, _ in plan), bytes_out=size,
         bits_per_value=8 * size / max(1, sum(tensor.n_values for tensor, _ in plan)),
-        counts=dict(collections.Counter((tensor.type.name.lower(), type.name.lower()) for tensor, type in plan)), kept=kept)
+        counts=dict(collections.Counter((tensor.type.name.lower(), type.name.lower()) for tensor, type in plan)), notes=notes)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -406,33 +414,22 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
                         help="another type for tensors in whose name the regular expression is found; the first that is found counts")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--split", type=_size_option, metavar="N(M|G)", help="several files of at most so many bytes of tensors each")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
 
     def run(args: argparse.Namespace) -> int:
-        with _terminated_as_interrupted():
+        with interruptible():
             report = convert(args.source, args.target, args.type, tensors=args.tensor, force=args.force,
                              split_bytes=args.split, threads=args.threads, progress=True)
         for (before, after), count in sorted(report.counts.items()):
             print(f"{count:5} tensors  {before}" + (f" -> {after}" if before != after else ""))
-        for name, reason in report.kept.items():
-            print(f"kept {name}: {reason}")
+        for name, note in report.notes.items():
+            print(f"{name} has {note}")
+        again = sum(count for (before, after), count in report.counts.items()
+                    if before != after and not {before, after} & {t.name.lower() for t in _FLOATS})
+        if again:
+            print(f"{again} tensors were quantized before; from a file of f16 they lose less")
         print(f"{report.files[0]}" + (f" and {len(report.files) - 1} more" if report.files[1:] else "")
               + f": {report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}, {report.bits_per_value:.2f} bits per weight")
         return 0
 
     parser.set_defaults(run=run)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A polite end by SIGTERM or SIGHUP removes the half file as Ctrl-C does."""
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = [signal.signal(name, interrupt) for name in names]
-    try:
-        yield
-    finally:
-        for name, handler in zip(names, before):
-            signal.signal(name, handler)

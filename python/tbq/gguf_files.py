@@ -117,7 +117,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
     Raises TBQError for what is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself; OSError
     for what cannot be opened.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     metadata, tensors = _read_file(path)
     if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
         raise TBQError(f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]}; this tbq reads {FORMAT_VERSION}")
@@ -141,6 +141,18 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
         raise TBQError(f"{path}: the files of the split have {len(everything)} tensors, not {expected}")
     _check_unique([tensor.name for tensor in everything], path)
     return Model(tuple(paths), parts[0][0], everything)
+
+
+def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """TBQError for what cannot be the name of a file."""
+    try:
+        path = pathlib.Path(path)
+        path.exists()  # Python 3.10 to 3.12 find a null character only now
+    except (TypeError, ValueError):
+        raise TBQError(f"{path!r} cannot be the name of a file") from None
+    if "\0" in str(path):
+        raise TBQError(f"{path!r} cannot be the name of a file")
+    return path
 
 
 def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
@@ -201,7 +213,7 @@ class _Cursor:
     """Reads a header front to back, never beyond `end`."""
 
     def __init__(self, file: BinaryIO | None, end: int, path: object) -> None:
-        self._file, self._end, self._path = file, end, path
+        self._file, self._end, self.path = file, end, path
         self.buffer = bytearray()
         self.position = 0
 
@@ -215,14 +227,14 @@ class _Cursor:
         """That so many bytes follow; they are in `buffer` afterwards."""
         stop = self.position + size
         if stop > self._end:
-            raise TBQError(f"{self._path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
+            raise TBQError(f"{self.path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
         if stop > MAX_HEADER:
-            raise TBQError(f"{self._path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
+            raise TBQError(f"{self.path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
         while len(self.buffer) < stop:
             assert self._file is not None
             piece = self._file.read(max(1 << 16, stop - len(self.buffer)))
             if not piece:
-                raise TBQError(f"{self._path} ends at byte {len(self.buffer)}; it became shorter")
+                raise TBQError(f"{self.path} ends at byte {len(self.buffer)}; it became shorter")
             self.buffer += piece
 
     def unpack(self, letters: str, what: str) -> tuple[Any, ...]:
@@ -259,17 +271,17 @@ class _Cursor:
         try:
             text = self.buffer[start:stop].decode()
         except UnicodeDecodeError:
-            raise TBQError(f"{self._path}: {what} is not text") from None
+            raise TBQError(f"{self.path}: {what} is not text") from None
         if not text or not text.isprintable():
-            raise TBQError(f"{self._path}: {what} is {text[:40]!r}")
+            raise TBQError(f"{self.path}: {what} is {text[:40]!r}")
         return text
 
 
 def _array(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
     """Type of the elements and how many there are; that many fit."""
     kind, count = cursor.unpack("IQ", what)
-    if kind == GGUFValueType.ARRAY or kind not in GGUFValueType._value2member_map_:
-        raise TBQError(f"{cursor._path}: {what} is an array of type {kind}, which GGUF does not have")
+    if kind not in (*_SCALARS, GGUFValueType.STRING):
+        raise TBQError(f"{cursor.path}: {what} is an array of type {kind}, which GGUF does not have")
     kind = GGUFValueType(kind)
     smallest = 8 if kind == GGUFValueType.STRING else struct.calcsize("<" + _SCALARS[kind])
     cursor.require(count * smallest, f"{what}, {count} elements,")
@@ -288,7 +300,7 @@ def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
     elif kind in _SCALARS:
         cursor.unpack(_SCALARS[GGUFValueType(kind)], what)
     else:
-        raise TBQError(f"{cursor._path}: {what} has type {kind}, which GGUF does not have")
+        raise TBQError(f"{cursor.path}: {what} has type {kind}, which GGUF does not have")
 
 
 def _value(cursor: _Cursor, kind: int) -> Any:
@@ -379,9 +391,10 @@ def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, si
 
 def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int,
             size: int) -> Tensor:
-    if kind not in GGMLQuantizationType._value2member_map_:
-        raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know")
-    type = GGMLQuantizationType(kind)
+    try:
+        type = GGMLQuantizationType(kind)
+    except ValueError:
+        raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know") from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     if min(shape) == 0 or shape[-1] % block:
         raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")

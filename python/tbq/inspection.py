@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq import _coders, blocks
-from tbq._ffi import ffi, lib
+from tbq._run import cores
 from tbq._types import BLOCK, TypeInfo, types
 from tbq.errors import TBQError
 from tbq.gguf_files import Model, Tensor, open_gguf, pieces
@@ -84,7 +83,7 @@ def inspect(path: str | os.PathLike[str], against: str | os.PathLike[str] | None
         _check_pairs(pairs, path, against)
         report.missing = [entry.tensor.name for entry, original in pairs if original is None]
     if not header_only:
-        threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        threads = threads or cores()
         with ThreadPoolExecutor(threads) as pool, _bar(pairs, progress) as advance:
             for entry, original in pairs:
                 _read(report, entry, original, pool, 2 * threads, advance)
@@ -173,8 +172,7 @@ def scales_and_use(data: npt.NDArray[np.uint8], info: TypeInfo) -> tuple[npt.NDA
     scales = packed[:, :2].copy().view("<f2").reshape(-1)  # a block begins with its scale (tbq.h)
     packed[:, :2] = np.array([1], "<f2").view(np.uint8)
     values = blocks.dequantize(packed, info.name, len(packed) * BLOCK)
-    rotated = np.empty_like(values)
-    lib.tbq_rotate(ffi.from_buffer("float[]", values), ffi.from_buffer("float[]", rotated), len(values))
+    rotated = blocks.rotate(values)
     lowest = info.levels[0]
     counts = np.bincount(np.rint(rotated).astype(np.int64) - lowest, minlength=info.levels[-1] - lowest + 1)
     return scales, counts[np.array(info.levels) - lowest]
@@ -318,27 +316,6 @@ def _draw_blocks(report: Report, left: Any, right: Any) -> None:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def _picture_format(path: pathlib.Path) -> str:
-    """The format that a name asks for; TBQError if it cannot be drawn or written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise TBQError("--plot needs matplotlib: pip install 'ggml-tbq[plot]'") from None
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise TBQError(f"--plot {str(path)!r} must end in one of .{', .'.join(sorted(formats))}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise TBQError(f"--plot {str(path)!r} cannot be written")
-    return path.suffix[1:].lower()
-
-
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".tbq-") as beside:
-        new = pathlib.Path(beside, path.name)
-        new.write_bytes(content)
-        os.replace(new, path)
-
-
 def define(parser: argparse.ArgumentParser) -> None:
     """what is in a GGUF file: tensors, scales, use of the codebook, errors"""
     parser.epilog = """examples:
@@ -351,6 +328,8 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     def run(args: argparse.Namespace) -> int:
+        from tbq.quality import _picture_format, _replace
+
         if args.header and (args.plot or args.against):
             raise TBQError("--header reads no weights, which --against and --plot need")
         format = _picture_format(args.plot) if args.plot else ""
@@ -359,7 +338,7 @@ def define(parser: argparse.ArgumentParser) -> None:
             raise TBQError(f"{args.file} has no tbq tensors to draw; --against ORIGINAL draws errors")
         print(as_json(report) if args.json else as_text(report))
         if args.plot:
-            _write_whole(args.plot, picture(report, format))
+            _replace(args.plot, picture(report, format))
         return 0
 
     parser.set_defaults(run=run)
