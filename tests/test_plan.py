@@ -20,28 +20,35 @@ MIB = 2**20
 # -- tiny models -------------------------------------------------------------------------------------------------------
 
 
-def write_model(path, arch, layers=2, embd=128, ff=64, tensors=lambda i: {}, heads=2, kv_heads=None, output_norm="output_norm", tied=False, more=(), **fields):
+def write_model(path, arch, layers=2, tensors=lambda i: {}, embd=128, ff=64, heads=2, kv_heads=None, size=None,
+                output_norm="output_norm", tied=False, more=(), **fields):
     """A model over the byte tokenizer.  tensors(i): shapes of a layer's tensors beside the plain feed-forward network, by
-    name ("attn_k.bias"), None for one that is not there; more: shapes of tensors that are in no layer; fields: more metadata, "__" for a dot."""
+    name ("attn_k.bias"), None for one that is not there.  size: of a head, if the file names it.  more: shapes of tensors
+    that are in no layer.  fields: more metadata, "__" for a dot."""
     rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
     fields = {"context_length": 4096, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
               "attention.head_count": heads, "attention.head_count_kv": kv_heads or heads, "attention.layer_norm_rms_epsilon": 1e-5,
               **{k.replace("__", "."): v for k, v in fields.items()}}
-    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **({} if tied else {"output.weight": (vocab, embd)}), **dict(more)}
+    if size:
+        fields |= {"attention.key_length": size, "attention.value_length": size}
+    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **dict(more)}
+    if not tied:
+        shapes["output.weight"] = vocab, embd
     for i in range(layers):
-        plain = {"attn_norm.weight": (embd,), "ffn_norm.weight": (embd,), "ffn_gate.weight": (ff, embd), "ffn_up.weight": (ff, embd),
-                 "ffn_down.weight": (embd, ff)}
+        plain = {"attn_norm.weight": (embd,), "ffn_norm.weight": (embd,), "ffn_gate.weight": (ff, embd),
+                 "ffn_up.weight": (ff, embd), "ffn_down.weight": (embd, ff)}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in {**plain, **tensors(i)}.items() if shape}
-    values = {name: (rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))).astype("f4")
+    values = {name: rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))
               for name, shape in shapes.items()}
     return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, values)
 
 
 def attention(heads, kv_heads, size, embd=128, value=None, norms=False):
     value = value or size
-    return {"attn_q.weight": (heads * size, embd), "attn_k.weight": (kv_heads * size, embd), "attn_v.weight": (kv_heads * value, embd),
-            "attn_output.weight": (embd, heads * value), **({"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)} if norms else {})}
+    normed = {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)} if norms else {}
+    return {"attn_q.weight": (heads * size, embd), "attn_k.weight": (kv_heads * size, embd),
+            "attn_v.weight": (kv_heads * value, embd), "attn_output.weight": (embd, heads * value), **normed}
 
 
 POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
@@ -50,8 +57,8 @@ POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
 def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
     """Keys with biases: of `bias` times the rest of a key in one layer, 0 in the others."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
-    path = write_model(path, "qwen2", layers, embd=heads * size, heads=heads, kv_heads=kv_heads, attention__key_length=size, attention__value_length=size,
-                       tensors=lambda i: attention(heads, kv_heads, size, heads * size) | biases)
+    path = write_model(path, "qwen2", layers, lambda i: attention(heads, kv_heads, size, heads * size) | biases, embd=heads * size,
+                       heads=heads, kv_heads=kv_heads, size=size)
     import gguf
     reader = gguf.GGUFReader(path, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -62,14 +69,14 @@ def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
 
 
 def gemma2(path):
-    return write_model(path, "gemma2", 3, tied=True, tensors=lambda i: attention(2, 1, 64) | POST, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma2", 3, lambda i: attention(2, 1, 64) | POST, tied=True, kv_heads=1, size=64,
+                       attention__sliding_window=512)
 
 
 def gemma3(path):
     """Seven layers, of which the sixth is global, as the architecture has it."""
-    return write_model(path, "gemma3", 7, tensors=lambda i: attention(2, 1, 64, norms=True) | POST, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma3", 7, lambda i: attention(2, 1, 64, norms=True) | POST, kv_heads=1, size=64,
+                       attention__sliding_window=512)
 
 
 def gemma4(path):
@@ -78,10 +85,10 @@ def gemma4(path):
         size, kv_heads = (64, 2) if i % 3 != 2 else (128, 1)
         return attention(2, kv_heads, size, norms=True) | POST
 
-    return write_model(path, "gemma4", 9, tensors=layer, more={"rope_freqs.weight": (64,)}, kv_heads=[2, 2, 1] * 3, attention__key_length=128, attention__value_length=128,
-                       attention__key_length_swa=64, attention__value_length_swa=64, attention__sliding_window=512, rope__dimension_count=128,
-                       attention__sliding_window_pattern=[1, 1, 0] * 3, attention__shared_kv_layers=3, embedding_length_per_layer_input=0,
-                       rope__dimension_count_swa=64)
+    return write_model(path, "gemma4", 9, layer, more={"rope_freqs.weight": (64,)}, kv_heads=[2, 2, 1] * 3, size=128,
+                       attention__key_length_swa=64, attention__value_length_swa=64, attention__sliding_window=512,
+                       attention__sliding_window_pattern=[1, 1, 0] * 3, attention__shared_kv_layers=3,
+                       embedding_length_per_layer_input=0, rope__dimension_count=128, rope__dimension_count_swa=64)
 
 
 def gemma3n(path):
@@ -92,8 +99,7 @@ def gemma3n(path):
         "altup_router_norm.weight": (128,), "laurel_l.weight": (64, 128), "laurel_r.weight": (128, 64), "laurel_post_norm.weight": (128,)}
     more = {"altup_proj.weight": (3, 128, 128), "altup_unembd_proj.weight": (3, 128, 128), "per_layer_token_embd.weight": (260, 256 * 23),
             "per_layer_model_proj.weight": (256 * 23, 128), "per_layer_proj_norm.weight": (256,)}
-    return write_model(path, "gemma3n", 23, tensors=lambda i: layer, more=more, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma3n", 23, lambda i: layer, more=more, kv_heads=1, size=64, attention__sliding_window=512)
 
 
 def gpt_oss(path):
@@ -104,8 +110,8 @@ def gpt_oss(path):
             "attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,), "attn_output.bias": (128,),
             "ffn_norm.weight": None, "ffn_gate.weight": None, "ffn_up.weight": None, "ffn_down.weight": None}
 
-    return write_model(path, "gpt-oss", 3, tensors=layer, kv_heads=1, attention__sliding_window=128, expert_count=2, expert_used_count=1,
-                       expert_feed_forward_length=128, attention__key_length=64, attention__value_length=64, rope__dimension_count=64)
+    return write_model(path, "gpt-oss", 3, layer, kv_heads=1, size=64, attention__sliding_window=128, expert_count=2,
+                       expert_used_count=1, expert_feed_forward_length=128, rope__dimension_count=64)
 
 
 def lfm2(path):
@@ -115,7 +121,7 @@ def lfm2(path):
             return attention(2, 1, 64, norms=True)
         return {"shortconv.conv.weight": (128, 3), "shortconv.in_proj.weight": (384, 128), "shortconv.out_proj.weight": (128, 128)}
 
-    return write_model(path, "lfm2", 4, tensors=layer, kv_heads=[0, 1, 0, 1], shortconv__l_cache=3, output_norm="token_embd_norm")
+    return write_model(path, "lfm2", 4, layer, kv_heads=[0, 1, 0, 1], shortconv__l_cache=3, output_norm="token_embd_norm")
 
 
 def openelm(path):
@@ -126,7 +132,7 @@ def openelm(path):
         return {"attn_qkv.weight": ((heads[i] + 2 * kv_heads[i]) * 64, 128), "attn_output.weight": (128, heads[i] * 64),
                 "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
 
-    return write_model(path, "openelm", 3, tied=True, tensors=layer, heads=heads, kv_heads=kv_heads, attention__key_length=64, attention__value_length=64)
+    return write_model(path, "openelm", 3, layer, tied=True, heads=heads, kv_heads=kv_heads, size=64)
 
 
 def deci(path):
@@ -134,14 +140,14 @@ def deci(path):
     def layer(i):
         return {"attn_norm.weight": None} if i == 1 else attention(2, [2, 0, 1][i], 64)
 
-    return write_model(path, "deci", 3, tensors=layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
+    return write_model(path, "deci", 3, layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
 
 
 MODELS = {
     "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2),
     "llama-k192": lambda path: tiny_llama(path, 192, heads=2, kv_heads=1),
-    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss, "deepseek2": tiny_mla, "lfm2": lfm2,
-    "openelm": openelm, "deci": deci,
+    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss,
+    "deepseek2": tiny_mla, "lfm2": lfm2, "openelm": openelm, "deci": deci,
     "llama-h80": lambda path: tiny_llama(path, 80), "llama-h96": lambda path: tiny_llama(path, 96),
 }
 
@@ -166,8 +172,8 @@ class Allocated:
     """The caches that llama-batched-bench makes: rows (indices of layers, MiB of K, MiB of V), and MiB of recurrent states."""
 
     def __init__(self, bin_dir, path, k, v, context, parallel=1, unified=True, swa_full=False, ubatch=512):
-        arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch, "--fit", "off",
-                     "-lv", 5, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
+        arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch,
+                     "--fit", "off", "-lv", 5, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
         # at this line everything is allocated; what the model then computes does not matter here
         done = run(bin_dir / "llama-batched-bench", *arguments, ok=False, until="reserve took")
         self.log = done.stdout + done.stderr
@@ -273,7 +279,9 @@ def stretched(source, target, layers, like, *without, **more):
     writer = gguf.GGUFWriter(str(target), arch)
     for name, field in reader.fields.items():
         value = field.contents()
-        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix(f"{arch}.") in {*without, *more} or value == []:
+        if name.startswith("GGUF.") or name == "general.architecture" or value == []:
+            continue
+        if name.removeprefix(f"{arch}.") in {*without, *more}:
             continue
         if name == f"{arch}.block_count":
             value = layers
@@ -294,12 +302,13 @@ def stretched(source, target, layers, like, *without, **more):
 
 
 @pytest.mark.parametrize("name,layers", [
-    *((name, 13) for name in ("afmoe-moe", "cohere2-dense", "cohere2moe-moe", "exaone-moe-moe", "gemma2-dense", "gemma3-dense", "gpt-oss-moe",
-                              "laguna-moe", "llama4-moe", "mellum-moe", "muse-glimmer-dense", "olmo2-dense", "plamo3-dense", "smallthinker-moe")),
+    *((name, 13) for name in (
+        "afmoe-moe", "cohere2-dense", "cohere2moe-moe", "exaone-moe-moe", "gemma2-dense", "gemma3-dense", "gpt-oss-moe", "laguna-moe",
+        "llama4-moe", "mellum-moe", "muse-glimmer-dense", "olmo2-dense", "plamo3-dense", "smallthinker-moe")),
     ("exaone4-dense", 64), ("exaone4-dense", 63)])
 def test_windows_where_the_file_does_not_list_them(name, layers, architectures, bin_dir, tmp_path):
-    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, lambda i: i % 4 if "llama4" in name else min(i, 1),
-                     "attention.sliding_window_pattern")
+    like = (lambda i: i % 4) if "llama4" in name else (lambda i: min(i, 1))
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, like, "attention.sliding_window_pattern")
     plan = tbq.plan(path, context=8192, parallel=2)
     assert plan.exact
     assert {layer.kind for layer in plan.layers} == ({"global"} if layers == 63 else {"global", "window"})
@@ -308,7 +317,8 @@ def test_windows_where_the_file_does_not_list_them(name, layers, architectures, 
 
 @pytest.mark.parametrize("name,interval", [("qwen3next-moe", 4), ("qwen35-dense", 4), ("minimax-01-moe", 8)])
 def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, architectures, bin_dir, tmp_path):
-    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0), "full_attention_interval")
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0),
+                     "full_attention_interval")
     plan = tbq.plan(path, context=8192, parallel=2)
     assert [layer.index for layer in plan.layers if layer.kind == "global"] == list(range(interval - 1, 9, interval))
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
@@ -343,7 +353,7 @@ def test_longest_context_is_the_last_that_fits(name, unified, model):
 def test_memory_that_is_too_small(model):
     plan = tbq.plan(model("llama"), context=4096, memory="3M")  # the weights alone are larger
     assert plan.fits is False and all(pair.longest == 0 and pair.fits is False for pair in plan.pairs)
-    assert "not even this fits 4096 tokens" in plan.reason
+    assert plan.reason == "nothing fits 4096 tokens in the memory; this comes nearest, with 0"
     assert "none fits" in report(plan)
 
 
@@ -403,11 +413,22 @@ def test_fused_projections_have_key_biases_too(tmp_path):
     """phi2 and others keep queries, keys and values in one tensor; a large bias of the queries or values is none of the keys."""
     import gguf
     for part, kept in ((0, "tbq4_0"), (1, "q8_0"), (2, "tbq4_0")):
-        path = write_model(tmp_path / f"{part}.gguf", "qwen", tensors=lambda i: {"attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,)})
+        path = write_model(tmp_path / f"{part}.gguf", "qwen", 2, lambda i: {"attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,)})
         reader = gguf.GGUFReader(path, "r+")
         next(t for t in reader.tensors if t.name == "blk.1.attn_qkv.bias").data[128 * part:128 * (part + 1)] = 10
         reader.data.flush()
         assert tbq.plan(path, context=32768).recommended == (kept, "tbq4_0")
+
+
+def test_biases_that_cannot_be_judged(tmp_path):
+    """Damaged or unusual tensors of biases: a warning, and the plan all the same."""
+    for name, shapes in {"shape": {"attn_k.bias": (32,)}, "axes": {"attn_k.weight": (2, 64, 128)}, "fused": {
+            "attn_k.bias": None, "attn_qkv.weight": (64, 128), "attn_qkv.bias": (64,)}}.items():
+        path = write_model(tmp_path / f"{name}.gguf", "qwen2", 2, lambda i: attention(2, 1, 64) | {"attn_k.bias": (64,)} | shapes,
+                           kv_heads=1)
+        plan = tbq.plan(path)
+        assert ["key biases are large is unknown" in text for text in plan.warnings] == [True]
+        assert plan.pair("f16", "f16").bytes == 2 * 2 * 2 * 4096 * 64
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "tbq4_0", "q4_k"])
@@ -415,7 +436,7 @@ def test_biases_beside_quantized_weights(kind, bin_dir, tmp_path):
     """The figure barely depends on the type of the weights, ours included."""
     path = qwen2(tmp_path / "f32.gguf", 2 * LARGE_BIAS, heads=4, kv_heads=2)
     small = tmp_path / "small.gguf"
-    # --pure: otherwise attn_v and others get types of their own; rows of 128 are too short for q4_k, which falls back
+    # --pure: otherwise some tensors get types of their own
     run(bin_dir / "llama-quantize", "--pure", path, small, kind)
     a, b = tbq.plan(path, context=32768), tbq.plan(small, context=32768)
     assert b.weights_bytes < a.weights_bytes / 1.8 and b.layers == a.layers
@@ -432,7 +453,7 @@ def test_recommends_what_starts(name, pair, model, bin_dir):
 
 
 def test_unknown_architecture_with_windows_is_uncertain(tmp_path):
-    path = write_model(tmp_path / "model.gguf", "future", tensors=lambda i: attention(2, 2, 64), attention__sliding_window=128)
+    path = write_model(tmp_path / "model.gguf", "future", 2, lambda i: attention(2, 2, 64), attention__sliding_window=128)
     plan = tbq.plan(path)
     assert not plan.exact and "uncertain" in plan.warnings[0] and "128" in plan.warnings[0]
     assert {layer.kind for layer in plan.layers} == {"global"}
@@ -446,7 +467,8 @@ def test_longer_than_trained(model):
 
 
 def command(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "tbq", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=60)
+    return subprocess.run([sys.executable, "-m", "tbq", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                          timeout=60)
 
 
 def one_line(done):

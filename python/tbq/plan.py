@@ -189,7 +189,8 @@ def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
     |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
-    docs/plan.md has what it does to the quality.  Layers without a bias are left out; NaN where W cannot be decoded.
+    docs/plan.md has what it does to the quality.  Layers without a bias are left out; NaN where the type of W cannot be
+    decoded or its shape is not understood.
     """
     found = {}
     for layer in layers:
@@ -203,9 +204,9 @@ def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict
         if bias is None or weight is None:
             continue
         first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0  # queries, keys, values
-        if len(weight.shape) != 2 or first < 0 or bias.shape != weight.shape[:1] or first + rows > weight.shape[0]:
-            raise TBQError(f"tensor {weight.name} of shape {weight.shape}, bias {bias.shape}, does not hold {rows} rows of keys")
-        found[layer.index] = _bias_of_heads(bias, weight, tensors.get(f"blk.{layer.index}.attn_norm.weight"), first, layer)
+        understood = len(weight.shape) == 2 and bias.shape == weight.shape[:1] and 0 <= first <= weight.shape[0] - rows
+        norm = tensors.get(f"blk.{layer.index}.attn_norm.weight")
+        found[layer.index] = _bias_of_heads(bias, weight, norm, first, layer) if understood else math.nan
     return found
 
 
@@ -216,9 +217,8 @@ def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", firs
     if b is None or w is None or (gain is not None and gain.shape[-1] != w.shape[-1]):
         return math.nan
     of_keys = b.reshape(-1)[first:first + heads * size]
-    with np.errstate(all="ignore"):  # damaged weights may be infinite
-        energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
-        ratio = np.sqrt(np.square(of_keys).reshape(heads, size).sum(1) / np.maximum(energy, 1e-30))
+    energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
+    ratio = np.sqrt(np.square(of_keys).reshape(heads, size).sum(1) / np.maximum(energy, 1e-30))
     return float(np.nan_to_num(ratio.max(), nan=math.nan, posinf=1e30))
 
 
@@ -326,9 +326,10 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     fields, tensors = opened.metadata, {tensor.name: tensor for tensor in opened.tensors}
     try:
         shape = read_shape(fields)
-        biases = key_biases(tensors, shape.layers)
     except TBQError as error:
         raise TBQError(f"model {str(model)!r}: {error}") from None
+    with np.errstate(all="ignore"):  # damaged weights may be infinite
+        biases = key_biases(tensors, shape.layers)
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
@@ -339,8 +340,8 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     chosen, context, reason = _choose(cache, _ladder(shape, sinks, bool(large)), context or 0, shape.context_train, left, read)
     fits = None if left is None else cache.total(*chosen, context) <= left
     reason = reason or _because(chosen, shape, sinks, bool(large))
-    if fits is False:
-        reason += f"; but not even this fits {context} tokens in the memory"
+    if left is not None and not fits:
+        reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
     return Plan(
@@ -393,7 +394,7 @@ def _warnings(shape: Shape, context: int, sinks: bool, biases: Mapping[int, floa
         yield (f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest "
                "of the key): keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
     if any(math.isnan(r) for r in biases.values()):
-        yield ("the size of the key biases is unknown, because the type of the weights cannot be decoded here; "
+        yield ("whether the key biases are large is unknown, because their tensors cannot be read here; "
                "compare with q8_0 keys before using fewer bits")
     for side, sizes in (("key", shape.key_sizes), ("value", shape.value_sizes)):
         odd = sorted({size for size in sizes if size % BLOCK})
