@@ -103,7 +103,7 @@ def test_demo_port_taken(demo_model):
         out = subprocess.run([sys.executable, "-m", "tbq.demo", "--cache", demo_model.parent, "--serve", "--port",
                               str(port)], capture_output=True, text=True, timeout=60)
     assert out.returncode != 0 and out.stdout == ""
-    assert out.stderr.strip() == f"error: port {port} cannot be used (Address already in use); name another one"
+    assert out.stderr.strip() == f"error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"
 
 
 def test_server_is_stopped_after_an_error(demo_model):

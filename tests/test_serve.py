@@ -225,13 +225,13 @@ def head_80(tmp_path_factory):
 
 ERRORS = {
     "missing model": (["{tmp}/nosuch.gguf"], 2, "model '{tmp}/nosuch.gguf' is not a file"),
-    "no GGUF, auto": (["{text}"], 2, "model '{text}' is no"),
+    "no GGUF, auto": (["{text}"], 2, "{text} is not a GGUF file"),
     "no GGUF": (["{text}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
     "truncated": (["{short}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: "),
     "unknown type": (["{model}", "--kv", "fly"], 2, "cache type 'fly' is not one of tbq2_0, tbq3_0, tbq4_0, "),
     "unknown value type": (["{model}", "--kv", "tbq4_0/fly"], 2, "cache type 'fly' is not one of "),
     "no type": (["{model}", "--kv"], 2, "--kv needs a value"),
-    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size of 80"),
+    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80"),
     "server's refusal": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 1, "llama-server ended with status 1: llama_init_from_model: quantized V cache requires"),
     "unknown option": (["{model}", "--nosuch"], 1, "llama-server ended with status 1: invalid argument: --nosuch"),
     "types twice": (["{model}", "-ctk", "f16"], 2, "cache types are chosen with --kv"),
