@@ -130,6 +130,21 @@ def test_auto(demo_model):
         assert served.end() == 0
 
 
+def test_another_context_than_planned(demo_model, tmp_path):
+    """llama-server has a settings file of its own; a GPU's memory can do the same."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "config.ini").write_text("ctx-size = 777\n")
+    with Serve(demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}) as served:
+        served.until("is up")
+        assert "47.8 MiB for 8192 tokens" in served.out[1]
+        assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 6.0 MiB\n"
+
+
+def test_a_run_that_ends_by_itself(demo_model):
+    with Serve(demo_model, "--kv", "tbq4_0", "--port", 0, "--version") as served:
+        assert served.end() == 0 and "tbq: error" not in "".join(served.err)
+
+
 @linux
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signal_while_loading(demo_model, number):
@@ -173,6 +188,7 @@ def test_status_of_a_server_that_is_killed(demo_model):
         served.until("is up")
         os.kill(*served.children, signal.SIGKILL)
         assert served.end() == 128 + signal.SIGKILL
+        assert any(line.startswith("tbq: error: llama-server was ended by SIGKILL: ") for line in served.err)
 
 
 @linux
