@@ -357,6 +357,8 @@ def bindings(folder):
         return
     sdist = fetch_sdist(pin)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}-tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     tmp = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-tmp-"))
     try:
         with tarfile.open(sdist) as tar:

@@ -1,7 +1,6 @@
 """The command tbq, and what `tbq paths` promises about the installation."""
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -115,31 +114,3 @@ def test_server_is_stopped_after_an_error(demo_model):
         with tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
             raise RuntimeError
     assert server.process.poll() is not None
-
-
-def every_parser(parser, path=("tbq",)):
-    yield path, parser
-    for action in parser._subparsers._group_actions if parser._subparsers else ():
-        for name, child in action.choices.items():
-            yield from every_parser(child, (*path, name))
-
-
-def test_help_is_complete():
-    """Every option says what it does, every command has an example that begins with it."""
-    from tbq.cli import _parser
-    for path, parser in every_parser(_parser()):
-        if path != ("tbq",):
-            assert parser.description and "example" in parser.epilog and path[0] + " " + path[1] in parser.epilog, path
-        for action in parser._actions:
-            if not action.choices or not hasattr(action, "add_parser"):
-                assert action.help, (path, action.dest)
-        assert parser.format_help()
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion(shell):
-    pytest.importorskip("shtab", reason="completion needs ggml-tbq[completion]")
-    out = run("completion", shell)
-    assert out.returncode == 0 and "--kv" in out.stdout and "plan" in out.stdout
-    if program_of := shutil.which(shell):
-        assert subprocess.run([program_of, "-n"], input=out.stdout, text=True, capture_output=True).returncode == 0

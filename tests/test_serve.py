@@ -1,159 +1,388 @@
-"""`tbq serve` and tbq.Server: real servers, real signals."""
+"""`tbq serve` and tbq.Server: real llama-server processes on the demo model."""
+import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
 
 import tbq
+import tbq.server
+from llama_tools import ENV, tiny_llama
 from tbq.server import free_port
 
 SMALL = ("-c", "512", "-t", "2", "--no-warmup")
-ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "LLAMA_ARG_CTX_SIZE": "77"}
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc and PR_SET_PDEATHSIG")
 
 
-def serve(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-m", "tbq", "serve", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=ENV, **options)
+@pytest.fixture(autouse=True)
+def waiting_threads_sleep(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", ENV["OMP_WAIT_POLICY"])
 
 
-def until_up(process):
-    """The lines up to the one that says so."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        if "is up" in line:
-            return lines
-    raise AssertionError(f"never up: {lines}\n{process.stderr.read()[-3000:]}")
+class Serve:
+    """`tbq serve` as a process of its own; what it prints so far is in out and err."""
+
+    def __init__(self, *arguments, env=None, **popen):
+        self.process = subprocess.Popen([sys.executable, "-m", "tbq", "serve", *map(str, arguments)], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENV, **(env or {})}, **popen)
+        self.out, self.err = [], []
+        self.readers = [threading.Thread(target=lambda to=to, stream=stream: to.extend(stream), daemon=True)
+                        for to, stream in ((self.out, self.process.stdout), (self.err, self.process.stderr))]
+        for reader in self.readers:
+            reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in [self.process.pid, *self.children]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def children(self):
+        return children(self.process.pid)
+
+    def until(self, text, stream="out", seconds=60):
+        wait_for(lambda: any(text in line for line in getattr(self, stream)) or self.process.poll() is not None, seconds)
+        assert any(text in line for line in getattr(self, stream)), f"status {self.process.poll()}\n{''.join(self.out)}{''.join(self.err)}"
+        return self
+
+    def end(self, seconds=30):
+        status = self.process.wait(seconds)
+        for reader in self.readers:
+            reader.join(10)
+        assert "Traceback" not in "".join(self.err)
+        return status
 
 
-def finished(*arguments):
-    process = serve(*arguments)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(x) for x in found.split()]
+    """Of a process, on Linux."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
 
 
-def gone(pid, seconds=15):
-    for _ in range(10 * seconds):
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.1)
+def running(pid):
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_plan_health_answer_and_end(demo_model, number):
+def post(url, body, **headers):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_serves(demo_model):
+    """The plan in three lines, the server's log on stderr, answers with a key under a prefix, the status at the end."""
     port = free_port()
-    process = serve(demo_model, "--kv", "tbq4_0/tbq3_0", "--port", port, *SMALL)
-    lines = until_up(process)
-    assert len(lines) == 4 and all(line.startswith("tbq: ") for line in lines)
-    assert lines[1] == "tbq: cache: keys tbq4_0, values tbq3_0: 2.6 MiB for 512 tokens, 23 % of f16's 11.2 MiB"
-    assert "as asked for; tbq plan would take tbq4_0/tbq4_0: " in lines[2]
-    assert lines[3] == f"tbq: llama-server is up: http://127.0.0.1:{port}; Ctrl-C stops it"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/props", timeout=10) as answer:
-        assert json.load(answer)["default_generation_settings"]["n_ctx"] == 512  # not of LLAMA_ARG_CTX_SIZE
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0 and out == ""
-    assert "listening" in err and "Traceback" not in err
+    with Serve(demo_model, "--kv", "tbq4_0/tbq3_0", "-c", 2048, "-np", 2, "-t", 2, "--port", port, "--api-key", "a,b", "--api-prefix", "/x/y",
+               "-lv", 4) as served:
+        served.until("is up")
+        assert served.out[-1] == f"tbq: llama-server is up: http://127.0.0.1:{port}/x/y; Ctrl-C stops it\n"
+        assert len(served.out) == 4 and all(line.startswith("tbq: ") for line in served.out)
+        assert "keys tbq4_0, values tbq3_0: 10.5 MiB for 2048 tokens, 23 % of f16's 45.0 MiB" in served.out[1]
+        question = {"messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}], "temperature": 0, "max_tokens": 16}
+        url = f"http://127.0.0.1:{port}/x/y/v1/chat/completions"
+        assert "Paris" in post(url, question, Authorization="Bearer b")["choices"][0]["message"]["content"]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(url, question)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.end() == 0
+    log = "".join(served.err)
+    assert re.search(r"size = +10\.55 MiB.*K \(tbq4_0\): .*V \(tbq3_0\):", log), "the plan's bytes are not those that were allocated"
+    assert "cleaning up before exit" in log
+    assert "tbq: error" not in log
 
 
-def test_auto_takes_the_plan(demo_model):
-    process = serve(demo_model, "--port", free_port(), *SMALL)
-    lines = until_up(process)
-    process.terminate()
-    process.communicate(timeout=30)
-    plan = tbq.plan(demo_model, context=512)
-    assert f"keys {plan.recommended[0]}, values {plan.recommended[1]}: " in lines[1] and lines[2] == f"tbq: why:   {plan.reason}"
+def test_auto(demo_model):
+    with Serve(demo_model, *SMALL, "-c", 8192, "--port", 0) as served:
+        served.until("is up")
+        assert "keys tbq4_0, values tbq4_0: 47.8 MiB for 8192 tokens" in served.out[1]
+        assert served.out[2].startswith("tbq: why:   ")
+        served.process.send_signal(signal.SIGINT)
+        assert served.end() == 0
 
 
-def test_a_server_behind_a_key_and_a_prefix(demo_model):
-    port = free_port()
-    process = serve(demo_model, "--port", port, "--api-key", "secret", "--api-prefix", "/models/one", *SMALL)
-    assert until_up(process)[-1] == f"tbq: llama-server is up: http://127.0.0.1:{port}/models/one; Ctrl-C stops it"
-    process.terminate()
-    process.communicate(timeout=30)
+def test_another_context_than_planned(demo_model, tmp_path):
+    """llama-server has a settings file of its own; a GPU's memory can do the same."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "config.ini").write_text("ctx-size = 777\n")
+    with Serve(demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}) as served:
+        served.until("is up")
+        assert "47.8 MiB for 8192 tokens" in served.out[1]
+        assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 6.0 MiB\n"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends a child with its parent")
-def test_no_orphan_after_kill(demo_model):
-    process = serve(demo_model, "--port", free_port(), *SMALL)
-    until_up(process)
-    server, = children(process.pid)
-    process.kill()
-    process.wait()
-    assert gone(server)
+def test_a_run_that_ends_by_itself(demo_model):
+    with Serve(demo_model, "--kv", "tbq4_0", "--port", 0, "--version") as served:
+        assert served.end() == 0 and "tbq: error" not in "".join(served.err)
 
 
-def test_the_servers_own_failure(demo_model):
-    status, out, err = finished(demo_model, "--port", free_port(), "--no-such-option")
-    assert status == 1 and "is up" not in out
-    assert err.splitlines()[-1] == "tbq: error: llama-server ended with status 1: error: invalid argument: --no-such-option"
+@linux
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signal_while_loading(demo_model, number):
+    """llama-server has no handlers yet, so the signal ends it."""
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
+        served.until("tbq: why")
+        wait_for(lambda: served.children or served.process.poll() is not None)
+        children = served.children
+        served.process.send_signal(number)
+        assert served.end() in (0, 128 + number)
+        assert not any(map(running, children))
 
 
-def test_mistakes_are_one_line(demo_model, tmp_path):
-    text = tmp_path / "text.gguf"
-    text.write_text("no model")
-    for arguments, what in (((tmp_path / "none.gguf",), "is not a file"), ((text,), "text.gguf"),
-                            ((demo_model, "--kv", "tbq5_0"), "cache type 'tbq5_0' is not one of"),
-                            ((demo_model, "--kv"), "--kv needs a value"),
-                            ((demo_model, "-ctk", "f16"), "chosen with --kv"),
-                            ((demo_model, "--port", "x"), "--port 'x' is not a port"),
-                            ((demo_model, "--host", "a.sock"), "Unix sockets")):
-        status, out, err = finished(*arguments)
-        assert status == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("tbq: error: ") and what in err, (arguments, out, err)
+@linux
+def test_second_signal_kills(demo_model):
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
+        served.until("is up")
+        child, = served.children
+        os.kill(child, signal.SIGSTOP)  # it cannot act on the first one
+        served.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert served.process.poll() is None and running(child)
+        served.process.send_signal(signal.SIGINT)
+        assert served.end(10) == 128 + signal.SIGKILL
+        assert not running(child)
 
 
-def test_port_taken(demo_model):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        s.listen()
-        port = s.getsockname()[1]
-        status, _, err = finished(demo_model, "--port", port)
-    assert status == 2 and err.strip() == f"tbq: error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"
+@linux
+def test_no_orphan_when_killed(demo_model):
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
+        served.until("is up")
+        child, = served.children
+        os.kill(child, signal.SIGSTOP)  # nor does a server that hangs remain
+        served.process.kill()
+        wait_for(lambda: not running(child), 10)
 
 
-# --- from Python ---------------------------------------------------------------------------------------------------
+@linux
+def test_status_of_a_server_that_is_killed(demo_model):
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
+        served.until("is up")
+        os.kill(*served.children, signal.SIGKILL)
+        assert served.end() == 128 + signal.SIGKILL
+        assert any(line.startswith("tbq: error: llama-server was ended by SIGKILL: ") for line in served.err)
 
 
-def test_server_and_its_client(demo_model):
-    lines = []
-    with tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--verbosity", "4"], on_line=lines.append) as server:
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", server.url)
-        pair = server.plan.pair("tbq4_0", "tbq4_0")
-        assert server.cache()["k_type"] == "tbq4_0" and server.cache()["mib"] == pytest.approx(pair.bytes / 2**20, abs=0.01)
-        assert "Paris" in server.chat("What is the capital of France?", temperature=0, max_tokens=24)["choices"][0]["message"]["content"]
-        pytest.importorskip("openai", reason="no openai package")
-        answer = server.client().chat.completions.create(model="any", temperature=0, max_tokens=24,
-                                                         messages=[{"role": "user", "content": "What is the capital of France?"}])
+@linux
+def test_nohup(demo_model):
+    """SIGHUP stays ignored if it was."""
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as served:
+        served.until("is up")
+        served.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert served.process.poll() is None and len(served.children) == 1
+
+
+def test_nobody_reads(demo_model):
+    """A terminal that is gone is no reason to stop."""
+    port, out, err = free_port(), os.pipe(), os.pipe()
+    process = subprocess.Popen([sys.executable, "-m", "tbq", "serve", demo_model, *SMALL, "--kv", "tbq4_0", "--port", str(port)], env=ENV,
+                               stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1])
+    for end in (*out, *err):
+        os.close(end)
+
+    def healthy():
+        assert process.poll() is None
+        with contextlib.suppress(OSError):
+            return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+
+    try:
+        wait_for(healthy)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+def test_variables_for_other_servers(demo_model):
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, env={"LLAMA_ARG_CTX_SIZE": "77", "LLAMA_ARG_API_PREFIX": "/z", "LLAMA_API_KEY": "k",
+                                                                      "http_proxy": "http://127.0.0.1:9"}) as served:
+        served.until("is up")
+        served.until("tbq: warning: LLAMA_ARG_API_PREFIX, LLAMA_ARG_CTX_SIZE: not passed on", "err")
+        url = re.search(r"http://\S+(?=;)", served.out[-1])[0]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(url + "/tokenize", {"content": "a"})
+        assert post(url + "/tokenize", {"content": "a"}, Authorization="Bearer k")["tokens"]
+
+
+@pytest.fixture(scope="module")
+def head_80(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("models") / "head80.gguf", head=80, layers=1)
+
+
+ERRORS = {
+    "missing model": (["{tmp}/nosuch.gguf"], 2, "model '{tmp}/nosuch.gguf' is not a file"),
+    "no GGUF, auto": (["{text}"], 2, "{text} is not a GGUF file"),
+    "no GGUF": (["{text}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
+    "truncated": (["{short}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: "),
+    "unknown type": (["{model}", "--kv", "fly"], 2, "cache type 'fly' is not one of tbq2_0, tbq3_0, tbq4_0, "),
+    "unknown value type": (["{model}", "--kv", "tbq4_0/fly"], 2, "cache type 'fly' is not one of "),
+    "no type": (["{model}", "--kv"], 2, "--kv needs a value"),
+    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80"),
+    "server's refusal": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 1, "llama-server ended with status 1: llama_init_from_model: quantized V cache requires"),
+    "unknown option": (["{model}", "--nosuch"], 1, "llama-server ended with status 1: invalid argument: --nosuch"),
+    "types twice": (["{model}", "-ctk", "f16"], 2, "cache types are chosen with --kv"),
+    "two models": (["{model}", "-m", "other.gguf"], 2, "there are two models, '{model}' and 'other.gguf'"),
+    "taken port": (["{model}", "--port", "{taken}"], 2, "port {taken} of 127.0.0.1 cannot be used (Address already in use); name another one"),
+    "no port": (["{model}", "--port", "http"], 2, "port 'http' is not a number from 1 to 65535"),
+    "large port": (["{model}", "--port", "65536"], 2, "port '65536' is not a number from 1 to 65535"),
+    "half an option": (["{model}", "--port"], 2, "--port needs a value"),
+    "socket": (["{model}", "--host", "{tmp}/a.sock"], 2, "host '{tmp}/a.sock' has no address with a port"),
+    "foreign host": (["{model}", "--host", "192.0.2.1"], 2, "host '192.0.2.1' is not an address of this machine"),
+    "unknown host": (["{model}", "--host", "no.such.invalid"], 2, "host 'no.such.invalid' is not an address of this machine"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error(case, demo_model, head_80, tmp_path):
+    (tmp_path / "text.gguf").write_text("# no model\n")
+    (tmp_path / "short.gguf").write_bytes(demo_model.read_bytes()[:5_000_000])
+    arguments, status, message = ERRORS[case]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        names = {"tmp": tmp_path, "text": tmp_path / "text.gguf", "short": tmp_path / "short.gguf", "model": demo_model, "head_80": head_80,
+                 "taken": taken.getsockname()[1]}
+        arguments = [argument.format(**names) for argument in arguments]
+        if "--port" not in arguments:
+            arguments[1:1] = ["--port", "0"]
+        with Serve(*arguments, cwd=tmp_path) as served:
+            assert served.end(60) == status, served.err
+    assert served.err[-1].startswith("tbq: error: " + message.format(**names))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.gguf", "text.gguf"]
+
+
+# --- Server ---------------------------------------------------------------------------------------------------------
+
+
+def test_server_and_client(demo_model, monkeypatch):
+    """No proxy is asked, neither by the wait nor by the client, and the key is known to it."""
+    openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'ggml-tbq[openai]'")
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with tbq.Server(demo_model, "tbq4_0/tbq3_0", options=[*SMALL, "--api-key", "secret"]) as server:
+        assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
+        assert server.plan.pair("tbq4_0", "tbq3_0").bytes == 512 * 30 * 3 * (34 + 26)
+        ask = {"model": "any", "temperature": 0, "max_tokens": 16,
+               "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]}
+        with server.client() as client:
+            answer = client.chat.completions.create(**ask)
         assert "Paris" in answer.choices[0].message.content
-    assert server.process.returncode == 0 and lines == server.log
+        assert "Paris" in server.chat(ask["messages"][0]["content"], temperature=0, max_tokens=16)["choices"][0]["message"]["content"]
+        with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(**ask)
+        with pytest.raises(tbq.TBQError, match="llama-server answered 400: "):
+            server.chat("Hello", max_tokens="many")
+        with pytest.raises(tbq.TBQError, match="runs once"):
+            server.start()
+    assert server.process.poll() == 0
 
 
 def test_client_without_openai(demo_model, monkeypatch):
-    server = tbq.Server(demo_model, "f16", options=SMALL)
+    server = tbq.Server(demo_model, "tbq4_0")
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(tbq.TBQError, match="pip install openai"):
+    with pytest.raises(tbq.TBQError, match=r"pip install 'ggml-tbq\[openai\]'"):
         server.client()
+    server.stop()  # never started
 
 
-def test_refused_before_anything_starts(demo_model):
-    with pytest.raises(tbq.TBQError, match="chosen with --kv"):
-        tbq.Server(demo_model, options=["--cache-type-k", "f16"])
-    with pytest.raises(tbq.TBQError, match="is not a file"):
-        tbq.Server("nowhere.gguf")
+def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
+    """On Linux a process may end with the thread that started it; and what on_line does must not stop the server."""
+    monkeypatch.setattr(tbq.server, "_LOG_LINES", 5)
+    seen = []
+
+    def on_line(line):
+        seen.append(line)
+        raise RuntimeError
+
+    server = tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "-lv", "5"], on_line=on_line)
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    try:
+        server.wait_until_healthy()
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
+        assert len(seen) == 1 and server.log[0] == seen[0] and len(server.log) < 15
+    finally:
+        server.stop()
+
+
+def test_server_that_is_not_ready_in_time(demo_model):
+    with pytest.raises(tbq.TBQError, match="not ready after 0 s"):
+        with tbq.Server(demo_model, "tbq4_0", options=SMALL, timeout=0.01) as server:
+            pass
+    assert "server" not in locals() or server.process.poll() is not None
+
+
+@pytest.mark.parametrize("arguments, message", (
+    ({"model": 7}, "model 7 and kv 'auto' must be"),
+    ({"kv": None}, "and kv None must be"),
+    ({"options": "-c 512"}, "options '-c 512' must be a list of strings"),
+    ({"options": ["-c", 512]}, "must be a list of strings"),
+    ({"port": -1}, "port '-1' is not a number"),
+))
+def test_wrong_arguments(demo_model, arguments, message):
+    with pytest.raises(tbq.TBQError, match=re.escape(message)):
+        tbq.Server(**{"model": demo_model, **arguments})
+
+
+@pytest.mark.parametrize("options, url", (
+    ([], "http://127.0.0.1:9000"),
+    (["--host", "0.0.0.0"], "http://127.0.0.1:9000"),
+    (["--host", "/tmp/a.sock, ::1"], "http://[::1]:9000"),
+    (["--port", "9001", "--api_prefix", "/x/"], "http://127.0.0.1:9001/x"),
+    (["--ssl-key-file", "k", "--ssl-cert-file", "c"], "https://127.0.0.1:9000"),
+    (["--ssl-key-file", "k"], "http://127.0.0.1:9000"),
+))
+def test_url(demo_model, options, url):
+    server = tbq.Server(demo_model, "tbq4_0", port=9000, options=options)
+    assert server.url == url
+    assert server._command.count("--port") == server._command.count("--host") == 1
+
+
+def test_key_file(demo_model, tmp_path):
+    (tmp_path / "keys").write_text("# ours\nsecret\n")
+    with tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
+        assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("options, shape", (
+    ([], {"context": None, "unified": True, "swa_full": False}),
+    (["-c", "0", "-np", "-1", "-no-kvu"], {"context": None, "unified": False, "swa_full": False}),
+    (["-c", "1", "--ctx-size", "4096", "-np", "2", "-ub", "64", "--swa-full"],
+     {"context": 4096, "unified": False, "swa_full": True, "parallel": 2, "ubatch": 64}),
+    (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
+))
+def test_options_for_the_plan(options, shape):
+    assert tbq.server._shape(tbq.server._read(options)[0]) == shape

@@ -5,6 +5,7 @@ the exit status; its docstring is the line in the help, `parser.epilog` has an e
 """
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,42 +42,72 @@ def _paths(parser: argparse.ArgumentParser) -> None:
 
 def _completion(parser: argparse.ArgumentParser) -> None:
     """print the script that lets a shell complete these commands"""
-    parser.epilog = "example: tbq completion bash > ~/.local/share/bash-completion/completions/tbq"
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+    parser.epilog = ("examples: tbq completion bash > ~/.local/share/bash-completion/completions/tbq\n"
+                     "          tbq completion zsh > ~/.zfunc/_tbq        # a folder of $fpath\n"
+                     "          tbq completion fish > ~/.config/fish/completions/tbq.fish")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell; needs ggml-tbq[completion]")
 
     def run(args: argparse.Namespace) -> int:
         try:
             import shtab  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError:
             raise TBQError("tbq completion needs shtab: pip install 'ggml-tbq[completion]'") from None
-        print(shtab.complete(_parser(), args.shell))
+        root = _parser()
+        for command in commands(root).values():
+            for action in command._actions:
+                if _IS_PATH.search(str(action.metavar)):
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        try:
+            print(shtab.complete(root, args.shell))
+        except NotImplementedError:
+            raise TBQError(f"this shtab, {shtab.__version__}, does not know {args.shell}: pip install --upgrade 'ggml-tbq[completion]'") from None
         return 0
 
     parser.set_defaults(run=run)
 
 
+#: Metavars of what is a path: file names are completed there.
+_IS_PATH = re.compile(r"FILE|FOLDER|GGUF|MODEL|ORIGINAL|PICTURE|\.gguf$")
+
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "bench": bench.define, "completion": _completion, "convert": conversion.define, "inspect": inspection.define, "paths": _paths,
-    "plan": define_plan, "serve": server.define}
+    "bench": bench.define,
+    "completion": _completion,
+    "convert": conversion.define,
+    "inspect": inspection.define,
+    "paths": _paths,
+    "plan": define_plan,
+    "serve": server.define,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tbq", description="TurboQuant tensor types for llama.cpp")
+    parser = argparse.ArgumentParser(prog="tbq", description="TurboQuant tensor types for llama.cpp", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="examples: tbq plan model.gguf\n          tbq serve model.gguf -c 32768\n          tbq COMMAND --help")
     parser.add_argument("--version", action="version", version=f"tbq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    children = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, define in COMMANDS.items():
         text = define.__doc__
-        define(commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
+        define(children.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
+
+
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Every parser from this one down, by what is typed to reach it: "tbq", "tbq bench", "tbq bench speed"."""
+    found = {parser.prog: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                found.update(commands(child))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
     try:
+        parser = _parser()
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
         return int(args.run(args))
     except TBQError as error:
         message = str(error)

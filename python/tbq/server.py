@@ -2,6 +2,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -101,25 +102,29 @@ def _api_key(found: Mapping[str, str], environment: Mapping[str, str]) -> str | 
     return next(filter(None, keys), None)
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-        s.bind((host, 0))
-        return int(s.getsockname()[1])
-
-
-def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """TBQError if a server cannot listen there."""
+def _bind(host: str, port: int) -> int:
+    """The port that a server could listen on now; 0 is any."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(address)
-    except socket.gaierror as error:
-        raise TBQError(f"host {host!r} is not an address of this machine: {error.strerror}") from None
+            return int(s.getsockname()[1])
     except (OSError, OverflowError, UnicodeError) as error:
-        where = "" if host == "127.0.0.1" else f" of {host}"
-        raise TBQError(f"port {port}{where} cannot be used ({getattr(error, 'strerror', None) or error}); name another one") from None
+        why = getattr(error, "strerror", None) or error
+        if isinstance(error, (socket.gaierror, UnicodeError)) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise TBQError(f"host {host!r} is not an address of this machine ({why})") from None
+        raise TBQError(f"port {port} of {host} cannot be used ({why}); name another one") from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on."""
+    return _bind(host, 0)
+
+
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """TBQError if a server cannot listen there."""
+    _bind(host, port)
 
 
 def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, str, "Plan | None"]:
@@ -155,11 +160,12 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
 
 # Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
 # survives execv).  Asking takes code between fork and exec, which is not safe in a program with threads, so a bare Python
-# does it and becomes llama-server.  Until then Ctrl-C ends it without a word.
+# does it and becomes llama-server.  It starts with SIGINT blocked, so that Ctrl-C ends it without a word.
 _ASK_AND_BECOME = """\
-import _signal, os, sys
-_signal.getsignal(2) == _signal.SIG_IGN or _signal.signal(2, _signal.SIG_DFL)
-import ctypes
+import _signal, ctypes, os, sys
+if _signal.getsignal(2) != _signal.SIG_IGN:
+    _signal.signal(2, _signal.SIG_DFL)
+_signal.pthread_sigmask(_signal.SIG_UNBLOCK, [2])
 ctypes.CDLL(None).prctl(1, ctypes.c_ulong(9))
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
@@ -167,10 +173,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def _dies_with_us(command: Sequence[str]) -> list[str]:
+def _popen(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Starts a program, which on Linux ends with the calling thread."""
     if sys.platform.startswith("linux") and sys.executable:
-        return [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
-    return [*command]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        command = [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
+    # A session of its own: Ctrl-C reaches it through us, once.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
 
 
 class Server:
@@ -236,16 +245,14 @@ class Server:
         if not self._share_port:
             check_port(self.port, self._host)
         self._started = concurrent.futures.Future()
-        # The thread that reads the log also starts the process, because on Linux the end of that thread ends the process.
+        # On Linux the process ends with the thread that started it, so that is the one that reads the log.
         self._reader = threading.Thread(target=self._run, args=(self._started,), name="llama-server", daemon=True)
         self._reader.start()
         self.process = self._started.result()
 
     def _run(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
         try:
-            # A session of its own: Ctrl-C reaches it through us, once.
-            process = subprocess.Popen(_dies_with_us(self._command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                       env=self._environment, start_new_session=True)
+            process = _popen(self._command, self._environment)
         except Exception as error:
             started.set_exception(error)
             return
@@ -310,10 +317,13 @@ class Server:
             return
         if process.poll() is None:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(_STOP_SECONDS)
-                return
-            process.kill()
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # also when Ctrl-C ends the wait
+                if process.poll() is None:
+                    process.kill()
         process.wait()
 
     def client(self, api_key: str | None = None, **options: Any) -> "OpenAI":
@@ -410,6 +420,20 @@ class _Signals:
             self._send(self.early)
 
 
+def _correction(server: Server) -> str | None:
+    """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
+    found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
+    if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
+        return None
+    context = int(found[2]) * (1 if found[3] == "true" else int(found[1]))
+    size = server.plan.bytes_at(server.k, server.v, context)
+    if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
+        return None
+    from tbq.plan import amount
+
+    return f"llama-server took a context of {context} tokens, so the cache has {amount(size)}"
+
+
 def _say(text: str, to_stderr: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
@@ -428,10 +452,13 @@ def serve(model: str, kv: str, options: Sequence[str]) -> int:
         signals.started()
         try:
             server.wait_until_healthy()
+            if correction := _correction(server):
+                _say(f"tbq: {correction}")
             _say(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it")
-            server.process.wait()
+            if server.process.wait() and not signals.count:
+                raise TBQError(f"llama-server {server._ending()}: {server.last_error()}")
         except TBQError as error:
-            if not signals.count:
+            if not signals.count and server.process.poll() != 0:  # --version, for example, ends well
                 _say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
         finally:
             server.stop()

@@ -1,0 +1,218 @@
+"""tbq.llama: llama-cpp-python's bindings on our libraries, in processes of their own because a process loads them once."""
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+import tbq
+from conftest import ROOT, script
+from llama_tools import ENV, tiny_llama
+
+VENDORED = pathlib.Path(tbq.__file__).resolve().parent / "_vendor" / "llama_cpp"
+
+for dependency in ("diskcache", "jinja2", "typing_extensions"):
+    pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
+
+
+def python(code, *arguments, path=None, cwd=None):
+    """Runs code in a new process."""
+    env = {k: v for k, v in ENV.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB", "PYTHONPATH")}
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd,
+                          env={**env, **({"PYTHONPATH": str(path)} if path else {})})
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, lib_dir):
+    """A llama-cpp-python as pip would install it: the pinned release, with libraries of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(VENDORED, folder / "llama_cpp")
+    shutil.copytree(lib_dir, folder / "llama_cpp" / "lib")
+    return folder
+
+
+GENERATE = """
+import json, os, sys
+import tbq
+from tbq.llama import Llama
+assert not {"LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"} & os.environ.keys()
+import llama_cpp, llama_cpp.mtmd_cpp
+found = {"library": llama_cpp.llama_cpp._lib._name, "mtmd": llama_cpp.mtmd_cpp._libmtmd._name, "file": llama_cpp.__file__}
+
+def ask(name, model):
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    answer = model.create_chat_completion(question, max_tokens=16, temperature=0)["choices"][0]["message"]["content"]
+    found[name] = {"answer": answer, "tokens": model.n_tokens, "state": len(model.save_state().llama_state)}
+    return found[name]
+
+common = {"n_ctx": 512, "n_threads": 2, "verbose": True}
+model = Llama(sys.argv[1], kv="tbq4_0", **common)
+ask("ours", model)["plan"] = model.plan.pair(model.k, model.v).bytes
+four, three = tbq.types["tbq4_0"].id, tbq.types["tbq3_0"].id
+ask("numbers", llama_cpp.Llama(sys.argv[1], type_k=four, type_v=four, flash_attn=True, **common))
+model = Llama(sys.argv[1], type_k="q8_0", type_v=three, **common)
+ask("sides", model)["types"] = [model.k, model.v]
+model = Llama(sys.argv[1], kv="auto", type_v="f16", **{**common, "n_ctx": 8192})
+ask("auto keys", model)["types"] = [model.k, model.v]
+ask("f16", Llama(sys.argv[1], kv="f16", **common))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("installed_too", (False, True))
+def test_generates(installed_too, demo_model, lib_dir, other):
+    """Sensible text from a cache in the types asked for, with the bindings of the wheel or with installed ones."""
+    done = python(GENERATE, demo_model, path=other if installed_too else None)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert pathlib.Path(found["library"]).parent == pathlib.Path(found["mtmd"]).parent == lib_dir
+    assert pathlib.Path(found["file"]).parent == (other / "llama_cpp" if installed_too else VENDORED)
+    for name in ("ours", "numbers", "sides", "auto keys", "f16"):
+        assert "Paris" in found[name]["answer"], name
+    assert found["sides"]["types"] == ["q8_0", "tbq3_0"] and found["auto keys"]["types"] == ["tbq4_0", "f16"]
+    caches = re.findall(r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", done.stderr)
+    assert [(k, v) for k, _, v, _ in caches] == [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq4_0"), ("q8_0", "tbq3_0"), ("tbq4_0", "f16"), ("f16", "f16")]
+    assert float(caches[0][1]) + float(caches[0][3]) == pytest.approx(found["ours"]["plan"] / 2**20, abs=0.011)
+    # 30 layers, keys and values of 3 heads of 64: 34 bytes a head instead of 128
+    saved = 2 * 30 * 3 * (128 - 34)
+    assert found["f16"]["tokens"] == found["ours"]["tokens"]
+    assert found["f16"]["state"] - found["ours"]["state"] == saved * found["ours"]["tokens"]
+    assert found["numbers"]["state"] == found["ours"]["state"]
+
+
+REFUSE = """
+import json, sys
+import tbq
+from tbq.llama import Llama
+for arguments in json.loads(sys.argv[1]):
+    try:
+        Llama(**{"n_ctx": 512, "verbose": False, **arguments})
+    except tbq.TBQError as error:
+        print(error)
+    else:
+        print("it works")
+"""
+
+
+def test_refusals(demo_model, tmp_path):
+    (tmp_path / "short.gguf").write_bytes(demo_model.read_bytes()[:5_000_000])
+    model, head_80 = str(demo_model), str(tiny_llama(tmp_path / "head80.gguf", head=80, layers=1))
+    cases = [
+        ({"model_path": model, "kv": "fly"}, "cache type 'fly' is not one of tbq2_0, tbq3_0, tbq4_0, "),
+        ({"model_path": model, "type_k": "fly"}, "cache type 'fly' is not one of "),
+        ({"model_path": model, "type_v": 999}, "cache type 999 is not a type's name or number; 644 is tbq4_0"),
+        ({"model_path": model, "type_v": True}, "cache type True is not a type's name or number"),
+        ({"model_path": model, "type_k": 14}, "cache type 'q6_k' is not one of "),
+        ({"model_path": model, "kv": 644}, "kv 644 must be"),
+        ({"model_path": model, "n_ctx": -1}, "n_ctx is -1; it must be a number of tokens"),
+        ({"model_path": model, "flash_attn": False}, "values of tbq4_0 need flash attention"),
+        ({"model_path": head_80, "kv": "tbq4_0"}, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values"),
+        ({"model_path": str(tmp_path / "nosuch.gguf")}, f"model {str(tmp_path / 'nosuch.gguf')!r} is not a file"),
+        ({"model_path": str(tmp_path / "short.gguf")}, "Failed to load model from file: "),
+        ({"model_path": model, "type_v": "f16", "flash_attn": False}, "it works"),
+    ]
+    done = python(REFUSE, json.dumps([arguments for arguments, _ in cases]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (arguments, message), line in zip(cases, done.stdout.splitlines(), strict=True):
+        assert message in line, arguments
+    assert "ignored" not in done.stderr  # of __del__
+
+
+IMPORT = """
+import sys
+try:
+    import {first}
+    import tbq.llama
+except ValueError as error:
+    print(type(error).__name__, error)
+    print(sorted(name for name in sys.modules if name.startswith("llama_cpp")) if {first!r} == "sys" else "")
+"""
+
+
+def test_imported_before_with_other_libraries(other, lib_dir):
+    lines = python(IMPORT.format(first="llama_cpp"), path=other).stdout.splitlines()
+    assert lines[0] == (f"TBQError llama_cpp was imported before, with the libraries in {other / 'llama_cpp' / 'lib'} instead of {lib_dir}; "
+                        "import tbq.llama before anything that imports llama_cpp, in a new process")
+
+
+@pytest.mark.parametrize("first", ("llama_cpp", "sys"))
+@pytest.mark.parametrize("line, release", (("__version__ = '0.3.20'\n", "0.3.20"), ("", "of an unknown release")))
+def test_another_release(first, line, release, tmp_path):
+    """Whether it is only installed or imported already."""
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text(line)
+    lines = python(IMPORT.format(first=first), path=tmp_path).stdout.splitlines()
+    assert lines[0].startswith(f"TBQError llama-cpp-python {release} (") and str(tmp_path) in lines[0]
+    assert "does not fit these libraries, which are of llama-cpp-python==" in lines[0] and "pip uninstall llama-cpp-python" in lines[0]
+    assert lines[1] == ("[]" if first == "sys" else "")
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path):
+    """In the checkout of llama-cpp-python's users, say."""
+    (tmp_path / "llama_cpp").mkdir()
+    done = python("import tbq.llama, llama_cpp; print(llama_cpp.__file__)", cwd=tmp_path)
+    assert done.stdout.strip() == str(VENDORED / "__init__.py"), done.stderr
+
+
+def test_missing_dependency():
+    code = """
+import sys
+sys.modules["diskcache"] = None
+try:
+    import tbq.llama
+except ValueError as error:
+    print(error)
+assert not [name for name in sys.modules if name.startswith("llama_cpp")]
+del sys.modules["diskcache"]
+import tbq.llama
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "llama_cpp needs diskcache: pip install 'ggml-tbq[llama]'"
+
+
+# --- how the bindings get into the wheel ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist():
+    pin = script("llama_cpp")
+    return pin.fetch_sdist(pin.read_pin())
+
+
+def test_bindings_are_the_pin_s(sdist, tmp_path):
+    """Every module of the package and its licence, byte by byte; once."""
+    command = [sys.executable, ROOT / "cmake" / "llama_cpp.py", "bindings", tmp_path / "bindings"]
+    (tmp_path / ".bindings-tmp-killed").mkdir()
+    subprocess.run(command, check=True, capture_output=True)
+    with tarfile.open(sdist) as tar:
+        wanted = {path.name: tar.extractfile(member).read() for member in tar if member.isfile()
+                  for path in [pathlib.PurePosixPath(*pathlib.PurePosixPath(member.name).parts[1:])]
+                  if str(path.parent) == "llama_cpp" or str(path) == "LICENSE.md"}
+    found = {path.name: path.read_bytes() for path in (tmp_path / "bindings").iterdir() if path.name != ".tbq-stamp"}
+    assert found == wanted and "llama_cpp.py" in found and b"MIT License" in found["LICENSE.md"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "bindings").iterdir()}
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bindings").iterdir()} == times
+    assert [path.name for path in tmp_path.iterdir()] == ["bindings"]
+
+
+def test_the_wheel_s_bindings_are_complete(sdist):
+    with tarfile.open(sdist) as tar:
+        names = {pathlib.PurePosixPath(member.name).name for member in tar if re.fullmatch(r"[^/]+/(llama_cpp/\w+\.py|LICENSE\.md)", member.name)}
+    assert names <= {path.name for path in VENDORED.iterdir()}
+
+
+def test_the_extra_has_what_the_bindings_require(sdist):
+    with tarfile.open(sdist) as tar:
+        theirs = next(tar.extractfile(m).read().decode() for m in tar if re.fullmatch(r"[^/]+/pyproject\.toml", m.name))
+    ours = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    def requirements(text, key):
+        return set(re.findall(r'"([\w-]+)[><=]', re.search(rf"(?ms)^{key} = \[(.*?)\]$", text)[1]))
+
+    assert requirements(theirs, "dependencies") <= requirements(ours, "dependencies") | requirements(ours, "llama")
