@@ -259,6 +259,9 @@ def test_every_architecture(architectures, bin_dir):
         options = dict(context=8192, parallel=2)
         try:
             plan = tbq.plan(path, **options)
+            if plan.state_bytes:  # states are small; of many sequences they show
+                options["parallel"] = 64
+                plan = tbq.plan(path, **options)
         except tbq.TBQError as error:
             real = Allocated(bin_dir, path, "f16", "f16", **options)
             assert "keeps no cache" not in str(error) or not real.caches, path.name
@@ -308,9 +311,10 @@ def stretched(source, target, layers, like, *without, **more):
     ("exaone4-dense", 64), ("exaone4-dense", 63)])
 def test_windows_where_the_file_does_not_list_them(name, layers, architectures, bin_dir, tmp_path):
     like = (lambda i: i % 4) if "llama4" in name else (lambda i: min(i, 1))
-    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, like, "attention.sliding_window_pattern")
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, like, "attention.sliding_window_pattern",
+                     **{"attention.sliding_window": 512})
     plan = tbq.plan(path, context=8192, parallel=2)
-    assert plan.exact
+    assert plan.exact and plan.window == (0 if layers == 63 else {"llama4-moe": 8192, "smallthinker-moe": 4096}.get(name, 512))
     assert {layer.kind for layer in plan.layers} == ({"global"} if layers == 63 else {"global", "window"})
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
 
@@ -318,7 +322,7 @@ def test_windows_where_the_file_does_not_list_them(name, layers, architectures, 
 @pytest.mark.parametrize("name,interval", [("qwen3next-moe", 4), ("qwen35-dense", 4), ("minimax-01-moe", 8)])
 def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, architectures, bin_dir, tmp_path):
     path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0),
-                     "full_attention_interval")
+                     "full_attention_interval", "attention.recurrent_layers")
     plan = tbq.plan(path, context=8192, parallel=2)
     assert [layer.index for layer in plan.layers if layer.kind == "global"] == list(range(interval - 1, 9, interval))
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
@@ -385,6 +389,14 @@ def test_leaves_a_small_cache_alone(demo_model):
     assert plan.recommended == ("f16", "f16")
     assert "small beside the weights" in plan.reason
     assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
+
+
+def test_a_token_reads_few_of_the_experts(tmp_path):
+    """2 of 8 are 6 of the 24 MiB: a cache of 1 MiB is not small beside that, although it is beside the file."""
+    path = tiny_llama(tmp_path / "model.gguf", 64, experts=8)
+    assert tbq.plan(path, context=256).recommended == ("f16", "f16")
+    plan = tbq.plan(path, context=1024)
+    assert plan.recommended == ("tbq4_0", "tbq4_0") and plan.pair("f16", "f16").bytes < plan.weights_bytes / 16
 
 
 def test_sinks_keep_f16_keys(model):
@@ -573,6 +585,19 @@ def test_plot_shows_the_bytes(model, tmp_path, monkeypatch):
     assert list(np.asarray(y) * 2**30) == pytest.approx(expected)
     assert lines["memory"].get_ydata()[0] == 64 / 1024
     assert len(lines) == len(plan.pairs) + 2
+
+
+def test_plot_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')")
+
+    def full(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(tbq.TBQError, match=r"a\.png' cannot be written: No space left on device"):
+        plot(tbq.plan(model("llama")), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments,message", [
