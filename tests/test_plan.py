@@ -610,7 +610,7 @@ def test_plot_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     (("MODEL", "--context", "99999999999"), "context is 99999999999"),
     (("MODEL", "--parallel", "1000"), "at most 256 sequences"),
     (("MODEL", "--types", "f16,tbq5_0"), "cache type 'tbq5_0' is not one of tbq2_0, tbq3_0, tbq4_0, f32, f16"),
-    (("MODEL", "--types", "tbq4_0/"), None),
+    (("MODEL", "--types", "tbq4_0/"), "cache type '' is not one of"),
     (("MODEL", "--types", ""), "--types names no pair"),
     (("MODEL", "--plot", "a.jpeg"), "plot 'a.jpeg' must end in .png, .svg or .pdf"),
     (("MODEL", "--plot", "no/such/folder/a.png"), "plot 'no/such/folder/a.png' cannot be written: No such file or directory"),
