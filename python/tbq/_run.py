@@ -44,10 +44,13 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
     # what a user has set for servers must not change a measurement
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=errors)
+        with _held() as caught:
+            process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
         try:
+            if caught:
+                raise KeyboardInterrupt
             output = b""
             while piece := os.read(process.stdout.fileno(), 1 << 16):
                 output += piece
@@ -73,6 +76,22 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[list[int]]:
+    """Notes the signals that would interrupt: in the middle of Popen an exception would leave a child that nobody knows."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+              if callable(signal.getsignal(number))}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(failures: Mapping[str, str]) -> str:
