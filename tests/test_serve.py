@@ -273,7 +273,7 @@ def test_server_and_client(demo_model, monkeypatch):
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'ggml-tbq[openai]'")
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with tbq.Server(demo_model, "tbq4_0/tbq3_0", options=[*SMALL, "--api-key", "secret"]) as server:
+    with tbq.Server(demo_model, "tbq4_0/tbq3_0", timeout=60, options=[*SMALL, "--api-key", "secret"]) as server:
         assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
         assert server.plan.pair("tbq4_0", "tbq3_0").bytes == 512 * 30 * 3 * (34 + 26)
         ask = {"model": "any", "temperature": 0, "max_tokens": 16,
@@ -308,7 +308,7 @@ def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
         seen.append(line)
         raise RuntimeError
 
-    server = tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "-lv", "5"], on_line=on_line)
+    server = tbq.Server(demo_model, "tbq4_0", timeout=60, options=[*SMALL, "-lv", "5"], on_line=on_line)
     thread = threading.Thread(target=server.start)
     thread.start()
     thread.join()
@@ -357,7 +357,7 @@ def test_url(demo_model, options, url):
 
 def test_key_file(demo_model, tmp_path):
     (tmp_path / "keys").write_text("# ours\nsecret\n")
-    with tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
+    with tbq.Server(demo_model, "tbq4_0", timeout=60, options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
         assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
