@@ -20,28 +20,35 @@ MIB = 2**20
 # -- tiny models -------------------------------------------------------------------------------------------------------
 
 
-def write_model(path, arch, layers=2, embd=128, ff=64, tensors=lambda i: {}, heads=2, kv_heads=None, output_norm="output_norm", tied=False, more=(), **fields):
+def write_model(path, arch, layers=2, tensors=lambda i: {}, embd=128, ff=64, heads=2, kv_heads=None, size=None,
+                output_norm="output_norm", tied=False, more=(), **fields):
     """A model over the byte tokenizer.  tensors(i): shapes of a layer's tensors beside the plain feed-forward network, by
-    name ("attn_k.bias"), None for one that is not there; more: shapes of tensors that are in no layer; fields: more metadata, "__" for a dot."""
+    name ("attn_k.bias"), None for one that is not there.  size: of a head, if the file names it.  more: shapes of tensors
+    that are in no layer.  fields: more metadata, "__" for a dot."""
     rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
     fields = {"context_length": 4096, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
               "attention.head_count": heads, "attention.head_count_kv": kv_heads or heads, "attention.layer_norm_rms_epsilon": 1e-5,
               **{k.replace("__", "."): v for k, v in fields.items()}}
-    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **({} if tied else {"output.weight": (vocab, embd)}), **dict(more)}
+    if size:
+        fields |= {"attention.key_length": size, "attention.value_length": size}
+    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **dict(more)}
+    if not tied:
+        shapes["output.weight"] = vocab, embd
     for i in range(layers):
-        plain = {"attn_norm.weight": (embd,), "ffn_norm.weight": (embd,), "ffn_gate.weight": (ff, embd), "ffn_up.weight": (ff, embd),
-                 "ffn_down.weight": (embd, ff)}
+        plain = {"attn_norm.weight": (embd,), "ffn_norm.weight": (embd,), "ffn_gate.weight": (ff, embd),
+                 "ffn_up.weight": (ff, embd), "ffn_down.weight": (embd, ff)}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in {**plain, **tensors(i)}.items() if shape}
-    values = {name: (rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))).astype("f4")
+    values = {name: rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))
               for name, shape in shapes.items()}
     return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, values)
 
 
 def attention(heads, kv_heads, size, embd=128, value=None, norms=False):
     value = value or size
-    return {"attn_q.weight": (heads * size, embd), "attn_k.weight": (kv_heads * size, embd), "attn_v.weight": (kv_heads * value, embd),
-            "attn_output.weight": (embd, heads * value), **({"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)} if norms else {})}
+    normed = {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)} if norms else {}
+    return {"attn_q.weight": (heads * size, embd), "attn_k.weight": (kv_heads * size, embd),
+            "attn_v.weight": (kv_heads * value, embd), "attn_output.weight": (embd, heads * value), **normed}
 
 
 POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
@@ -50,8 +57,8 @@ POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
 def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
     """Keys with biases: of `bias` times the rest of a key in one layer, 0 in the others."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
-    path = write_model(path, "qwen2", layers, embd=heads * size, heads=heads, kv_heads=kv_heads, attention__key_length=size, attention__value_length=size,
-                       tensors=lambda i: attention(heads, kv_heads, size, heads * size) | biases)
+    path = write_model(path, "qwen2", layers, lambda i: attention(heads, kv_heads, size, heads * size) | biases, embd=heads * size,
+                       heads=heads, kv_heads=kv_heads, size=size)
     import gguf
     reader = gguf.GGUFReader(path, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -62,14 +69,14 @@ def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
 
 
 def gemma2(path):
-    return write_model(path, "gemma2", 3, tied=True, tensors=lambda i: attention(2, 1, 64) | POST, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma2", 3, lambda i: attention(2, 1, 64) | POST, tied=True, kv_heads=1, size=64,
+                       attention__sliding_window=512)
 
 
 def gemma3(path):
     """Seven layers, of which the sixth is global, as the architecture has it."""
-    return write_model(path, "gemma3", 7, tensors=lambda i: attention(2, 1, 64, norms=True) | POST, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma3", 7, lambda i: attention(2, 1, 64, norms=True) | POST, kv_heads=1, size=64,
+                       attention__sliding_window=512)
 
 
 def gemma4(path):
@@ -78,10 +85,10 @@ def gemma4(path):
         size, kv_heads = (64, 2) if i % 3 != 2 else (128, 1)
         return attention(2, kv_heads, size, norms=True) | POST
 
-    return write_model(path, "gemma4", 9, tensors=layer, more={"rope_freqs.weight": (64,)}, kv_heads=[2, 2, 1] * 3, attention__key_length=128, attention__value_length=128,
-                       attention__key_length_swa=64, attention__value_length_swa=64, attention__sliding_window=512, rope__dimension_count=128,
-                       attention__sliding_window_pattern=[1, 1, 0] * 3, attention__shared_kv_layers=3, embedding_length_per_layer_input=0,
-                       rope__dimension_count_swa=64)
+    return write_model(path, "gemma4", 9, layer, more={"rope_freqs.weight": (64,)}, kv_heads=[2, 2, 1] * 3, size=128,
+                       attention__key_length_swa=64, attention__value_length_swa=64, attention__sliding_window=512,
+                       attention__sliding_window_pattern=[1, 1, 0] * 3, attention__shared_kv_layers=3,
+                       embedding_length_per_layer_input=0, rope__dimension_count=128, rope__dimension_count_swa=64)
 
 
 def gemma3n(path):
@@ -92,8 +99,7 @@ def gemma3n(path):
         "altup_router_norm.weight": (128,), "laurel_l.weight": (64, 128), "laurel_r.weight": (128, 64), "laurel_post_norm.weight": (128,)}
     more = {"altup_proj.weight": (3, 128, 128), "altup_unembd_proj.weight": (3, 128, 128), "per_layer_token_embd.weight": (260, 256 * 23),
             "per_layer_model_proj.weight": (256 * 23, 128), "per_layer_proj_norm.weight": (256,)}
-    return write_model(path, "gemma3n", 23, tensors=lambda i: layer, more=more, kv_heads=1, attention__sliding_window=512,
-                       attention__key_length=64, attention__value_length=64)
+    return write_model(path, "gemma3n", 23, lambda i: layer, more=more, kv_heads=1, size=64, attention__sliding_window=512)
 
 
 def gpt_oss(path):
@@ -104,8 +110,8 @@ def gpt_oss(path):
             "attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,), "attn_output.bias": (128,),
             "ffn_norm.weight": None, "ffn_gate.weight": None, "ffn_up.weight": None, "ffn_down.weight": None}
 
-    return write_model(path, "gpt-oss", 3, tensors=layer, kv_heads=1, attention__sliding_window=128, expert_count=2, expert_used_count=1,
-                       expert_feed_forward_length=128, attention__key_length=64, attention__value_length=64, rope__dimension_count=64)
+    return write_model(path, "gpt-oss", 3, layer, kv_heads=1, size=64, attention__sliding_window=128, expert_count=2,
+                       expert_used_count=1, expert_feed_forward_length=128, rope__dimension_count=64)
 
 
 def lfm2(path):
@@ -115,7 +121,7 @@ def lfm2(path):
             return attention(2, 1, 64, norms=True)
         return {"shortconv.conv.weight": (128, 3), "shortconv.in_proj.weight": (384, 128), "shortconv.out_proj.weight": (128, 128)}
 
-    return write_model(path, "lfm2", 4, tensors=layer, kv_heads=[0, 1, 0, 1], shortconv__l_cache=3, output_norm="token_embd_norm")
+    return write_model(path, "lfm2", 4, layer, kv_heads=[0, 1, 0, 1], shortconv__l_cache=3, output_norm="token_embd_norm")
 
 
 def openelm(path):
@@ -126,7 +132,7 @@ def openelm(path):
         return {"attn_qkv.weight": ((heads[i] + 2 * kv_heads[i]) * 64, 128), "attn_output.weight": (128, heads[i] * 64),
                 "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
 
-    return write_model(path, "openelm", 3, tied=True, tensors=layer, heads=heads, kv_heads=kv_heads, attention__key_length=64, attention__value_length=64)
+    return write_model(path, "openelm", 3, layer, tied=True, heads=heads, kv_heads=kv_heads, size=64)
 
 
 def deci(path):
@@ -134,14 +140,14 @@ def deci(path):
     def layer(i):
         return {"attn_norm.weight": None} if i == 1 else attention(2, [2, 0, 1][i], 64)
 
-    return write_model(path, "deci", 3, tensors=layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
+    return write_model(path, "deci", 3, layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
 
 
 MODELS = {
     "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2),
     "llama-k192": lambda path: tiny_llama(path, 192, heads=2, kv_heads=1),
-    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss, "deepseek2": tiny_mla, "lfm2": lfm2,
-    "openelm": openelm, "deci": deci,
+    "qwen2": qwen2, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss,
+    "deepseek2": tiny_mla, "lfm2": lfm2, "openelm": openelm, "deci": deci,
     "llama-h80": lambda path: tiny_llama(path, 80), "llama-h96": lambda path: tiny_llama(path, 96),
 }
 
@@ -163,17 +169,22 @@ def model(tmp_path_factory):
 
 
 class Allocated:
-    """The caches that llama-batched-bench makes: rows (cells, layers, MiB of K, MiB of V), and MiB of recurrent states."""
+    """The caches that llama-batched-bench makes: rows (indices of layers, MiB of K, MiB of V), and MiB of recurrent states."""
 
     def __init__(self, bin_dir, path, k, v, context, parallel=1, unified=True, swa_full=False, ubatch=512):
-        arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch, "--fit", "off",
-                     "-lv", 4, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
+        arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch,
+                     "--fit", "off", "-lv", 5, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
         # at this line everything is allocated; what the model then computes does not matter here
         done = run(bin_dir / "llama-batched-bench", *arguments, ok=False, until="reserve took")
         self.log = done.stdout + done.stderr
         self.started = "reserve took" in self.log
-        self.caches = [(int(c), int(n), float(k), float(v)) for c, n, k, v in re.findall(
-            r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB", self.log)]
+        self.caches, layers = [], []
+        for line in self.log.splitlines():
+            if layer := re.search(r"llama_kv_cache: layer +(\d+): dev = ", line):
+                layers.append(int(layer[1]))
+            elif size := re.search(r"llama_kv_cache: size = .* K \(\w+\): +([\d.]+) MiB, V \(\w+\): +([\d.]+) MiB", line):
+                self.caches.append((layers, float(size[1]), float(size[2])))
+                layers = []
         self.states = sum(float(x) for x in re.findall(r"llama_memory_recurrent: size = +([\d.]+) MiB", self.log))
 
 
@@ -184,13 +195,15 @@ def assert_same(plan, k, v, real):
     pair = plan.pair(k, v)
     near = pytest.approx
     slack = 0.0051 * max(1, len(real.caches))
-    assert sum(c[2] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
-    assert sum(c[3] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
+    assert sum(c[1] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
+    assert sum(c[2] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
     assert real.states == near(plan.state_bytes / MIB, abs=0.0051)
     if "window" in pair.by_kind and len(real.caches) == 2:  # the global one comes first
-        for row, kind in zip(real.caches, ("global", "window")):
-            assert row[2:] == tuple(near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0)))
-            assert row[1] == sum(layer.kind == kind for layer in plan.layers)
+        for (layers, *sizes), kind in zip(real.caches, ("global", "window")):
+            assert sizes == [near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0))]
+            assert layers == [layer.index for layer in plan.layers if layer.kind == kind]
+    elif len(real.caches) == 1 and plan.architecture != "deci":  # which makes empty tensors for layers without heads
+        assert real.caches[0][0] == [layer.index for layer in plan.layers if layer.kind != "none"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -246,6 +259,9 @@ def test_every_architecture(architectures, bin_dir):
         options = dict(context=8192, parallel=2)
         try:
             plan = tbq.plan(path, **options)
+            if plan.state_bytes:  # states are small; of many sequences they show
+                options["parallel"] = 64
+                plan = tbq.plan(path, **options)
         except tbq.TBQError as error:
             real = Allocated(bin_dir, path, "f16", "f16", **options)
             assert "keeps no cache" not in str(error) or not real.caches, path.name
@@ -266,7 +282,9 @@ def stretched(source, target, layers, like, *without, **more):
     writer = gguf.GGUFWriter(str(target), arch)
     for name, field in reader.fields.items():
         value = field.contents()
-        if name.startswith("GGUF.") or name == "general.architecture" or name.removeprefix(f"{arch}.") in {*without, *more} or value == []:
+        if name.startswith("GGUF.") or name == "general.architecture" or value == []:
+            continue
+        if name.removeprefix(f"{arch}.") in {*without, *more}:
             continue
         if name == f"{arch}.block_count":
             value = layers
@@ -287,21 +305,24 @@ def stretched(source, target, layers, like, *without, **more):
 
 
 @pytest.mark.parametrize("name,layers", [
-    *((name, 13) for name in ("afmoe-moe", "cohere2-dense", "cohere2moe-moe", "exaone-moe-moe", "gemma2-dense", "gemma3-dense", "gpt-oss-moe",
-                              "laguna-moe", "llama4-moe", "mellum-moe", "muse-glimmer-dense", "olmo2-dense", "plamo3-dense", "smallthinker-moe")),
+    *((name, 13) for name in (
+        "afmoe-moe", "cohere2-dense", "cohere2moe-moe", "exaone-moe-moe", "gemma2-dense", "gemma3-dense", "gpt-oss-moe", "laguna-moe",
+        "llama4-moe", "mellum-moe", "muse-glimmer-dense", "olmo2-dense", "plamo3-dense", "smallthinker-moe")),
     ("exaone4-dense", 64), ("exaone4-dense", 63)])
 def test_windows_where_the_file_does_not_list_them(name, layers, architectures, bin_dir, tmp_path):
-    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, lambda i: i % 4 if "llama4" in name else min(i, 1),
-                     "attention.sliding_window_pattern")
+    like = (lambda i: i % 4) if "llama4" in name else (lambda i: min(i, 1))
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", layers, like, "attention.sliding_window_pattern",
+                     **{"attention.sliding_window": 512})
     plan = tbq.plan(path, context=8192, parallel=2)
-    assert plan.exact
+    assert plan.exact and plan.window == (0 if layers == 63 else {"llama4-moe": 8192, "smallthinker-moe": 4096}.get(name, 512))
     assert {layer.kind for layer in plan.layers} == ({"global"} if layers == 63 else {"global", "window"})
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
 
 
 @pytest.mark.parametrize("name,interval", [("qwen3next-moe", 4), ("qwen35-dense", 4), ("minimax-01-moe", 8)])
 def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, architectures, bin_dir, tmp_path):
-    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0), "full_attention_interval")
+    path = stretched(architectures / f"{name}.gguf", tmp_path / "model.gguf", 9, lambda i: int((i + 1) % interval == 0),
+                     "full_attention_interval", "attention.recurrent_layers")
     plan = tbq.plan(path, context=8192, parallel=2)
     assert [layer.index for layer in plan.layers if layer.kind == "global"] == list(range(interval - 1, 9, interval))
     assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", 8192, parallel=2))
@@ -336,7 +357,7 @@ def test_longest_context_is_the_last_that_fits(name, unified, model):
 def test_memory_that_is_too_small(model):
     plan = tbq.plan(model("llama"), context=4096, memory="3M")  # the weights alone are larger
     assert plan.fits is False and all(pair.longest == 0 and pair.fits is False for pair in plan.pairs)
-    assert "not even this fits 4096 tokens" in plan.reason
+    assert plan.reason == "nothing fits 4096 tokens in the memory; this comes nearest, with 0"
     assert "none fits" in report(plan)
 
 
@@ -370,6 +391,14 @@ def test_leaves_a_small_cache_alone(demo_model):
     assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
 
 
+def test_a_token_reads_few_of_the_experts(tmp_path):
+    """2 of 8 are 6 of the 24 MiB: a cache of 1 MiB is not small beside that, although it is beside the file."""
+    path = tiny_llama(tmp_path / "model.gguf", 64, experts=8)
+    assert tbq.plan(path, context=256).recommended == ("f16", "f16")
+    plan = tbq.plan(path, context=1024)
+    assert plan.recommended == ("tbq4_0", "tbq4_0") and plan.pair("f16", "f16").bytes < plan.weights_bytes / 16
+
+
 def test_sinks_keep_f16_keys(model):
     plan = tbq.plan(model("gpt-oss"), context=200_000)
     assert plan.sinks and plan.recommended == ("f16", "tbq4_0")
@@ -396,11 +425,22 @@ def test_fused_projections_have_key_biases_too(tmp_path):
     """phi2 and others keep queries, keys and values in one tensor; a large bias of the queries or values is none of the keys."""
     import gguf
     for part, kept in ((0, "tbq4_0"), (1, "q8_0"), (2, "tbq4_0")):
-        path = write_model(tmp_path / f"{part}.gguf", "qwen", tensors=lambda i: {"attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,)})
+        path = write_model(tmp_path / f"{part}.gguf", "qwen", 2, lambda i: {"attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,)})
         reader = gguf.GGUFReader(path, "r+")
         next(t for t in reader.tensors if t.name == "blk.1.attn_qkv.bias").data[128 * part:128 * (part + 1)] = 10
         reader.data.flush()
         assert tbq.plan(path, context=32768).recommended == (kept, "tbq4_0")
+
+
+def test_biases_that_cannot_be_judged(tmp_path):
+    """Damaged or unusual tensors of biases: a warning, and the plan all the same."""
+    for name, shapes in {"shape": {"attn_k.bias": (32,)}, "axes": {"attn_k.weight": (2, 64, 128)}, "fused": {
+            "attn_k.bias": None, "attn_qkv.weight": (64, 128), "attn_qkv.bias": (64,)}}.items():
+        path = write_model(tmp_path / f"{name}.gguf", "qwen2", 2, lambda i: attention(2, 1, 64) | {"attn_k.bias": (64,)} | shapes,
+                           kv_heads=1)
+        plan = tbq.plan(path)
+        assert ["key biases are large is unknown" in text for text in plan.warnings] == [True]
+        assert plan.pair("f16", "f16").bytes == 2 * 2 * 2 * 4096 * 64
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "tbq4_0", "q4_k"])
@@ -408,7 +448,7 @@ def test_biases_beside_quantized_weights(kind, bin_dir, tmp_path):
     """The figure barely depends on the type of the weights, ours included."""
     path = qwen2(tmp_path / "f32.gguf", 2 * LARGE_BIAS, heads=4, kv_heads=2)
     small = tmp_path / "small.gguf"
-    # --pure: otherwise attn_v and others get types of their own; rows of 128 are too short for q4_k, which falls back
+    # --pure: otherwise some tensors get types of their own
     run(bin_dir / "llama-quantize", "--pure", path, small, kind)
     a, b = tbq.plan(path, context=32768), tbq.plan(small, context=32768)
     assert b.weights_bytes < a.weights_bytes / 1.8 and b.layers == a.layers
@@ -425,7 +465,7 @@ def test_recommends_what_starts(name, pair, model, bin_dir):
 
 
 def test_unknown_architecture_with_windows_is_uncertain(tmp_path):
-    path = write_model(tmp_path / "model.gguf", "future", tensors=lambda i: attention(2, 2, 64), attention__sliding_window=128)
+    path = write_model(tmp_path / "model.gguf", "future", 2, lambda i: attention(2, 2, 64), attention__sliding_window=128)
     plan = tbq.plan(path)
     assert not plan.exact and "uncertain" in plan.warnings[0] and "128" in plan.warnings[0]
     assert {layer.kind for layer in plan.layers} == {"global"}
@@ -439,7 +479,8 @@ def test_longer_than_trained(model):
 
 
 def command(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "tbq", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=60)
+    return subprocess.run([sys.executable, "-m", "tbq", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                          timeout=60)
 
 
 def one_line(done):
@@ -454,10 +495,9 @@ def test_split_model(demo_model, bin_dir, tmp_path):
     assert len(parts) > 1
     whole, split = tbq.plan(demo_model), tbq.plan(parts[0])
     assert (split.layers, split.pairs, split.weights_bytes) == (whole.layers, whole.pairs, whole.weights_bytes)
-    with pytest.raises(tbq.TBQError, match="is file 2 of a split model; name the first"):
-        tbq.plan(parts[1])
+    assert tbq.plan(parts[1]).pairs == whole.pairs
     parts[1].unlink()
-    with pytest.raises(tbq.TBQError, match=r"00002-of-.*does not exist"):
+    with pytest.raises(tbq.TBQError, match=r"00002-of-.* is not beside it"):
         tbq.plan(parts[0])
 
 
@@ -466,7 +506,7 @@ def test_truncated_anywhere(model, tmp_path):
     data, path = Path(model("qwen2")).read_bytes(), tmp_path / "cut.gguf"
     for length in (*range(0, 64), *range(64, 9000, 97), *range(9000, len(data), len(data) // 20), len(data) - 1000):
         path.write_bytes(data[:length])
-        with pytest.raises(tbq.TBQError, match=r"^model '.*cut.gguf' is no GGUF file that can be used: .+") as error:
+        with pytest.raises(tbq.TBQError, match=r"cut\.gguf") as error:
             tbq.plan(path)
         assert "\n" not in str(error.value)
 
@@ -485,7 +525,7 @@ def test_damaged_anywhere(model, tmp_path):
 
 
 @pytest.mark.parametrize("fields,message", [
-    ({}, "has no general.architecture"),
+    ({}, "names no general.architecture"),
     ({"general.architecture": "bert"}, "'bert' keeps no cache"),
     ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
     ({"general.architecture": "llama"}, "has no llama.block_count"),
@@ -547,10 +587,23 @@ def test_plot_shows_the_bytes(model, tmp_path, monkeypatch):
     assert len(lines) == len(plan.pairs) + 2
 
 
+def test_plot_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')")
+
+    def full(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(tbq.TBQError, match=r"a\.png' cannot be written: No space left on device"):
+        plot(tbq.plan(model("llama")), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments,message", [
-    (("nowhere.gguf",), "model 'nowhere.gguf' does not exist"),
-    (("/",), "model '/' is a folder"),
-    ((__file__,), "is no GGUF file that can be used: GGUF magic invalid"),
+    (("nowhere.gguf",), "No such file or directory: nowhere.gguf"),
+    (("/",), "/ is not a regular file"),
+    ((__file__,), "is not a GGUF file"),
     (("MODEL", "--memory", "lots"), "size 'lots' is not understood; write 8G"),
     (("MODEL", "--memory", "0"), "size '0' must be more than 0"),
     (("MODEL", "--context", "0"), "context is 0; it must be an integer from 1"),
@@ -583,9 +636,26 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize("arguments,message", [
+    (dict(model=5), "model is 5"), (dict(context="8k"), "context is '8k'"), (dict(context=True), "context is True"), (dict(memory=-1), "size -1"),
+    (dict(parallel=0), "parallel is 0"), (dict(ubatch=0), "ubatch is 0"), (dict(pairs=["f16"]), "pair 'f16' must be two names"),
+    (dict(pairs=[("f16", "q9")]), "cache type 'q9'")])
+def test_wrong_arguments(arguments, message, model):
+    with pytest.raises(tbq.TBQError, match=re.escape(message)):
+        tbq.plan(**{"model": model("llama"), **arguments})
+
+
+def test_names_in_files_do_not_reach_the_terminal_as_they_are(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", {
+        "general.architecture": "llama", "general.name": "a\x1b[31m\nb" + "c" * 1000, "llama.block_count": 1, "llama.context_length": 8,
+        "llama.embedding_length": 64, "llama.attention.head_count": 1}, {"a": np.zeros(4, "f4")})
+    assert report(tbq.plan(path)).startswith("a?[31m?bccc")
+    assert len(report(tbq.plan(path)).splitlines()[0]) < 200
+
+
 def test_pair_that_is_not_in_the_plan(model):
     plan = tbq.plan(model("llama-h80"))
     with pytest.raises(tbq.TBQError, match="pair tbq4_0/tbq4_0 is not in the plan; tbq4_0 has blocks of 64 values"):
         plan.pair("tbq4_0", "tbq4_0")
-    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; f16/f16"):
+    with pytest.raises(tbq.TBQError, match="pair q5_0/q5_0 is not in the plan; there is f16/f16"):
         plan.pair("q5_0", "q5_0")

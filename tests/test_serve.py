@@ -130,6 +130,21 @@ def test_auto(demo_model):
         assert served.end() == 0
 
 
+def test_another_context_than_planned(demo_model, tmp_path):
+    """llama-server has a settings file of its own; a GPU's memory can do the same."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "config.ini").write_text("ctx-size = 777\n")
+    with Serve(demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}) as served:
+        served.until("is up")
+        assert "47.8 MiB for 8192 tokens" in served.out[1]
+        assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 6.0 MiB\n"
+
+
+def test_a_run_that_ends_by_itself(demo_model):
+    with Serve(demo_model, "--kv", "tbq4_0", "--port", 0, "--version") as served:
+        assert served.end() == 0 and "tbq: error" not in "".join(served.err)
+
+
 @linux
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signal_while_loading(demo_model, number):
@@ -173,6 +188,7 @@ def test_status_of_a_server_that_is_killed(demo_model):
         served.until("is up")
         os.kill(*served.children, signal.SIGKILL)
         assert served.end() == 128 + signal.SIGKILL
+        assert any(line.startswith("tbq: error: llama-server was ended by SIGKILL: ") for line in served.err)
 
 
 @linux
@@ -225,13 +241,13 @@ def head_80(tmp_path_factory):
 
 ERRORS = {
     "missing model": (["{tmp}/nosuch.gguf"], 2, "model '{tmp}/nosuch.gguf' is not a file"),
-    "no GGUF, auto": (["{text}"], 2, "model '{text}' is no"),
+    "no GGUF, auto": (["{text}"], 2, "{text} is not a GGUF file"),
     "no GGUF": (["{text}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
     "truncated": (["{short}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: "),
     "unknown type": (["{model}", "--kv", "fly"], 2, "cache type 'fly' is not one of tbq2_0, tbq3_0, tbq4_0, "),
     "unknown value type": (["{model}", "--kv", "tbq4_0/fly"], 2, "cache type 'fly' is not one of "),
     "no type": (["{model}", "--kv"], 2, "--kv needs a value"),
-    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size of 80"),
+    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80"),
     "server's refusal": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 1, "llama-server ended with status 1: llama_init_from_model: quantized V cache requires"),
     "unknown option": (["{model}", "--nosuch"], 1, "llama-server ended with status 1: invalid argument: --nosuch"),
     "types twice": (["{model}", "-ctk", "f16"], 2, "cache types are chosen with --kv"),

@@ -7,6 +7,8 @@
     ((2, 68), dtype('uint8'))
     >>> tbq.dequantize(packed, "tbq4_0", x.shape).shape
     (2, 128)
+
+The package gguf knows the types from then on: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader, GGUFWriter, gguf.quantize.
 """
 from tbq.blocks import dequantize, quantize, rotate, row_bytes, unrotate
 from tbq.errors import TBQError
@@ -15,9 +17,8 @@ from tbq._types import BLOCK, TypeInfo, types
 from tbq.plan import Pair, Plan, plan
 from tbq.server import Server
 from tbq._version import FORMAT_VERSION, __version__
-from tbq.gguf_types import register as _register
+from tbq.conversion import convert
+from tbq.gguf_files import open_gguf
 
-_register()
-
-__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "Server", "TBQError", "TypeInfo", "__version__", "dequantize", "plan", "quantize",
-           "rotate", "row_bytes", "types", "unrotate"]
+__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "Server", "TBQError", "TypeInfo", "__version__", "convert", "dequantize",
+           "open_gguf", "plan", "quantize", "rotate", "row_bytes", "types", "unrotate"]

@@ -5,7 +5,7 @@ load_arch_hparams() of src/models/ARCHITECTURE.cpp, and llama_model::create_memo
 tests/test_plan.py compares them with what llama.cpp allocates, for every architecture that it can make a model of.
 """
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tbq.errors import TBQError
@@ -33,7 +33,7 @@ class _Window(NamedTuple):
     period: int  #: every period-th layer is global; 0: the file must say which
     dense_first: bool = False  #: the first layer of a period is the global one, not the last
     default: int = 0  #: tokens, where the file names none
-    fixed: int = 0  #: tokens, whatever the file says
+    fixed: int = 0  #: tokens, whatever number the file names
 
 
 _WINDOWS: Mapping[str, _Window] = {
@@ -51,7 +51,7 @@ _WINDOWS: Mapping[str, _Window] = {
     "granite_swa": _Window(0),
     "laguna": _Window(4, dense_first=True),
     "lfm2": _Window(0),  # every layer that is not recurrent
-    "llama4": _Window(4, fixed=8192),  # chunks, of the same size in memory
+    "llama4": _Window(4, default=8192, fixed=8192),  # chunks, which take as much
     "maple": _Window(0),
     "mellum": _Window(4),
     "mimo2": _Window(0),
@@ -68,18 +68,20 @@ _WINDOW_IGNORED = frozenset(("llama", "mistral3", "phi3", "phimoe", "qwen2", "qw
 _RECURRENT = frozenset(("arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"))
 #: A layer without KV heads is recurrent.
 _RECURRENT_WITHOUT_HEADS = frozenset((
-    "bailingmoe3", "glm5-next", "granitehybrid", "jamba", "kimi-k3", "kimi-linear", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
-    "plamo2"))
+    "bailingmoe3", "glm5-next", "granitehybrid", "jamba", "kimi-k3", "kimi-linear", "lfm2", "lfm2moe", "nemotron_h",
+    "nemotron_h_moe", "plamo2"))
 #: Every n-th layer is attention, unless the file lists them.
 _ATTENTION_INTERVAL: Mapping[str, int] = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
-#: Hybrids whose cache includes the layers that predict further tokens.
-_CACHE_OF_PREDICTORS = frozenset(("bailingmoe3", "hy_v4", "minimax-m3", "nemotron_h", "nemotron_h_moe"))
+#: Those whose cache includes the layers that predict further tokens, although nothing reads it.
+_CACHE_OF_PREDICTORS = _RECURRENT_WITHOUT_HEADS - {"glm5-next"} | {"falcon-h1", "hy_v4", "minimax-m3"}
 
-_MLA = frozenset(("bailingmoe3", "deepseek2", "deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "kimi-k3", "kimi-linear", "mistral4"))
+_MLA = frozenset((
+    "bailingmoe3", "deepseek2", "deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "kimi-k3", "kimi-linear", "mistral4"))
 _INDEXED = frozenset(("deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"))
 
-_NO_CACHE = frozenset(("bert", "dream", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llada", "llada-moe", "modern-bert",
-                       "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1", "t5encoder", "wavtokenizer-dec"))
+_NO_CACHE = frozenset((
+    "bert", "dream", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llada", "llada-moe", "modern-bert",
+    "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1", "t5encoder", "wavtokenizer-dec"))
 _NOT_PLANNED: Mapping[str, str] = {
     "clip": "is no language model",
     "deepseek4": "keeps a compressed cache whose size this command does not know",
@@ -98,7 +100,7 @@ class Shape:
 
     architecture: str
     layers: tuple[Layer, ...]
-    key_sizes: tuple[int, ...]  #: of a head, of all layers, with or without a cache: llama.cpp refuses a type whose block does not divide each
+    key_sizes: tuple[int, ...]  #: of a head, of layers without a cache too: llama.cpp wants a type's block to divide each
     value_sizes: tuple[int, ...]
     window: int  #: tokens that a layer of kind "window" can see; 0 if there is none
     context_train: int  #: tokens
@@ -118,8 +120,8 @@ class _Fields:
         value = self.fields.get(name, default)
         if value is None:
             raise TBQError(f"the file has no {name}, which every model of architecture {self.architecture!r} needs")
-        if isinstance(value, (list, str)) or not 0 <= value < 2**31 or value != int(value):
-            raise TBQError(f"{name} is {value!r}; it must be a number from 0 to {2**31 - 1}")
+        if not isinstance(value, int) or not 0 <= value < 2**31:
+            raise TBQError(f"{name} is {str(value)[:40]!r}; it must be an integer from 0 to {2**31 - 1}")
         return int(value)
 
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
@@ -140,8 +142,8 @@ def read_shape(fields: Mapping[str, Any]) -> Shape:
     that llama.cpp would not load either.
     """
     arch = fields.get("general.architecture")
-    if not isinstance(arch, str):
-        raise TBQError("the file has no general.architecture; it is no model")
+    if not isinstance(arch, str) or not arch.isprintable():
+        raise TBQError("the file names no general.architecture; it is no model")
     if arch in _NO_CACHE:
         raise TBQError(f"a model of architecture {arch!r} keeps no cache; there is nothing to plan")
     if arch in _NOT_PLANNED:
@@ -153,7 +155,7 @@ def read_shape(fields: Mapping[str, Any]) -> Shape:
     main = count - min(count, f.number("nextn_predict_layers", 0))
     doubts: list[str] = []
     heads = f.each("attention.head_count", count, 0)
-    kv_heads = f.each("attention.head_count_kv", count, -1) if f"{arch}.attention.head_count_kv" in fields else heads
+    kv_heads = f.each("attention.head_count_kv", count) if f"{arch}.attention.head_count_kv" in fields else heads
     if f.number("attention.key_length_mla", 0) and arch not in _MLA:
         doubts.append(f"the file describes latent attention, but llama.cpp does not use it for architecture {arch!r}")
     mla = arch in _MLA and f.number("attention.key_length_mla", 0) > 0 and f.number("attention.value_length_mla", 0) > 0
@@ -165,18 +167,22 @@ def read_shape(fields: Mapping[str, Any]) -> Shape:
     keys, values = _head_sizes(f, heads)
     layers = []
     for i in range(count):
-        kind = NONE if not cached[i] else WINDOW if windowed[i] else GLOBAL
-        of = Layer(i, kind, state_bytes=state[i] if recurrent[i] else 0)
-        if kind != NONE:
-            of = Layer(i, kind, kv_heads[i], keys[windowed[i]], 0 if mla else values[windowed[i]], *indexer[i], of.state_bytes)
-        layers.append(of)
+        layer = Layer(i, NONE, state_bytes=state[i] if recurrent[i] else 0)
+        if cached[i]:
+            layer = replace(layer, kind=WINDOW if windowed[i] else GLOBAL, kv_heads=kv_heads[i], key_size=keys[windowed[i]],
+                            value_size=0 if mla else values[windowed[i]], indexer_key_size=indexer[i][0],
+                            indexer_value_size=indexer[i][1])
+        layers.append(layer)
     if arch == "graniteswitch":  # its router is one more layer with one head
         layers.append(Layer(count, GLOBAL, 1, keys[0], values[0]))
-    loops = f.number("num_loops", 1) if arch == "nanbeige" else 1
-    layers = [Layer(i, *list(vars(layer).values())[1:]) for i, layer in enumerate(layers * loops)]
+    if arch == "nanbeige":  # goes through its layers several times, each time with a cache
+        loops = f.number("num_loops", 1)
+        if not 1 <= loops * count <= _MAX_LAYERS:
+            raise TBQError(f"{arch}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times")
+        layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
     used = sorted(set(windowed[:main or count]))
-    return Shape(arch, tuple(layers), tuple(keys[w] for w in used), tuple(values[w] for w in used), window, f.number("context_length"),
-                 mla, arch != "grok", tuple(doubts))
+    return Shape(arch, tuple(layers), tuple(keys[w] for w in used), tuple(values[w] for w in used), window,
+                 f.number("context_length"), mla, arch != "grok", tuple(doubts))
 
 
 def _head_sizes(f: _Fields, heads: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -217,24 +223,23 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
     rule = _WINDOWS.get(arch)
     if rule is None:
         if size and arch not in _WINDOW_IGNORED:
-            doubts.append(f"the file names a sliding window of {size} tokens, but whether llama.cpp uses it for architecture {arch!r} is "
-                          "not known here; counted as if every layer kept the whole context")
+            doubts.append(f"the file names a sliding window of {size} tokens, but whether llama.cpp uses it for architecture "
+                          f"{arch!r} is not known here; counted as if every layer kept the whole context")
         return none, 0
-    if arch == "exaone4" and main != 64:
-        return none, 0
-    if arch == "llama4" and f.fields.get(f"{arch}.attention.sliding_window") is None:
+    if f"{arch}.attention.sliding_window" not in f.fields:
+        size = rule.default
+    elif size and rule.fixed:
         size = rule.fixed
-    size = size and rule.fixed or size or (rule.default if f.fields.get(f"{arch}.attention.sliding_window") is None else 0)
-    if size == 0:
+    if size == 0 or (arch == "exaone4" and main != 64):
         return none, 0
     if arch == "lfm2":
         return [i < main and not recurrent[i] for i in range(count)], size
     key = "attention.sliding_window_pattern"
     pattern = f.fields.get(f"{arch}.{key}")
     if isinstance(pattern, list):
-        return [bool(x) for x in f.each(key, min(count, max(main, len(pattern))))] + none[len(pattern):], size
+        return ([bool(x) for x in pattern] + none)[:count], size
     if rule.period == 0:
-        raise TBQError(f"{arch}.{key} is {pattern!r}; a model of this architecture lists for each layer whether it has a window")
+        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]}; a model of this architecture lists which layers have a window")
     period = f.number(key, rule.period)
     if period == 0:
         return [i < main for i in range(count)], size
@@ -279,11 +284,12 @@ def _indexer(f: _Fields, count: int, main: int, cached: list[bool], windowed: li
         full = [int(i < 3 or (i - 2) % 4 == 0) for i in range(count)]
     else:
         full = [1] * count
-    return [(size, 0) if cached[i] and full[i] and (i < main or arch == "hy_v4") and not windowed[i] else (0, 0) for i in range(count)]
+    has = [cached[i] and full[i] and (i < main or arch == "hy_v4") and not windowed[i] for i in range(count)]
+    return [(size, 0) if it else (0, 0) for it in has]
 
 
 def _state_bytes(f: _Fields, heads: list[int]) -> list[int]:
-    """Bytes of the recurrent state of one sequence, if a layer has one: llama_hparams::n_embd_r() and n_embd_s(), in float32."""
+    """Bytes of a layer's recurrent state for one sequence, if it has one: llama_hparams::n_embd_r() and n_embd_s()."""
     arch, width = f.architecture, f.number("embedding_length")
     convolution = max(0, f.number("ssm.conv_kernel", 0) - 1)
     if "rwkv" in arch:
@@ -302,8 +308,8 @@ def _state_bytes(f: _Fields, heads: list[int]) -> list[int]:
         values = convolution * (inner + 2 * groups * state) + state * inner
     extra = [0] * len(heads)
     if arch == "qwen4exp":  # n-gram history of the layers that have it
-        history = (max(0, f.number("ple.conv_kernel", 0) - 1) * f.number("ple.ngram_size", 0) * f.number("hyper_connection.count", 0) * width)
+        history = max(0, f.number("ple.conv_kernel", 0) - 1) * f.number("ple.ngram_size", 0)
         for i in f.fields.get(f"{arch}.ple.layers") or []:
-            if i < len(extra):
-                extra[i] = history
-    return [4 * (values + more) for more in extra]
+            if isinstance(i, int) and 0 <= i < len(extra):
+                extra[i] = history * f.number("hyper_connection.count", 0) * width
+    return [4 * (values + more) for more in extra]  # float32

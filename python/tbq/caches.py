@@ -97,11 +97,12 @@ class Model:
 
 def read_model(path: pathlib.Path) -> Model:
     """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged."""
-    from tbq._header import open_header
+    from tbq.gguf_files import open_gguf
 
-    fields = open_header(path).fields
-    context = fields.get(f"{fields.get('general.architecture')}.context_length", 0)
-    return Model(path, int(context), int(fields.get("tokenizer.ggml.tokens", 0)), _cache(fields))
+    fields = open_gguf(path).metadata
+    tokens = fields.get("tokenizer.ggml.tokens")
+    return Model(path, fields.integer(f"{fields.get('general.architecture')}.context_length", 0), len(tokens) if isinstance(tokens, list) else 0,
+                 _cache(fields))
 
 
 def _cache(fields: Mapping[str, Any]) -> Cache | None:

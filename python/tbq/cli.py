@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, server
+from tbq import __version__, bench, conversion, inspection, server
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
@@ -70,7 +70,14 @@ def _completion(parser: argparse.ArgumentParser) -> None:
 _IS_PATH = re.compile(r"FILE|FOLDER|GGUF|MODEL|ORIGINAL|PICTURE|\.gguf$")
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "bench": bench.define, "completion": _completion, "paths": _paths, "plan": define_plan, "serve": server.define}
+    "bench": bench.define,
+    "completion": _completion,
+    "convert": conversion.define,
+    "inspect": inspection.define,
+    "paths": _paths,
+    "plan": define_plan,
+    "serve": server.define,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,11 +103,11 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
     try:
+        parser = _parser()
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
         return int(args.run(args))
     except TBQError as error:
         message = str(error)

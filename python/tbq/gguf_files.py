@@ -9,15 +9,18 @@ import pathlib
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+import tbq.gguf_types  # noqa: F401  the types' numbers must be known
+from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
 
 #: Where the header must end; that of a vocabulary of 256,000 tokens is 16 MiB.
@@ -26,6 +29,11 @@ MAX_HEADER = 256 << 20
 MAX_DIMS, MAX_NAME = 4, 64
 #: Far above any model's; an object each must stay small beside the file.
 MAX_COUNT = 1 << 17
+#: Padding beyond a page of memory has no use, and is copied.
+MAX_ALIGNMENT = 1 << 16
+
+#: The key under which files with tbq tensors have the version of the block layout.
+FORMAT_KEY = "tbq.format_version"
 
 #: struct's letter for each value of fixed size.
 _SCALARS = {
@@ -77,6 +85,11 @@ class Metadata(Mapping[str, Any]):
         return len(self._entries)
 
     @property
+    def alignment(self) -> int:
+        """What divides the offsets of tensors."""
+        return int(self.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
+
+    @property
     def raw(self) -> dict[str, bytes]:
         return {key: entry for key, (entry, _) in self._entries.items()}
 
@@ -104,8 +117,10 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
     Raises TBQError for what is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself; OSError
     for what cannot be opened.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     metadata, tensors = _read_file(path)
+    if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
+        raise TBQError(f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]}; this tbq reads {FORMAT_VERSION}")
     count = _split_count(path, metadata)
     if count < 2:
         return Model((path,), metadata, tensors)
@@ -128,6 +143,65 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
     return Model(tuple(paths), parts[0][0], everything)
 
 
+def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """TBQError for what cannot be the name of a file."""
+    try:
+        path = pathlib.Path(path)
+        path.exists()  # Python 3.10 to 3.12 find a null character only now
+    except (TypeError, ValueError):
+        raise TBQError(f"{path!r} cannot be the name of a file") from None
+    if "\0" in str(path):
+        raise TBQError(f"{path!r} cannot be the name of a file")
+    return path
+
+
+def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a tensor, front to back, each time those of n_values values (which every type's block divides)."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+    left = tensor.n_bytes
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        while left:
+            data = np.empty(min(left, n_values // block * block_bytes), np.uint8)
+            view, got = data.data, 0
+            while got < len(data):
+                n = file.readinto(view[got:])
+                if not n:
+                    raise TBQError(f"{tensor.path} became shorter: tensor {tensor.name} is not complete")
+                got += n
+            yield data
+            left -= len(data)
+
+
+def header(entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuantizationType, tuple[int, ...]]],
+           alignment: int) -> tuple[bytes, list[int], int]:
+    """What a file begins with: entries as Metadata.raw has them or entry() makes them; names, types and shapes of tensors.
+
+    Returns the bytes, padded; where each tensor belongs in the file; the size of the file.
+    """
+    infos, offsets, end = [], [], 0
+    for name, type, shape in tensors:
+        encoded = name.encode()
+        infos.append(struct.pack(f"<Q{len(encoded)}sI{len(shape)}QIQ", len(encoded), encoded, len(shape), *reversed(shape), type, end))
+        offsets.append(end)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+        end += _padded(prod(shape) // block * block_bytes, alignment)
+    start = struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(infos), len(entries))
+    text = b"".join([start, *entries.values(), *infos])
+    text += bytes(_padded(len(text), alignment) - len(text))
+    return text, [len(text) + offset for offset in offsets], len(text) + end
+
+
+def entry(key: str, kind: GGUFValueType, value: int) -> bytes:
+    """An integer of the metadata."""
+    encoded = key.encode()
+    return struct.pack(f"<Q{len(encoded)}sI{_SCALARS[kind]}", len(encoded), encoded, kind, value)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
 def _split_count(path: pathlib.Path, metadata: Metadata) -> int:
     try:
         return metadata.integer("split.count", 0)
@@ -139,7 +213,7 @@ class _Cursor:
     """Reads a header front to back, never beyond `end`."""
 
     def __init__(self, file: BinaryIO | None, end: int, path: object) -> None:
-        self._file, self._end, self._path = file, end, path
+        self._file, self._end, self.path = file, end, path
         self.buffer = bytearray()
         self.position = 0
 
@@ -153,14 +227,14 @@ class _Cursor:
         """That so many bytes follow; they are in `buffer` afterwards."""
         stop = self.position + size
         if stop > self._end:
-            raise TBQError(f"{self._path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
+            raise TBQError(f"{self.path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
         if stop > MAX_HEADER:
-            raise TBQError(f"{self._path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
+            raise TBQError(f"{self.path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
         while len(self.buffer) < stop:
             assert self._file is not None
             piece = self._file.read(max(1 << 16, stop - len(self.buffer)))
             if not piece:
-                raise TBQError(f"{self._path} ends at byte {len(self.buffer)}; it became shorter")
+                raise TBQError(f"{self.path} ends at byte {len(self.buffer)}; it became shorter")
             self.buffer += piece
 
     def unpack(self, letters: str, what: str) -> tuple[Any, ...]:
@@ -181,22 +255,33 @@ class _Cursor:
         self.position += length
         return start, self.position
 
+    def skip_strings(self, count: int, what: str) -> None:
+        """The same for many, without a call for each: nearly all of a header is the vocabulary."""
+        unpack, buffer, position = struct.Struct("<Q").unpack_from, self.buffer, self.position
+        for _ in range(count):
+            if position + 8 > len(buffer) or position + 8 + unpack(buffer, position)[0] > len(buffer):
+                self.position = position
+                _, position = self.skip_string(what)  # reads on, or says what is wrong
+            else:
+                position += 8 + unpack(buffer, position)[0]
+        self.position = position
+
     def name(self, what: str) -> str:
         start, stop = self.skip_string(what)
         try:
             text = self.buffer[start:stop].decode()
         except UnicodeDecodeError:
-            raise TBQError(f"{self._path}: {what} is not text") from None
+            raise TBQError(f"{self.path}: {what} is not text") from None
         if not text or not text.isprintable():
-            raise TBQError(f"{self._path}: {what} is {text[:40]!r}")
+            raise TBQError(f"{self.path}: {what} is {text[:40]!r}")
         return text
 
 
 def _array(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
     """Type of the elements and how many there are; that many fit."""
     kind, count = cursor.unpack("IQ", what)
-    if kind == GGUFValueType.ARRAY or kind not in GGUFValueType._value2member_map_:
-        raise TBQError(f"{cursor._path}: {what} is an array of type {kind}, which GGUF does not have")
+    if kind not in (*_SCALARS, GGUFValueType.STRING):
+        raise TBQError(f"{cursor.path}: {what} is an array of type {kind}, which GGUF does not have")
     kind = GGUFValueType(kind)
     smallest = 8 if kind == GGUFValueType.STRING else struct.calcsize("<" + _SCALARS[kind])
     cursor.require(count * smallest, f"{what}, {count} elements,")
@@ -209,14 +294,13 @@ def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
     elif kind == GGUFValueType.ARRAY:
         element, count = _array(cursor, what)
         if element == GGUFValueType.STRING:
-            for _ in range(count):
-                cursor.skip_string(what)
+            cursor.skip_strings(count, what)
         else:
             cursor.position += count * struct.calcsize("<" + _SCALARS[element])
     elif kind in _SCALARS:
         cursor.unpack(_SCALARS[GGUFValueType(kind)], what)
     else:
-        raise TBQError(f"{cursor._path}: {what} has type {kind}, which GGUF does not have")
+        raise TBQError(f"{cursor.path}: {what} has type {kind}, which GGUF does not have")
 
 
 def _value(cursor: _Cursor, kind: int) -> Any:
@@ -278,8 +362,8 @@ def _entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
 
 def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
     value = metadata.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(value, int) or value <= 0 or value & (value - 1):
-        raise TBQError(f"{path}: {gguf.Keys.General.ALIGNMENT} is {str(value)[:40]!r}; it must be a power of two")
+    if not isinstance(value, int) or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+        raise TBQError(f"{path}: {gguf.Keys.General.ALIGNMENT} is {str(value)[:40]!r}; it must be a power of two up to {MAX_ALIGNMENT}")
     return value
 
 
@@ -294,7 +378,7 @@ def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, si
             raise TBQError(f"{path}: tensor {name} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
         *dims, kind, offset = cursor.unpack("Q" * n_dims + "IQ", f"tensor {name}")
         found.append((name, tuple(reversed(dims)), kind, offset))
-    start = -(-cursor.position // alignment) * alignment
+    start = _padded(cursor.position, alignment)
     tensors = tuple(_tensor(path, *each, alignment, start, size) for each in found)
     _check_unique([tensor.name for tensor in tensors], path)
     end, before = start, ""
@@ -307,9 +391,10 @@ def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, si
 
 def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int,
             size: int) -> Tensor:
-    if kind not in GGMLQuantizationType._value2member_map_:
-        raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know")
-    type = GGMLQuantizationType(kind)
+    try:
+        type = GGMLQuantizationType(kind)
+    except ValueError:
+        raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know") from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     if min(shape) == 0 or shape[-1] % block:
         raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")

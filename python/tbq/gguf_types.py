@@ -1,4 +1,4 @@
-"""Makes the package gguf know the types; done when tbq is imported, once.
+"""Makes the package gguf know the types; done when this module, and so tbq, is imported.
 
 gguf has no way to add a type, so this extends its enums and tables in place: GGMLQuantizationType.TBQ4_0 and its
 neighbours, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the patched llama-quantize, which are those of
@@ -57,5 +57,8 @@ def _add_coder(info: TypeInfo, member: Any) -> None:
     def dequantize_blocks(cls: Any, array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return blocks.dequantize(array, info.name, (len(array), BLOCK))
 
-    methods = {"quantize_blocks": classmethod(quantize_blocks), "dequantize_blocks": classmethod(dequantize_blocks)}
-    new_class(info.name.upper(), quants.BF16.__mro__[1:2], {"qtype": member}, lambda body: body.update(methods))  # registers itself
+    body = {"__module__": __name__, "quantize_blocks": classmethod(quantize_blocks), "dequantize_blocks": classmethod(dequantize_blocks)}
+    new_class(info.name.upper(), quants.BF16.__mro__[1:2], {"qtype": member}, lambda space: space.update(body))  # registers itself
+
+
+register()

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,23 +10,27 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
 from tbq._types import BLOCK, types
 from tbq.errors import TBQError
 
 if TYPE_CHECKING:
-    from tbq._header import Header
+    from tbq.gguf_files import Tensor
 
 #: What the table shows unless told otherwise.
 PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), ("q8_0", "tbq4_0"), ("tbq4_0", "tbq4_0"),
          ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "tbq2_0"))
 
-#: From here on a bias makes quantized keys lose two of their bits; see key_biases().
+#: From here on key_biases() finds a bias large: in every layer it costs 4-bit keys more than one of their bits (docs/plan.md).
 LARGE_BIAS = 4.0
 
 #: An f16 cache smaller than this part of the weights that a token reads is left alone: a smaller one would hardly be felt.
 SMALL_CACHE = 1 / 16
+
+#: Cache types beside ours: kv_cache_types in common/arg.cpp.
+_OTHER_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 #: llama.cpp pads a context to this many cells.
 _CELLS = 256
@@ -80,22 +85,15 @@ class Plan:
 
     def bytes_at(self, k: str, v: str, context: int) -> int:
         """Bytes of keys and values of a pair of types, whether llama.cpp takes it or not, at a context of so many tokens."""
-        return _total(self.layers, self.window, k, v, context, _Options(self.parallel, self.unified, self.ubatch, self.swa_full))
+        return _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full).total(k, v, context)
 
     def pair(self, k: str, v: str) -> Pair:
         """The figures of a pair; TBQError if it is not among `pairs`."""
         for pair in self.pairs:
             if (pair.k, pair.v) == (k, v):
                 return pair
-        raise TBQError(f"pair {k}/{v} is not in the plan; {self.refused.get(f'{k}/{v}') or ', '.join(f'{p.k}/{p.v}' for p in self.pairs)}")
-
-
-@dataclass(frozen=True)
-class _Options:
-    parallel: int
-    unified: bool
-    ubatch: int
-    swa_full: bool
+        there = ", ".join(f"{pair.k}/{pair.v}" for pair in self.pairs)
+        raise TBQError(f"pair {k}/{v} is not in the plan; {self.refused.get(f'{k}/{v}') or f'there is {there}'}")
 
 
 def _block(name: str) -> tuple[int, int]:
@@ -104,11 +102,9 @@ def _block(name: str) -> tuple[int, int]:
         return BLOCK, types[name].block_bytes
     import gguf
 
-    known = {t.name.lower(): t for t in gguf.GGMLQuantizationType}
-    allowed = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # common/arg.cpp, kv_cache_types
-    if name not in allowed:
-        raise TBQError(f"cache type {name!r} is not one of {', '.join((*types, *allowed))}")
-    return gguf.GGML_QUANT_SIZES[known[name]]
+    if name not in _OTHER_TYPES:
+        raise TBQError(f"cache type {name!r} is not one of {', '.join((*types, *_OTHER_TYPES))}")
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
 
 
 def _row(name: str, values: int) -> int:
@@ -120,45 +116,52 @@ def _padded(cells: int) -> int:
     return -(-cells // _CELLS) * _CELLS
 
 
-def _cells(context: int, window: int, options: _Options) -> dict[str, int]:
-    """Cells of a layer of each kind, in all its streams: llama_context and llama_kv_cache_iswa."""
-    streams = 1 if options.unified else options.parallel
-    each = _padded(_padded(context) // streams)
-    ubatch = min(options.ubatch, context)
-    windowed = each if options.swa_full else _padded(min(each, window * (options.parallel if options.unified else 1) + ubatch))
-    return {GLOBAL: each * streams, WINDOW: windowed * streams}
+@dataclass(frozen=True)
+class _Cache:
+    """What is the same for all types and contexts; see Plan."""
 
+    layers: tuple[Layer, ...]
+    window: int
+    parallel: int
+    unified: bool
+    ubatch: int
+    swa_full: bool
 
-def _cache_bytes(layers: Sequence[Layer], window: int, k: str, v: str, context: int, options: _Options) -> dict[str, tuple[int, int]]:
-    """Bytes of keys and of values by kind of layer."""
-    cells = _cells(context, window, options)
-    found = {kind: (0, 0) for kind in (GLOBAL, WINDOW) if any(layer.kind == kind for layer in layers)}
-    for layer in layers:
-        if layer.kind != NONE:
-            keys = _row(k, layer.kv_heads * layer.key_size) + _row(k, layer.indexer_key_size)
-            values = _row(v, layer.kv_heads * layer.value_size) + _row(v, layer.indexer_value_size)
-            n = cells[layer.kind]
-            found[layer.kind] = (found[layer.kind][0] + n * keys, found[layer.kind][1] + n * values)
-    return found
+    @property
+    def streams(self) -> int:
+        return 1 if self.unified else self.parallel
 
+    def cells(self, context: int) -> dict[str, int]:
+        """Cells of a layer of each kind, of all streams: llama_context() and llama_kv_cache_iswa()."""
+        each = _padded(_padded(context) // self.streams)
+        seen = self.window * (self.parallel if self.unified else 1) + self.ubatch
+        windowed = each if self.swa_full else _padded(min(each, seen))
+        return {GLOBAL: each * self.streams, WINDOW: windowed * self.streams}
 
-def _total(layers: Sequence[Layer], window: int, k: str, v: str, context: int, options: _Options) -> int:
-    return sum(map(sum, _cache_bytes(layers, window, k, v, context, options).values()))
+    def sizes(self, k: str, v: str, context: int) -> dict[str, tuple[int, int]]:
+        """Bytes of keys and of values by kind of layer."""
+        found = {}
+        for kind, cells in self.cells(context).items():
+            layers = [layer for layer in self.layers if layer.kind == kind]
+            if layers:
+                keys = sum(_row(k, x.kv_heads * x.key_size) + _row(k, x.indexer_key_size) for x in layers)
+                values = sum(_row(v, x.kv_heads * x.value_size) + _row(v, x.indexer_value_size) for x in layers)
+                found[kind] = (cells * keys, cells * values)
+        return found
 
+    def total(self, k: str, v: str, context: int) -> int:
+        return sum(map(sum, self.sizes(k, v, context).values()))
 
-def _longest(shape: Shape, k: str, v: str, budget: int, options: _Options) -> int | None:
-    """The longest context whose cache fits in so many bytes; None if it does not grow with the context."""
-    step = _CELLS * (1 if options.unified else options.parallel)
-    low, high = 0, _MAX_CONTEXT // step
-    if _total(shape.layers, shape.window, k, v, high * step, options) <= budget:
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _total(shape.layers, shape.window, k, v, middle * step, options) <= budget:
-            low = middle
-        else:
-            high = middle
-    return low * step
+    def longest(self, k: str, v: str, budget: int) -> int | None:
+        """The longest context whose cache fits in so many bytes; None if it does not grow with the context."""
+        step = _CELLS * self.streams
+        low, high = 0, _MAX_CONTEXT // step
+        if self.total(k, v, high * step) <= budget:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.total(k, v, middle * step) <= budget else (low, middle)
+        return low * step
 
 
 def _refusal(shape: Shape, k: str, v: str) -> str | None:
@@ -167,54 +170,69 @@ def _refusal(shape: Shape, k: str, v: str) -> str | None:
         return "with latent attention (MLA) the values are part of the keys, so both have one type"
     if not shape.flash_attention and _block(v)[0] > 1:
         return f"values of {v} need flash attention, which llama.cpp does not have for architecture {shape.architecture!r}"
-    for side, name, sizes, extra in (("key", k, shape.key_sizes, "indexer_key_size"), ("value", v, shape.value_sizes, "indexer_value_size")):
+    keys = (*shape.key_sizes, *(layer.indexer_key_size for layer in shape.layers))
+    values = (*shape.value_sizes, *(layer.indexer_value_size for layer in shape.layers))
+    for side, name, sizes in (("key", k, keys), ("value", v, values)):
         block = _block(name)[0]
-        sizes += tuple(getattr(layer, extra) for layer in shape.layers)
-        for size in sizes:
-            if size % block:
-                others = "f16 or q8_0" if size % 32 == 0 else "f16"
-                return f"{name} has blocks of {block} values, which do not divide the {side} head size of {size}; {others} would work"
+        size = next((size for size in sizes if size % block), 0)
+        if size:
+            others = "f16 or q8_0" if size % 32 == 0 else "f16"
+            return f"{name} has blocks of {block} values, which do not divide the {side} head size {size}; {others} would work"
     return None
 
 
 # -- what quantized keys do not bear -------------------------------------------------------------
 
 
-def key_biases(header: "Header", layers: Sequence[Layer]) -> dict[int, float]:
+def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict[int, float]:
     """How large the biases of the keys are, by layer, read from the tensors.
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
-    |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; every 8th row of W is read.  A block of a tbq type
-    spends its codebook on the whole key, so a bias of r raises the error of what differs between keys to (1 + r^2)
-    times: at LARGE_BIAS 17 times, about the step from 4 bits to 2.  q8_0 has four more bits to lose.
-    NaN where W cannot be decoded.  Layers without a bias are left out.
+    |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
+    docs/plan.md has what it does to the quality.  Layers without a bias are left out; NaN where the type of W cannot be
+    decoded or its shape is not understood.
     """
     found = {}
     for layer in layers:
-        name, first = f"blk.{layer.index}.attn_k", 0
-        rows = layer.kv_heads * layer.key_size
-        if f"{name}.bias" not in header.tensors:
+        if layer.kind == NONE or layer.key_size == 0:
+            continue
+        name, rows = f"blk.{layer.index}.attn_k", layer.kv_heads * layer.key_size
+        fused = f"{name}.bias" not in tensors
+        if fused:
             name = f"blk.{layer.index}.attn_qkv"
-        bias, weight = header.tensors.get(f"{name}.bias"), header.tensors.get(f"{name}.weight")
-        if layer.kind == NONE or bias is None or weight is None or not layer.key_size or len(weight.shape) != 2:
+        bias, weight = tensors.get(f"{name}.bias"), tensors.get(f"{name}.weight")
+        if bias is None or weight is None:
             continue
-        if name.endswith("qkv"):  # queries, keys, values
-            first = weight.shape[0] - rows - layer.kv_heads * layer.value_size
-        b = bias.rows().reshape(-1)[first:first + rows]
-        if first < 0 or len(b) != rows:
-            continue
-        norm = header.tensors.get(f"blk.{layer.index}.attn_norm.weight")
-        try:
-            gain = norm.rows().reshape(-1) if norm is not None else np.ones(1, np.float32)
-            w = weight.rows(8, first, first + rows) * gain
-        except TBQError:
-            found[layer.index] = math.nan
-            continue
-        energy = 8 * np.square(w).sum(1)
-        size = layer.key_size
-        heads = [(np.square(b[h * size:(h + 1) * size]).sum(), energy[h * size // 8:(h + 1) * size // 8].sum()) for h in range(layer.kv_heads)]
-        found[layer.index] = max(float(np.sqrt(bb / max(ww, 1e-30))) for bb, ww in heads)
+        first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0  # queries, keys, values
+        understood = len(weight.shape) == 2 and bias.shape == weight.shape[:1] and 0 <= first <= weight.shape[0] - rows
+        norm = tensors.get(f"blk.{layer.index}.attn_norm.weight")
+        found[layer.index] = _bias_of_heads(bias, weight, norm, first, layer) if understood else math.nan
     return found
+
+
+def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer) -> float:
+    size, heads = layer.key_size, layer.kv_heads
+    step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # so that each head has as many rows
+    b, w, gain = _rows(bias), _rows(weight, first, first + heads * size, step), None if norm is None else _rows(norm)
+    if b is None or w is None or (gain is not None and gain.shape[-1] != w.shape[-1]):
+        return math.nan
+    of_keys = b.reshape(-1)[first:first + heads * size]
+    energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
+    ratio = np.sqrt(np.square(of_keys).reshape(heads, size).sum(1) / np.maximum(energy, 1e-30))
+    return float(np.nan_to_num(ratio.max(), nan=math.nan, posinf=1e30))
+
+
+def _rows(tensor: "Tensor", start: int = 0, stop: int | None = None, step: int = 1) -> npt.NDArray[np.float32] | None:
+    """Rows of a tensor of one or two axes as float32, the others not read; None for a type that gguf cannot decode."""
+    import gguf
+
+    mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
+    rows = np.ascontiguousarray(mapped.reshape(math.prod(tensor.shape[:-1]), -1)[start:stop:step])
+    decode: Callable[..., npt.NDArray[np.float32]] = gguf.dequantize
+    try:
+        return decode(rows, tensor.type).reshape(-1, tensor.shape[-1]).astype(np.float32)
+    except (NotImplementedError, KeyError):
+        return None
 
 
 # -- the recommendation --------------------------------------------------------------------------
@@ -257,115 +275,127 @@ def _because(pair: tuple[str, str], shape: Shape, sinks: bool, biased: bool) -> 
         return "large biases on the keys would take up the few levels of a small type, so keys are q8_0"
     if pair in _WORTH:
         return _WORTH[pair]
+    if not shape.flash_attention:
+        return "llama.cpp has no flash attention for this architecture, so values stay f16"
     if any(size % BLOCK for size in (*shape.key_sizes, *shape.value_sizes)):
         return f"tbq types need head sizes that {BLOCK} divides"
     return "it is the smallest that llama.cpp takes for this model without a large loss"
 
 
-def _weights_read(header: "Header", fields: Mapping[str, Any], architecture: str) -> int:
-    """Bytes of weights that a token reads, about: of the experts only those that are used, of the embedding nothing."""
+def _weights_read(tensors: Mapping[str, "Tensor"], fields: Mapping[str, Any], architecture: str) -> int:
+    """Bytes of weights that a token reads, about: of the experts those that are used; not an embedding that is no output."""
     experts, used = fields.get(f"{architecture}.expert_count", 0), fields.get(f"{architecture}.expert_used_count", 0)
     used = max(used) if isinstance(used, list) and used else used
     share = used / experts if isinstance(used, int) and isinstance(experts, int) and 0 < used <= experts else 1.0
-    tied = "output.weight" not in header.tensors
-    return int(sum(t.bytes * (share if "_exps" in t.name else 1) for t in header.tensors.values() if tied or not t.name.startswith("token_embd")))
+    read = [t for t in tensors.values() if t.name != "token_embd.weight" or "output.weight" not in tensors]
+    return int(sum(t.n_bytes * (share if "_exps" in t.name else 1) for t in read))
 
 
-def plan(model: str | pathlib.Path, *, context: int | None = None, memory: int | str | None = None, cache_only: bool = False,
-         pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True, ubatch: int = 512,
-         swa_full: bool = False) -> Plan:
+def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: int | str | None = None,
+         cache_only: bool = False, pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True,
+         ubatch: int = 512, swa_full: bool = False) -> Plan:
     """What the caches of a model take, and which types to use.
 
-    model: a GGUF file, the first one if it is split; its weights are not loaded.
+    model: a GGUF file, any one of a split; its weights are not loaded.
     context: tokens of all sequences together, llama-server's -c.  Without it, the most that the model was trained for
     and that fits in the memory with the recommended types.
     memory: bytes, or a text such as "8G", for weights, cache and recurrent state; with cache_only, not for weights.
     llama.cpp's compute buffers come on top.
     pairs: (K, V) names of types to show; PAIRS if None.
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
-    ubatch: tokens of a physical batch (-ub).  swa_full: whole contexts for sliding windows too (--swa-full).
+    ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
     Flash attention is assumed to be on, as it is by default.
-    Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments out of range.
+    Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments
+    out of range; OSError for what cannot be opened.
     """
-    from tbq._header import open_header
+    from tbq.gguf_files import open_gguf
 
+    if not isinstance(model, (str, os.PathLike)):
+        raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
     for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT):
             raise TBQError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_CONTEXT}")
     if parallel > 256:
         raise TBQError(f"parallel is {parallel}; llama.cpp takes at most 256 sequences")
+    shown = list(PAIRS if pairs is None else pairs)
+    for pair in shown:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TBQError(f"pair {pair!r} must be two names of types, (\"tbq4_0\", \"tbq3_0\") for example")
     budget = parse_size(memory) if memory is not None else None
-    header = open_header(model)
+    opened = open_gguf(model)
+    fields, tensors = opened.metadata, {tensor.name: tensor for tensor in opened.tensors}
     try:
-        shape = read_shape(header.fields)
+        shape = read_shape(fields)
     except TBQError as error:
-        raise TBQError(f"model {str(header.path)!r}: {error}") from None
-    options = _Options(parallel, unified, ubatch, swa_full)
-    weights = sum(tensor.bytes for tensor in header.tensors.values())
+        raise TBQError(f"model {str(model)!r}: {error}") from None
+    with np.errstate(all="ignore"):  # damaged weights may be infinite
+        biases = key_biases(tensors, shape.layers)
+    cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
+    weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
-    sinks = any(name.endswith("attn_sinks.weight") for name in header.tensors)
-    biases = key_biases(header, shape.layers)
-    large = {i: r for i, r in biases.items() if r >= LARGE_BIAS}
-    ladder = _ladder(shape, sinks, bool(large))
     left = None if budget is None else budget - state - (0 if cache_only else weights)
-
-    chosen, context, reason = _choose(shape, ladder, context, left, options, _weights_read(header, header.fields, shape.architecture))
-    shown = [*(PAIRS if pairs is None else pairs)]
+    sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
+    large = {i: ratio for i, ratio in biases.items() if ratio >= LARGE_BIAS}
+    read = _weights_read(tensors, fields, shape.architecture)
+    chosen, context, reason = _choose(cache, _ladder(shape, sinks, bool(large)), context or 0, shape.context_train, left, read)
+    fits = None if left is None else cache.total(*chosen, context) <= left
+    reason = reason or _because(chosen, shape, sinks, bool(large))
+    if left is not None and not fits:
+        reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
-    figures = [_figures(shape, k, v, context, left, options) for k, v in dict.fromkeys([*shown, chosen]) if f"{k}/{v}" not in refused]
-    fits = None if left is None else _total(shape.layers, shape.window, *chosen, context, options) <= left
-    has_cache = any(layer.kind != NONE for layer in shape.layers)
-    if not has_cache:
-        reason = "no layer has attention, so there are no keys and values to quantize"
-    elif not reason:
-        reason = _because(chosen, shape, sinks, bool(large))
-    if fits is False:
-        reason += f"; but not even this fits {context} tokens in the memory"
+    usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
     return Plan(
-        model=str(header.path), name=header.fields.get("general.name"), architecture=shape.architecture, context=context,
-        context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget, cache_only=cache_only, weights_bytes=weights,
-        state_bytes=state, layers=shape.layers, window=shape.window, pairs=tuple(figures), refused=refused, recommended=chosen,
-        reason=reason, fits=fits, sinks=sinks, large_key_biases=large,
-        warnings=tuple(_warnings(shape, context, sinks, biases, large)), exact=not shape.doubts)
+        model=str(model), name=_printable(fields.get("general.name")), architecture=shape.architecture, context=context,
+        context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget,
+        cache_only=cache_only, weights_bytes=weights, state_bytes=state, layers=shape.layers, window=shape.window,
+        pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable), refused=refused, recommended=chosen, reason=reason,
+        fits=fits, sinks=sinks, large_key_biases=large, warnings=tuple(_warnings(shape, context, sinks, biases, large)),
+        exact=not shape.doubts)
 
 
-def _figures(shape: Shape, k: str, v: str, context: int, left: int | None, options: _Options) -> Pair:
-    found = _cache_bytes(shape.layers, shape.window, k, v, context, options)
-    keys, values = (sum(side) for side in zip(*found.values())) if found else (0, 0)
-    longest = None if left is None or not found else _longest(shape, k, v, left, options)
+def _printable(name: object) -> str | None:
+    """A name for the terminal: what a file says may be anything."""
+    return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None
+
+
+def _figures(cache: _Cache, k: str, v: str, context: int, left: int | None) -> Pair:
+    found = cache.sizes(k, v, context)
+    keys, values = sum(sizes[0] for sizes in found.values()), sum(sizes[1] for sizes in found.values())
+    longest = None if left is None else cache.longest(k, v, left)
     return Pair(k, v, keys, values, found, longest, None if left is None else keys + values <= left)
 
 
-def _choose(shape: Shape, ladder: Sequence[tuple[str, str]], context: int | None, left: int | None, options: _Options,
+def _choose(cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, context_train: int, left: int | None,
             weights: int) -> tuple[tuple[str, str], int, str]:
     """The recommended pair, the context it is for, and the reason if it is not that of the pair."""
-    wanted = context or max(1, shape.context_train)
-    plain = ("f16", "f16")
-    size = _total(shape.layers, shape.window, *plain, wanted, options)
-    if not any(layer.kind != NONE for layer in shape.layers):
-        return plain, wanted, ""
+    wanted, plain = context or max(1, context_train), ("f16", "f16")
+    size = cache.total(*plain, wanted)
+    if size == 0:
+        return plain, wanted, "no layer has attention, so there are no keys and values to quantize"
     if size <= weights * SMALL_CACHE and (left is None or size <= left):
-        return plain, wanted, f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; a smaller one would gain little"
-    fitting = [pair for pair in ladder if left is None or _total(shape.layers, shape.window, *pair, wanted, options) <= left]
-    if fitting and (context is not None or fitting[0] in ladder[:2]):
+        return plain, wanted, (f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; "
+                               "a smaller one would gain little")
+    fitting = [pair for pair in ladder if left is None or cache.total(*pair, wanted) <= left]
+    if fitting and (context or fitting[0] in ladder[:2]):
         return fitting[0], wanted, ""
-    if context is not None:
+    if context:
         return ladder[-1], wanted, ""
     # nobody asked for the whole context, so it gives way before the quality does
-    longest = _longest(shape, *ladder[0], left or 0, options)
-    return ladder[0], longest or wanted, ""
+    return ladder[0], cache.longest(*ladder[0], left or 0) or wanted, ""
 
 
-def _warnings(shape: Shape, context: int, sinks: bool, biases: Mapping[int, float], large: Mapping[int, float]) -> Iterator[str]:
+def _warnings(shape: Shape, context: int, sinks: bool, biases: Mapping[int, float],
+              large: Mapping[int, float]) -> Iterator[str]:
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
     if sinks:
         yield "attention sinks: any quantized K loses much, even q8_0; keep --cache-type-k f16"
     if large:
         worst = max(large, key=lambda i: large[i])
-        yield (f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest of the key): "
-               "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
+        yield (f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest "
+               "of the key): keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
     if any(math.isnan(r) for r in biases.values()):
-        yield "the size of the key biases is unknown, because the type of the weights cannot be decoded here; compare q8_0 keys before using fewer bits"
+        yield ("whether the key biases are large is unknown, because their tensors cannot be read here; "
+               "compare with q8_0 keys before using fewer bits")
     for side, sizes in (("key", shape.key_sizes), ("value", shape.value_sizes)):
         odd = sorted({size for size in sizes if size % BLOCK})
         if odd:
@@ -382,7 +412,8 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         found = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+        pattern = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(iB|B)?|B)?\s*"
+        match = re.fullmatch(pattern, size, re.IGNORECASE) if isinstance(size, str) else None
         if match is None:
             raise TBQError(f"size {size!r} is not understood; write 8G, 512M, 6.5GiB, 24GB or a number of bytes")
         number, prefix, suffix = match.groups()
@@ -415,7 +446,8 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
         if kind == WINDOW:
             text += f" of {plan.window} tokens"
         if kind != NONE:
-            text += f": {heads} KV head{'s' * (heads != 1)}, keys of {key_size}, " + (f"values of {value_size}" if value_size else "values among the keys")
+            text += f": {_count(heads, 'KV head')}, keys of {key_size}, "
+            text += f"values of {value_size}" if value_size else "values among the keys"
         if indexer:
             text += f", an indexer key of {indexer}"
         if state:
@@ -425,14 +457,36 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
 
 def report(plan: Plan) -> str:
     """The plan as the text that `tbq plan` prints."""
-    lines = [f"{plan.name or pathlib.Path(plan.model).name}: {plan.architecture}, {len(plan.layers)} layers, trained for {plan.context_train} tokens, "
-             f"weights {amount(plan.weights_bytes)}", *_layer_lines(plan), ""]
+    lines = [f"{_title(plan)}: {plan.architecture}, {_count(len(plan.layers), 'layer')}, trained for {plan.context_train} "
+             f"tokens, weights {amount(plan.weights_bytes)}", *_layer_lines(plan), ""]
     memory = ""
     if plan.memory is not None:
-        memory = f"; memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
-    lines.append(f"context {plan.context}, {plan.parallel} sequence{'s' * (plan.parallel != 1)}{memory}; bytes of keys (K) and values (V)")
+        memory = f", memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
+    lines.append(f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}; bytes of keys (K) and values (V):")
     if plan.state_bytes:
         lines.append(f"recurrent states take {plan.state_bytes:,} bytes beside any cache")
+    lines += [*(_table(plan) if any(pair.bytes for pair in plan.pairs) else ()), ""]
+    why: dict[str, list[str]] = {}
+    for name, text in plan.refused.items():
+        why.setdefault(text, []).append(name)
+    lines += [f"refused: {', '.join(names)}: {text}" for text, names in why.items()]
+    k, v = plan.recommended
+    lines += [f"recommended: -c {plan.context} --cache-type-k {k} --cache-type-v {v}", f"  {plan.reason}"]
+    if plan.memory is not None:
+        lines.append("  not counted: llama.cpp's compute buffers (docs/plan.md), and whatever else the memory is for")
+    lines += [f"warning: {text}" for text in plan.warnings]
+    return "\n".join(lines)
+
+
+def _title(plan: Plan) -> str:
+    return plan.name or pathlib.Path(plan.model).name
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _table(plan: Plan) -> Iterator[str]:
     kinds = [kind for kind in (GLOBAL, WINDOW) if any(kind in pair.by_kind for pair in plan.pairs)]
     head = ["", "K / V", *(f"{kind} {side}" for kind in kinds for side in "KV"), "total", "", "of f16"]
     if plan.memory is not None:
@@ -441,24 +495,14 @@ def report(plan: Plan) -> str:
     rows = [head]
     for pair in plan.pairs:
         cells = [f"{n:,}" for kind in kinds for n in pair.by_kind[kind]]
-        row = ["*" if (pair.k, pair.v) == plan.recommended else "", f"{pair.k} / {pair.v}", *cells, f"{pair.bytes:,}", amount(pair.bytes),
-               f"{100 * pair.bytes / full:.1f} %" if full else ""]
+        row = ["*" if (pair.k, pair.v) == plan.recommended else "", f"{pair.k} / {pair.v}", *cells, f"{pair.bytes:,}",
+               amount(pair.bytes), f"{100 * pair.bytes / full:.1f} %" if full else ""]
         if plan.memory is not None:
             row.append("none fits" if pair.longest == 0 else "any" if pair.longest is None else str(pair.longest))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        lines.append("  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
-    why: dict[str, list[str]] = {}
-    for name, text in plan.refused.items():
-        why.setdefault(text, []).append(name)
-    lines += [f"refused: {', '.join(names)}: {text}" for text, names in why.items()]
-    k, v = plan.recommended
-    lines += ["", f"recommended: -c {plan.context} --cache-type-k {k} --cache-type-v {v}", f"  {plan.reason}"]
-    if plan.memory is not None:
-        lines.append("  not counted: llama.cpp's compute buffers, some 100 MiB to 1 GiB, and whatever else the memory is for")
-    lines += [f"warning: {text}" for text in plan.warnings]
-    return "\n".join(lines)
+        yield "  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
 
 
 def as_json(plan: Plan) -> str:
@@ -489,12 +533,13 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     for pair in sorted(plan.pairs, key=lambda pair: -pair.bytes):
         sizes = [(base + plan.bytes_at(pair.k, pair.v, n)) / 2**30 for n in contexts]
         chosen = pair == recommended
-        axes.plot(contexts, sizes, label=f"{pair.k} / {pair.v}{' (recommended)' if chosen else ''}", linewidth=3 if chosen else 1.2)
+        label = f"{pair.k} / {pair.v}{' (recommended)' if chosen else ''}"
+        axes.plot(contexts, sizes, label=label, linewidth=3 if chosen else 1.2)
     if plan.memory is not None:
         axes.axhline(plan.memory / 2**30, color="black", linestyle="--", linewidth=1, label="memory")
     axes.axvline(plan.context_train, color="gray", linestyle=":", linewidth=1, label="trained for")
-    axes.set(xlabel="context, tokens", ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}", ylim=(0, None), xlim=(0, end),
-             title=f"{plan.name or pathlib.Path(plan.model).name}, {plan.parallel} sequence{'s' * (plan.parallel != 1)}")
+    axes.set(xlabel="context, tokens", ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}",
+             title=f"{_title(plan)}, {_count(plan.parallel, 'sequence')}", ylim=(0, None), xlim=(0, end))
     axes.legend(title="keys / values", fontsize="small")
     part = target.with_name(f".{target.name}.part")
     try:
@@ -510,15 +555,15 @@ def define(parser: argparse.ArgumentParser) -> None:
     """what the KV cache of a model will take, and which types to use"""
     parser.epilog = ("examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
                      "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json")
-    parser.add_argument("model", metavar="MODEL.gguf", help="the model, or the first file of a split one; no weights are loaded")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens, llama-server's -c (what the model was trained for, if it fits)")
-    parser.add_argument("--memory", metavar="SIZE", help="memory for weights, cache and recurrent state: 24G, 512M, 6.5GiB, 24GB")
+    parser.add_argument("model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens, -c (what the model was trained for, if it fits)")
+    parser.add_argument("--memory", metavar="SIZE", help="for weights, cache and recurrent state: 24G, 512M, 6.5GiB, 24GB")
     parser.add_argument("--cache-only", action="store_true", help="--memory is not for the weights")
-    parser.add_argument("--types", metavar="K/V,...", help="pairs of cache types to show, tbq4_0/tbq3_0 for example; one name is for both")
+    parser.add_argument("--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; one name is for both")
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="sequences, -np (4, llama-server's own)")
     parser.add_argument("--no-kv-unified", action="store_true", help="a cache for each sequence, of its part of the context")
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
-    parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context, as with llama-server's --swa-full")
+    parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
 
@@ -529,8 +574,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         pairs = [split(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
         if pairs == []:
             raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
-        found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs, parallel=args.parallel,
-                     unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
+        found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs,
+                     parallel=args.parallel, unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
         if args.plot is not None:
             plot(found, args.plot)
         print(as_json(found) if args.json else report(found))

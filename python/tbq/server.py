@@ -317,10 +317,13 @@ class Server:
             return
         if process.poll() is None:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(_STOP_SECONDS)
-                return
-            process.kill()
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # also when Ctrl-C ends the wait
+                if process.poll() is None:
+                    process.kill()
         process.wait()
 
     def client(self, api_key: str | None = None, **options: Any) -> "OpenAI":
@@ -417,6 +420,20 @@ class _Signals:
             self._send(self.early)
 
 
+def _correction(server: Server) -> str | None:
+    """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
+    found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
+    if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
+        return None
+    context = int(found[2]) * (1 if found[3] == "true" else int(found[1]))
+    size = server.plan.bytes_at(server.k, server.v, context)
+    if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
+        return None
+    from tbq.plan import amount
+
+    return f"llama-server took a context of {context} tokens, so the cache has {amount(size)}"
+
+
 def _say(text: str, to_stderr: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
@@ -435,10 +452,13 @@ def serve(model: str, kv: str, options: Sequence[str]) -> int:
         signals.started()
         try:
             server.wait_until_healthy()
+            if correction := _correction(server):
+                _say(f"tbq: {correction}")
             _say(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it")
-            server.process.wait()
+            if server.process.wait() and not signals.count:
+                raise TBQError(f"llama-server {server._ending()}: {server.last_error()}")
         except TBQError as error:
-            if not signals.count:
+            if not signals.count and server.process.poll() != 0:  # --version, for example, ends well
                 _say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
         finally:
             server.stop()
