@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -386,3 +387,21 @@ def test_key_file(demo_model, tmp_path):
 ))
 def test_options_for_the_plan(options, shape):
     assert tbq.server._shape(tbq.server._read(options)[0]) == shape
+
+
+@linux
+def test_interrupted_before_it_is_llama_server():
+    """What asks for the death signal is a Python for some milliseconds; Ctrl-C ends it without a word all the same."""
+    ends = []
+
+    def interrupt():
+        for delay in range(48):
+            process = tbq.server._popen([shutil.which("sleep"), "30"], os.environ)
+            time.sleep(delay / 2000)
+            process.send_signal(signal.SIGINT)
+            ends.append((process.communicate(timeout=30)[0], process.returncode))
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    thread.join()
+    assert ends == [(b"", -signal.SIGINT)] * 48
