@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -27,6 +28,12 @@ install = script("install")
 def pytest_addoption(parser):
     parser.addoption("--model-d128", type=pathlib.Path, metavar="GGUF",
                      help="a second model, with head size 128 and K biases; its tests are skipped without")
+
+
+def pytest_configure():
+    # A shell that runs this in the background has SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

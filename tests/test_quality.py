@@ -155,9 +155,9 @@ def wrong(tmp_path, demo_model):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (("--model", "nowhere.gguf"), r"model 'nowhere.gguf' does not exist"),
-    (("--model", "cut.gguf"), r"model 'cut.gguf' is no GGUF file that can be used: .*"),
-    (("--model", "halved.gguf"), r"model 'halved.gguf' is no GGUF file that can be used: .*"),
+    (("--model", "nowhere.gguf"), r"No such file or directory: nowhere.gguf"),
+    (("--model", "cut.gguf"), r"cut.gguf is truncated or not GGUF: .*"),
+    (("--model", "halved.gguf"), r"halved.gguf is truncated or damaged: .*"),
     (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
     (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
     (("--text", "short.txt"), r"the text has \d+ tokens; --context 256 needs 512"),

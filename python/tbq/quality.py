@@ -168,9 +168,9 @@ def _score(folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], 
     done = Done(0, "", "")
     for _ in range(ATTEMPTS):
         done = run("llama-perplexity", command, folder, lambda text: on_chunks(len(rows.findall(text))), _QUIET)
-        if done.status:
+        if done.status and not done.error().startswith("exit status"):
             break
-        if found := parse(done.stdout):
+        if not done.status and (found := parse(done.stdout)):
             return found
     raise TBQError(done.error())
 
