@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -289,7 +290,7 @@ def test_server_and_client(demo_model, monkeypatch):
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'ggml-tbq[openai]'")
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with tbq.Server(demo_model, "tbq4_0/tbq3_0", options=[*SMALL, "--api-key", "secret"]) as server:
+    with tbq.Server(demo_model, "tbq4_0/tbq3_0", timeout=60, options=[*SMALL, "--api-key", "secret"]) as server:
         assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
         assert server.plan.pair("tbq4_0", "tbq3_0").bytes == 512 * 30 * 3 * (34 + 26)
         ask = {"model": "any", "temperature": 0, "max_tokens": 16,
@@ -324,7 +325,7 @@ def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
         seen.append(line)
         raise RuntimeError
 
-    server = tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "-lv", "5"], on_line=on_line)
+    server = tbq.Server(demo_model, "tbq4_0", timeout=60, options=[*SMALL, "-lv", "5"], on_line=on_line)
     thread = threading.Thread(target=server.start)
     thread.start()
     thread.join()
@@ -373,7 +374,7 @@ def test_url(demo_model, options, url):
 
 def test_key_file(demo_model, tmp_path):
     (tmp_path / "keys").write_text("# ours\nsecret\n")
-    with tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
+    with tbq.Server(demo_model, "tbq4_0", timeout=60, options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
         assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
@@ -386,3 +387,21 @@ def test_key_file(demo_model, tmp_path):
 ))
 def test_options_for_the_plan(options, shape):
     assert tbq.server._shape(tbq.server._read(options)[0]) == shape
+
+
+@linux
+def test_interrupted_before_it_is_llama_server():
+    """What asks for the death signal is a Python for some milliseconds; Ctrl-C ends it without a word all the same."""
+    ends = []
+
+    def interrupt():
+        for delay in range(48):
+            process = tbq.server._popen([shutil.which("sleep"), "30"], os.environ)
+            time.sleep(delay / 2000)
+            process.send_signal(signal.SIGINT)
+            ends.append((process.communicate(timeout=30)[0], process.returncode))
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    thread.join()
+    assert ends == [(b"", -signal.SIGINT)] * 48

@@ -175,7 +175,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def _popen(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Starts a program, which on Linux ends with the calling thread."""
-    if sys.platform.startswith("linux") and sys.executable:
+    if sys.platform.startswith("linux") and "python" in os.path.basename(sys.executable or ""):  # not a program that embeds it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         command = [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
     # A session of its own: Ctrl-C reaches it through us, once.
