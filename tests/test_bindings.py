@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys
 import llama_cpp
 model = llama_cpp.Llama(sys.argv[1], n_ctx=512, type_k=644, type_v=643, flash_attn=True, verbose=True)
-answer = model.create_chat_completion([{"role": "user", "content": "What is the capital of France?"}],
+answer = model.create_chat_completion([{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
                                       max_tokens=24, temperature=0)
 print(json.dumps(answer["choices"][0]["message"]["content"]))
 """

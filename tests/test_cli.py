@@ -114,3 +114,8 @@ def test_server_is_stopped_after_an_error(demo_model):
         with tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
             raise RuntimeError
     assert server.process.poll() is not None
+
+
+def test_nobody_reads_the_rest(demo_model):
+    done = subprocess.run(f'"{sys.executable}" -m tbq inspect "{demo_model}" | head -1', shell=True, capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
