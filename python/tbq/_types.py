@@ -38,6 +38,15 @@ def _load(name: str) -> TypeInfo:
 types: Mapping[str, TypeInfo] = MappingProxyType({name: _load(name) for name in ("tbq2_0", "tbq3_0", "tbq4_0")})
 
 
+def block(name: str) -> tuple[int, int]:
+    """Values and bytes of a block of any GGML type, ours or gguf's; KeyError if there is none of that name."""
+    if name in types:
+        return BLOCK, types[name].block_bytes
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+
+
 def find(name: str) -> TypeInfo:
     """The TypeInfo of a name; TBQError if there is none."""
     info = types.get(name) if isinstance(name, str) else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbq._layers import GLOBAL, read_shape
-from tbq._types import BLOCK, types
+from tbq._types import block, types
 from tbq._version import __version__
 from tbq.errors import TBQError
 from tbq.paths import paths, program
@@ -35,22 +35,13 @@ class TypePair:
     @property
     def bits(self) -> tuple[float, float]:
         """Bits of a value of the keys, and of the values; scales included."""
-        (k_values, k_bytes), (v_values, v_bytes) = _block(self.k), _block(self.v)
+        (k_values, k_bytes), (v_values, v_bytes) = block(self.k), block(self.v)
         return 8 * k_bytes / k_values, 8 * v_bytes / v_values
 
     def bytes(self, cache: Cache) -> int:
         """Bytes of one token in all layers."""
-        (k_values, k_bytes), (v_values, v_bytes) = _block(self.k), _block(self.v)
+        (k_values, k_bytes), (v_values, v_bytes) = block(self.k), block(self.v)
         return sum(k // k_values * k_bytes + v // v_values * v_bytes for k, v in cache)
-
-
-def _block(name: str) -> tuple[int, int]:
-    """Values and bytes of a block."""
-    import gguf
-
-    if name in types:
-        return BLOCK, types[name].block_bytes
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
 
 
 def known() -> list[str]:

@@ -328,17 +328,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     def run(args: argparse.Namespace) -> int:
-        from tbq.quality import _picture_format, _replace
+        from tbq._pictures import picture_format, replace
 
         if args.header and (args.plot or args.against):
             raise TBQError("--header reads no weights, which --against and --plot need")
-        format = _picture_format(args.plot) if args.plot else ""
+        format = picture_format(args.plot) if args.plot else ""
         report = inspect(args.file, args.against, header_only=args.header, progress=True)
         if args.plot and not report.totals and not report.errors:
             raise TBQError(f"{args.file} has no tbq tensors to draw; --against ORIGINAL draws errors")
         print(as_json(report) if args.json else as_text(report))
         if args.plot:
-            _replace(args.plot, picture(report, format))
+            replace(args.plot, picture(report, format))
         return 0
 
     parser.set_defaults(run=run)

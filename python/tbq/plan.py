@@ -1,5 +1,6 @@
 """What a KV cache will take, before a model is loaded: `tbq plan MODEL.gguf` and tbq.plan()."""
 import argparse
+import io
 import json
 import math
 import os
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tbq._pictures import picture_format, replace
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
-from tbq._types import BLOCK, types
+from tbq._types import BLOCK, block, types
 from tbq.errors import TBQError
 
 if TYPE_CHECKING:
@@ -98,13 +100,9 @@ class Plan:
 
 def _block(name: str) -> tuple[int, int]:
     """Values and bytes of a block of a cache type."""
-    if name in types:
-        return BLOCK, types[name].block_bytes
-    import gguf
-
-    if name not in _OTHER_TYPES:
+    if name not in types and name not in _OTHER_TYPES:
         raise TBQError(f"cache type {name!r} is not one of {', '.join((*types, *_OTHER_TYPES))}")
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    return block(name)
 
 
 def _row(name: str, values: int) -> int:
@@ -173,11 +171,11 @@ def _refusal(shape: Shape, k: str, v: str) -> str | None:
     keys = (*shape.key_sizes, *(layer.indexer_key_size for layer in shape.layers))
     values = (*shape.value_sizes, *(layer.indexer_value_size for layer in shape.layers))
     for side, name, sizes in (("key", k, keys), ("value", v, values)):
-        block = _block(name)[0]
-        size = next((size for size in sizes if size % block), 0)
+        unit = _block(name)[0]
+        size = next((size for size in sizes if size % unit), 0)
         if size:
             others = "f16 or q8_0" if size % 32 == 0 else "f16"
-            return f"{name} has blocks of {block} values, which do not divide the {side} head size {size}; {others} would work"
+            return f"{name} has blocks of {unit} values, which do not divide the {side} head size {size}; {others} would work"
     return None
 
 
@@ -515,15 +513,13 @@ def as_json(plan: Plan) -> str:
 def plot(plan: Plan, path: str | pathlib.Path) -> None:
     """Draws memory against context for the plan's pairs; weights and states are in it unless the plan is cache_only.
 
-    path: the picture, .png, .svg or .pdf.  Raises TBQError for another ending, without matplotlib and if it cannot be written.
+    path: the picture, .png or what else matplotlib writes.  Raises TBQError for another ending, without matplotlib and if
+    it cannot be written.
     """
     target = pathlib.Path(path)
-    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise TBQError(f"plot {str(target)!r} must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TBQError("--plot needs matplotlib: pip install 'ggml-tbq[plot]'") from None
+    format = picture_format(target)
+    from matplotlib.figure import Figure
+
     base = 0 if plan.cache_only else plan.weights_bytes + plan.state_bytes
     recommended = plan.pair(*plan.recommended)
     end = max(plan.context, plan.context_train, min(recommended.longest or 0, 4 * plan.context_train), 2 * _CELLS)
@@ -541,14 +537,9 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     axes.set(xlabel="context, tokens", ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}",
              title=f"{_title(plan)}, {_count(plan.parallel, 'sequence')}", ylim=(0, None), xlim=(0, end))
     axes.legend(title="keys / values", fontsize="small")
-    part = target.with_name(f".{target.name}.part")
-    try:
-        figure.savefig(part, format=target.suffix.lower()[1:])
-        part.replace(target)
-    except OSError as error:
-        raise TBQError(f"plot {str(target)!r} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=format)
+    replace(target, drawn.getvalue())
 
 
 def define(parser: argparse.ArgumentParser) -> None:

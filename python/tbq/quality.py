@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pathlib
 import platform
 import re
@@ -18,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 from tbq import caches
+from tbq._pictures import picture_format, replace
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Model, TypePair
 from tbq.errors import TBQError
@@ -300,38 +300,11 @@ def picture(report: Report, title: str, format: str) -> bytes:
     return file.getvalue()
 
 
-def _picture_format(path: pathlib.Path) -> str:
-    """The format that a name asks for; TBQError if it cannot be drawn or written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise TBQError("--plot needs matplotlib: pip install 'ggml-tbq[plot]'") from None
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise TBQError(f"--plot {str(path)!r} must end in one of .{', .'.join(sorted(formats))}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise TBQError(f"--plot {str(path)!r} cannot be written")
-    return path.suffix[1:].lower()
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> int:
-    format = _picture_format(args.plot) if args.plot else ""
+    format = picture_format(args.plot) if args.plot else ""
     if args.scratch and not args.scratch.is_dir():
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = caches.parse(args.types)
@@ -348,7 +321,7 @@ def _run(args: argparse.Namespace) -> int:
         if report.scores:
             print(as_json(report, identity) if args.json else as_text(report, identity))
         if report.scores and report.complete and args.plot:
-            _replace(args.plot, picture(report, args.model.name, format))
+            replace(args.plot, picture(report, args.model.name, format))
     if not report.complete:
         print(f"tbq: interrupted after {len(report.scores)} of {len(pairs)} pairs", file=sys.stderr)
         return 130
