@@ -129,7 +129,7 @@ def arguments_with(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_leaves_nothing(tmp_path, sent):
     process = subprocess.Popen([sys.executable, "-m", "tbq", "bench", "speed", "--depths", "65536", "--scratch", str(tmp_path)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -278,6 +278,16 @@ def test_values_that_are_not_numbers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
+@pytest.mark.parametrize("kind", ["tbq4_0", "q8_0"])
+def test_values_that_no_scale_can_hold(tmp_path, kind):
+    """A scale is a half: what it cannot hold is refused, not clamped."""
+    weights = np.ones((64, 64), "f4")
+    weights[5] = 1e9
+    source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": weights})
+    refused(cli(source, tmp_path / "o.gguf", "--type", kind), f"blk.0.ffn_up.weight has values beyond the range of {kind}; f32 can hold them")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 def test_full_disk(tiny, tmp_path):
     """A write that fails, here at a limit on the size of files, is a line and leaves nothing."""
@@ -288,7 +298,7 @@ def test_full_disk(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_leaves_nothing(f16, tmp_path, sent):
     process = subprocess.Popen([sys.executable, "-m", "tbq", "convert", f16, tmp_path / "o.gguf", "--type", "tbq4_0", "--threads", "1",
                                 "--tensor", "token_embd|attn|ffn=q5_1"], stderr=subprocess.PIPE, text=True)

@@ -141,3 +141,11 @@ def test_errors_of_use(folder, tmp_path):
     refused(cli(folder / "tbq4_0.gguf", "--plot", tmp_path / "no" / "x.png"), "cannot be written")
     refused(cli("/dev/null"), "is not a regular file")
     assert {path.name for path in tmp_path.iterdir()} == {"other.gguf", "wrong.gguf"}
+
+
+def test_a_name_for_the_terminal(tmp_path):
+    """What a file says may be anything, escape sequences too."""
+    source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama", "general.name": "\x1b]0;boo\x07"},
+                        {"blk.0.ffn_up.weight": np.ones((4, 64), "f4")})
+    done = cli(source)
+    assert done.returncode == 0 and "\x1b" not in done.stdout and "?]0;boo?" in done.stdout

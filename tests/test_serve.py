@@ -380,7 +380,9 @@ def test_key_file(demo_model, tmp_path):
 
 @pytest.mark.parametrize("options, shape", (
     ([], {"context": None, "unified": True, "swa_full": False}),
-    (["-c", "0", "-np", "-1", "-no-kvu"], {"context": None, "unified": False, "swa_full": False}),
+    (["-c", "0", "-np", "-1", "-no-kvu"], {"context": None, "unified": True, "swa_full": False}),  # server.cpp: slots of its own number share a cache
+    (["-np", "2", "-kvu", "-no-kvu"], {"context": None, "unified": False, "swa_full": False, "parallel": 2}),
+    (["--kv-unified-per-slot", "512"], {"context": 2048, "unified": True, "swa_full": False}),
     (["-c", "1", "--ctx-size", "4096", "-np", "2", "-ub", "64", "--swa-full"],
      {"context": 4096, "unified": False, "swa_full": True, "parallel": 2, "ubatch": 64}),
     (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),

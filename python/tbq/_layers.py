@@ -239,7 +239,7 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
     if isinstance(pattern, list):
         return ([bool(x) for x in pattern] + none)[:count], size
     if rule.period == 0:
-        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]}; a model of this architecture lists which layers have a window")
+        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]!r}; a model of this architecture lists which layers have a window")
     period = f.number(key, rule.period)
     if period == 0:
         return [i < main for i in range(count)], size
@@ -309,7 +309,8 @@ def _state_bytes(f: _Fields, heads: list[int]) -> list[int]:
     extra = [0] * len(heads)
     if arch == "qwen4exp":  # n-gram history of the layers that have it
         history = max(0, f.number("ple.conv_kernel", 0) - 1) * f.number("ple.ngram_size", 0)
-        for i in f.fields.get(f"{arch}.ple.layers") or []:
+        extended = f.fields.get(f"{arch}.ple.layers")
+        for i in extended if isinstance(extended, list) else []:
             if isinstance(i, int) and 0 <= i < len(extra):
                 extra[i] = history * f.number("hyper_connection.count", 0) * width
     return [4 * (values + more) for more in extra]  # float32

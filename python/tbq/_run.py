@@ -1,4 +1,4 @@
-"""Programs of llama.cpp as child processes that never outlive the caller."""
+"""Programs of llama.cpp as child processes that do not outlive the caller, unless it is killed by force."""
 import argparse
 import contextlib
 import dataclasses
@@ -8,8 +8,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType, MappingProxyType
 
 from tbq.paths import program
 
@@ -44,13 +44,12 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
     # what a user has set for servers must not change a measurement
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as errors:
-        with _held() as caught:
-            process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=errors)
-        assert process.stdout is not None
+        process = None
         try:
-            if caught:
-                raise KeyboardInterrupt
+            with _held():
+                process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
+                                           stdout=subprocess.PIPE, stderr=errors)
+            assert process.stdout is not None
             output = b""
             while piece := os.read(process.stdout.fileno(), 1 << 16):
                 output += piece
@@ -58,10 +57,12 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
                     on_output(output.decode(errors="replace"))
             process.wait()
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            if process is not None:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
         errors.seek(0)
         return Done(process.returncode, output.decode(errors="replace"), errors.read().decode(errors="replace"))
 
@@ -79,19 +80,30 @@ def at_least_one(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _held() -> Iterator[list[int]]:
-    """Notes the signals that would interrupt: in the middle of Popen an exception would leave a child that nobody knows."""
-    caught: list[int] = []
+def _handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals go to a handler; not where they are ignored (nohup's SIGHUP), and only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield
         return
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
-              if callable(signal.getsignal(number))}
+    before = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        yield caught
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+_INTERRUPTIONS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """An interruption comes at the end: in the middle of Popen it would leave a child that nobody knows."""
+    caught: list[int] = []
+    with _handled((number for number in _INTERRUPTIONS if callable(signal.getsignal(number))), lambda number, _: caught.append(number)):
+        yield
+    if caught:
+        raise KeyboardInterrupt
 
 
 def one_line(failures: Mapping[str, str]) -> str:
@@ -104,16 +116,9 @@ def one_line(failures: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM becomes KeyboardInterrupt, so that whatever was begun is cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
+    """SIGTERM and SIGHUP become KeyboardInterrupt, so that whatever was begun is cleaned up."""
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with _handled((number for number in _INTERRUPTIONS if number != signal.SIGINT), interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -46,14 +46,19 @@ class Speeds:
     device: str = ""
     complete: bool = False
 
+    @property
+    def gpu(self) -> bool:
+        return not self.device.endswith("(CPU)")
+
     def median(self, pair: TypePair, test: Test) -> float | None:
         found = self.samples[pair].get(test)
         return statistics.median(found) if found else None
 
 
 def read_bandwidth(size: int, threads: int) -> float:
-    """Bytes per second of a plain read of `size` bytes by so many threads: the floor of any attention over them."""
-    parts = [np.ones(max(1, size // 8 // threads), np.uint64) for _ in range(threads)]
+    """Bytes per second of a plain read of `size` bytes of memory (of 1 GiB, if it is more) by so many threads: the floor of
+    any attention over them on the CPU."""
+    parts = [np.ones(max(1, min(size, 1 << 30) // 8 // threads), np.uint64) for _ in range(threads)]
     best = float("inf")
     for _ in range(5):
         workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
@@ -143,8 +148,11 @@ def table(speeds: Speeds, tests: Sequence[Test]) -> str:
     return "\n".join(lines)
 
 
-def attention_table(speeds: Speeds, cache: Cache, threads: int) -> str:
-    """Markdown: what attention over the cache takes, from the difference to an empty one; "" without both."""
+def attention_table(speeds: Speeds, cache: Cache, threads: int | None) -> str:
+    """Markdown: what attention over the cache takes, from the difference to an empty one; "" without both.
+
+    threads: of a plain read to compare with; None where the cache is not in the CPU's memory.
+    """
     lines = []
     for pair, found in speeds.samples.items():
         generated = {test.depth: speeds.median(pair, test) for test in found if test.generate}
@@ -154,9 +162,9 @@ def attention_table(speeds: Speeds, cache: Cache, threads: int) -> str:
             seconds = 1 / speed - 1 / (generated[0] or 1)
             size = pair.bytes(cache) * depth
             if seconds > 0:  # not a short cache and noise
-                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} "
-                             f"| {read_bandwidth(size, threads) / 1e9:.2f} |")
-    head = ["| K / V | depth | attention, ms a token | cache, MB | GB/s | plain read, GB/s |", "|---|---|---|---|---|---|"]
+                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} |"
+                             + (f" {read_bandwidth(size, threads) / 1e9:.2f} |" if threads else ""))
+    head = ["| K / V | depth | attention, ms a token | cache, MB | GB/s |" + " plain read, GB/s |" * bool(threads), "|---|---|---|---|---|" + "---|" * bool(threads)]
     return "\n".join(head + lines) if lines else ""
 
 
@@ -212,8 +220,10 @@ def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identi
              f"model: {identity['model']}, sha256 {identity['model_sha256']}" if "model" in identity else
              f"model: random weights, --shape {identity['shape']}",
              f"llama.cpp {versions['llama_cpp_commit']}, tbq {versions['tbq']}; {args.threads} threads; {speeds.device}"]
-    parts = [table(speeds, args.tests), attention_table(speeds, cache, args.threads) if cache else "", "\n".join(facts)]
-    print("\n\n".join(filter(None, parts)))
+    print(table(speeds, args.tests), end="\n\n", flush=True)  # before anything that could fail
+    if attention := cache and attention_table(speeds, cache, None if speeds.gpu else args.threads):
+        print(attention, end="\n\n")
+    print("\n".join(facts))
 
 
 def _run(args: argparse.Namespace) -> int:

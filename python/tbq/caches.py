@@ -3,11 +3,11 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbq._layers import GLOBAL, read_shape
+from tbq._run import run
 from tbq._types import block, types
 from tbq._version import __version__
 from tbq.errors import TBQError
@@ -46,7 +46,7 @@ class TypePair:
 
 def known() -> list[str]:
     """The cache types that this llama.cpp takes, in the order of its help."""
-    done = subprocess.run([program("llama-perplexity"), "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = run("llama-perplexity", ["--help"])
     found = re.search(r"--cache-type-k TYPE.*?allowed values: (.*?)\(default", done.stdout, re.S)
     if not found:
         raise TBQError(f"{program('llama-perplexity')} --help names no cache types; is it the patched one?")

@@ -4,6 +4,7 @@ A subcommand is a function that takes a parser of its own and sets `run`, which 
 the exit status; its docstring is the line in the help, `parser.epilog` has an example.  Add it to COMMANDS.
 """
 import argparse
+import io
 import json
 import os
 import re
@@ -104,13 +105,17 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name of a file, or a model's, may be anything
     try:
         parser = _parser()
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
         status = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # `tbq plan ... | head`: nobody wants the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

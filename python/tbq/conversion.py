@@ -52,6 +52,8 @@ _KEPT_IN_GLM5_NEXT = re.compile("|".join(map(re.escape, (
 _Q8_IN_GLM5_NEXT = re.compile("attn_q_a|attn_q_b|nextn.eh_proj")
 _Q8_IN_EIGHT_EXPERTS = re.compile(r"attn_(qkv|kv_b|v|k)\.weight")
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+#: From here on the scale of a block may leave the range of a half.
+_LARGE = 65504 / 8
 _SMALLER_BLOCK = {GGML.Q6_K: GGML.Q8_0, GGML.Q4_K: GGML.Q5_0}
 
 
@@ -353,7 +355,12 @@ def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.u
             raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is damaged")
         if limit is not None and max(values.max(), -values.min()) > limit:
             raise TBQError(f"tensor {tensor.name} has values beyond {limit:.0f}, the largest of f16; bf16 and f32 can hold them")
-        return encode(values)
+        result = encode(values)
+        if type not in (GGML.F32, GGML.F16) and max(values.max(), -values.min()) > _LARGE:
+            lost = np.linalg.norm(_coders.decoder(type)(result).astype(np.float64) - values)
+            if not lost < 0.5 * np.linalg.norm(values.astype(np.float64)):  # of 2 bits it is a third
+                raise TBQError(f"tensor {tensor.name} has values beyond the range of {type.name.lower()}; f32 can hold them")
+        return result
 
     return work
 

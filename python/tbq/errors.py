@@ -1,5 +1,10 @@
-"""The one exception of this package."""
+"""The one exception of this package, and what may stand in a message."""
 
 
 class TBQError(ValueError):
     """A wrong argument or a missing file; the text is one line that names it and what would work."""
+
+
+def printable(name: object) -> str | None:
+    """A name for the terminal: what a file says may be anything.  None for what is no text, or empty."""
+    return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None

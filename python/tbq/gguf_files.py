@@ -119,8 +119,6 @@ def open_gguf(path: str | os.PathLike[str]) -> Model:
     """
     path = as_path(path)
     metadata, tensors = _read_file(path)
-    if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
-        raise TBQError(f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]}; this tbq reads {FORMAT_VERSION}")
     count = _split_count(path, metadata)
     if count < 2:
         return Model((path,), metadata, tensors)
@@ -327,6 +325,8 @@ def _read_file(path: pathlib.Path) -> tuple[Metadata, tuple[Tensor, ...]]:
         cursor = _Cursor(file, size, path)
         n_tensors, n_entries = _preamble(cursor, path)
         metadata = _entries(cursor, path, n_entries)
+        if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
+            raise TBQError(f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]!r}; this tbq reads {FORMAT_VERSION}")
         return metadata, _tensors(cursor, path, n_tensors, _alignment(path, metadata), size)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tbq import _coders, blocks
 from tbq._run import cores
 from tbq._types import BLOCK, TypeInfo, types
-from tbq.errors import TBQError
+from tbq.errors import TBQError, printable
 from tbq.gguf_files import Model, Tensor, open_gguf, pieces
 
 CHUNK = 1 << 17  # values at a time: a multiple of every type's block, and what is made of them fits the cache
@@ -83,7 +83,9 @@ def inspect(path: str | os.PathLike[str], against: str | os.PathLike[str] | None
         _check_pairs(pairs, path, against)
         report.missing = [entry.tensor.name for entry, original in pairs if original is None]
     if not header_only:
-        threads = threads or cores()
+        threads = cores() if threads is None else threads
+        if not isinstance(threads, int) or threads < 1:
+            raise TBQError(f"threads is {threads!r}; it must be an integer, at least 1")
         with ThreadPoolExecutor(threads) as pool, _bar(pairs, progress) as advance:
             for entry, original in pairs:
                 _read(report, entry, original, pool, 2 * threads, advance)
@@ -230,7 +232,7 @@ def as_text(report: Report) -> str:
 
 def _title(model: Model) -> str:
     metadata = model.metadata
-    parts = [str(metadata[key])[:80] for key in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.NAME) if key in metadata]
+    parts = [name for key in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.NAME) if (name := printable(metadata.get(key)))]
     file_type = metadata.get(gguf.Keys.General.FILE_TYPE)
     if isinstance(file_type, int) and file_type in gguf.LlamaFileType._value2member_map_:
         parts.append(gguf.LlamaFileType(file_type).name)

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tbq._types import types
+from tbq.caches import split_pair
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.server import choose
@@ -131,7 +132,7 @@ def _pair(model: str | os.PathLike[str], kv: str, type_k: str | int | None, type
     """K/V, or auto."""
     if type_k is None and type_v is None:
         return kv
-    k, v = choose(model, kv, **shape)[:2] if None in (type_k, type_v) else ("", "")
+    k, v = ("", "") if None not in (type_k, type_v) else choose(model, kv, **shape)[:2] if kv == "auto" else split_pair(kv)
     return f"{k if type_k is None else type_name(type_k)}/{v if type_v is None else type_name(type_v)}"
 
 
@@ -152,7 +153,8 @@ class Llama(_Base):  # type: ignore[misc]
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
             raise TBQError(f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for")
         # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
-        shape: dict[str, Any] = {"context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False}
+        shape: dict[str, Any] = {"context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
+                                 "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512))}
         self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **shape)
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):

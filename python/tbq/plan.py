@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tbq._pictures import picture_format, replace
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
 from tbq._types import BLOCK, block, types
-from tbq.errors import TBQError
+from tbq.errors import TBQError, printable
 
 if TYPE_CHECKING:
     from tbq.gguf_files import Tensor
@@ -270,7 +270,7 @@ def _because(pair: tuple[str, str], shape: Shape, sinks: bool, biased: bool) -> 
     if sinks:
         return "the model has attention sinks, with which any quantized key loses much, so keys stay f16"
     if biased:
-        return "large biases on the keys would take up the few levels of a small type, so keys are q8_0"
+        return f"large biases on the keys would take up the few levels of a small type, so keys are {pair[0]}"
     if pair in _WORTH:
         return _WORTH[pair]
     if not shape.flash_attention:
@@ -343,17 +343,12 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
     return Plan(
-        model=str(model), name=_printable(fields.get("general.name")), architecture=shape.architecture, context=context,
+        model=str(model), name=printable(fields.get("general.name")), architecture=shape.architecture, context=context,
         context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget,
         cache_only=cache_only, weights_bytes=weights, state_bytes=state, layers=shape.layers, window=shape.window,
         pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable), refused=refused, recommended=chosen, reason=reason,
         fits=fits, sinks=sinks, large_key_biases=large, warnings=tuple(_warnings(shape, context, sinks, biases, large)),
         exact=not shape.doubts)
-
-
-def _printable(name: object) -> str | None:
-    """A name for the terminal: what a file says may be anything."""
-    return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None
 
 
 def _figures(cache: _Cache, k: str, v: str, context: int, left: int | None) -> Pair:
@@ -559,10 +554,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
 
     def run(args: argparse.Namespace) -> int:
-        from tbq.bench import split_pair
+        from tbq.caches import split_pair
 
-        split: Callable[[str], tuple[str, str]] = split_pair
-        pairs = [split(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
+        pairs = [split_pair(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
         if pairs == []:
             raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
         found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs,

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tbq.caches import split_pair
 from tbq.errors import TBQError
 from tbq.paths import program
 
@@ -35,7 +36,8 @@ _LOG_LINES = 5000
 # Options of llama-server that the plan or the wait depends on, or that would contradict them, and whether a value follows.
 _OPTIONS = {"-c": ("context", True), "--ctx-size": ("context", True), "-np": ("parallel", True), "--parallel": ("parallel", True),
             "-ub": ("ubatch", True), "--ubatch-size": ("ubatch", True), "--swa-full": ("swa_full", False),
-            "-kvu": ("unified", False), "--kv-unified": ("unified", False), "-no-kvu": ("separate", False), "--no-kv-unified": ("separate", False),
+            "-kvu": ("unified", False), "--kv-unified": ("unified", False), "-no-kvu": ("unified", False), "--no-kv-unified": ("unified", False),
+            "--kv-unified-per-slot": ("per_slot", True),
             "--host": ("host", True), "--port": ("port", True), "--reuse-port": ("reuse_port", False), "--api-prefix": ("prefix", True),
             "--api-key": ("key", True), "--api-key-file": ("key_file", True), "--ssl-key-file": ("ssl_key", True), "--ssl-cert-file": ("ssl_cert", True),
             "-ctk": ("types", True), "--cache-type-k": ("types", True), "-ctv": ("types", True), "--cache-type-v": ("types", True),
@@ -69,9 +71,11 @@ def _number(found: Mapping[str, str], name: str) -> int | None:
 
 def _shape(found: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of choose() that llama-server's options ask for."""
-    shape: dict[str, Any] = {"context": _number(found, "context"), "swa_full": "swa_full" in found, "unified": "separate" not in found}
+    shape: dict[str, Any] = {"context": _number(found, "context"), "swa_full": "swa_full" in found, "unified": True}
     if parallel := _number(found, "parallel"):
-        shape.update(parallel=parallel, unified="unified" in found)
+        shape.update(parallel=parallel, unified="no-" not in found.get("unified", "no-"))
+    if (per_slot := _number(found, "per_slot")) and not shape["context"]:
+        shape.update(context=per_slot * (parallel or 4))
     if ubatch := _number(found, "ubatch"):
         shape.update(ubatch=ubatch)
     return shape
@@ -143,8 +147,7 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     if kv == "auto":
         planned = plan(model, **shape)
         return *planned.recommended, planned
-    k, slash, v = kv.partition("/")
-    v = v if slash else k
+    k, v = split_pair(kv)
     try:
         planned = plan(model, pairs=[("f16", "f16"), (k, v)], **shape)
     except TBQError:
@@ -210,7 +213,7 @@ class Server:
         if "types" in found:
             raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
         if "model" in found:
-            raise TBQError(f"there are two models, {os.fspath(model)!r} and {found['model']!r}; name one, as MODEL")
+            raise TBQError(f"there are two models, {str(model)!r} and {found['model']!r}; name one, as MODEL")
         hosts, number = found.get("host", host), found.get("port", str(port or 0))
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
@@ -222,6 +225,7 @@ class Server:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
         self._key = _api_key(found, self._environment)
         self._timeout, self._on_line, self._share_port = timeout, on_line, "reuse_port" in found
+        self.capped = "per_slot" in found
         self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
                          "--host", hosts, "--port", str(self.port), *others]
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
@@ -284,12 +288,12 @@ class Server:
             time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
 
-    def _open(self, path: str, body: Any = None, timeout: float = 300) -> Any:
+    def _open(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
         """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
         import ssl
 
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}"} if self._key else {})}
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}".encode().decode("latin-1")} if self._key else {})}
         return opener.open(urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers), timeout=timeout)
 
     def _ending(self) -> str:
@@ -342,8 +346,10 @@ class Server:
     def chat(self, question: str, **options: Any) -> dict[str, Any]:
         """The answer of /v1/chat/completions to one question, as the decoded JSON object; options go into the request.
 
-        Raises TBQError if the server refuses the request, OSError if it is gone.
+        Waits as long as it takes.  Raises TBQError if the server refuses the request, OSError if it is gone.
         """
+        if options.get("stream"):
+            raise TBQError("chat() returns whole answers; client() has streams")
         try:
             with self._open("/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}) as answer:
                 found: dict[str, Any] = json.load(answer)
@@ -422,6 +428,8 @@ class _Signals:
 
 def _correction(server: Server) -> str | None:
     """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
+    if server.capped:
+        return None
     found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
     if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
         return None
