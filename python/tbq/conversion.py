@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import io
+import math
 import os
 import pathlib
 import re
@@ -351,12 +352,13 @@ def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.u
 
     def work(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         values = decode(data)
-        if not np.isfinite(values).all():
+        low, high = float(values.min()), float(values.max())  # a NaN anywhere is both
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is damaged")
-        if limit is not None and max(values.max(), -values.min()) > limit:
+        if limit is not None and max(high, -low) > limit:
             raise TBQError(f"tensor {tensor.name} has values beyond {limit:.0f}, the largest of f16; bf16 and f32 can hold them")
         result = encode(values)
-        if type not in (GGML.F32, GGML.F16) and max(values.max(), -values.min()) > _LARGE:
+        if type not in (GGML.F32, GGML.F16) and max(high, -low) > _LARGE:
             lost = np.linalg.norm(_coders.decoder(type)(result).astype(np.float64) - values)
             if not lost < 0.5 * np.linalg.norm(values.astype(np.float64)):  # of 2 bits it is a third
                 raise TBQError(f"tensor {tensor.name} has values beyond the range of {type.name.lower()}; f32 can hold them")
