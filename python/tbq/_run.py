@@ -80,7 +80,7 @@ def at_least_one(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Signals go to a handler; not where they are ignored (nohup's SIGHUP), and only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,14 +93,14 @@ def _handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
             signal.signal(number, handler_before)
 
 
-_INTERRUPTIONS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+INTERRUPTIONS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
 def _held() -> Iterator[None]:
     """An interruption comes at the end: in the middle of Popen it would leave a child that nobody knows."""
     caught: list[int] = []
-    with _handled((number for number in _INTERRUPTIONS if callable(signal.getsignal(number))), lambda number, _: caught.append(number)):
+    with handled((number for number in INTERRUPTIONS if callable(signal.getsignal(number))), lambda number, _: caught.append(number)):
         yield
     if caught:
         raise KeyboardInterrupt
@@ -120,5 +120,5 @@ def interruptible() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with _handled((number for number in _INTERRUPTIONS if number != signal.SIGINT), interrupt):
+    with handled((number for number in INTERRUPTIONS if number != signal.SIGINT), interrupt):
         yield

@@ -16,11 +16,11 @@ import numpy as np
 
 from tbq import caches, quality, shape
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
-from tbq.caches import Cache, TypePair, split_pair
+from tbq.caches import Cache, TypePair
 from tbq.errors import TBQError
 from tbq.shape import Shape
 
-__all__ = ["Speeds", "Test", "attention_table", "define", "measure", "read_bandwidth", "split_pair", "table"]
+__all__ = ["Speeds", "Test", "attention_table", "define", "measure", "read_bandwidth", "table"]
 
 
 @dataclasses.dataclass(frozen=True)

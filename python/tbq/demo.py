@@ -11,13 +11,13 @@ import hashlib
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
 from typing import Any
 
+from tbq._run import interruptible
 from tbq.errors import TBQError
 from tbq.server import Server, check_port, free_port
 
@@ -117,10 +117,6 @@ def serve(model: pathlib.Path, port: int, ui: pathlib.Path | None) -> None:
         raise TBQError(f"llama-server ended with status {running.process.returncode}: {running.last_error()}")
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tbq.demo", description="llama-server with a tbq4_0 cache")
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for the model")
@@ -128,15 +124,15 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="keep the server up")
     parser.add_argument("--ui", type=pathlib.Path, help="folder of the built web UI, with --serve")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        port = args.port or (8080 if args.serve else free_port())
-        check_port(port)
-        model = fetch_model(args.cache)
-        if args.serve:
-            serve(model, port, args.ui)
-        else:
-            demo(model, port)
+        with interruptible():
+            port = args.port or (8080 if args.serve else free_port())
+            check_port(port)
+            model = fetch_model(args.cache)
+            if args.serve:
+                serve(model, port, args.ui)
+            else:
+                demo(model, port)
     except TBQError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -16,10 +16,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tbq._run import INTERRUPTIONS, handled
 from tbq.caches import split_pair
 from tbq.errors import TBQError
 from tbq.paths import program
@@ -225,7 +226,7 @@ class Server:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
         self._key = _api_key(found, self._environment)
         self._timeout, self._on_line, self._share_port = timeout, on_line, "reuse_port" in found
-        self.capped = "per_slot" in found
+        self._capped = "per_slot" in found
         self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
                          "--host", hosts, "--port", str(self.port), *others]
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
@@ -399,17 +400,6 @@ class _Signals:
         self.early: int | None = None  # came before there was a process
         self.count = 0
 
-    @contextlib.contextmanager
-    def passed_on(self) -> Iterator[None]:
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        # nohup's SIGHUP, for example, stays ignored; the server inherits that
-        before = {number: signal.signal(number, self) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if not hasattr(self.server, "process"):
@@ -428,7 +418,7 @@ class _Signals:
 
 def _correction(server: Server) -> str | None:
     """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
-    if server.capped:
+    if server._capped:  # n_ctx_slot is less than the cache then
         return None
     found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
     if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
@@ -455,7 +445,7 @@ def serve(model: str, kv: str, options: Sequence[str]) -> int:
     if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):
         _say(f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead", to_stderr=True)
     signals = _Signals(server)
-    with signals.passed_on():
+    with handled(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
         server.start()
         signals.started()
         try:
