@@ -83,7 +83,7 @@ add_subdirectory("${TBQ_LLAMA_DIR}" llama.cpp EXCLUDE_FROM_ALL)
 
 set(TBQ_PROGRAMS)
 foreach(program server cli completion perplexity bench batched-bench quantize imatrix fit-params gguf-split tokenize
-        tts mtmd-cli cvector-generator export-lora results)
+        tts mtmd-cli cvector-generator export-lora results cache-center)
     if(TARGET llama-${program})
         list(APPEND TBQ_PROGRAMS llama-${program})
     endif()

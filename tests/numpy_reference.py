@@ -169,14 +169,14 @@ def search(bits, q):
     return best_m, best_qk, best_kk
 
 
-def shape(bits, x, p, mean_square, d, index):
+def shape(bits, x, weight, p, mean_square, d, index):
     """Moves of single levels to a neighbour that lower the sum of w e^2 over the channels; see tbq-rows.h."""
     levels = np.array(LEVELS[bits], np.float32)
     gap_up = np.append(np.diff(levels), np.float32(0))
     gap_down = np.append(np.float32(0), np.diff(levels))
     pairs = (x * x).reshape(-1, BLOCK // 2, 2)
     energy = np.repeat(pairs[:, :, 0] + pairs[:, :, 1], 2, axis=1)
-    w = np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPE_FLOOR)
+    w = np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPE_FLOOR) if weight is None else weight
     m = tree_sum(H * w[:, None, :]) * np.float32(1 / BLOCK)
     e = p - d[:, None] * levels[index]
     g = tree_sum(H * (tree_sum(H * e[:, None, :]) * w)[:, None, :]) * np.float32(1 / BLOCK)
@@ -205,18 +205,18 @@ def scale_of(rms, qk, kk, one, kv):
     return rms * (qk.astype(np.float32) / (kk.astype(np.float32) * np.float32(one)))
 
 
-def _shape_some(bits, x, z, inverse_rms, rms, qk, kk, index, some):
+def _shape_some(bits, x, weight, z, inverse_rms, rms, qk, kk, index, some):
     """shape() of the blocks that some selects, in place; their <k, k>."""
     part = index[some]
     p = z[some] * inverse_rms[some, None]
     mean_square = rms[some] * rms[some] * np.float32(1 / BLOCK)
     d = qk[some].astype(np.float32) / kk[some].astype(np.float32)
-    result = shape(bits, x[some], p, mean_square, d, part)
+    result = shape(bits, x[some], None if weight is None else weight[some], p, mean_square, d, part)
     index[some] = part
     return result
 
 
-def _quantize_blocks(bits, kv, x):
+def _quantize_blocks(bits, kv, x, weight=None):
     top = np.abs(x).max(axis=1)  # NaN if there is one
     finite = np.isfinite(top)
     ordinary = finite & (top >= SMALLEST)
@@ -233,7 +233,7 @@ def _quantize_blocks(bits, kv, x):
     index = np.where(z < 0, half - 1 - m, half + m)
     shaped = ordinary & ~huge
     if kv:
-        kk[shaped] = _shape_some(bits, safe, z, inverse_rms, rms, qk, kk, index, shaped)
+        kk[shaped] = _shape_some(bits, safe, weight, z, inverse_rms, rms, qk, kk, index, shaped)
 
     d = scale_of(rms * np.float32(0.125), qk, kk, one, kv) * np.where(huge, np.float32(2.0**100), np.float32(1))
     d = np.minimum(d, F16_MAX).astype(np.float16).view(np.uint16)
@@ -242,11 +242,19 @@ def _quantize_blocks(bits, kv, x):
     return pack(bits, index, d)
 
 
-def quantize(x, bits, kv=False):
-    """uint8 (..., bytes) of float32 or float16 (..., multiple of 64); kv as the cache does, else for the least error."""
+def quantize(x, bits, kv=False, mean=None, weight=None):
+    """uint8 (..., bytes) of float32 or float16 (..., multiple of 64); kv as the cache does, else for the least error.
+
+    mean, weight: float32 of a row, for kv: what is subtracted first, and what error costs in each channel.
+    """
     x = np.asarray(x).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        blocks = _in_batches(lambda b: _quantize_blocks(bits, kv, b), x.reshape(-1, BLOCK))
+        if mean is not None:
+            x = x - mean
+        if weight is None:
+            blocks = _in_batches(lambda b: _quantize_blocks(bits, kv, b), x.reshape(-1, BLOCK))
+        else:
+            blocks = _quantize_blocks(bits, kv, x.reshape(-1, BLOCK), np.broadcast_to(weight, x.shape).reshape(-1, BLOCK))
     return blocks.reshape(*x.shape[:-1], x.shape[-1] // BLOCK * blocks.shape[1])
 
 

@@ -121,7 +121,9 @@ int main(int argc, char ** argv) {
                 }
             } });
             for (bool kv : { false, true }) {
-                const auto quantize = kv ? v->quantize_kv[bits] : v->quantize[bits];
+                const auto quantize = [=](const float * from, uint8_t * to, int64_t size) {
+                    kv ? v->quantize_kv[bits](from, nullptr, nullptr, to, size) : v->quantize[bits](from, to, size);
+                };
                 quants.push_back({ name + (kv ? " kv" : ""), [=, &x] {
                     for (int r = 0; r < rows; r++) {
                         quantize(x.data() + r * n, b + r * step, n);

@@ -107,13 +107,20 @@ TBQ_INLINE float norm_scale(float rms, int32_t kk) {
 // move of each in every step, the first of equals, as long as one gains.
 //
 // docs/encoder.md: 29 to 37 % less KL divergence on one model, 0 to 3 % on another.  For keys and values only: in
-// weights, size says nothing of importance, and perplexity rises.  Returns the sum of k k.
-TBQ_INLINE int32_t shape(int bits, const float * x, const float * z, float inverse_rms, float mean_square, float d,
-                         uint8_t * index) {
+// weights, size says nothing of importance, and perplexity rises.
+//
+// weight: w as it was measured on the queries (docs/center.md), with equal neighbours too, or NULL: the above.
+// Returns the sum of k k.
+TBQ_INLINE int32_t shape(int bits, const float * x, const float * weight, const float * z, float inverse_rms, float mean_square,
+                         float d, uint8_t * index) {
     float       w[TBQ_BLOCK], m[TBQ_BLOCK], g[TBQ_BLOCK], k[TBQ_BLOCK];
     const float scale = 0.5f / mean_square;
-    for (int i = 0; i < TBQ_BLOCK; i += 2) {
-        w[i] = w[i + 1] = sqrtf((x[i] * x[i] + x[i + 1] * x[i + 1]) * scale) + TBQ_SHAPE_FLOOR;
+    if (weight) {
+        memcpy(w, weight, sizeof(w));
+    } else {
+        for (int i = 0; i < TBQ_BLOCK; i += 2) {
+            w[i] = w[i + 1] = sqrtf((x[i] * x[i] + x[i + 1] * x[i + 1]) * scale) + TBQ_SHAPE_FLOOR;
+        }
     }
     memcpy(m, w, sizeof(m));
     transform(m);
@@ -133,7 +140,7 @@ TBQ_INLINE int32_t shape(int bits, const float * x, const float * z, float inver
     return descend(bits, m, g, d, index);
 }
 
-TBQ_INLINE void quantize_block(int bits, int kv, const float * x, void * block) {
+TBQ_INLINE void quantize_block(int bits, int kv, const float * x, const float * weight, void * block) {
     float   z[TBQ_BLOCK];
     uint8_t index[TBQ_BLOCK];
     int32_t qk, kk;
@@ -159,7 +166,7 @@ TBQ_INLINE void quantize_block(int bits, int kv, const float * x, void * block) 
     const int    best    = search_scale(bits, c, &qk, &kk);
     assign(bits, c, tbq_thresholds(bits, best), index);
     if (kv && !huge) {
-        kk = shape(bits, x, z, inverse, rms * rms * (1.0f / TBQ_BLOCK), (float) qk / (float) kk, index);
+        kk = shape(bits, x, weight, z, inverse, rms * rms * (1.0f / TBQ_BLOCK), (float) qk / (float) kk, index);
     }
     write_indices(bits, index, block);
 
@@ -168,10 +175,18 @@ TBQ_INLINE void quantize_block(int bits, int kv, const float * x, void * block) 
     tbq_store_d(block, tbq_float_to_half(d < TBQ_F16_MAX ? d : TBQ_F16_MAX));
 }
 
-TBQ_INLINE void quantize_row(int bits, int kv, const float * src, void * dst, int64_t n) {
+TBQ_INLINE void quantize_row(int bits, int kv, const float * src, const float * mean, const float * weight, void * dst, int64_t n) {
     uint8_t * block = (uint8_t *) dst;
     for (int64_t i = 0; i < n; i += TBQ_BLOCK, block += tbq_block_bytes(bits)) {
-        quantize_block(bits, kv, src + i, block);
+        float         centered[TBQ_BLOCK];
+        const float * x = src + i;
+        if (mean) {
+            for (int j = 0; j < TBQ_BLOCK; j++) {
+                centered[j] = x[j] - mean[i + j];
+            }
+            x = centered;
+        }
+        quantize_block(bits, kv, x, weight ? weight + i : NULL, block);
     }
 }
 
@@ -240,10 +255,11 @@ static void unrotate(const float * src, float * dst, int64_t n) {
 
 #define DEFINE_ROWS(B)                                                                \
     static void quantize_##B(const float * src, void * dst, int64_t n) {              \
-        quantize_row(B, 0, src, dst, n);                                              \
+        quantize_row(B, 0, src, NULL, NULL, dst, n);                                  \
     }                                                                                 \
-    static void quantize_kv_##B(const float * src, void * dst, int64_t n) {           \
-        quantize_row(B, 1, src, dst, n);                                              \
+    static void quantize_kv_##B(const float * src, const float * mean,                \
+                                const float * weight, void * dst, int64_t n) {        \
+        quantize_row(B, 1, src, mean, weight, dst, n);                                \
     }                                                                                 \
     static void dequantize_##B(const void * src, float * dst, int64_t n) {            \
         dequantize_row(B, src, dst, n);                                               \

@@ -118,9 +118,13 @@ tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t 
 }
 
 tbq_status tbq_quantize_kv(tbq_type type, const float * src, void * dst, int64_t n) {
+    return tbq_quantize_kv_centered(type, src, NULL, NULL, dst, n);
+}
+
+tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight, void * dst, int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
     if (status == TBQ_OK) {
-        tbq_best_kernels()->quantize_kv[type - TBQ_TYPE_TBQ2_0](src, dst, n);
+        tbq_best_kernels()->quantize_kv[type - TBQ_TYPE_TBQ2_0](src, mean, weight, dst, n);
     }
     return status;
 }

@@ -88,6 +88,9 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
     a.ids_s0  = ids->nb[0] / ti;
     a.ids_s1  = ids->nb[1] / ti;
     a.ids_s2  = ids->nb[2] / ti;
+    // centered keys: ggml_tbq/llama/llama-center.cpp
+    a.mean    = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
+    a.weight  = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
     return a;
 }
 

@@ -201,7 +201,7 @@ template <int BITS> static __device__ __forceinline__ void tbq_encoder_fill_gaps
 
 // x: value l + 16 j in x[j].  All lanes of the warp come here; `write` says whether this half's block exists.
 template <int BITS>
-static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], char * block, bool write, int l,
+static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], const float * weight, char * block, bool write, int l,
                                                           tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
     using tables = tbq_encoder_tables<BITS>;
     constexpr int HALF = 1 << (BITS - 1);
@@ -280,7 +280,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         for (int j = 0; j < 4; j++) {
             const float square = __fmul_rn(x[j], x[j]);
             const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-            w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
+            w[j] = weight ? weight[l + 16 * j] : __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
             m[j] = w[j];
             g[j] = __fsub_rn(__fmul_rn(z[j], inverse), __fmul_rn(d, k[j]));
         }
@@ -372,6 +372,8 @@ struct tbq_encode_args {
     const void * ids;
     int          ids_64;
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
+    const float * mean;   // of each row of keys, subtracted first; null: zeros
+    const float * weight; // of the error in each channel, equal in pairs of neighbours; null: guessed from the block
 };
 
 // Rotary embedding on the way (GGML_OP_ROPE, modes NORMAL and NEOX), of keys that are encoded right after it.
@@ -456,8 +458,11 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = tbq_load(src + l + 16 * j);
+        if (a.mean) {
+            x[j] = __fsub_rn(x[j], a.mean[i0 * 64 + l + 16 * j]);
+        }
     }
-    tbq_quantize_block<BITS>(x, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
+    tbq_quantize_block<BITS>(x, a.weight ? a.weight + i0 * 64 : nullptr, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
                              &scratch[threadIdx.x / 16], &gaps);
 }
 
@@ -527,6 +532,12 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
             x[j] = tbq_load(src + l + 16 * j);
         }
     }
+    if (a.mean) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = __fsub_rn(x[j], a.mean[i0 * 64 + l + 16 * j]);
+        }
+    }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
@@ -578,7 +589,7 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
         for (int j = 0; j < 4; j++) {
             const float square = __fmul_rn(x[j], x[j]);
             const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-            m[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
+            m[j] = a.weight ? a.weight[i0 * 64 + l + 16 * j] : __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
             w_all[l + 16 * j] = m[j];
         }
         tbq_butterflies_16(m, l);

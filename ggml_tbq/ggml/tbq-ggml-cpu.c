@@ -99,3 +99,34 @@ bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct g
     }
     return true;
 }
+
+bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct ggml_tensor * src = dst->src[0];
+    const struct ggml_tensor * ids = dst->src[1];
+    if (!ggml_type_rotates(dst->type) || (!dst->src[3] && !dst->src[4])) {
+        return false;
+    }
+    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) && ids->type == GGML_TYPE_I64);
+    GGML_ASSERT(src->ne[2] * src->ne[3] * ids->ne[1] * ids->ne[2] == 1 && dst->ne[2] * dst->ne[3] == 1);
+    const float * mean   = dst->src[3] ? (const float *) dst->src[3]->data : NULL;
+    const float * weight = dst->src[4] ? (const float *) dst->src[4]->data : NULL;
+
+    // A token has one row, so it is blocks that are shared out.
+    const int64_t n_blocks = src->ne[0] / TBQ_BLOCK;
+    const int64_t n        = n_blocks * src->ne[1];
+    int64_t       i        = n * params->ith / params->nth;
+    const int64_t end      = n * (params->ith + 1) / params->nth;
+    while (i < end) {
+        const int64_t row   = i / n_blocks;
+        const int64_t first = i % n_blocks;
+        const int64_t count = end - i < n_blocks - first ? end - i : n_blocks - first;
+        const int64_t to    = *(const int64_t *) ((const char *) ids->data + row * ids->nb[0]);
+        GGML_ASSERT(to >= 0 && to < dst->ne[1]);
+        tbq_best_kernels()->quantize_kv[dst->type - GGML_TYPE_TBQ2_0](
+            (const float *) ((const char *) src->data + row * src->nb[1]) + first * TBQ_BLOCK, mean ? mean + first * TBQ_BLOCK : NULL,
+            weight ? weight + first * TBQ_BLOCK : NULL,
+            (char *) dst->data + to * dst->nb[1] + tbq_row_bytes((tbq_type) dst->type, first * TBQ_BLOCK), count * TBQ_BLOCK);
+        i += count;
+    }
+    return true;
+}

@@ -10,7 +10,7 @@ TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ8_ACT == (int) TBQ_TYPE_TBQ8_ACT, "type id"
         tbq_best_kernels()->dequantize[i](x, y, k);                                                             \
     }                                                                                                           \
     void tbq_ggml_from_float_##name(const float * x, void * y, int64_t k) {                                     \
-        tbq_best_kernels()->quantize_kv[i](x, y, k);                                                            \
+        tbq_best_kernels()->quantize_kv[i](x, NULL, NULL, y, k);                                                \
     }                                                                                                           \
     void tbq_ggml_vec_dot_##name(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,      \
                                  size_t by, int nrc) {                                                          \

@@ -168,6 +168,11 @@ TBQ_API tbq_status tbq_quantize_f16(tbq_type type, const uint16_t * src, void * 
 TBQ_API tbq_status tbq_quantize_kv(tbq_type type, const float * src, void * dst, int64_t n);
 TBQ_API tbq_status tbq_quantize_kv_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n);
 
+// The same of src - mean, with the channels' shares in what error costs given instead of guessed from src.
+// mean: n values, or NULL for zeros.  weight: n values above 0, weight[c] == weight[c ^ 1], of any scale within a block; or
+// NULL.  Both are of a model and a layer: docs/center.md.  Blocks decode to src - mean.
+TBQ_API tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight, void * dst, int64_t n);
+
 // src: tbq_row_bytes(type, n) bytes.  dst: n values in the original domain.  The f16 form rounds to nearest even.
 TBQ_API tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t n);
 TBQ_API tbq_status tbq_dequantize_f16(tbq_type type, const void * src, uint16_t * dst, int64_t n);
@@ -190,7 +195,7 @@ typedef struct {
     const char * name;         // "ref", "avx2", "avx512", "avx512vnni", "neon", "neon-dotprod"
     int (*supported)(void);    // does this machine run it?
     void (*quantize[3])(const float * src, void * dst, int64_t n);
-    void (*quantize_kv[3])(const float * src, void * dst, int64_t n);
+    void (*quantize_kv[3])(const float * src, const float * mean, const float * weight, void * dst, int64_t n);
     void (*dequantize[3])(const void * src, float * dst, int64_t n);
     void (*quantize_act)(const float * src, void * dst, int64_t n);
     float (*dot[3])(const void * row, const void * act, int64_t n);

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, conversion, inspection, server
+from tbq import __version__, bench, center, conversion, inspection, server
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
@@ -73,6 +73,7 @@ _IS_PATH = re.compile(r"FILE|FOLDER|GGUF|MODEL|ORIGINAL|PICTURE|\.gguf$")
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": bench.define,
+    "calibrate": center.define,
     "completion": _completion,
     "convert": conversion.define,
     "inspect": inspection.define,

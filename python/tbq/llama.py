@@ -12,7 +12,9 @@ Importing it raises TBQError if llama_cpp is another release or was imported bef
 The bindings take the folder of the libraries from environment variables, which are set while they are loaded, and only then.
 """
 import contextlib
+import ctypes
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tbq._types import types
 from tbq.caches import split_pair
+from tbq.center import for_cache
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.server import choose
@@ -136,20 +139,36 @@ def _pair(model: str | os.PathLike[str], kv: str, type_k: str | int | None, type
     return f"{k if type_k is None else type_name(type_k)}/{v if type_v is None else type_name(type_v)}"
 
 
+#: Arguments of llama_cpp.Llama that change the keys or how the model runs, as options of llama.cpp's programs.
+_OPTIONS = {"n_gpu_layers": "-ngl", "main_gpu": "-mg", "n_threads_batch": "-t", "rope_freq_base": "--rope-freq-base", "rope_freq_scale": "--rope-freq-scale",
+            "yarn_ext_factor": "--yarn-ext-factor", "yarn_attn_factor": "--yarn-attn-factor", "yarn_beta_fast": "--yarn-beta-fast",
+            "yarn_beta_slow": "--yarn-beta-slow", "yarn_orig_ctx": "--yarn-orig-ctx"}
+
+
+def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
+    """Those that differ from llama_cpp's defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(_Base.__init__).parameters.items()}
+    for name, option in _OPTIONS.items():
+        value = arguments.get(name)
+        if value is not None and value != defaults.get(name):
+            yield from (option, str(value))
+
+
 class Llama(_Base):  # type: ignore[misc]
     """llama_cpp.Llama with a cache chosen by name, and flash attention on, which quantized values need.
 
     model_path: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V"; type_k and type_v, names or
     GGML's numbers, replace a side of it.  The rest is llama_cpp.Llama's, n_ctx above all: its default is 512 tokens, 0 is what
     the model was trained for.
+    center: whether quantized keys are centred (tbq.center; measured on first use, which a line on stderr says), or a file for it.
     plan: the tbq.Plan of its cache, or None.  k, v: the cache types.
     Raises TBQError for an unknown type, a pair that llama.cpp refuses for this model, and a model that cannot be loaded.
     """
 
     _stack = contextlib.ExitStack()  # __del__ wants one, however early __init__ fails
 
-    def __init__(self, model_path: str | os.PathLike[str], kv: str = "tbq4_0", *, type_k: str | int | None = None,
-                 type_v: str | int | None = None, n_ctx: int = 512, flash_attn: bool = True, **options: Any) -> None:
+    def __init__(self, model_path: str | os.PathLike[str], kv: str = "tbq4_0", *, center: bool | str | os.PathLike[str] = True,
+                 type_k: str | int | None = None, type_v: str | int | None = None, n_ctx: int = 512, flash_attn: bool = True, **options: Any) -> None:
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
             raise TBQError(f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for")
         # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
@@ -159,7 +178,24 @@ class Llama(_Base):  # type: ignore[misc]
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):
             raise TBQError(f"values of {self.v} need flash attention; leave flash_attn=True, or choose {self.k}/f16")
+        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, list(_as_options(options)),
+                                lambda line: print(f"tbq: {line}", file=sys.stderr, flush=True))
         try:
             super().__init__(os.fspath(model_path), n_ctx=n_ctx, type_k=ids[0], type_v=ids[1], flash_attn=bool(flash_attn), **options)
         except ValueError as error:
             raise TBQError(f"{error}; verbose=True shows llama.cpp's reason") from None
+        if self.center:
+            set_center(self, self.center)
+
+
+def set_center(model: Any, path: str | os.PathLike[str] | None) -> None:
+    """Centres the keys of a llama_cpp.Llama that has not read a token yet, with a file of `tbq calibrate`; None: not any more.
+
+    Raises TBQError if llama.cpp refuses the file: of another model or RoPE, or damaged.
+    """
+    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+
+    function = llama_cpp.llama_cpp._lib.llama_set_cache_center
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int32
+    if function(model.ctx, None if path is None else os.fsencode(path)):
+        raise TBQError(f"llama.cpp refuses the center {str(path)!r}; verbose=True shows its reason")

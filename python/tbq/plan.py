@@ -82,6 +82,7 @@ class Plan:
     fits: bool | None  #: whether the recommended pair fits in the memory at this context
     sinks: bool  #: the model has attention sinks
     large_key_biases: Mapping[int, float]  #: by layer: key_biases() of those from LARGE_BIAS on
+    center: bool  #: the recommended types need centred keys: `tbq serve` and tbq.llama have them, llama-server with --cache-center
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate something else
 
@@ -182,8 +183,8 @@ def _refusal(shape: Shape, k: str, v: str) -> str | None:
 # -- what quantized keys do not bear -------------------------------------------------------------
 
 
-def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict[int, float]:
-    """How large the biases of the keys are, by layer, read from the tensors.
+def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], left: "_Left | None" = None) -> dict[int, float]:
+    """How large the biases of the keys are, by layer, read from the tensors; with left, what centring leaves of them.
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
     |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
@@ -204,11 +205,38 @@ def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer]) -> dict
         first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0  # queries, keys, values
         understood = len(weight.shape) == 2 and bias.shape == weight.shape[:1] and 0 <= first <= weight.shape[0] - rows
         norm = tensors.get(f"blk.{layer.index}.attn_norm.weight")
-        found[layer.index] = _bias_of_heads(bias, weight, norm, first, layer) if understood else math.nan
+        found[layer.index] = _bias_of_heads(bias, weight, norm, first, layer, left) if understood else math.nan
     return found
 
 
-def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer) -> float:
+#: Of the squares of biases, (heads, head size), what remains after centring.
+_Left = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def _left_by_centring(fields: Mapping[str, Any], architecture: str, context: int) -> _Left:
+    """A constant of a rotary pair turns with the position, by angles of theta: its mean over n positions is shorter by the
+    factor |sin(n theta / 2) / (n sin(theta / 2))|, and the mean is what centring takes away.  Without scaling of RoPE, which
+    slows the channels, so that more is taken.  Pairs are neighbours or half a head apart, which a file does not say: the worse.
+    """
+    def number(key: str, default: float) -> float:
+        value = fields.get(f"{architecture}.rope.{key}", default)
+        return float(value) if isinstance(value, (int, float)) and value > 0 else default
+
+    base = number("freq_base", 10000.0)
+
+    def left(squares: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        size = squares.shape[1]
+        turning = min(size, int(number("dimension_count", size))) // 2 * 2
+        half = base ** (-2.0 * np.arange(turning // 2) / max(1, turning)) / 2
+        lost = 1 - np.square(np.sin(context * half) / (context * np.sin(half)))
+        of_channel = [np.concatenate([pairs, np.zeros(size - turning)]) for pairs in (np.repeat(lost, 2), np.tile(lost, 2))]
+        found: npt.NDArray[np.float32] = max((squares * factor for factor in of_channel), key=lambda x: float(x.sum())).astype(np.float32)
+        return found
+
+    return left
+
+
+def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer, left: "_Left | None") -> float:
     size, heads = layer.key_size, layer.kv_heads
     step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # so that each head has as many rows
     b, w, gain = _rows(bias), _rows(weight, first, first + heads * size, step), None if norm is None else _rows(norm)
@@ -216,7 +244,8 @@ def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", firs
         return math.nan
     of_keys = b.reshape(-1)[first:first + heads * size]
     energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
-    ratio = np.sqrt(np.square(of_keys).reshape(heads, size).sum(1) / np.maximum(energy, 1e-30))
+    squares = np.square(of_keys).reshape(heads, size)
+    ratio = np.sqrt((left(squares) if left else squares).sum(1) / np.maximum(energy, 1e-30))
     return float(np.nan_to_num(ratio.max(), nan=math.nan, posinf=1e30))
 
 
@@ -328,16 +357,19 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
         raise TBQError(f"model {str(model)!r}: {error}") from None
     with np.errstate(all="ignore"):  # damaged weights may be infinite
         biases = key_biases(tensors, shape.layers)
+        centered = key_biases(tensors, shape.layers, _left_by_centring(fields, shape.architecture, context or max(1, shape.context_train)))
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
     left = None if budget is None else budget - state - (0 if cache_only else weights)
     sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
     large = {i: ratio for i, ratio in biases.items() if ratio >= LARGE_BIAS}
+    biased = any(centered[i] >= LARGE_BIAS for i in large)
     read = _weights_read(tensors, fields, shape.architecture)
-    chosen, context, reason = _choose(cache, _ladder(shape, sinks, bool(large)), context or 0, shape.context_train, left, read)
+    chosen, context, reason = _choose(cache, _ladder(shape, sinks, biased), context or 0, shape.context_train, left, read)
+    center = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
     fits = None if left is None else cache.total(*chosen, context) <= left
-    reason = reason or _because(chosen, shape, sinks, bool(large))
+    reason = reason or _because(chosen, shape, sinks, biased)
     if left is not None and not fits:
         reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
@@ -347,7 +379,7 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
         context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget,
         cache_only=cache_only, weights_bytes=weights, state_bytes=state, layers=shape.layers, window=shape.window,
         pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable), refused=refused, recommended=chosen, reason=reason,
-        fits=fits, sinks=sinks, large_key_biases=large, warnings=tuple(_warnings(shape, context, sinks, biases, large)),
+        fits=fits, sinks=sinks, large_key_biases=large, center=center, warnings=tuple(_warnings(shape, context, sinks, biases, large, center)),
         exact=not shape.doubts)
 
 
@@ -378,14 +410,15 @@ def _choose(cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, cont
 
 
 def _warnings(shape: Shape, context: int, sinks: bool, biases: Mapping[int, float],
-              large: Mapping[int, float]) -> Iterator[str]:
+              large: Mapping[int, float], center: bool) -> Iterator[str]:
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
     if sinks:
         yield "attention sinks: any quantized K loses much, even q8_0; keep --cache-type-k f16"
     if large:
         worst = max(large, key=lambda i: large[i])
-        yield (f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest "
-               "of the key): keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
+        what = f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest of the key): "
+        yield what + ("centre the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0" if center
+                      else "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
     if any(math.isnan(r) for r in biases.values()):
         yield ("whether the key biases are large is unknown, because their tensors cannot be read here; "
                "compare with q8_0 keys before using fewer bits")

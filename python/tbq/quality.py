@@ -20,10 +20,12 @@ from tbq import caches
 from tbq._pictures import picture_format, replace
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Model, TypePair
+from tbq.center import calibrate
 from tbq.errors import TBQError
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
 BASE = "f16.logits"  # file of the f16 cache's probabilities, in the folder that the programs run in
+CENTER = "center.gguf"  # the means of the keys, there too
 LEAST_SCORES = 100  # llama-perplexity prints no result of fewer
 ATTEMPTS = 5  # at this pin a program that ends quickly can lose its last lines
 _QUIET = {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the cores to whatever else runs
@@ -65,6 +67,11 @@ class Report:
     failures: dict[TypePair, str] = dataclasses.field(default_factory=dict)
     commands: list[list[str]] = dataclasses.field(default_factory=list)
     complete: bool = False
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are pairs with centred keys, and the same without."""
+        return any(pair.centered and dataclasses.replace(pair, centered=False) in self.scores for pair in self.scores)
 
     @property
     def scored(self) -> int:
@@ -113,7 +120,7 @@ def _base_command(model: pathlib.Path, context: int, chunks: int, threads: int, 
 
 def _pair_command(model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]) -> list[str]:
     return [*_common(model, context, threads, options), "--kl-divergence", "--kl-divergence-base", BASE,
-            "-ctk", pair.k, "-ctv", pair.v]
+            *(["--cache-center", CENTER] if pair.centered else []), "-ctk", pair.k, "-ctv", pair.v]
 
 
 def _common(model: pathlib.Path, context: int, threads: int, options: Sequence[str]) -> list[str]:
@@ -176,12 +183,14 @@ def _score(folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], 
 
 
 def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
-            options: Sequence[str] = (), scratch: pathlib.Path | None = None) -> Report:
+            options: Sequence[str] = (), scratch: pathlib.Path | None = None, center_text: bytes | None = None) -> Report:
     """Scores of pairs against an f16 cache, on the first `chunks` times `context` tokens of a text.
 
     options: more of llama-perplexity's.  scratch: folder for the probabilities of the f16 cache (base_bytes), the
     system's temporary one if None; they are gone afterwards, whatever happens.
-    A pair that llama.cpp refuses is among the failures.  An interruption ends it with what there was time for.
+    center_text: what the means of the keys are measured on for pairs that are centred, Python's language reference if None;
+    not the text that is scored.
+    A pair that llama.cpp refuses is among the failures, and so are centred pairs if the model's keys cannot be centred.  An interruption ends it with what there was time for.
     Raises TBQError if the text, the model or the disk is too small.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -197,8 +206,17 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
 
             report.commands.append(_base_command(model.path, context, chunks, threads, options))
             _make_base(report, folder, report.commands[-1], show(0))
+            uncentered = ""
+            if any(pair.centered for pair in pairs):
+                try:
+                    calibrate(model.path, folder / CENTER, context, text=center_text, options=[*options, "-t", str(threads)])
+                except TBQError as error:
+                    uncentered = str(error)
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
+                if pair.centered and uncentered:
+                    report.failures[pair] = uncentered
+                    continue
                 report.commands.append(_pair_command(model.path, pair, context, threads, options))
                 try:
                     report.scores[pair], report.base_ppl = _score(folder, report.commands[-1], show(i + 1))
@@ -252,6 +270,8 @@ def as_text(report: Report, identity: dict[str, str]) -> str:
         "base": base,
         "pairs": re.sub(r"-ctk \S+ -ctv \S+$", "-ctk K -ctv V", pair),
     }
+    if any(pair.centered for pair in report.scores):
+        facts["center"] = f"tbq calibrate MODEL --ctx {report.context} -o {CENTER}, on {identity['center_text']}; pairs with --cache-center {CENTER}"
     return "\n".join([table(report), "", *(f"{key:7}{value}" for key, value in facts.items())])
 
 
@@ -263,7 +283,7 @@ def as_json(report: Report, identity: dict[str, str]) -> str:
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     cache = report.model.cache
-    pairs = {str(pair): {"bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
+    pairs = {str(pair): {"centered": pair.centered, "bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
                          **dataclasses.asdict(score)} for pair, score in report.scores.items()}
     everything = {
         **identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs,
@@ -279,14 +299,15 @@ def picture(report: Report, title: str, format: str) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for ours, label, color, marker in ((False, "llama.cpp's types", "tab:gray", "s"), (True, "with tbq types", "tab:blue", "o")):
-        points = [(sum(pair.bits) / 2, score.kld, str(pair)) for pair, score in report.scores.items()
-                  if pair.ours == ours and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
+    for ours, centered, label, color, marker in ((False, False, "llama.cpp's types", "tab:gray", "s"), (False, True, "llama.cpp's types, keys centred", "tab:brown", "D"),
+                                                 (True, False, "with tbq types", "tab:cyan", "^"), (True, True, "with tbq types, keys centred", "tab:blue", "o")):
+        points = [(sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0]) for pair, score in report.scores.items()
+                  if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
         points.sort(key=lambda point: (point[0], point[1].mean))
         if points:
             axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
                           label=label, color=color, marker=marker, capsize=3, linewidth=1)
-        for i, (bits, kld, name) in enumerate(points):
+        for i, (bits, kld, name) in enumerate([] if centered and report.has_both else points):
             crowded = [point[0] for point in points[i + 1:i + 2]] == [bits]  # the next is above it
             axes.annotate(name, (bits, kld.mean), xytext=(-8, -8) if ours else (8, -14 if crowded else 4), textcoords="offset points",
                           ha="right" if ours else "left", fontsize=9, color=color)
@@ -308,16 +329,23 @@ def _run(args: argparse.Namespace) -> int:
     if args.scratch and not args.scratch.is_dir():
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = caches.parse(args.types)
+    if not args.no_center:
+        pairs = [both for pair in pairs for both in ([pair, dataclasses.replace(pair, centered=True)] if pair.may_be_centered else [pair])]
     text = read_text(args.text) if args.text else python_text()
     model = caches.read_model(args.model)
     source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
     check(model, args.context, args.chunks, args.scratch)
+    # python_text() is read from its beginning: what is far behind the scored part has other words
+    behind = len(text) // 2
+    if not args.text and not args.no_center and 8 * args.context * args.chunks > behind:
+        raise TBQError("so many chunks would be scored on the text that the means of the keys are measured on; name a text with --text, or use --no-center")
     with interruptible():
         print(f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
               f"{args.scratch or tempfile.gettempdir()} while this runs", file=sys.stderr)
         identity = {"model": args.model.name, "model_sha256": caches.sha256(args.model), "text": source,
-                    "text_sha256": hashlib.sha256(text).hexdigest(), **caches.versions()}
-        report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch)
+                    "text_sha256": hashlib.sha256(text).hexdigest(), **caches.versions(),
+                    "center_text": "Python's language reference" if args.text else "the second half of the text"}
+        report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch, None if args.text else text[behind:])
         if report.scores:
             print(as_json(report, identity) if args.json else as_text(report, identity))
         if report.scores and report.complete and args.plot:
@@ -336,6 +364,7 @@ def define(parser: argparse.ArgumentParser) -> None:
                      "          tbq bench quality --model model.gguf --text book.txt --types q8_0,q8_0/tbq4_0,tbq4_0 --chunks 20 -- -ngl 99")
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
     parser.add_argument("--types", default=TYPES, metavar="K/V,...", help="cache types (%(default)s)")
+    parser.add_argument("--no-center", action="store_true", help="without the rows with centred keys")
     parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)")
     parser.add_argument("--context", type=at_least_one, default=1024, metavar="N", help="tokens of a chunk (%(default)s)")
     parser.add_argument("--chunks", type=at_least_one, default=6, metavar="N", help="chunks to read, fewer if the text ends (%(default)s)")

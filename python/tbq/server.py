@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tbq._run import INTERRUPTIONS, handled
-from tbq.caches import split_pair
+from tbq._run import INTERRUPTIONS, handled, interruptible
+from tbq.caches import read_model, split_pair
+from tbq.center import for_cache
 from tbq.errors import TBQError
 from tbq.paths import program
 
@@ -38,7 +39,7 @@ _LOG_LINES = 5000
 _OPTIONS = {"-c": ("context", True), "--ctx-size": ("context", True), "-np": ("parallel", True), "--parallel": ("parallel", True),
             "-ub": ("ubatch", True), "--ubatch-size": ("ubatch", True), "--swa-full": ("swa_full", False),
             "-kvu": ("unified", False), "--kv-unified": ("unified", False), "-no-kvu": ("unified", False), "--no-kv-unified": ("unified", False),
-            "--kv-unified-per-slot": ("per_slot", True),
+            "--kv-unified-per-slot": ("per_slot", True), "--cache-center": ("center", True),
             "--host": ("host", True), "--port": ("port", True), "--reuse-port": ("reuse_port", False), "--api-prefix": ("prefix", True),
             "--api-key": ("key", True), "--api-key-file": ("key_file", True), "--ssl-key-file": ("ssl_key", True), "--ssl-cert-file": ("ssl_cert", True),
             "-ctk": ("types", True), "--cache-type-k": ("types", True), "-ctv": ("types", True), "--cache-type-v": ("types", True),
@@ -162,6 +163,12 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     return k, v, planned
 
 
+def _context_of_a_sequence(model: str | os.PathLike[str], plan: "Plan | None", shape: Mapping[str, Any]) -> int:
+    """Tokens: the positions that keys can have."""
+    context = shape.get("context") or (plan.context if plan else read_model(pathlib.Path(model)).context) or 8192
+    return int(context) // (1 if shape.get("unified", True) else shape.get("parallel", 1))
+
+
 # Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
 # survives execv).  Asking takes code between fork and exec, which is not safe in a program with threads, so a bare Python
 # does it and becomes llama-server.  It starts with SIGINT blocked, so that Ctrl-C ends it without a word.
@@ -193,6 +200,7 @@ class Server:
             server.client().chat.completions.create(...)
 
     model: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
+    center: whether quantized keys are centred (tbq.center; measured on first use, which a line on stderr says), or a file for it.
     host, port: where to listen; a free port if None or 0.  options: more of llama-server's, whose --host and --port go first.
     timeout: seconds to wait until the model is loaded; None for as long as it takes.
     on_line: is called with each line of the log, from another thread; not again once it raised something.
@@ -200,14 +208,14 @@ class Server:
     Only on Linux the server also ends when this process is killed.
 
     url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types.  plan: the
-    tbq.Plan of its cache, or None.  log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
+    tbq.Plan of its cache, or None.  center: the file with the means of the keys, or None.  log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
     Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
     """
 
     process: "subprocess.Popen[bytes]"
 
-    def __init__(self, model: str | os.PathLike[str], kv: str = "auto", *, host: str = "127.0.0.1", port: int | None = None,
-                 options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
+    def __init__(self, model: str | os.PathLike[str], kv: str = "auto", *, center: bool | str | os.PathLike[str] = True,
+                 host: str = "127.0.0.1", port: int | None = None, options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
             raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
         found, others = _read(options)
@@ -219,7 +227,10 @@ class Server:
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
         self._host = _reachable(hosts)
-        self.k, self.v, self.plan = choose(model, kv, **_shape(found))
+        shape = _shape(found)
+        self.k, self.v, self.plan = choose(model, kv, **shape)
+        self.center = None if "center" in found else for_cache(
+            model, self.k, _context_of_a_sequence(model, self.plan, shape), center, others, lambda line: _say(f"tbq: {line}", to_stderr=True))
         self.port = int(number) or free_port(self._host)
         self.url = _url(self._host, self.port, found)
         self.log: list[str] = []
@@ -228,7 +239,7 @@ class Server:
         self._timeout, self._on_line, self._share_port = timeout, on_line, "reuse_port" in found
         self._capped = "per_slot" in found
         self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
-                         "--host", hosts, "--port", str(self.port), *others]
+                         *(["--cache-center", str(self.center)] if self.center else []), "--host", hosts, "--port", str(self.port), *others]
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
 
     def __enter__(self) -> "Server":
@@ -437,9 +448,10 @@ def _say(text: str, to_stderr: bool = False) -> None:
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
-def serve(model: str, kv: str, options: Sequence[str]) -> int:
+def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:
     """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
-    server = Server(model, kv, port=8080, options=options, timeout=None, on_line=lambda line: _say(line, to_stderr=True))
+    with interruptible():
+        server = Server(model, kv, center=center, port=8080, options=options, timeout=None, on_line=lambda line: _say(line, to_stderr=True))
     for line in summary(server, kv):
         _say(f"tbq: {line}")
     if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):
@@ -467,23 +479,26 @@ def serve(model: str, kv: str, options: Sequence[str]) -> int:
 
 def define(parser: argparse.ArgumentParser) -> None:
     """plan a model's cache and run llama-server with it"""
-    parser.usage = "tbq serve [-h] [--kv auto|TYPE|K/V] MODEL [llama-server's options ...]"
+    parser.usage = "tbq serve [-h] [--kv auto|TYPE|K/V] [--no-center] MODEL [llama-server's options ...]"
     parser.epilog = ("examples: tbq serve model.gguf\n"
                      "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n\n"
                      "The exit status is llama-server's; LLAMA_ARG_... variables are not passed on to it.")
     parser.add_argument("--kv", default="auto", metavar="auto|TYPE|K/V",
                         help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values")
+    parser.add_argument("--no-center", action="store_true", help="do not centre the keys (docs/center.md): quantized ones lose some accuracy")
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
     rest = parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is")
     rest.required = False  # or it would be called missing beside MODEL
 
     def run(args: argparse.Namespace) -> int:
-        kv, options, given = args.kv, [], iter(args.options)
+        kv, center, options, given = args.kv, not args.no_center, [], iter(args.options)
         for option in given:  # ours may come after the model too
             if option == "--kv":
                 kv = next(given, "")
             elif option.startswith("--kv="):
                 kv = option[len("--kv="):]
+            elif option == "--no-center":
+                center = False
             elif option in ("-h", "--help"):
                 parser.print_help()
                 return 0
@@ -491,6 +506,6 @@ def define(parser: argparse.ArgumentParser) -> None:
                 options.append(option)
         if not kv:
             raise TBQError("--kv needs a value: auto, a type, or K/V")
-        return serve(args.model, kv, options)
+        return serve(args.model, kv, options, center)
 
     parser.set_defaults(run=run, hint="; llama-server's options come after MODEL")

@@ -1,0 +1,254 @@
+"""Centred keys: the mean of a model's keys, measured once, which llama.cpp subtracts from keys before it stores them; and
+how much its queries have in each channel, which tells the encoder of a tbq type where error costs most.
+
+    tbq calibrate model.gguf -o model.center.gguf
+    llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf
+
+`tbq serve` and tbq.llama.Llama do both by themselves.  Why attention stays the same, and what it is worth: docs/center.md.
+"""
+import argparse
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tbq._run import at_least_one, cores, run
+from tbq.errors import TBQError, printable
+from tbq.gguf_files import Tensor, as_path, open_gguf
+
+_SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
+_CHUNK = re.compile(r"^chunk (\d+)/(\d+)$", re.M)
+
+#: Options of llama.cpp's programs that change how the model runs, and whether a value follows: the measuring gets them too.
+_MODEL_OPTIONS = {**{name: True for name in (
+    "-t", "--threads", "-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu",
+    "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "--override-kv")}, "-cmoe": False, "--cpu-moe": False, "--no-mmap": False}
+#: Those that change the keys: a center is for one value of each.
+_ROPE_OPTIONS = {name: True for name in (
+    "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor", "--yarn-attn-factor",
+    "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Center:
+    """What a file holds.  means[layer], energies[layer]: float32 (KV heads, head size)."""
+
+    model: str  #: fingerprint of the model
+    architecture: str
+    context: int  #: tokens of context that the keys were measured over
+    tokens: int  #: keys measured in each layer
+    hash: str  #: of everything; states of a cache carry it
+    means: dict[int, npt.NDArray[np.float32]]
+    energies: dict[int, npt.NDArray[np.float32]]  #: mean squares of the queries that read these keys
+    shares: dict[int, float]  #: of the energy of a layer's keys, what the mean holds: 0 to 1
+
+
+def fingerprint(model: str | os.PathLike[str]) -> str:
+    """What ties a center to a GGUF file: SHA-256 of the names, types, shapes, and first and last bytes of its tensors.
+
+    The same as in ggml_tbq/llama/llama-center.cpp, in hexadecimal.  Metadata and the split into files have no part in it.
+    Raises TBQError for what is no model, OSError for what cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = {}
+    try:
+        for tensor in sorted(open_gguf(model).tensors, key=lambda tensor: tensor.name.encode()):
+            ne = [*reversed(tensor.shape), 1, 1, 1][:4]
+            digest.update(f"{tensor.name} {int(tensor.type)} {ne[0]} {ne[1]} {ne[2]} {ne[3]}\n".encode())
+            if tensor.path not in files:
+                files[tensor.path] = tensor.path.open("rb")
+            n = min(_SAMPLE, tensor.n_bytes)
+            for start in (0, tensor.n_bytes - n):
+                files[tensor.path].seek(tensor.offset + start)
+                digest.update(files[tensor.path].read(n))
+    finally:
+        for file in files.values():
+            file.close()
+    return digest.hexdigest()
+
+
+def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
+    return np.fromfile(tensor.path, "<f4", tensor.n_values, offset=tensor.offset).reshape(tensor.shape[-2:] if len(tensor.shape) > 1 else (1, -1))
+
+
+def read_center(path: str | os.PathLike[str]) -> Center:
+    """The contents of a file of `tbq calibrate`, checked; TBQError if it is another kind of file, or damaged."""
+    file = open_gguf(path)
+    fields, by_name = file.metadata, {tensor.name: tensor for tensor in file.tensors}
+    try:
+        if fields["cache_center.version"] != 1:
+            raise TBQError(f"{path} is of a newer version; update ggml-tbq")
+        layers, shares = fields["cache_center.layers"], fields["cache_center.share"]
+        rope, factors = fields["cache_center.rope"], fields["cache_center.rope_factors"]
+        n_rope = len(rope) // max(1, len(layers))
+        means = {il: _values(by_name[f"blk.{il}.attn_k.center"]) for il in layers}
+        energies = {il: _values(by_name[f"blk.{il}.attn_q.energy"]) for il in layers}
+        center = Center(fields["cache_center.model"], fields["cache_center.architecture"], fields["cache_center.n_ctx"], fields["cache_center.n_tokens"],
+                        fields["cache_center.hash"], means, energies, dict(zip(layers, shares, strict=True)))
+        digest = hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode())
+        for i, il in sorted(enumerate(layers), key=lambda pair: pair[1]):
+            heads, size = means[il].shape
+            digest.update(f"{il} {size} {heads} {factors[i]}\n".encode())
+            digest.update(struct.pack(f"<{n_rope + 1}f", *rope[i * n_rope:(i + 1) * n_rope], shares[i]))
+            digest.update(means[il].tobytes())
+            digest.update(energies[il].tobytes())
+    except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
+        if isinstance(error, TBQError):
+            raise
+        raise TBQError(f"{path} holds no means of keys; tbq calibrate makes such a file") from None
+    if digest.hexdigest() != center.hash:
+        raise TBQError(f"{path} is damaged; make it again with tbq calibrate")
+    return center
+
+
+def _select(options: Sequence[str], names: dict[str, bool]) -> Iterator[str]:
+    """Of llama.cpp's options those named, with their values."""
+    rest = iter(options)
+    for option in rest:
+        name = option.replace("_", "-") if option.startswith("--") else option
+        if name in names:
+            yield option
+            if names[name]:
+                yield from [value for value in [next(rest, None)] if value is not None]
+
+
+def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: bytes | None = None, chunks: int | None = None,
+              options: Sequence[str] = (), on_chunk: Callable[[int, int], None] | None = None) -> str:
+    """Measures the mean keys of a model and writes them to a file, which is complete or not there.
+
+    model: a GGUF file, the first of a split.  context: tokens; the keys are taken at positions spread over them.
+    text: UTF-8 to run the model on, Python's language reference if None.  chunks: of 128 tokens (16).
+    options: llama.cpp's, for example ["-ngl", "99"].  on_chunk: is called with the chunks done, and all of them.
+    Returns a table of the share of the keys' energy that the means hold, by layer and length of context.
+    The same arguments give the same bytes.
+    Raises TBQError with llama.cpp's reason: no keys to centre (MLA, attention sinks, logit soft-cap), a text too short.
+    """
+    from tbq.quality import python_text
+
+    out = as_path(out)
+    if not out.parent.is_dir():
+        raise TBQError(f"{out.parent} is not a folder")
+    if out.is_dir():
+        raise TBQError(f"{out} is a folder; name a file to write")
+    open_gguf(model)  # says better what is wrong with a file than the program does
+
+    def progress(output: str) -> None:
+        if on_chunk and (found := _CHUNK.findall(output)):
+            on_chunk(int(found[-1][0]), int(found[-1][1]))
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        parts = pathlib.Path(folder)
+        (parts / "text").write_bytes(python_text() if text is None else text)
+        threads = [] if "-t" in options or "--threads" in options else ["-t", str(cores())]
+        done = run("llama-cache-center", [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
+                                          *(["--chunks", str(chunks)] if chunks else [])], parts, progress, {"OMP_WAIT_POLICY": "passive"})
+        if done.status or not (parts / "center").is_file():
+            raise TBQError(f"the keys of {model} were not measured: {_reason(done.stderr + done.stdout) or done.error()}")
+        read_center(parts / "center")
+        os.replace(parts / "center", out)
+    return done.stdout[done.stdout.find("share of the keys"):].rstrip()
+
+
+def _reason(log: str) -> str | None:
+    found = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)|^error: (.*)", log, re.M)
+    return found and (found[1] or found[2])
+
+
+def folder() -> pathlib.Path:
+    """Where centers are kept that were measured on first use: below the user's folder for caches."""
+    import platformdirs
+
+    return pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / "centers"
+
+
+def for_cache(model: str | os.PathLike[str], k: str, context: int, center: "bool | str | os.PathLike[str]", options: Sequence[str],
+              say: Callable[[str], None]) -> pathlib.Path | None:
+    """The center that a cache with keys of type k should have, or None: tbq.server and tbq.llama ask here.
+
+    center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
+    A model whose keys cannot be centred does without; say gets the reason, and one line before something is measured.
+    Raises TBQError for a file that is none.
+    """
+    if not isinstance(center, bool):
+        read_center(center)
+        return pathlib.Path(center)
+    if not center or k in ("f32", "f16", "bf16"):
+        return None
+    try:
+        return of_model(model, context, options, say)
+    except TBQError as error:
+        say(f"keys are not centred: {error}")
+        return None
+
+
+def of_model(model: str | os.PathLike[str], context: int, options: Sequence[str] = (), say: Callable[[str], None] | None = None) -> pathlib.Path:
+    """The center of a model for a context, measured now if it is not in folder() yet.
+
+    options: llama-server's; those of the model and of RoPE count.  say: gets a line before something is measured.
+    Raises TBQError if the keys cannot be measured or the folder not be written.
+    """
+    context = 1 << max(10, (context - 1).bit_length())  # contexts of like lengths share one: the mean changes little
+    rope = list(_select(options, _ROPE_OPTIONS))
+    name = hashlib.sha256(" ".join([fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
+    path = folder() / f"{name}.gguf"
+    if path.is_file():
+        try:
+            read_center(path)
+            return path
+        except TBQError:  # damaged: measure it again
+            pass
+    if say:
+        say(f"measuring the mean of the keys of {pathlib.Path(model).name}, once; it is kept in {path.parent}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibrate(model, path, context, options=[*_select(options, _MODEL_OPTIONS | _ROPE_OPTIONS)])
+    except OSError as error:
+        raise TBQError(f"the means of the keys cannot be kept in {path.parent}: {error.strerror or error}") from None
+    return path
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """measure the mean of a model's keys, for --cache-center"""
+    parser.epilog = ("examples: tbq calibrate model.gguf\n"
+                     "          tbq calibrate model.gguf --ctx 32768 -o model.center.gguf -- -ngl 99\n"
+                     "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n\n"
+                     "tbq serve and tbq.llama do this by themselves.  Options after -- are llama.cpp's.")
+    parser.add_argument("model", type=pathlib.Path, metavar="MODEL.gguf", help="the model, the first file of a split one")
+    parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="what the model reads (Python's language reference)")
+    parser.add_argument("--ctx", type=at_least_one, metavar="N", help="tokens of context that the cache will have (what the model was trained for)")
+    parser.add_argument("--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (16)")
+    parser.add_argument("-o", dest="out", type=pathlib.Path, metavar="OUT.gguf", help="file to write (MODEL.center.gguf, here)")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp that the measuring needs: -- -ngl 99")
+
+    def run_command(args: argparse.Namespace) -> int:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        from tbq.caches import read_model
+        from tbq.quality import read_text
+
+        context = args.ctx or read_model(args.model).context or 8192
+        out = args.out or pathlib.Path(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", args.model.name) + ".center.gguf")
+        text = read_text(args.text) if args.text else None
+        with tqdm(unit="chunk", desc="keys", disable=None) as bar:
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            shares = calibrate(args.model, out, context, text=text, chunks=args.chunks, options=args.options, on_chunk=show)
+        print(shares)
+        center = read_center(out)
+        print(f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens")
+        return 0
+
+    parser.set_defaults(run=run_command)
