@@ -75,7 +75,7 @@ class PolarQuantizer:
     """PolarQuant: rotate, then quantize the angles of the polar transform, each level with its own optimal codebook.
 
     No norm is stored, but one radius for every 2**levels values, unquantized.  E |x - dequantize(quantize(x))|^2 over seeds
-    is polar_distortion(bits) * |x|^2, nearly so if dim is no more than a few times 2**levels.
+    is polar_distortion(bits) * |x|^2.
     dim: a multiple of 2**levels.  bits: of the angles of each level, 1 to 8, from level 1 on; the paper has (4, 2, 2, 2), which
     with radii of 16 bits is 3.875 a value.  seed, rotation: as in MSEQuantizer.  Raises TBQError for others.
     """
