@@ -54,8 +54,12 @@ class Distortions:
 
 
 def random_directions(count: int, dim: int, purpose: str) -> Array:
-    rows: Array = stream(0, purpose).standard_normal((count, dim))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return directions(stream(0, purpose).standard_normal((count, dim)))
+
+
+def directions(rows: Array) -> Array:
+    found: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
 
 
 def embeddings(model: pathlib.Path) -> Array:
@@ -72,8 +76,7 @@ def embeddings(model: pathlib.Path) -> Array:
     kept = [values for i, data in enumerate(pieces(found[0], dim)) if i in wanted and np.any(values := decode(data).astype(np.float64))]
     if len(kept) < VECTORS:
         raise TBQError(f"{model} has {len(kept)} token embeddings that are not zero among {len(wanted)}; {VECTORS} are needed")
-    directions: Array = np.stack(kept[:VECTORS])
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    return directions(np.stack(kept[:VECTORS]))
 
 
 def measure(x: Array, advance: Callable[[], object]) -> Distortions:
@@ -101,8 +104,7 @@ def measure_bias(dim: int, bits: int, advance: Callable[[], object]) -> dict[str
     """(mean, standard deviation) of <y, x'> - <y, x> at each of COSINES, of the quantizers by name."""
     x = random_directions(VECTORS, dim, "vectors")
     across = random_directions(VECTORS, dim, "directions")
-    across -= np.sum(across * x, axis=1, keepdims=True) * x
-    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    across = directions(across - np.sum(across * x, axis=1, keepdims=True) * x)
     queries = COSINES[:, None, None] * x + np.sqrt(1 - COSINES**2)[:, None, None] * across
     errors: dict[str, list[Array]] = {}
     for seed in range(SEEDS):

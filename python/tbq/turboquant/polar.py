@@ -1,7 +1,7 @@
 """PolarQuant (arXiv 2502.02617): polar coordinates of pairs, of the radii of pairs, and so on, and their quantizer."""
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import SupportsIndex
 
 import numpy as np
@@ -113,14 +113,34 @@ class PolarQuantizer:
         Raises TBQError for a code that this quantizer cannot have made.
         """
         radii = self._check(code)
-        rows = radii.reshape(-1, radii.shape[-1])
+        result = np.empty((math.prod(code.shape), self.dim), radii.dtype)
+        for part, rotated in self._rotated(code):
+            result[part] = self.rotation.backward(rotated)
+        return result.reshape(*code.shape, self.dim)
+
+    def inner_products(self, queries: npt.ArrayLike, code: PolarCode) -> Floats:
+        """<query, vector> of each query and each vector of a code; only queries are rotated.
+
+        queries: float32 or float64 of shape (..., dim).
+        Returns an array of shape (queries' leading axes, code's axes), in the wider of the two dtypes.
+        Raises TBQError for queries as quantize does for x, for a code as dequantize does.
+        """
+        radii = self._check(code)
+        array = vectors(queries, self.dim, "queries")
+        rows = self.rotation.forward(array.reshape(-1, self.dim))
+        result = np.empty((len(rows), math.prod(code.shape)), np.result_type(array, radii))
+        for part, rotated in self._rotated(code):
+            result[:, part] = rows @ rotated.T
+        return result.reshape((*array.shape[:-1], *code.shape))
+
+    def _rotated(self, code: PolarCode) -> Iterator[tuple[slice, Floats]]:
+        """Which vectors of a code, and these, not rotated back: (n, dim)."""
+        rows = code.radii.reshape(-1, code.radii.shape[-1])
         packed = [angle.reshape(len(rows), -1) for angle in code.angles]
-        result = np.empty((len(rows), self.dim), radii.dtype)
         for part in slices(len(rows), self.dim):
-            angles = [codebook.levels.astype(radii.dtype)[unpack(each[part], bits, self.dim >> level)]
+            angles = [codebook.levels.astype(rows.dtype)[unpack(each[part], bits, self.dim >> level)]
                       for level, (each, codebook, bits) in enumerate(zip(packed, self.codebooks, self.bits), 1)]
-            result[part] = self.rotation.backward(_from_polar(rows[part], angles))
-        return result.reshape(*radii.shape[:-1], self.dim)
+            yield part, _from_polar(rows[part], angles)
 
     def _widths(self) -> list[int]:
         return [packed_bytes(self.dim >> level, bits) for level, bits in enumerate(self.bits, 1)]

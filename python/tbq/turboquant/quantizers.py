@@ -103,7 +103,7 @@ class MSEQuantizer:
         norms = self._scaled(code, unbiased)
         array = vectors(queries, self.dim, "queries")
         rotated = self.rotation.forward(array.reshape(-1, self.dim))
-        return _products(rotated, code, norms, self._levels).reshape(*array.shape[:-1], *code.shape)
+        return _products(rotated, code, norms, self._levels).reshape((*array.shape[:-1], *code.shape))
 
     def _encode(self, rotated: Floats) -> Bytes:
         return pack_unchecked(self.codebook.nearest(rotated), self.bits)
@@ -154,7 +154,7 @@ class QJL:
         """
         norms = self._check(code)
         array = vectors(queries, self.dim, "queries")
-        return self._products(array.reshape(-1, self.dim), code, norms).reshape(*array.shape[:-1], *code.shape)
+        return self._products(array.reshape(-1, self.dim), code, norms).reshape((*array.shape[:-1], *code.shape))
 
     def _encode(self, rows: Floats) -> Bytes:
         projected = rows @ self.matrix.T.astype(rows.dtype, copy=False)
@@ -237,7 +237,7 @@ class InnerProductQuantizer:
         result = self.qjl._products(rotated, code.residual, left)
         if self.mse and code.mse:
             result += _products(rotated, code.mse, norms, self.mse._levels)
-        return result.reshape(*array.shape[:-1], *code.shape)
+        return result.reshape((*array.shape[:-1], *code.shape))
 
     def _check(self, code: InnerProductCode) -> tuple[Floats, Floats]:
         """(norms, norms of the residuals)."""
