@@ -7,6 +7,8 @@ import importlib.util
 import itertools
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import tbq
 from conftest import ROOT
 from tbq import turboquant as tq
-from tbq.turboquant import _checks
+from tbq.turboquant import _checks, figures
 
 Z = 4.5
 BITS = range(1, 9)
@@ -764,3 +766,54 @@ def test_codes_of_other_quantizers():
     for quantizer, other, text in wrong:
         with pytest.raises(tbq.TBQError, match=f"^{re.escape(text)}$"):
             quantizer.dequantize(other)
+
+
+# --- the figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures(tmp_path, monkeypatch, capsys, demo_model):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'ggml-tbq[plot]'")
+    for name, value in {"SEEDS": 2, "BITS": range(1, 4), "VECTORS": 32, "QUERIES": 8, "ROTATION_SEEDS": 2, "ROTATION_DIMS": (16,)}.items():
+        monkeypatch.setattr(figures, name, value)
+    figures.run(tmp_path, 64, demo_model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["turboquant-bias.png", "turboquant-distortion.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20000 for path in tmp_path.iterdir())
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert len(rows) == 3 and " | 0.117 | " in rows[0] and " | 0.57 | " in rows[1]
+    for cell, expected in zip(rows[0].split("|")[5:8], (0.117, 0.117, 0.117)):  # token embeddings too
+        assert float(cell.split("±")[0]) == pytest.approx(expected, rel=0.1)
+
+
+def test_figures_errors(tmp_path, monkeypatch):
+    def run(*arguments):
+        done = subprocess.run([sys.executable, "-m", "tbq.turboquant.figures", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
+        assert not done.stdout and list(tmp_path.iterdir()) == [tmp_path / "file"]
+        return done.returncode, done.stderr
+
+    (tmp_path / "file").write_bytes(b"GGUF")
+    assert run("nowhere") == (1, "error: FOLDER 'nowhere' is not a folder that can be written to\n")
+    status, said = run(".", "--model", "file")
+    assert status == 1 and said.startswith("error: file ") and said.count("\n") == 1
+    status, said = run(".", "--dim", "0")
+    assert status == 2 and said.endswith("argument --dim: '0' is not a number of at least 1\n")
+    status, said = run(".", "--dim", "100000")
+    assert (status, said) == (1, "error: vectors have 100000 values; the figures are of dense rotations, which take up to 8192\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(tbq.TBQError, match=r"^the figures need matplotlib: pip install 'ggml-tbq\[plot\]'$"):
+        figures.run(tmp_path, 64, None)
+
+
+def test_documented_figures_are_what_is_computed():
+    """Columns "lower bound", "upper bound" and "expected" of docs/turboquant.md."""
+    found = {"squared": [], "product": []}
+    for line in (ROOT / "docs" / "turboquant.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.match(r"\| \d \| ", line) and len(cells) in (7, 8):
+            found["squared" if len(cells) == 7 else "product"].append([float(cell) for cell in cells[:4]])
+    dim = 576
+    assert [row[0] for row in found["squared"]] == [row[0] for row in found["product"]] == list(BITS)
+    for bits, *stated in found["squared"]:
+        assert stated == pytest.approx([tq.mse_lower_bound(bits, dim), tq.mse_upper_bound(bits), tq.mse_distortion(int(bits), dim)], rel=6e-3)
+    for bits, *stated in found["product"]:
+        assert stated == pytest.approx([dim * tq.inner_product_lower_bound(bits, dim), dim * tq.inner_product_upper_bound(bits, dim),
+                                        dim * tq.inner_product_distortion(int(bits), dim)], rel=6e-3)

@@ -241,12 +241,20 @@ def _newton_step(source: _Source, levels: Vector) -> Vector:
     residual = (weights * (levels[:, None] - x)).sum(1)
     # A threshold moves by half of what either level does; by its move, the cells exchange density * (half a gap).
     coupling = source.density(thresholds) * np.diff(levels) / 4
-    jacobian = np.diag(weights.sum(1)) - np.diag(coupling, 1) - np.diag(coupling, -1)
-    inside = np.arange(len(coupling))
-    jacobian[inside, inside] -= coupling
-    jacobian[inside + 1, inside + 1] -= coupling
-    found: Vector = np.linalg.solve(jacobian, residual)
-    return found
+    diagonal = weights.sum(1) - np.append(coupling, 0) - np.insert(coupling, 0, 0)
+    return _tridiagonal(diagonal.tolist(), (-coupling).tolist(), residual.tolist())
+
+
+def _tridiagonal(diagonal: list[float], beside: list[float], right: list[float]) -> Vector:
+    """Solves a symmetric system by elimination, without a matrix."""
+    for i, side in enumerate(beside):
+        factor = side / diagonal[i]
+        diagonal[i + 1] -= factor * side
+        right[i + 1] -= factor * right[i]
+    right[-1] /= diagonal[-1]
+    for i in range(len(beside) - 1, -1, -1):
+        right[i] = (right[i] - beside[i] * right[i + 1]) / diagonal[i]
+    return np.array(right)
 
 
 def _companded(source: _Source, count: int) -> Vector:

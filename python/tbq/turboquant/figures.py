@@ -20,6 +20,7 @@ from tbq._pictures import replace
 from tbq._run import at_least_one, interruptible
 from tbq.errors import TBQError
 from tbq.turboquant._checks import stream
+from tbq.turboquant.rotations import DENSE_LIMIT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ BITS = range(1, 9)
 SEEDS = 8
 VECTORS, QUERIES = 256, 64
 COSINES = np.linspace(-1, 1, 9)
+ROTATION_DIMS, ROTATION_BITS, ROTATION_SEEDS = (64, 256, 1024), (1, 2, 4), 200
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def directions(rows: Array) -> Array:
 
 
 def embeddings(model: pathlib.Path) -> Array:
-    """Directions of token embeddings of a GGUF file, evenly spread over its vocabulary: (VECTORS, dim)."""
+    """Directions of token embeddings of a GGUF file, spread over its vocabulary: (VECTORS, dim)."""
     from tbq._coders import decoder
     from tbq.gguf_files import open_gguf, pieces
 
@@ -71,11 +73,12 @@ def embeddings(model: pathlib.Path) -> Array:
     if not found:
         raise TBQError(f"{model} has no tensor token_embd.weight with two axes")
     rows, dim = found[0].shape
-    decode = decoder(found[0].type)
-    wanted = set(np.linspace(0, rows - 1, 2 * VECTORS).astype(int).tolist())  # some embeddings may be zero
-    kept = [values for i, data in enumerate(pieces(found[0], dim)) if i in wanted and np.any(values := decode(data).astype(np.float64))]
+    decode, step, kept = decoder(found[0].type), max(1, rows // VECTORS), []
+    for data in pieces(found[0], step * dim):
+        usable = [row for row in decode(data).reshape(-1, dim).astype(np.float64) if np.isfinite(row).all() and np.any(row)]
+        kept += usable[:1]
     if len(kept) < VECTORS:
-        raise TBQError(f"{model} has {len(kept)} token embeddings that are not zero among {len(wanted)}; {VECTORS} are needed")
+        raise TBQError(f"{model} has {len(kept)} token embeddings that could be used; {VECTORS} are needed")
     return directions(np.stack(kept[:VECTORS]))
 
 
@@ -119,6 +122,33 @@ def measure_bias(dim: int, bits: int, advance: Callable[[], object]) -> dict[str
     return {name: (np.concatenate(found, axis=1).mean(1), np.concatenate(found, axis=1).std(1)) for name, found in errors.items()}
 
 
+def sparse(dim: int) -> Array:
+    """Unit vectors of 1, 2, 4 ... equal values, the first ones and evenly spaced ones: the hard inputs of Hadamard transforms."""
+    rows = []
+    for count in (1 << k for k in range(dim.bit_length())):
+        for at in (np.arange(count), np.arange(count) * dim // count):
+            row = np.zeros(dim)
+            row[at] = count**-0.5
+            rows.append(row)
+    return np.stack(rows)
+
+
+def measure_rotations(advance: Callable[[], object]) -> dict[str, list[float]]:
+    """E |x - x'|^2 over what it is with "haar", of the worst of sparse(), for each of ROTATION_DIMS and ROTATION_BITS."""
+    found: dict[str, list[float]] = {}
+    for rounds in (1, 2, 3, 4):
+        for dim in ROTATION_DIMS:
+            x, errors = sparse(dim), np.zeros((len(ROTATION_BITS), 2 * dim.bit_length()))
+            for seed in range(ROTATION_SEEDS):
+                rotation = tq.HadamardRotation(dim, seed, rounds)
+                for i, bits in enumerate(ROTATION_BITS):
+                    quantizer = tq.MSEQuantizer(dim, bits, rotation=rotation)
+                    errors[i] += ((quantizer.dequantize(quantizer.quantize(x)) - x) ** 2).sum(1) / ROTATION_SEEDS
+            found.setdefault(f"{rounds}", []).extend(float(e.max() / tq.mse_distortion(b, dim)) for e, b in zip(errors, ROTATION_BITS))
+            advance()
+    return found
+
+
 # --- what is shown ------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +167,14 @@ def table(measured: dict[str, Distortions], dim: int) -> str:
         lines.insert(1, "|---" * (lines[0].count("|") - 1) + "|")
     return "\n".join([f"squared error of a unit vector, dim {dim}", "", *squared, "",
                       f"squared error of an inner product of unit vectors, times dim {dim}", "", *product])
+
+
+def rotation_table(found: dict[str, list[float]]) -> str:
+    """Markdown, a row for each number of rounds."""
+    lines = ["| rounds | " + " | ".join(f"dim {dim}, {bits} bit{'s' * (bits > 1)}" for dim in ROTATION_DIMS for bits in ROTATION_BITS) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    lines += [f"| {rounds} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for rounds, ratios in found.items()]
+    return "\n".join(["HadamardRotation: squared error of the worst sparse vector, relative to what is expected", "", *lines])
 
 
 def _text(measured: Measured) -> str:
@@ -207,16 +245,21 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
     if model:
         inputs["token embeddings"] = embeddings(model)
         dim = inputs["token embeddings"].shape[1]
-    inputs = {"random": random_directions(VECTORS, dim, "vectors"), "one coordinate": np.eye(dim)[np.arange(VECTORS) % dim], **inputs}
-    with tqdm(total=SEEDS * (len(inputs) * len(BITS) + 1), unit="step") as bar:
+    if dim > math.isqrt(DENSE_LIMIT):
+        raise TBQError(f"vectors have {dim} values; the figures are of dense rotations, which take up to {math.isqrt(DENSE_LIMIT)}")
+    single = np.zeros((VECTORS, dim))
+    single[np.arange(VECTORS), np.arange(VECTORS) % dim] = 1
+    inputs = {"random": random_directions(VECTORS, dim, "vectors"), "one coordinate": single, **inputs}
+    with tqdm(total=SEEDS * (len(inputs) * len(BITS) + 1) + 4 * len(ROTATION_DIMS), unit="step") as bar:
         measured = {name: measure(x, bar.update) for name, x in inputs.items()}
         errors = measure_bias(dim, 2, bar.update)
+        rotations = measure_rotations(bar.update)
     figures = {"turboquant-distortion.png": draw_distortions(measured, dim), "turboquant-bias.png": draw_bias(errors, dim, 2)}
     for name, figure in figures.items():
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=100)
         replace(folder / name, file.getvalue())
-    print(table(measured, dim))
+    print(table(measured, dim), rotation_table(rotations), sep="\n\n")
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ class MSEQuantizer:
     Theorem 1: for every x, E |x - dequantize(quantize(x))|^2 <= sqrt(3) pi / 2 * 4^-bits * |x|^2, the mean being over seeds;
     exactly, it is mse_distortion(bits, dim) * |x|^2.
     dim: 1 or more.  bits: 1 to 8.  seed: 0 to 2**64 - 1.  rotation: "haar", for which the theorem is proven; "hadamard",
-    which is faster; or a Rotation.  Raises TBQError for others.
+    which keeps no matrix; or a Rotation.  Raises TBQError for others.
     """
 
     def __init__(self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar") -> None:
