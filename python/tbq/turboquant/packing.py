@@ -35,10 +35,9 @@ def pack(indices: npt.ArrayLike, bits: SupportsIndex) -> Bytes:
 
 def pack_unchecked(indices: Bytes, bits: int) -> Bytes:
     """pack, for what an encoder made."""
-    if bits == 8:
-        return indices.copy()
     exploded = np.unpackbits(indices[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(exploded.reshape(*indices.shape[:-1], indices.shape[-1] * bits), axis=-1, bitorder="little")
+    packed: Bytes = np.packbits(exploded.reshape(*indices.shape[:-1], indices.shape[-1] * bits), axis=-1, bitorder="little")
+    return packed
 
 
 def unpack(packed: npt.ArrayLike, bits: SupportsIndex, count: SupportsIndex) -> Bytes:

@@ -67,10 +67,12 @@ class HaarRotation(Rotation):
         self.matrix = _orthogonal(gaussians(self.dim, self.dim, self.seed, "rotation"))
 
     def forward(self, rows: Floats) -> Floats:
-        return rows @ self.matrix.T.astype(rows.dtype, copy=False)
+        rotated: Floats = rows @ self.matrix.T.astype(rows.dtype, copy=False)
+        return rotated
 
     def backward(self, rows: Floats) -> Floats:
-        return rows @ self.matrix.astype(rows.dtype, copy=False)
+        rotated: Floats = rows @ self.matrix.astype(rows.dtype, copy=False)
+        return rotated
 
 
 class HadamardRotation(Rotation):
