@@ -791,6 +791,8 @@ def test_figures(tmp_path, monkeypatch, capsys, demo_model):
 
 
 def test_figures_errors(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'ggml-tbq[plot]'")
+
     def run(*arguments):
         done = subprocess.run([sys.executable, "-m", "tbq.turboquant.figures", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
         assert not done.stdout and list(tmp_path.iterdir()) == [tmp_path / "file"]
