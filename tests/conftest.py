@@ -40,6 +40,14 @@ def pytest_report_header():
     return f"tbq {tbq.__version__}: {pathlib.Path(tbq.__file__).parent}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def users_cache(tmp_path_factory):
+    """What is measured on first use goes here, not into the user's own folder, and once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def installed():
     """What `tbq paths --json` prints."""

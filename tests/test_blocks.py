@@ -67,6 +67,32 @@ def distributions():
 DISTRIBUTIONS = distributions()
 
 
+def quantize_centered(x, name, mean, weight):
+    """tbq_quantize_kv_centered of each row; mean and weight: arrays of a row, or None."""
+    x = np.ascontiguousarray(x, np.float32)
+    packed = np.empty((len(x), tbq.row_bytes(x.shape[1], name)), np.uint8)
+    given = [ffi.NULL if a is None else ffi.cast("float *", ffi.from_buffer(a)) for a in (mean, weight)]
+    for row, out in zip(x, packed):
+        assert lib.tbq_quantize_kv_centered(tbq.types[name].id, ffi.cast("float *", ffi.from_buffer(row)), *given, ffi.from_buffer(out), len(row)) == 0
+    return packed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_centered(name):
+    """Keys less their mean, with weights for the channels: the oracle's bytes, and error where the weights are small."""
+    rng = np.random.default_rng(3)
+    x, mean = rng.standard_normal((2, 600, 128)).astype(np.float32)[0], np.float32(3) * rng.standard_normal(128).astype(np.float32)
+    weight = np.repeat(np.exp(rng.standard_normal(64)).astype(np.float32), 2)
+    for m, w in ((mean, weight), (mean, None), (None, weight)):
+        packed = quantize_centered(x, name, m, w)
+        np.testing.assert_array_equal(packed, reference.quantize(x, bits_of(name), True, m, w))
+    np.testing.assert_array_equal(quantize_centered(x, name, None, None), tbq.quantize(x, name, kv=True))
+    np.testing.assert_array_equal(quantize_centered(x, name, None, weight), quantize_centered(x, name, None, 8 * weight))
+    error = {kind: np.square(tbq.dequantize(quantize_centered(x + mean, name, mean, w), name, x.shape) - x).mean(0)
+             for kind, w in (("even", np.ones(128, np.float32)), ("weighted", weight))}
+    assert (weight * error["weighted"]).sum() < 0.9 * (weight * error["even"]).sum()
+
+
 @pytest.mark.parametrize("kv", [False, True], ids=["plain", "kv"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -65,7 +65,7 @@ int run(common_params & params) {
     params.n_batch      = n_chunk;
     params.n_ubatch     = n_chunk; // a window of attention may be shorter than a chunk; the cells of one batch stay
     params.cache_type_k = GGML_TYPE_F32;
-    params.cache_type_v = GGML_TYPE_F16;
+    params.cache_type_v = GGML_TYPE_F32; // MLA wants both alike, to be refused for what it is
     params.fit_params   = false;
     params.cache_center.clear();
     llama_model_ptr model { llama_model_load_from_file(params.model.path.c_str(), common_model_params_to_llama(params)) };
@@ -90,8 +90,15 @@ int run(common_params & params) {
     counting = stats.get();
 
     // in a short context the chunks overlap
-    const std::vector<llama_token> tokens = common_tokenize(ctx.get(), params.prompt, /*add_special =*/ false);
     const llama_vocab * vocab = llama_model_get_vocab(model.get());
+    std::vector<llama_token> tokens;
+    if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) { // a model of a shape, to measure speed on: any tokens will do
+        for (const unsigned char c : params.prompt) {
+            tokens.push_back(c % llama_vocab_n_tokens(vocab));
+        }
+    } else {
+        tokens = common_tokenize(ctx.get(), params.prompt, /*add_special =*/ false);
+    }
     const bool     bos      = llama_vocab_get_add_bos(vocab);
     const uint32_t n_text   = n_chunk - bos;
     const uint32_t n_asked  = params.n_chunks > 0 ? params.n_chunks : N_CHUNKS;
@@ -171,5 +178,6 @@ int main(int argc, char ** argv) {
     llama_numa_init(params.numa);
     const int status = run(params);
     llama_backend_free();
+    common_log_flush(common_log_main()); // its thread would be cut off with the last lines
     return status;
 }

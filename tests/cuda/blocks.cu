@@ -49,7 +49,6 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     const tbq_kernels * ref   = tbq_list_kernels(&count)[0];
     const size_t        bytes = tbq_block_bytes(BITS);
     std::vector<char>   want(n_blocks * bytes), got(n_blocks * bytes);
-    ref->quantize_kv[BITS - 2](x.data(), want.data(), x.size());
 
     T * in_dev; char * out_dev; float * back_dev; half * back16_dev;
     CHECK(cudaMalloc(&in_dev, in.size() * sizeof(T)));
@@ -57,23 +56,39 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaMalloc(&back_dev, x.size() * 4));
     CHECK(cudaMalloc(&back16_dev, x.size() * 2));
     CHECK(cudaMemcpy(in_dev, in.data(), in.size() * sizeof(T), cudaMemcpyHostToDevice));
+    // the mean of a row of keys and the weights of its channels (docs/center.md), which two neighbours share
+    std::vector<float> center(2 * x.size());
+    for (size_t i = 0; i < x.size(); i += 2) {
+        center[i]            = x[rng() % 64];
+        center[i + 1]        = x[i];
+        center[x.size() + i] = center[x.size() + i + 1] = 0.1f + (rng() % 1000) * 0.01f;
+    }
+    float * center_dev;
+    CHECK(cudaMalloc(&center_dev, center.size() * 4));
+    CHECK(cudaMemcpy(center_dev, center.data(), center.size() * 4, cudaMemcpyHostToDevice));
     tbq_encode_args e{};
     e.src = in_dev, e.dst = out_dev, e.ne0 = n_blocks, e.ne1 = e.ne2 = e.ne3 = 1;
     const int blocks_per_cta = TBQ_ENCODE_THREADS / 16;
-    tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
-    CHECK(cudaGetLastError());
-    CHECK(cudaMemcpy(got.data(), out_dev, got.size(), cudaMemcpyDeviceToHost));
     long bad = 0;
-    for (size_t b = 0; b < n_blocks; b++) {
-        bad += std::memcmp(&want[b * bytes], &got[b * bytes], bytes) != 0;
+    for (bool centered : { true, false }) { // the second is what is decoded and timed below
+        ref->quantize_kv[BITS - 2](x.data(), centered ? center.data() : nullptr, centered ? center.data() + x.size() : nullptr, want.data(), x.size());
+        e.mean   = centered ? center_dev : nullptr;
+        e.weight = centered ? center_dev + x.size() : nullptr;
+        for (bool few : { false, true }) {
+            CHECK(cudaMemset(out_dev, 0xFF, got.size()));
+            if (few) {
+                tbq_quantize_few<BITS, T><<<n_blocks, TBQ_ENCODE_FEW_THREADS>>>(e);
+            } else {
+                tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
+            }
+            CHECK(cudaGetLastError());
+            CHECK(cudaMemcpy(got.data(), out_dev, got.size(), cudaMemcpyDeviceToHost));
+            for (size_t b = 0; b < n_blocks; b++) {
+                bad += std::memcmp(&want[b * bytes], &got[b * bytes], bytes) != 0;
+            }
+        }
     }
-    CHECK(cudaMemset(out_dev, 0xFF, got.size()));
-    tbq_quantize_few<BITS, T><<<n_blocks, TBQ_ENCODE_FEW_THREADS>>>(e);
-    CHECK(cudaGetLastError());
-    CHECK(cudaMemcpy(got.data(), out_dev, got.size(), cudaMemcpyDeviceToHost));
-    for (size_t b = 0; b < n_blocks; b++) {
-        bad += std::memcmp(&want[b * bytes], &got[b * bytes], bytes) != 0;
-    }
+    cudaFree(center_dev);
 
     CHECK(cudaMemcpy(out_dev, want.data(), want.size(), cudaMemcpyHostToDevice));
     tbq_rows_args d{};

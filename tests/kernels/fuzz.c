@@ -109,8 +109,19 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     k->quantize[t](x, rb, ROW);
     expect(memcmp(ra, rb, bytes) == 0, "quantize", k, bits, kind);
 
-    ref->quantize_kv[t](x, ra, ROW);
-    k->quantize_kv[t](x, rb, ROW);
+    // what a center knows of a row: means as large as the values, and weights that two neighbours share
+    static float mean[ROW], weight[ROW];
+    for (int i = 0; i < ROW; i += 2) {
+        mean[i]     = x[random_bits() % ROW];
+        mean[i + 1] = x[random_bits() % ROW];
+        weight[i] = weight[i + 1] = 0.1f + (float) (random_bits() % 1000) * 0.01f;
+    }
+    ref->quantize_kv[t](x, mean, weight, ra, ROW);
+    k->quantize_kv[t](x, mean, weight, rb, ROW);
+    expect(memcmp(ra, rb, bytes) == 0, "quantize_kv with a center", k, bits, kind);
+
+    ref->quantize_kv[t](x, NULL, NULL, ra, ROW);
+    k->quantize_kv[t](x, NULL, NULL, rb, ROW);
     expect(memcmp(ra, rb, bytes) == 0, "quantize_kv", k, bits, kind);
 
     if (kind == ANY_BITS) { // blocks nobody quantized: the decoders must agree on these too

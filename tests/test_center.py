@@ -1,0 +1,446 @@
+"""Centred keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tbq
+from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
+from tbq.center import calibrate, fingerprint, for_cache, of_model, read_center
+from test_plan import POST, attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, qwen2, write_model
+
+HERE = Path(__file__).parent
+
+
+# -- the mathematics, on tiny models of each kind ----------------------------------------------------------------------
+
+
+def biased(path, arch="qwen2", size=64, **fields):
+    """Keys with biases as large as the keys: their mean is large whatever RoPE does to slow channels."""
+    biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", 2), ("k", 1), ("v", 1))}
+    write_model(path, arch, 2, lambda i: attention(2, 1, size, 2 * size) | biases, embd=2 * size, heads=2, kv_heads=1, size=size, **fields)
+    import gguf
+    reader = gguf.GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        if tensor.name.endswith("attn_k.bias"):
+            tensor.data[:] = np.random.default_rng(1).standard_normal(tensor.data.shape)
+    reader.data.flush()
+    return path
+
+
+def partial_rope(path):
+    """RoPE on half of each head."""
+    return tiny_llama(path, 64, arch="stablelm", rope=32)
+
+
+def yarn(path):
+    return biased(path, rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=64)
+
+
+def no_rope(path):
+    """Positions are added to the embeddings, as in gpt2."""
+    def layer(i):
+        return {"attn_norm.bias": (128,), "attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,), "attn_output.weight": (128, 128), "attn_output.bias": (128,),
+                "ffn_norm.bias": (128,), "ffn_up.bias": (64,), "ffn_down.bias": (128,), "ffn_gate.weight": None}
+
+    return write_model(path, "gpt2", 2, layer, tied=True, more={"position_embd.weight": (4096, 128), "output_norm.bias": (128,)},
+                       attention__layer_norm_epsilon=1e-5)
+
+
+def alibi(path):
+    """bloom: biases by distance instead of RoPE."""
+    def layer(i):
+        return {"attn_norm.bias": (128,), "attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,), "attn_output.weight": (128, 128), "attn_output.bias": (128,),
+                "ffn_norm.bias": (128,), "ffn_up.bias": (64,), "ffn_down.bias": (128,), "ffn_gate.weight": None}
+
+    return write_model(path, "bloom", 2, layer, tied=True, more={"token_embd_norm.weight": (128,), "token_embd_norm.bias": (128,), "output_norm.bias": (128,)},
+                       attention__layer_norm_epsilon=1e-5)
+
+
+def m_rope(path):
+    return biased(path, "qwen2vl", rope__dimension_sections=[8, 12, 12, 0], rope__dimension_count=64)
+
+
+EXACT = {
+    "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2), "llama-h80": lambda path: tiny_llama(path, 80),
+    "K biases": biased, "partial RoPE": partial_rope, "YaRN": yarn, "no RoPE": no_rope, "ALiBi": alibi, "M-RoPE": m_rope,
+    "windows": gemma3, "windows of other heads, shared caches": gemma4, "layers without a cache": gemma3n, "convolutions": lfm2,
+    "heads by layer": openelm,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function from a maker of models to the file."""
+    folder, files = tmp_path_factory.mktemp("center"), {}
+
+    def get(make, name):
+        if name not in files:
+            files[name] = make(folder / f"{len(files)}.gguf")
+        return files[name]
+
+    return get
+
+
+class Logits:
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+
+    def __call__(self, model, status=0, **spec):
+        self.count += 1
+        wish, out = self.folder / f"{self.count}.json", self.folder / f"{self.count}.npy"
+        wish.write_text(json.dumps({"model": str(model), **{k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}}))
+        done = subprocess.run([sys.executable, HERE / "center_logits.py", wish, out], capture_output=True, text=True, env=ENV, timeout=180)
+        assert done.returncode == status, done.stderr[-3000:]
+        self.log = done.stderr
+        return np.load(out) if out.exists() else None
+
+
+@pytest.fixture
+def logits(tmp_path):
+    return Logits(tmp_path)
+
+
+def difference(a, b):
+    """Mean square, relative to a's variance."""
+    assert np.isfinite(a).all() and np.isfinite(b).all() and a.std() > 0
+    return float(np.square(a - b).mean() / a.var())
+
+
+def assert_same(a, b, nudged):
+    """To the noise of f32, which random models amplify, some of them a lot: the same model with its weights an ulp off is the measure."""
+    noise = difference(a, nudged)
+    assert 0 < noise < 1e-3
+    assert difference(a, b) < 10 * noise
+
+
+def nudge(model):
+    """A copy of a model, every weight of its matrices moved by about the last bit."""
+    path = model.with_suffix(".nudged.gguf")
+    if not path.exists():
+        import gguf
+        shutil.copy(model, path)
+        reader, rng = gguf.GGUFReader(path, "r+"), np.random.default_rng(5)
+        for tensor in reader.tensors:
+            if len(tensor.shape) > 1:
+                tensor.data[:] *= 1 + rng.choice([-1, 1], tensor.data.shape) * 2.0**-23
+        reader.data.flush()
+    return path
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_attention_does_not_notice(kind, made, logits, tmp_path):
+    model, center = made(EXACT[kind], kind), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    assert max(read_center(center).shares.values()) > 0.005  # there is something to subtract
+    plain, nudged = logits(model, flash=False), logits(nudge(model), flash=False)
+    assert_same(plain, logits(model, flash=False, center=center), nudged)
+    assert "keys are stored less their means" in logits.log
+    # and it is subtracted: keys of 4 bits are others
+    if "h80" not in kind:
+        assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(plain, nudged)
+
+
+@pytest.mark.parametrize("kind", ["llama", "K biases", "partial RoPE", "YaRN", "windows", "no RoPE"])
+def test_shift(kind, made, logits, tmp_path):
+    """Keys that move to other positions: the mean is added, RoPE turns them, the mean is subtracted."""
+    model, center = made(EXACT[kind], kind), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    for type_k in ("f32", "f16"):
+        plain = logits(model, flash=False, shift=16, type_k=type_k)
+        moved = logits(model, flash=False, shift=16, type_k=type_k, center=center)
+        if type_k == "f32":
+            assert_same(plain, moved, logits(nudge(model), flash=False, shift=16))
+            assert difference(plain[96:], logits(model, flash=False, center=center)[96:]) > 1e-3
+        else:
+            assert difference(plain, moved) < 1e-3
+
+
+def test_shift_of_quantized_keys(made, logits, tmp_path):
+    """Centred, keys of 4 bits that were shifted are at least as near to f32's as without."""
+    model, center = made(biased, "K biases"), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    exact = logits(model, shift=16)
+    for type_k in ("tbq4_0", "q4_0", "q8_0"):
+        plain, centered = (difference(exact[96:], logits(model, shift=16, type_k=type_k, center=c)[96:]) for c in (None, center))
+        assert centered < plain
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_sequences(unified, made, logits, tmp_path):
+    model, center = made(biased, "K biases"), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    shape = {"sequences": 3, "unified": unified, "tokens": 40}
+    exact = logits(model, flash=False, **shape)
+    assert_same(exact, logits(model, flash=False, center=center, **shape), logits(nudge(model), flash=False, **shape))
+    for type_k in ("tbq4_0", "q8_0"):  # and our SET_ROWS takes rows of several streams
+        plain, centered = (difference(exact, logits(model, type_k=type_k, center=c, **shape)) for c in (None, center))
+        assert centered < plain
+
+
+@pytest.mark.parametrize("make,why", [(gemma2, "soft-cap"), (gpt_oss, "attention sinks"), (tiny_mla, "MLA")])
+def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
+    model = made(make, make.__name__)
+    logits(model, measure=tmp_path / "center.gguf", status=4)
+    assert re.search(f"nothing to measure.*{why}", logits.log)
+    with pytest.raises(tbq.TBQError, match=why):
+        calibrate(model, tmp_path / "center.gguf", 512, chunks=1)
+    assert not (tmp_path / "center.gguf").exists()
+    said = []
+    assert for_cache(model, "tbq4_0", 512, True, [], said.append) is None
+    assert why in said[-1]
+
+
+# -- what must not get in ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_center(demo_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "demo.center.gguf"
+    calibrate(demo_model, path, 1024, chunks=4)
+    return path
+
+
+def refused(bin_dir, model, center, *args):
+    done = run(bin_dir / "llama-perplexity", "-m", model, "-f", __file__, "-c", 256, "--cache-center", center, "-ctk", "tbq4_0", "-ctv", "tbq4_0", *THREADS,
+               *args, ok=False, until="failed to create context")
+    assert done.returncode == 1
+    return done.stdout + done.stderr
+
+
+def test_another_model_or_rope(bin_dir, demo_model, demo_center, made, logits):
+    model = made(biased, "K biases")
+    logits(model, center=demo_center, status=3)
+    assert "was measured on another model (llama, tensors" in logits.log and "this one is qwen2" in logits.log
+    for options in (("--rope-freq-base", 50000), ("--rope-freq-scale", 0.5), ("--rope-scaling", "yarn", "--rope-scale", 2)):
+        assert "was measured with another RoPE" in refused(bin_dir, demo_model, demo_center, *options)
+
+
+def test_a_model_with_other_weights(demo_model, tmp_path):
+    """The same shapes: a fine-tuned model.  The first bytes of a tensor tell."""
+    other = shutil.copy(demo_model, tmp_path / "other.gguf")
+    tensor = next(t for t in tbq.open_gguf(other).tensors if t.name == "blk.7.attn_k.weight")
+    with open(other, "r+b") as file:
+        file.seek(tensor.offset)
+        byte = file.read(1)[0]
+        file.seek(tensor.offset)
+        file.write(bytes([byte ^ 1]))
+    assert fingerprint(other) != fingerprint(demo_model)
+
+
+def test_fingerprints_agree(demo_model, demo_center, made, logits, tmp_path):
+    """Python's and llama.cpp's, of several types of weights; and of a split."""
+    assert read_center(demo_center).model == fingerprint(demo_model)
+    model = made(gemma3, "windows")
+    logits(model, measure=tmp_path / "center.gguf")
+    assert read_center(tmp_path / "center.gguf").model == fingerprint(model)
+
+
+def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, tmp_path):
+    run(bin_dir / "llama-gguf-split", "--split-max-tensors", 100, demo_model, tmp_path / "part")
+    assert fingerprint(tmp_path / "part-00001-of-00003.gguf") == fingerprint(demo_model)
+
+
+def rewrite(source, target, change):
+    """A center with its entries and tensors changed; the hash stays."""
+    import gguf
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "none")
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith(("cache_center", "general.type"))}
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    change(fields, tensors)
+    for name, value in fields.items():
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, list):
+            if value and isinstance(value[0], int):
+                writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+            else:
+                writer.add_array(name, value)
+        elif name.endswith("n_tokens"):
+            writer.add_uint64(name, value)
+        else:
+            writer.add_uint32(name, value)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_damage(made, logits, tmp_path):
+    """Bytes changed anywhere, or missing: refused by Python and llama.cpp, or it is the same center; never a crash."""
+    model, center = made(biased, "K biases"), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    data, rng, bad = center.read_bytes(), np.random.default_rng(0), tmp_path / "bad.gguf"
+    good = read_center(center)
+    harmless = 0
+    for i in range(400):
+        broken = bytearray(data)
+        if i % 4 == 0:
+            broken = broken[:rng.integers(0, len(data))]
+        else:
+            broken[rng.integers(0, len(data))] ^= 1 << rng.integers(0, 8)
+        bad.write_bytes(broken)
+        try:
+            assert read_center(bad).hash == good.hash
+            harmless += 1  # padding, or an entry that nobody reads
+        except tbq.TBQError as error:
+            assert "\n" not in str(error)
+        if i % 40 < 2:
+            logits(model, center=bad, tokens=8, status=logits_status(bad))
+    assert harmless < 100
+
+
+def logits_status(path):
+    try:
+        read_center(path)
+        return 0
+    except tbq.TBQError:
+        return 3
+
+
+@pytest.mark.parametrize("what,why", [
+    ("layer missing", "damaged"), ("shape", "damaged"), ("nan", "damaged|finite"), ("version", "newer version"), ("key", "is missing"), ("hash", "another hash")])
+def test_named_refusals(what, why, made, logits, tmp_path):
+    model, center = made(biased, "K biases"), tmp_path / "center.gguf"
+    logits(model, measure=center)
+
+    def change(fields, tensors):
+        if what == "layer missing":
+            del tensors["blk.1.attn_k.center"]
+        elif what == "shape":
+            tensors["blk.1.attn_k.center"] = tensors["blk.1.attn_k.center"].reshape(2, -1)
+        elif what == "nan":
+            tensors["blk.1.attn_k.center"].reshape(-1)[3] = math.nan
+        elif what == "version":
+            fields["cache_center.version"] = 2
+        elif what == "key":
+            del fields["cache_center.rope"]
+        else:
+            fields["cache_center.hash"] = "0" * 64
+
+    assert rewrite(center, tmp_path / "same.gguf", lambda fields, tensors: None)
+    logits(model, center=tmp_path / "same.gguf", tokens=8)
+    logits(model, center=rewrite(center, tmp_path / "bad.gguf", change), status=3)
+    assert re.search(why, logits.log), logits.log[-1000:]
+
+
+def test_no_such_file(bin_dir, demo_model, demo_center, tmp_path):
+    text = python_text(tmp_path / "text")
+    for path in (tmp_path / "none.gguf", text, demo_model):
+        log = refused(bin_dir, demo_model, path)
+        assert re.search(f"llama_set_cache_center: {re.escape(str(path))}", log), log[-1000:]
+
+
+def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
+    """A state of one center is not restored under another, or none, and the other way round."""
+    args = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--slot-save-path", tmp_path)
+    other = tmp_path / "other.gguf"
+    calibrate(demo_model, other, 2048, chunks=2)
+    for name, center in (("none", None), ("a", demo_center), ("b", other)):
+        with Server(bin_dir, demo_model, tmp_path / "log", *args, *(["--cache-center", center] if center else [])) as server:
+            server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=4)
+            assert server.slot("save", f"{name}.bin")[0] == 200
+            for there in ("none", "a", "b"):
+                if (tmp_path / f"{there}.bin").exists():
+                    assert server.slot("restore", f"{there}.bin")[0] == (200 if there == name else 400)
+    assert "the keys of this state are less another center" in (tmp_path / "log").read_text(errors="replace")
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_deterministic(demo_model, demo_center, tmp_path):
+    calibrate(demo_model, tmp_path / "again.gguf", 1024, chunks=4)
+    assert (tmp_path / "again.gguf").read_bytes() == demo_center.read_bytes()
+
+
+def test_what_it_says(demo_model, tmp_path):
+    """The command: a table by layer and length, a file of a few KB for the model, and nothing else in the folder."""
+    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "2048", "--chunks", "8"], cwd=tmp_path, capture_output=True,
+                          text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines() if re.match(r" +\d+ +\d", line)]
+    assert len(rows) == 30 and all(len(row) == 5 and 0 < row[4] < row[1] < 1 for row in rows)  # longer contexts average more away
+    assert [p.name for p in tmp_path.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.center.gguf"]
+    center = read_center(next(tmp_path.iterdir()))
+    assert (center.architecture, center.context, len(center.means)) == ("llama", 2048, 30)
+    assert center.means[0].shape == center.energies[0].shape == (3, 64)
+    assert [round(center.shares[i], 3) for i in range(30)] == [pytest.approx(row[4], abs=1e-3) for row in rows]
+
+
+def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
+    """Of a model whose keys are their biases: nothing else is left of them, and the slow channels' stay."""
+    model = made(lambda path: biased(path, rope__freq_base=1e12), "slow")
+    import gguf
+    reader = gguf.GGUFReader(model, "r+")
+    for tensor in reader.tensors:
+        if tensor.name.endswith("attn_k.weight"):
+            tensor.data[:] = 0
+    bias = next(t.data for t in reader.tensors if t.name == "blk.1.attn_k.bias").copy()
+    reader.data.flush()
+    logits(model, measure=tmp_path / "center.gguf")
+    mean = read_center(tmp_path / "center.gguf").means[1][0]
+    slow = [c for c in range(64) if c % 32 >= 8]  # pairs 32 apart; the others turn within the 104 tokens
+    np.testing.assert_allclose(mean[slow], bias[slow], atol=0.1)
+
+
+@pytest.mark.parametrize("arguments,why", [
+    (["missing.gguf"], "missing.gguf"), (["MODEL", "--ctx", "0"], "at least 1"), (["MODEL", "--ctx", "4"], "too short"), (["MODEL", "--text", "short.txt"], "tokens"),
+    (["MODEL", "-o", "none/x.gguf"], "not a folder"), (["MODEL", "-o", "."], "is a folder"), (["short.txt"], "short.txt"), (["MODEL", "--text", "none.txt"], "none.txt")])
+def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    command = [str(demo_model) if a == "MODEL" else a for a in arguments]
+    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", *command], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2 and not done.stdout
+    line = done.stderr.strip().splitlines()[-1]
+    assert "error: " in line and why in line, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
+
+
+# -- what it is worth --------------------------------------------------------------------------------------------------
+
+
+def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
+    """On a text unlike the calibration's; docs/center.md has the figures of more of it."""
+    text = tmp_path / "text"
+    text.write_text("".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").glob("*.md"))))
+    divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)
+    for k in ("tbq4_0", "tbq2_0", "q4_0"):
+        plain, centered = (divergence(k, "f16", *args)["kld"] for args in ((), ("--cache-center", demo_center)))
+        assert centered < (0.85 if k.startswith("tbq") else 0.95) * plain, (k, plain, centered)
+
+
+# -- first use ---------------------------------------------------------------------------------------------------------
+
+
+def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
+    """One measuring for a model and a length; a damaged file is measured again; a folder that cannot be written is no center."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, said = made(biased, "K biases"), []
+    first = of_model(model, 1000, say=said.append)
+    assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]
+    assert of_model(model, 1024, say=said.append) == first and len(said) == 1
+    assert of_model(model, 2048, say=said.append) != first and len(said) == 2
+    assert of_model(model, 1024, ["--rope-freq-base", "123"], said.append) != first and len(said) == 3
+    good = first.read_bytes()
+    first.write_bytes(good[:-1])
+    assert of_model(model, 1024, say=said.append) == first and first.read_bytes() == good and len(said) == 4
+    assert for_cache(model, "f16", 1024, True, [], said.append) is None and len(said) == 4
+    assert for_cache(model, "tbq4_0", 1024, False, [], said.append) is None
+    assert for_cache(model, "tbq4_0", 1024, first, [], said.append) == first
+    with pytest.raises(tbq.TBQError):
+        for_cache(model, "tbq4_0", 1024, model, [], said.append)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert for_cache(model, "tbq4_0", 1024, True, [], said.append) is None
+    assert said[-1].startswith("keys are not centred: ")
