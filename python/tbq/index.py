@@ -489,8 +489,8 @@ def _units(x: Floats, what: str, row: int, *, zero_is_fine: bool) -> tuple[Float
     _complain(~np.isfinite(top), what, row, "holds a NaN or an infinity")
     if not zero_is_fine:
         _complain(top == 0, what, row, "is zero, which has no cosine with anything")
-    some = np.where(top > 0, top, np.float32(1))
-    unit = x / some[:, None]  # so that no square is too large or too small for a float
+    some: Floats = np.where(top > 0, top, np.float32(1))
+    unit: Floats = np.divide(x, some[:, None])  # so that no square is too large or too small for a float
     length = np.sqrt(np.einsum("ij,ij->i", unit, unit))
     unit /= np.where(length > 0, length, np.float32(1))[:, None]
     whole = some.astype(np.float64) * length.astype(np.float64)
