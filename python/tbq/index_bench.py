@@ -26,10 +26,11 @@ __all__ = ["Measured", "Vectors", "define", "measure", "spec_names"]
 
 Floats = npt.NDArray[np.float32]
 Search = Callable[[Floats, int, int], npt.NDArray[np.int64]]  # queries, k, threads
+Clock = Callable[[], float]
 
 DEFAULT = "flat,sq8,sq4,pq,pqfs,tbq4,tbq4+4,tbq3,tbq2"
 #: What --indices takes; ours may be followed by +r, to rescore the best r k with float16 vectors.
-_SPEC = re.compile(r"flat|sq8|sq4|pq|pq9|pqfs|tbq[234](-unbiased)?(\+\d{1,4})?")
+_SPEC = re.compile(r"flat|sq8|sq4|pq|pq9|pqs|pqfs|tbq[234](-unbiased)?(\+\d{1,4})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def spec_names(text: str) -> list[str]:
     names = list(dict.fromkeys(part for part in text.split(",") if part))
     for name in names:
         if not _SPEC.fullmatch(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqfs, tbq4, tbq3, tbq2, tbq4-unbiased, tbq4+4")
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, tbq4-unbiased, tbq4+4")
     return names
 
 
@@ -140,8 +141,10 @@ def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, 
     faiss = _faiss()
     faiss.omp_set_num_threads(threads)
     dim = base.shape[1]
-    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8", "pq9": f"PQ{dim // 2}x9", "pqfs": f"PQ{dim}x4fs"}
+    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8", "pq9": f"PQ{dim // 2}x9", "pqs": f"PQ{dim // 2}x8", "pqfs": f"PQ{dim}x4fs"}
     index = faiss.index_factory(dim, kinds[spec], faiss.METRIC_INNER_PRODUCT)
+    if spec == "pqs":
+        index.pq.train_type = faiss.ProductQuantizer.Train_shared
     index.train(base[:train])
     index.add(base)
     size = 4 * dim if spec == "flat" else dim // 2 if spec == "pqfs" else index.sa_code_size()
@@ -162,28 +165,30 @@ def _ours(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, fl
     return lambda queries, k, threads: index.search(queries, k, rescore=kept, threads=threads)[1], index.nbytes / len(base) - 8
 
 
-def _rate(search: Search, queries: Floats, k: int, threads: int, at_once: int) -> float:
-    start = time.perf_counter()
+def _rate(search: Search, queries: Floats, k: int, threads: int, at_once: int, clock: Clock) -> float:
+    start = clock()
     for i in range(0, len(queries), at_once):
         search(queries[i:i + at_once], k, threads)
-    return len(queries) / (time.perf_counter() - start)
+    return len(queries) / (clock() - start)
 
 
-def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds: int, train: int,
-            report: Callable[[str], object] = lambda step: None) -> dict[str, Measured]:
+def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds: int, train: int, clock: Clock = time.perf_counter,
+            timed: int | None = None, report: Callable[[str], object] = lambda step: None) -> dict[str, Measured]:
     """Builds each index, then searches with all of them in turn, round by round: the best round of each counts.
 
-    train: vectors that faiss's indices are trained with, at the most.  Recall is measured against faiss's flat index.
+    train: vectors that faiss's indices are trained with, at the most.  clock: seconds.  timed: of the
+    queries, so many are timed (all).  Recall is measured against faiss's flat index.
     """
     found: dict[str, Measured] = {}
     searches: dict[str, Search] = {}
+    some = vectors.queries[:timed]
     with contextlib.suppress(KeyboardInterrupt):
         truth = _theirs("flat", vectors.base, train, threads)[0](vectors.queries, k, threads)
         for spec in specs:
             report(f"{vectors.name}: building {spec}")
-            start = time.perf_counter()
+            start = clock()
             search, size = (_ours if spec.startswith("tbq") else _theirs)(spec, vectors.base, train, threads)
-            built = time.perf_counter() - start
+            built = clock() - start
             hits = sum(len(np.intersect1d(a, b)) for a, b in zip(search(vectors.queries, k, threads), truth))
             found[spec] = Measured(size, built, hits / truth.size)
             searches[spec] = search
@@ -191,8 +196,8 @@ def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds
             for spec, search in searches.items():
                 report(f"{vectors.name}: round {turn + 1}, {spec}")
                 one = found[spec]
-                one.batch = max(one.batch, _rate(search, vectors.queries, k, threads, len(vectors.queries)))
-                one.single = max(one.single, _rate(search, vectors.queries[:100], k, 1, 1))
+                one.batch = max(one.batch, _rate(search, some, k, threads, len(some), clock))
+                one.single = max(one.single, _rate(search, some[:50], k, 1, 1, clock))
         return found
     raise KeyboardInterrupt
 
@@ -258,6 +263,8 @@ def _run(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     faiss = _faiss()
+    if args.cpu_time and args.threads != 1:
+        raise TBQError("--cpu-time needs --threads 1: the seconds of threads that wait for each other say nothing")
     if not args.specs:
         raise TBQError("--indices is empty; name at least one")
     if args.vectors and args.sets is None:
@@ -272,7 +279,8 @@ def _run(args: argparse.Namespace) -> int:
         bar = stack.enter_context(tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, leave=False))
         for vectors in _sets(args):
             shapes[vectors.name] = vectors.base.shape
-            results[vectors.name] = measure(vectors, args.specs, args.k, args.threads, args.rounds, args.train, bar.set_description_str)
+            results[vectors.name] = measure(vectors, args.specs, args.k, args.threads, args.rounds, args.train, time.process_time if args.cpu_time else time.perf_counter, args.timed,
+                                             bar.set_description_str)
             if not args.json:
                 bar.clear()
                 n, dim = vectors.base.shape
@@ -280,7 +288,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot:
         _pictures.replace(args.plot, draw(results, args.k, format))
     facts = {"tbq": __version__, "faiss": faiss.__version__, "kernels": _kernels(), "faiss_instructions": faiss.get_compile_options().strip(),
-             "machine": platform.processor() or platform.machine(), "threads": args.threads, "rounds": args.rounds, "train": args.train, "k": args.k}
+             "machine": platform.processor() or platform.machine(), "threads": args.threads, "rounds": args.rounds, "cpu_time": args.cpu_time, "train": args.train, "k": args.k}
     if args.json:
         print(json.dumps({**facts, "sets": {name: {"n": shapes[name][0], "dim": shapes[name][1], "queries": args.queries,
                                                    "indices": {spec: dataclasses.asdict(m) for spec, m in found.items()}}
@@ -302,7 +310,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("examples: tbq bench index --plot recall.png\n"
                      "          tbq bench index --sets 128,384,768,1536 --indices sq4,sq8,tbq4,tbq4+4\n"
                      "          tbq bench index --vectors embeddings.npy --k 100\n\n"
-                     "indices: faiss's flat, sq8, sq4, pq (a byte for two dimensions), pq9, pqfs (4 bits each, fast scan); ours tbq4, tbq3, tbq2,\n"
+                     "indices: faiss's flat, sq8, sq4, pq (a byte for two dimensions; pq9: 9 bits; pqs: one codebook for all),\n         pqfs (4 bits each, fast scan); ours tbq4, tbq3, tbq2,\n"
                      "         -unbiased for the other estimator, +r for the best r k rescored with float16 vectors")
     parser.add_argument("--sets", type=set_names, metavar="NAME,...",
                         help="text (sentence embeddings of Python's documentation) or a number of dimensions, for vectors that are uniform on the "
@@ -311,10 +319,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--indices", type=spec_names, dest="specs", default=DEFAULT, metavar="INDEX,...", help="what to compare (%(default)s)")
     parser.add_argument("--n", type=at_least_one, default=100000, metavar="N", help="vectors of a set at the most (%(default)s)")
     parser.add_argument("--queries", type=at_least_one, default=1000, metavar="N", help="queries, which are not in the set (%(default)s)")
+    parser.add_argument("--timed", type=at_least_one, metavar="N", help="of the queries, so many are timed (all)")
     parser.add_argument("--k", type=at_least_one, default=10, metavar="K", help="neighbours to find (%(default)s)")
     parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads, of faiss too (%(default)s)")
     parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured; the best counts (%(default)s)")
     parser.add_argument("--train", type=at_least_one, default=65536, metavar="N", help="vectors that faiss trains with at the most (%(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds instead of the wall clock's: for busy machines, with --threads 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=pathlib.Path, metavar="PICTURE", help="draw recall against queries per second; the ending says the format")
     parser.set_defaults(run=_run)
