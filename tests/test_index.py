@@ -546,7 +546,8 @@ WRONG_FILES = {
     "few ids": (("build", "q.npy", "o", "--ids", "ids.npy"), "there are 2 vectors and 300 ids"),
     "nan": (("build", "nan.npy", "o"), "vectors[299] holds a NaN or an infinity"),
     "no columns": (("build", "thin.npy", "o"), "dim is 0; it must be from 1 to 1048576"),
-    "no folder": (("build", "x.npy", "no/o"), "is not a folder"),
+    "no folder": (("build", "x.npy", "no/o"), "is not a folder that can be written to"),
+    "itself": (("build", "x.npy", "x.npy", "--force"), "x.npy is what the index would be made of; name another file"),
     "index": (("query", "x.npy", "q.npy"), "x.npy is not an index of tbq"),
     "no index": (("query", "nothing", "q.npy"), "No such file or directory: nothing"),
     "wrong width": (("query", "x.tbqi", "wide.npy"), "queries have shape (2, 25); it must be (n, 24), or (24,) for one"),
@@ -604,8 +605,8 @@ def test_bench(tmp_path, capsys):
     """The claims, on a small set; the sizes are those that a file would have."""
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
     picture = tmp_path / "recall.png"
-    arguments = ["bench", "index", "--sets", "64", "--n", "20000", "--queries", "100", "--indices", "flat,sq4,pqs,tbq4,tbq4+4",
-                 "--threads", "1", "--cpu-time", "--train", "20000"]
+    arguments = ["bench", "index", "--sets", "64", "--n", "10000", "--queries", "100", "--indices", "flat,sq4,pqs,tbq4,tbq4+4",
+                 "--threads", "1", "--cpu-time", "--train", "1000"]
     assert cli.main([*arguments, "--json", "--plot", str(picture)]) == 0
     result = json.loads(capsys.readouterr().out)
     found = result["sets"]["sphere 64"]["indices"]

@@ -2,8 +2,8 @@
 //
 //     score(q, x) = mul[x] . <q, x^> + add[x]
 //
-// x^ is what the row decodes to.  mul and add, an array each of one float per vector, make lengths, unbiased estimates
-// and distances of it: the caller's affair.
+// x^ is what the row decodes to.  mul and add, a float of each per vector, make lengths, unbiased estimates and distances
+// of it: the caller's affair.
 //
 // LAYOUT
 //
@@ -13,15 +13,15 @@
 //     d[group][block][16]             the scales, IEEE halves
 //     codes[group][block][word][16]   the rest of the block as 32-bit little-endian words: 4, 6 or 8 of them
 //
-// which has the bytes of the rows, in another order.  The last group may be partly filled; what its other lanes hold
-// does not matter.  codes are aligned to 4 bytes; to 64 is faster.
+// which has the bytes of the rows, in another order.  The last group may be partly filled; its other lanes, and theirs of
+// mul and add, exist all the same, but what they hold does not matter.  codes are aligned to 4 bytes; to 64 is faster.
 //
 // EXACTNESS
 //
 // Queries are rotated and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT: the sum within a block is an exact
 // integer, those of the blocks are added in order as floats.  Every implementation returns the same bits.
 //
-// The error that the rounding of a query adds is some 1 % of that of 4-bit rows (mean square).
+// The rounding of a query adds some 0.5 % to the mean square error of 4-bit rows.
 #pragma once
 
 #include "tbq.h"
@@ -57,7 +57,7 @@ TBQ_API int32_t tbq_scan_words(tbq_type type);
 TBQ_API tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d,
                                 uint32_t * codes);
 
-// The inverse, for the vectors at n positions.
+// The inverse, for the vectors at n positions, which must exist.
 TBQ_API tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
                                 const int64_t * positions, int64_t n, void * rows);
 

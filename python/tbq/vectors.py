@@ -1,9 +1,8 @@
 """Files of vectors, and `tbq search`."""
 import argparse
-import contextlib
 import json
+import os
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,11 @@ def _build(args: argparse.Namespace) -> int:
     ids = read_vectors(args.ids, (1,)) if args.ids else None
     if args.index.exists() and not args.force:
         raise TBQError(f"{args.index} exists; --force replaces it")
-    if not args.index.absolute().parent.is_dir():
-        raise TBQError(f"{args.index.absolute().parent} is not a folder")
+    folder = args.index.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise TBQError(f"{folder} is not a folder that can be written to")
+    if args.index.exists() and any(args.index.samefile(path) for path in (args.vectors, args.ids) if path):
+        raise TBQError(f"{args.index} is what the index would be made of; name another file")
     index = Index(vectors.shape[1], args.bits, args.metric, estimator="unbiased" if args.unbiased else "mse", keep=args.keep)
     with interruptible():
         with tqdm(total=len(vectors), unit=" vectors", unit_scale=True, leave=False, delay=2) as bar:
