@@ -1,4 +1,5 @@
 """The vector index: what it finds, its errors, its files, its commands."""
+import importlib.util
 import json
 import math
 import os
@@ -628,13 +629,22 @@ def test_bench_texts(capsys):
     assert similar[0, 1] > similar[0, 2] + 0.2
 
 
-def test_bench_wrong(capsys, monkeypatch):
+def test_bench_wrong(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["bench", "index", "--indices", "hnsw"])
     assert "'hnsw' is not one of flat" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["bench", "index", "--sets", "127"])
     assert "'127' is neither 'text' nor an even number of dimensions" in capsys.readouterr().err
+    if importlib.util.find_spec("faiss"):
+        np.save(tmp_path / "x.npy", np.ones((100, 5)))
+        arguments = ["bench", "index", "--vectors", str(tmp_path / "x.npy"), "--queries"]
+        for more, message in ((["60"], "x has 100 vectors; 60 queries need twice as many"),
+                              (["10", "--indices", "pq"], "pq needs an even number of dimensions, not 5; leave it out of --indices"),
+                              (["10", "--k", "91", "--indices", "tbq4"], "k is 91; it must be from 1 to 90; the index has 90 vectors"),
+                              (["10", "--cpu-time", "--threads", "2"], "--cpu-time needs --threads 1")):
+            assert cli.main([*arguments, *more]) == 2
+            assert f"tbq: error: {message}" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert cli.main(["bench", "index"]) == 2
     assert capsys.readouterr().err == "tbq: error: tbq bench index needs faiss: pip install 'ggml-tbq[bench]'\n"

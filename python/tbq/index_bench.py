@@ -58,7 +58,8 @@ def spec_names(text: str) -> list[str]:
     names = list(dict.fromkeys(part for part in text.split(",") if part))
     for name in names:
         if not _SPEC.fullmatch(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, tbq4-unbiased, tbq4+4")
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, "
+                                             "tbq4-unbiased, tbq4+4")
     return names
 
 
@@ -70,6 +71,8 @@ def gaussian(dim: int, n: int, queries: int, seed: int = 0) -> Vectors:
 
 def split(name: str, x: Floats, queries: int) -> Vectors:
     """Unit vectors, of which some, chosen at random, are the queries."""
+    if not np.isfinite(x).all():
+        raise TBQError(f"{name} holds a NaN or an infinity")
     if len(x) < 2 * queries:
         raise TBQError(f"{name} has {len(x)} vectors; {queries} queries need twice as many")
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-30))
@@ -141,12 +144,18 @@ def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, 
     faiss = _faiss()
     faiss.omp_set_num_threads(threads)
     dim = base.shape[1]
-    # np: without the training of an order of the centroids that the plain search does not use, which takes longer than the rest
-    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8np", "pq9": f"PQ{dim // 2}x9np", "pqs": f"PQ{dim // 2}x8np", "pqfs": f"PQ{dim}x4fs"}
+    if spec in ("pq", "pq9", "pqs") and dim % 2:
+        raise TBQError(f"{spec} needs an even number of dimensions, not {dim}; leave it out of --indices")
+    # np: without the training of an order of the centroids that this search does not use, which takes longer than the rest
+    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8np", "pqs": f"PQ{dim // 2}x8np", "pq9": f"PQ{dim // 2}x9np",
+             "pqfs": f"PQ{dim}x4fs"}
     index = faiss.index_factory(dim, kinds[spec], faiss.METRIC_INNER_PRODUCT)
     if spec == "pqs":
         index.pq.train_type = faiss.ProductQuantizer.Train_shared
-    index.train(base[:train])
+    try:
+        index.train(base[:train])
+    except RuntimeError as error:  # too few vectors, for the most part
+        raise TBQError(f"faiss cannot train {spec} with {min(train, len(base))} vectors: {str(error).rpartition(': ')[2]}") from None
     index.add(base)
     size = 4 * dim if spec == "flat" else dim // 2 if spec == "pqfs" else index.sa_code_size()
 
@@ -177,30 +186,28 @@ def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds
             timed: int | None = None, report: Callable[[str], object] = lambda step: None) -> dict[str, Measured]:
     """Builds each index, then searches with all of them in turn, round by round: the best round of each counts.
 
-    train: vectors that faiss's indices are trained with, at the most.  clock: seconds.  timed: of the
-    queries, so many are timed (all).  Recall is measured against faiss's flat index.
+    train: vectors that faiss's indices are trained with, at the most.  clock: of seconds.  timed: so many of the queries are
+    timed (all).  Recall is measured against faiss's flat index.
     """
     found: dict[str, Measured] = {}
     searches: dict[str, Search] = {}
     some = vectors.queries[:timed]
-    with contextlib.suppress(KeyboardInterrupt):
-        truth = _theirs("flat", vectors.base, train, threads)[0](vectors.queries, k, threads)
-        for spec in specs:
-            report(f"{vectors.name}: building {spec}")
-            start = clock()
-            search, size = (_ours if spec.startswith("tbq") else _theirs)(spec, vectors.base, train, threads)
-            built = clock() - start
-            hits = sum(len(np.intersect1d(a, b)) for a, b in zip(search(vectors.queries, k, threads), truth))
-            found[spec] = Measured(size, built, hits / truth.size)
-            searches[spec] = search
-        for turn in range(rounds):
-            for spec, search in searches.items():
-                report(f"{vectors.name}: round {turn + 1}, {spec}")
-                one = found[spec]
-                one.batch = max(one.batch, _rate(search, some, k, threads, len(some), clock))
-                one.single = max(one.single, _rate(search, some[:50], k, 1, 1, clock))
-        return found
-    raise KeyboardInterrupt
+    truth = _theirs("flat", vectors.base, train, threads)[0](vectors.queries, k, threads)
+    for spec in specs:
+        report(f"{vectors.name}: building {spec}")
+        start = clock()
+        search, size = (_ours if spec.startswith("tbq") else _theirs)(spec, vectors.base, train, threads)
+        built = clock() - start
+        hits = sum(len(np.intersect1d(a, b)) for a, b in zip(search(vectors.queries, k, threads), truth))
+        found[spec] = Measured(size, built, hits / truth.size)
+        searches[spec] = search
+    for turn in range(rounds):
+        for spec, search in searches.items():
+            report(f"{vectors.name}: round {turn + 1}, {spec}")
+            one = found[spec]
+            one.batch = max(one.batch, _rate(search, some, k, threads, len(some), clock))
+            one.single = max(one.single, _rate(search, some[:50], k, 1, 1, clock))
+    return found
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -208,7 +215,8 @@ def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds
 
 def table(found: Mapping[str, Measured], k: int) -> str:
     """Markdown."""
-    lines = [f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |",
+             "|---|---|---|---|---|---|---|"]
     base = found.get("sq4")
     for spec, m in found.items():
         relative = f"{m.batch / base.batch:.2f}" if base and base.batch else ""
@@ -242,8 +250,10 @@ def draw(results: Mapping[str, Mapping[str, Measured]], k: int, format: str) -> 
 
 def _sets(args: argparse.Namespace) -> Iterator[Vectors]:
     """One after the other, because a set may take much memory."""
-    for path in args.vectors or ():
-        yield split(path.stem, np.ascontiguousarray(read_vectors(path)[:args.n + args.queries], np.float32), args.queries)
+    paths = args.vectors or []
+    for path in paths:
+        name = path.stem if [p.stem for p in paths].count(path.stem) == 1 else str(path)
+        yield split(name, np.ascontiguousarray(read_vectors(path)[:args.n + args.queries], np.float32), args.queries)
     for name in args.sets:
         if name == "text":
             yield split("text", embed(sentences()[:args.n + args.queries]), args.queries)
@@ -261,6 +271,13 @@ def set_names(text: str) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    try:
+        return _compare(args)
+    except MemoryError:
+        raise TBQError(f"no room for {args.n} vectors; fewer with --n") from None
+
+
+def _compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     faiss = _faiss()
@@ -276,28 +293,33 @@ def _run(args: argparse.Namespace) -> int:
     format = _pictures.picture_format(args.plot) if args.plot else ""
     results: dict[str, dict[str, Measured]] = {}
     shapes = {}
-    with interruptible(), contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, leave=False))
+    complete, clock = False, time.process_time if args.cpu_time else time.perf_counter
+    with interruptible(), tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar, contextlib.suppress(KeyboardInterrupt):
         for vectors in _sets(args):
             shapes[vectors.name] = vectors.base.shape
-            results[vectors.name] = measure(vectors, args.specs, args.k, args.threads, args.rounds, args.train, time.process_time if args.cpu_time else time.perf_counter, args.timed,
-                                             bar.set_description_str)
+            results[vectors.name] = measure(vectors, args.specs, args.k, args.threads, args.rounds, args.train, clock, args.timed,
+                                            bar.set_description_str)
             if not args.json:
                 bar.clear()
                 n, dim = vectors.base.shape
-                print(f"{vectors.name}: {n} vectors of {dim}, {len(vectors.queries)} queries\n\n{table(results[vectors.name], args.k)}\n", flush=True)
-    if args.plot:
+                print(f"{vectors.name}: {n} vectors of {dim}, {args.queries} queries\n\n{table(results[vectors.name], args.k)}\n", flush=True)
+        complete = True
+    if args.plot and results:
         _pictures.replace(args.plot, draw(results, args.k, format))
     facts = {"tbq": __version__, "faiss": faiss.__version__, "kernels": _kernels(), "faiss_instructions": faiss.get_compile_options().strip(),
-             "machine": platform.processor() or platform.machine(), "threads": args.threads, "rounds": args.rounds, "cpu_time": args.cpu_time, "train": args.train, "k": args.k}
+             "machine": platform.machine(), "threads": args.threads, "rounds": args.rounds, "cpu_time": args.cpu_time,
+             "train": args.train, "k": args.k}
     if args.json:
         print(json.dumps({**facts, "sets": {name: {"n": shapes[name][0], "dim": shapes[name][1], "queries": args.queries,
                                                    "indices": {spec: dataclasses.asdict(m) for spec, m in found.items()}}
                                             for name, found in results.items()}}, indent=2))
     else:
-        print(f"tbq {__version__} ({facts['kernels']}), faiss {faiss.__version__} ({facts['faiss_instructions']}); {args.threads} threads; "
-              f"best of {args.rounds} rounds; faiss trained with up to {args.train} vectors; bytes without ids")
-    return 0
+        print(f"tbq {__version__} ({facts['kernels']}), faiss {faiss.__version__} ({facts['faiss_instructions']}); "
+              f"{args.threads} threads{', seconds of the processor' * args.cpu_time}; best of {args.rounds} rounds; "
+              f"faiss trained with up to {args.train} vectors; bytes without ids")
+    if not complete:
+        print("tbq: interrupted", file=sys.stderr)
+    return 0 if complete else 130
 
 
 def _kernels() -> str:
@@ -311,21 +333,29 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("examples: tbq bench index --plot recall.png\n"
                      "          tbq bench index --sets 128,384,768,1536 --indices sq4,sq8,tbq4,tbq4+4\n"
                      "          tbq bench index --vectors embeddings.npy --k 100\n\n"
-                     "indices: faiss's flat, sq8, sq4, pq (a byte for two dimensions; pq9: 9 bits; pqs: one codebook for all),\n         pqfs (4 bits each, fast scan); ours tbq4, tbq3, tbq2,\n"
-                     "         -unbiased for the other estimator, +r for the best r k rescored with float16 vectors")
+                     "indices: faiss's flat, sq8, sq4, pq (a byte for two dimensions; pq9: 9 bits; pqs: one codebook for all),\n"
+                     "         pqfs (4 bits for each, fast scan); ours tbq4, tbq3, tbq2, followed by -unbiased for the other estimator,\n"
+                     "         by +r to rescore the best r k with float16 vectors")
     parser.add_argument("--sets", type=set_names, metavar="NAME,...",
                         help="text (sentence embeddings of Python's documentation) or a number of dimensions, for vectors that are uniform on the "
                              "sphere (text,128, or none with --vectors)")
-    parser.add_argument("--vectors", type=pathlib.Path, action="append", metavar="FILE.npy", help="a set of your own, of shape (n, dim); may be repeated")
-    parser.add_argument("--indices", type=spec_names, dest="specs", default=DEFAULT, metavar="INDEX,...", help="what to compare (%(default)s)")
+    parser.add_argument("--vectors", type=pathlib.Path, action="append", metavar="FILE.npy",
+                        help="a set of your own, of shape (n, dim); may be repeated")
+    parser.add_argument("--indices", type=spec_names, dest="specs", default=DEFAULT, metavar="INDEX,...",
+                        help="what to compare (%(default)s)")
     parser.add_argument("--n", type=at_least_one, default=100000, metavar="N", help="vectors of a set at the most (%(default)s)")
-    parser.add_argument("--queries", type=at_least_one, default=1000, metavar="N", help="queries, which are not in the set (%(default)s)")
+    parser.add_argument("--queries", type=at_least_one, default=1000, metavar="N",
+                        help="queries, which are not in the set (%(default)s)")
     parser.add_argument("--timed", type=at_least_one, metavar="N", help="of the queries, so many are timed (all)")
     parser.add_argument("--k", type=at_least_one, default=10, metavar="K", help="neighbours to find (%(default)s)")
     parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads, of faiss too (%(default)s)")
-    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured; the best counts (%(default)s)")
-    parser.add_argument("--train", type=at_least_one, default=65536, metavar="N", help="vectors that faiss trains with at the most (%(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds instead of the wall clock's: for busy machines, with --threads 1")
+    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N",
+                        help="times that each is measured; the best counts (%(default)s)")
+    parser.add_argument("--train", type=at_least_one, default=65536, metavar="N",
+                        help="vectors that faiss trains with at the most (%(default)s)")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="count the processor's seconds instead of the wall clock's: for busy machines, with --threads 1")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="PICTURE", help="draw recall against queries per second; the ending says the format")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="PICTURE",
+                        help="draw recall against queries per second; the ending says the format")
     parser.set_defaults(run=_run)

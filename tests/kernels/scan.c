@@ -50,7 +50,8 @@ static float * gaussians(int64_t n) {
 
 // A seed's problem.  Some have equal vectors, for ties; some scales that are NaN, which must never be found.
 static problem make(void) {
-    problem p = { .type = TBQ_TYPE_TBQ2_0 + (int) below(3), .blocks = 1 + below(below(4) ? 3 : 24), .n = below(6) ? below(200) : below(3000) };
+    problem p = { .type = TBQ_TYPE_TBQ2_0 + (int) below(3), .blocks = 1 + below(below(4) ? 3 : 24) };
+    p.n         = below(6) ? below(200) : below(3000);
     p.first     = below(2) ? 0 : below(p.n + 1) / 16 * 16;
     p.last      = below(2) ? p.n : p.first + below(p.n - p.first + 1);
     p.n_queries = below(20);
@@ -105,6 +106,10 @@ static void release(problem * p) {
 static result empty(const problem * p) {
     const size_t count = (size_t) (p->n_queries * p->k);
     return (result) { allocate(count * sizeof(float)), allocate(count * sizeof(int64_t)) };
+}
+
+static void search(const tbq_kernels * k, const problem * p, result r) {
+    k->scan->search[p->type - TBQ_TYPE_TBQ2_0](&p->rows, p->first, p->last, p->prepared, p->n_queries, p->k, r.scores, r.positions);
 }
 
 static int same(const problem * p, result a, result b) {
@@ -183,14 +188,15 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < problems; i++) {
         problem p         = make();
         result  reference = empty(&p);
-        list[0]->scan->search[p.type - TBQ_TYPE_TBQ2_0](&p.rows, p.first, p.last, p.prepared, p.n_queries, p.k, reference.scores, reference.positions);
+        search(list[0], &p, reference);
         int wrong = !layout_returns(&p) + !plausible(&p, reference);
         for (int j = 1; j < count; j++) {
             if (list[j]->supported()) {
                 result r = empty(&p);
-                list[j]->scan->search[p.type - TBQ_TYPE_TBQ2_0](&p.rows, p.first, p.last, p.prepared, p.n_queries, p.k, r.scores, r.positions);
+                search(list[j], &p, r);
                 if (!same(&p, reference, r)) {
-                    printf("%s differs: problem %d, type %d, %lld blocks, %lld vectors\n", list[j]->name, i, p.type, (long long) p.blocks, (long long) p.n);
+                    printf("%s differs: problem %d, type %d, %lld blocks, %lld vectors\n", list[j]->name, i, p.type, (long long) p.blocks,
+                           (long long) p.n);
                     wrong++;
                 }
                 free(r.scores);
