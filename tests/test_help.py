@@ -61,7 +61,7 @@ def test_bash_completes(tmp_path, capsys):
         done = subprocess.run(["bash", "--norc", "-c", COMPLETE, "bash", script, *words], capture_output=True, text=True, cwd=tmp_path)
         return done.stdout.split()
 
-    assert complete("tbq", "se") == ["serve"]
+    assert complete("tbq", "ser") == ["serve"]
     assert complete("tbq", "bench", "sp") == ["speed"]
     assert complete("tbq", "completion", "") == ["bash", "zsh", "fish"]
     assert complete("tbq", "plan", "model.gguf", "--mem") == ["--memory"]

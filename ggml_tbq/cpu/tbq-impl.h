@@ -38,6 +38,13 @@ extern const struct tbq_attention_kernels tbq_attention_avx512vnni;
 extern const struct tbq_attention_kernels tbq_attention_neon;
 extern const struct tbq_attention_kernels tbq_attention_neon_dotprod;
 
+extern const struct tbq_scan_kernels tbq_scan_ref;
+extern const struct tbq_scan_kernels tbq_scan_avx2;
+extern const struct tbq_scan_kernels tbq_scan_avx512;
+extern const struct tbq_scan_kernels tbq_scan_avx512vnni;
+extern const struct tbq_scan_kernels tbq_scan_neon;
+extern const struct tbq_scan_kernels tbq_scan_neon_dotprod;
+
 #ifdef _MSC_VER
 #include <intrin.h>
 #define TBQ_COUNT_TRAILING_ZEROS(x) ((int) _tzcnt_u64(x))
@@ -148,6 +155,14 @@ TBQ_INLINE const int16_t * tbq_thresholds(int bits, int scale) {
 TBQ_INLINE size_t tbq_block_bytes(int bits) {
     return bits == 2 ? sizeof(block_tbq2_0) : bits == 3 ? sizeof(block_tbq3_0) : sizeof(block_tbq4_0);
 }
+
+// 32-bit words of a block behind d.
+TBQ_INLINE int tbq_block_words(int bits) {
+    return (int) (tbq_block_bytes(bits) - sizeof(uint16_t)) / 4;
+}
+
+// F(0) ... F(7), where a loop's counter must be a constant whatever the compiler unrolls
+#define TBQ_EACH_OF_8(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
 
 TBQ_INLINE const uint8_t * tbq_qs(const void * block) {
     return (const uint8_t *) block + offsetof(block_tbq3_0, qs);

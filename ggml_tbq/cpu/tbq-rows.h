@@ -1,8 +1,8 @@
 // Rows, block by block, from the pieces that each instruction set defines; included once, at the end of each
 // implementation file.  Here are the steps that every implementation must take in the same way.
 //
-// The file that includes this defines TBQ_KERNELS (the symbol), TBQ_KERNELS_NAME, TBQ_ATTENTION (the symbol of
-// its attention kernels), and, on one block:
+// The file that includes this defines TBQ_KERNELS (the symbol), TBQ_KERNELS_NAME, TBQ_ATTENTION and
+// TBQ_SCAN_KERNELS (the symbols of its attention and search kernels), and, on one block:
 //
 //   int supported(void)                                   does this machine run it?
 //   float half_to_float(uint16_t h)
@@ -287,4 +287,5 @@ const tbq_kernels TBQ_KERNELS = {
     .rotate       = rotate,
     .unrotate     = unrotate,
     .attention    = &TBQ_ATTENTION,
+    .scan         = &TBQ_SCAN_KERNELS,
 };

@@ -205,6 +205,7 @@ typedef struct {
     void (*rotate)(const float * src, float * dst, int64_t n);
     void (*unrotate)(const float * src, float * dst, int64_t n);
     const struct tbq_attention_kernels * attention; // what tbq-attention.h uses
+    const struct tbq_scan_kernels * scan;           // what tbq-scan.h uses
 } tbq_kernels;
 
 // Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their

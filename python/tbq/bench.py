@@ -1,4 +1,5 @@
-"""Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py."""
+"""Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py, `tbq bench index` in
+index_bench.py."""
 import argparse
 import contextlib
 import dataclasses
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tbq import caches, quality, shape
+from tbq import caches, index_bench, quality, shape
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Cache, TypePair
 from tbq.errors import TBQError
@@ -269,8 +270,8 @@ def _define_speed(parser: argparse.ArgumentParser) -> None:
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """measure the speed, or the quality, of cache types side by side"""
-    parser.epilog = "examples: tbq bench speed, tbq bench quality --model model.gguf; each has its own --help"
+    """measure the speed or the quality of cache types, or the vector index, side by side with others"""
+    parser.epilog = "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench index; each has its own --help"
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, of in (("speed", _define_speed), ("quality", quality.define)):
+    for name, of in (("speed", _define_speed), ("quality", quality.define), ("index", index_bench.define)):
         of(commands.add_parser(name, help=of.__doc__, description=of.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))

@@ -120,6 +120,11 @@ def _select(options: Sequence[str], names: dict[str, bool]) -> Iterator[str]:
                 yield from [value for value in [next(rest, None)] if value is not None]
 
 
+def model_options(options: Sequence[str]) -> list[str]:
+    """Those of llama.cpp's options that the measuring needs too."""
+    return list(_select(options, _MODEL_OPTIONS | _ROPE_OPTIONS))
+
+
 def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: bytes | None = None, chunks: int | None = None,
               options: Sequence[str] = (), on_chunk: Callable[[int, int], None] | None = None) -> str:
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
@@ -209,7 +214,7 @@ def of_model(model: str | os.PathLike[str], context: int, options: Sequence[str]
         say(f"measuring the mean of the keys of {pathlib.Path(model).name}, once; it is kept in {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(model, path, context, options=[*_select(options, _MODEL_OPTIONS | _ROPE_OPTIONS)])
+        calibrate(model, path, context, options=model_options(options))
     except OSError as error:
         raise TBQError(f"the means of the keys cannot be kept in {path.parent}: {error.strerror or error}") from None
     return path

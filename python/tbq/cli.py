@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tbq import __version__, bench, center, conversion, inspection, server
+from tbq import __version__, bench, center, conversion, inspection, server, vectors
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
@@ -79,6 +79,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": inspection.define,
     "paths": _paths,
     "plan": define_plan,
+    "search": vectors.define,
     "serve": server.define,
 }
 

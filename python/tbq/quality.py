@@ -20,7 +20,7 @@ from tbq import caches
 from tbq._pictures import picture_format, replace
 from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
 from tbq.caches import Model, TypePair
-from tbq.center import calibrate
+from tbq.center import calibrate, model_options
 from tbq.errors import TBQError
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -209,7 +209,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
             uncentered = ""
             if any(pair.centered for pair in pairs):
                 try:
-                    calibrate(model.path, folder / CENTER, context, text=center_text, options=[*options, "-t", str(threads)])
+                    calibrate(model.path, folder / CENTER, context, text=center_text, options=[*model_options(options), "-t", str(threads)])
                 except TBQError as error:
                     uncentered = str(error)
             for i, pair in enumerate(pairs):

@@ -1,0 +1,2 @@
+// AVX-512 with VNNI: the same code, its flags turn on the fused integer dot products.
+#include "tbq-scan-avx512.c"

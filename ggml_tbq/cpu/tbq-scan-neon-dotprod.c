@@ -1,0 +1,2 @@
+// NEON with the dot product instructions: the same code, its flags turn them on.
+#include "tbq-scan-neon.c"

@@ -1,0 +1,626 @@
+"""A vector index: nearest neighbours by inner product, cosine or distance, over vectors of 2 to 4 bits a value.
+
+    >>> import numpy as np
+    >>> from tbq.index import Index
+    >>> x = np.random.default_rng(0).standard_normal((1000, 100), dtype=np.float32)
+    >>> index = Index(100, bits=4, metric="cosine")
+    >>> index.add(x)[-1]
+    999
+    >>> scores, ids = index.search(x[:2], k=3)
+    >>> ids.shape, ids[:, 0].tolist()
+    ((2, 3), [0, 1])
+
+There is no training: a vector is scaled to unit rms, cut into blocks of 64 values (the last filled up with zeros) and
+quantized as tbq2_0, tbq3_0 or tbq4_0; its length is kept as a float.  Every search scans all of them.
+
+FILE (version 1; little-endian; sections begin at multiples of 64, filled up with zeros)
+
+    offset  type      what
+         0  char[8]   TBQINDEX
+         8  u32       version of this layout: 1
+        12  u32       version of the block format (tbq.h): 1
+        16  u32       bits: 2, 3 or 4
+        20  u32       metric: 0 ip, 1 cosine, 2 l2
+        24  u32       estimator: 0 mse, 1 unbiased
+        28  u32       bytes of a value of the originals: 0 (none kept), 2 or 4
+        32  u64       dim
+        40  u64       n, the number of vectors; groups = ceil(n / 16), blocks = ceil(dim / 64)
+        48  u64       next: the id that the next vector gets, above every other
+        56  u32[6]    CRC-32 of each section
+        80  u32       CRC-32 of the bytes before
+        84  -         zeros up to 128
+
+    section    type  shape                         what
+    d          f16   groups, blocks, 16            scales of the blocks (tbq-scan.h)
+    codes      u32   groups, blocks, words, 16     the blocks without them; words is 4, 6 or 8
+    mul        f32   groups * 16                   what a dot product is multiplied with: a vector's length, and more
+    add        f32   groups * 16; none but for l2  -|x|^2 / 2
+    ids        i64   n                             at least 0, none twice
+    originals  f16   n, dim; f32, or none          for rescoring; unit vectors for cosine
+
+Lanes of the last group that have no vector are zero.  The file ends with the last section.
+"""
+import concurrent.futures
+import math
+import mmap
+import operator
+import os
+import pathlib
+import secrets
+import stat
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from tbq import blocks
+from tbq._ffi import ffi, lib
+from tbq._run import cores
+from tbq._types import BLOCK, types
+from tbq._version import FORMAT_VERSION
+from tbq.errors import TBQError
+
+__all__ = ["Index"]
+
+Metric = Literal["ip", "cosine", "l2"]
+Estimator = Literal["mse", "unbiased"]
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+_METRICS = ("ip", "cosine", "l2")
+_ESTIMATORS = ("mse", "unbiased")
+_KEEPS = {None: 0, "float16": 2, "float32": 4}
+_LANES = 16  # vectors of a group, as in tbq-scan.h
+_LONGEST = 2.0**60  # of a vector: products and squares then fit floats
+_MOST_DIMENSIONS = 1 << 20
+_CHUNK = 1 << 20  # values that are encoded at a time
+
+_MAGIC, _VERSION, _ALIGN, _HEADER = b"TBQINDEX", 1, 64, 128
+_FIXED = struct.Struct("<8s6I3Q")
+_SUMS = struct.Struct("<6I")
+_SUM = struct.Struct("<I")
+
+
+class Index:
+    """Vectors of one dimension, each with an id of its own, and the search for those nearest to a query.
+
+    dim: values of a vector, at least 1.  bits: 2, 3 or 4; a vector takes bits + 0.25 bits a value, 4 bytes for its length
+    (8 for l2) and 8 for its id.  metric: "ip", the inner product; "cosine"; "l2", the squared Euclidean distance.
+    estimator: "mse" estimates a product with the least squared error, but too small, in the mean by the share of a
+    vector's energy that quantization lost (0.7 % at 4 bits, 3 % at 3, 11 % at 2); "unbiased" divides that out, vector by vector
+    (the estimator of RaBitQ, arXiv 2405.12497), which leaves more variance.  keep: "float16" or "float32" keeps the
+    vectors too, for `rescore`.
+    Searches may run at the same time; a change of the index needs it alone.
+    Raises TBQError for other arguments.
+    """
+
+    def __init__(self, dim: SupportsIndex, bits: SupportsIndex = 4, metric: Metric = "ip", *, estimator: Estimator = "mse",
+                 keep: Literal["float16", "float32"] | None = None) -> None:
+        self.dim = _integer(dim, "dim", 1, _MOST_DIMENSIONS)
+        self.bits = _integer(bits, "bits", 2, 4)
+        self.metric: Metric = _one_of(metric, "metric", _METRICS)
+        self.estimator: Estimator = _one_of(estimator, "estimator", _ESTIMATORS)
+        self.keep = _one_of(keep, "keep", tuple(_KEEPS))
+        self._type = types[f"tbq{self.bits}_0"]
+        self._blocks = -(-self.dim // BLOCK)
+        self._n = 0
+        self._next = 0
+        self._owned = True  # not a view of a file
+        self._arrays = {name: _zeros(shape, dtype) for name, (shape, dtype) in self._layout(0).items()}
+        self._positions: dict[int, int] | None = None  # of ids, once somebody asks
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __repr__(self) -> str:
+        return (f"Index({self.dim}, bits={self.bits}, metric={self.metric!r}, estimator={self.estimator!r}, keep={self.keep!r}): "
+                f"{self._n} vectors, {self.nbytes} bytes")
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, (int, np.integer)) and int(id) in self._lookup()
+
+    @property
+    def ids(self) -> Ids:
+        """A copy of the ids, int64 of shape (len,), in no particular order once vectors were removed."""
+        return self._arrays["ids"][:self._n].copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors, their lengths, ids and originals: what a file has but for its header."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout(self._n).values())
+
+    # --- changes --------------------------------------------------------------------------------------------------
+
+    def add(self, vectors: npt.ArrayLike, *, threads: int | None = None, progress: Callable[[int], object] | None = None) -> Ids:
+        """Adds vectors under the next free ids and returns these.
+
+        vectors: numbers of shape (n, dim), or (dim,) for one; a memory-mapped array is read piece by piece.  threads: all
+        cores by default.  progress: called with the number of vectors just encoded, from the threads.
+        Raises TBQError for another shape, a NaN, an infinity, a length of 2^60 or more, with metric "cosine" for a zero
+        vector, with keep "float16" for values that it cannot hold; nothing is added then.
+        """
+        x = self._rows(vectors, "vectors")
+        return self._add(x, np.arange(self._next, self._next + len(x), dtype=np.int64), threads, progress)
+
+    def add_with_ids(self, vectors: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = None,
+                     progress: Callable[[int], object] | None = None) -> None:
+        """Adds vectors under ids of the caller's choice: integers from 0 to 2^63 - 2, of shape (n,), none twice.
+
+        Otherwise as add.  Raises TBQError too for an id that the index has already, or that is there twice; nothing is
+        added then.
+        """
+        x = self._rows(vectors, "vectors")
+        chosen = _ids(ids)
+        if len(chosen) != len(x):
+            raise TBQError(f"there are {len(x)} vectors and {len(chosen)} ids")
+        _none_twice(chosen)
+        if len(chosen) and chosen.min() < self._next:  # above every other id there is nothing to look up
+            lookup = self._lookup()
+            taken = next((id for id in chosen.tolist() if id in lookup), None)
+            if taken is not None:
+                raise TBQError(f"id {taken} is in the index already")
+        self._add(x, chosen, threads, progress)
+
+    def _add(self, x: npt.NDArray[Any], ids: Ids, threads: int | None, progress: Callable[[int], object] | None) -> Ids:
+        workers = _threads(threads)
+        self._reserve(self._n + len(x))
+        step = max(1, min(_CHUNK // (self._blocks * BLOCK), -(-len(x) // workers)))
+
+        def encode(start: int) -> None:
+            self._encode(x[start:start + step], start, self._n + start)
+            if progress:
+                progress(min(step, len(x) - start))
+
+        try:
+            _each(encode, range(0, len(x), step), workers)
+        except BaseException:
+            self._clear(self._n, self._n + len(x))
+            raise
+        self._arrays["ids"][self._n:self._n + len(x)] = ids
+        if self._positions is not None:
+            self._positions.update(zip(ids.tolist(), range(self._n, self._n + len(x))))
+        if len(x):  # what is written above n does not count until now
+            self._next = max(self._next, int(ids.max()) + 1)
+            self._n += len(x)
+        return ids
+
+    def _encode(self, values: npt.NDArray[Any], row: int, position: int) -> None:
+        """Writes vectors, of which the first is the caller's number `row`, to where position is the first's place."""
+        with np.errstate(over="ignore"):
+            x = np.ascontiguousarray(values, np.float32)
+        m, width = len(x), self._blocks * BLOCK
+        unit, length = _units(x, "vectors", row, zero_is_fine=self.metric != "cosine")
+        padded = np.zeros((m, width), np.float32)
+        np.multiply(unit, math.sqrt(width), out=padded[:, :self.dim])
+        packed = blocks.quantize(padded, self._type.name)
+        factor = (np.ones(m) if self.metric == "cosine" else length) / math.sqrt(width)
+        if self.estimator == "unbiased":
+            inner = np.einsum("ij,ij->i", padded, blocks.dequantize(packed, self._type.name, padded.shape))
+            factor *= np.where(inner > 0, width / np.where(inner > 0, inner, 1), 1)
+        arrays = self._arrays
+        status = lib.tbq_scan_put(self._type.id, self._blocks, _pointer("char[]", packed), position, m,
+                                  _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]))
+        _check(status)
+        arrays["mul"][position:position + m] = factor
+        if self.metric == "l2":
+            arrays["add"][position:position + m] = -0.5 * length**2
+        if self.keep:
+            with np.errstate(over="ignore"):
+                kept = (unit if self.metric == "cosine" else x).astype(self.keep)
+            _complain(~np.isfinite(kept).all(axis=1), "vectors", row, "holds a value that float16 cannot; keep 'float32' can")
+            arrays["originals"][position:position + m] = kept
+
+    def remove(self, ids: npt.ArrayLike) -> None:
+        """Removes the vectors of ids, an integer or integers of shape (n,).
+
+        The last vectors move into the places that become free.
+        Raises TBQError for an id that is not in the index, or that is there twice; nothing is removed then.
+        """
+        chosen = _ids(ids)
+        _none_twice(chosen)
+        places = self._places(chosen)
+        self._reserve(self._n)
+        left = self._n - len(places)
+        holes = np.sort(places[places < left])
+        movers = np.setdiff1d(np.arange(left, self._n), places, assume_unique=True)
+        for name, array in self._used():
+            array[_at(name, holes)] = array[_at(name, movers)]
+        self._clear(left, self._n)
+        self._n = left
+        if self._positions is not None:
+            for id in chosen.tolist():
+                del self._positions[id]
+            self._positions.update(zip(self._arrays["ids"][holes].tolist(), holes.tolist()))
+
+    # --- questions ------------------------------------------------------------------------------------------------
+
+    def search(self, queries: npt.ArrayLike, k: SupportsIndex = 10, *, rescore: SupportsIndex = 1,
+               threads: int | None = None) -> tuple[Floats, Ids]:
+        """The k vectors nearest to each query: (scores, ids), the best first.
+
+        queries: numbers of shape (n, dim), or (dim,) for one.  k: 1 to len.  rescore: r above 1 finds the r * k best and
+        picks among them by exact products with the vectors kept.  threads: all cores by default.
+        Returns float32 and int64 of shape (n, k), or (k,) for one query.  Scores are estimates of inner products or
+        cosines, descending, or of squared distances, ascending; with rescore they are exact, up to keep's rounding.
+        The same on every machine and for any number of threads.
+        Raises TBQError for another shape, a NaN, an infinity, a zero query with metric "cosine", an empty index, another
+        k, and rescore without vectors kept.
+        """
+        q = self._rows(queries, "queries")
+        if not self._n:
+            raise TBQError("the index is empty")
+        wanted = _integer(k, "k", 1, self._n, of=f"; the index has {self._n} vectors")
+        factor = _integer(rescore, "rescore", 1, 1 << 31)
+        if factor > 1 and not self.keep:
+            raise TBQError("rescore needs the vectors themselves; make the index with keep='float16'")
+        with np.errstate(over="ignore"):
+            q = np.ascontiguousarray(q, np.float32)
+        unit, length = _units(q, "queries", 0, zero_is_fine=self.metric != "cosine")
+        if self.metric == "cosine":
+            q = unit
+        scores, places = self._scan(q, min(wanted * factor, self._n), _threads(threads))
+        if factor > 1:
+            scores, places = self._rescored(q, places, wanted)
+        elif self.metric == "l2":
+            scores = np.maximum(length[:, None]**2 - 2.0 * scores, 0).astype(np.float32)
+        ids = np.where(places < 0, -1, self._arrays["ids"][places])
+        one = np.ndim(queries) == 1
+        return (scores[0], ids[0]) if one else (scores, ids)
+
+    def _scan(self, q: Floats, k: int, threads: int) -> tuple[Floats, Ids]:
+        """Scores as tbq-scan.h defines them, and positions."""
+        width = self._blocks * BLOCK
+        padded = np.zeros((len(q), width), np.float32)
+        padded[:, :self.dim] = q
+        # d, bias and 64 bytes: tbq_scan_query
+        prepared = np.empty((len(q), self._blocks * ffi.sizeof("tbq_scan_query")), np.uint8)
+        _check(lib.tbq_scan_prepare(_pointer("float[]", padded), _pointer("tbq_scan_query[]", prepared), padded.size))
+        rows = self._scan_rows()
+
+        def task(queries: slice, first: int, last: int) -> tuple[Floats, Ids]:
+            part = prepared[queries]
+            scores, places = np.empty((len(part), k), np.float32), np.empty((len(part), k), np.int64)
+            _check(lib.tbq_scan_search(rows[0], first, last, _pointer("tbq_scan_query[]", part), len(part), k,
+                                       _pointer("float[]", scores), _pointer("int64_t[]", places)))
+            return scores, places
+
+        if len(q) * self._n * width < 1 << 22:  # a thread takes longer to start
+            threads = 1
+        if threads == 1 or len(q) >= 8 * threads:  # each task some queries, and eight at once unpack codes once
+            step = max(8, min(64, -(-len(q) // threads + 7) // 8 * 8)) if threads > 1 else max(len(q), 1)
+            parts = _each(lambda at: task(slice(at, at + step), 0, self._n), range(0, len(q), step), threads)
+            if not parts:
+                return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+            return np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts])
+        step = -(-self._n // threads + _LANES - 1) // _LANES * _LANES
+        parts = _each(lambda at: task(slice(None), at, min(at + step, self._n)), range(0, self._n, step), threads)
+        return _best(np.concatenate([s for s, _ in parts], 1), np.concatenate([p for _, p in parts], 1), k)
+
+    def _rescored(self, q: Floats, places: Ids, k: int) -> tuple[Floats, Ids]:
+        kept = self._arrays["originals"]
+        scores = np.empty(places.shape, np.float32)
+        step = max(1, _CHUNK // (places.shape[1] * self.dim))
+        for at in range(0, len(q), step):
+            some = kept[places[at:at + step]].astype(np.float32)  # queries, candidates, dim
+            if self.metric == "l2":
+                some -= q[at:at + step, None]
+                scores[at:at + step] = -np.einsum("qcd,qcd->qc", some, some)
+            else:
+                scores[at:at + step] = (some @ q[at:at + step, :, None])[..., 0]
+        scores, places = _best(np.where(places < 0, -np.inf, scores), places, k)
+        return (-scores if self.metric == "l2" else scores), places
+
+    def reconstruct(self, ids: npt.ArrayLike) -> Floats:
+        """What the vectors of ids became: float32 of shape (n, dim), or (dim,) for one id; unit vectors for cosine.
+
+        Raises TBQError for an id that is not in the index.
+        """
+        places = self._places(_ids(ids))
+        packed = np.empty((len(places), self._blocks * self._type.block_bytes), np.uint8)
+        arrays = self._arrays
+        status = lib.tbq_scan_get(self._type.id, self._blocks, _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]),
+                                  _pointer("int64_t[]", places), len(places), _pointer("char[]", packed))
+        _check(status)
+        values = blocks.dequantize(packed, self._type.name, (len(places), self._blocks * BLOCK))[:, :self.dim]
+        scaled: Floats = values * arrays["mul"][places, None]
+        return scaled[0] if np.ndim(ids) == 0 else scaled
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file whole or not at all: under another name beside it, to the disk, and then renamed.
+
+        What was there before stays until the new file is complete.  An index that was loaded from it keeps reading the old one.
+        """
+        _little_endian()
+        layout = self._layout(self._n)
+        sections = [self._arrays[name][:shape[0]] for name, (shape, _) in layout.items()]
+        fixed = _FIXED.pack(_MAGIC, _VERSION, FORMAT_VERSION, self.bits, _METRICS.index(self.metric), _ESTIMATORS.index(self.estimator),
+                            _KEEPS[self.keep], self.dim, self._n, self._next)
+        head = fixed + _SUMS.pack(*(zlib.crc32(_bytes(section)) for section in sections))
+        head += _SUM.pack(zlib.crc32(head))
+        _write(pathlib.Path(path), [head, *map(_bytes, sections)])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Index":
+        """The index of a file, which stays on the disk: pages are read when they are needed, and copied before a change.
+
+        verify: compare the checksums of the sections, which reads the file once; the header is always checked, and every
+        number in it against the size of the file.  The file must not be changed in place while the index is in use; save()
+        does not.
+        Raises TBQError for a file that is not an index, is truncated or damaged; OSError for one that cannot be read.
+        """
+        _little_endian()
+        path = pathlib.Path(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise TBQError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            head = file.read(_HEADER)
+            index, sums = cls._from_header(head, path)
+            size = os.fstat(file.fileno()).st_size
+            layout = index._layout(index._n)
+            expected = _offsets(layout)
+            if size != expected[-1]:
+                raise TBQError(f"{path} has {size} bytes; an index of {index._n} vectors has {expected[-1]}: it is truncated or damaged")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for (name, (shape, dtype)), at, checksum in zip(layout.items(), expected, sums):
+            array = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
+            if verify and zlib.crc32(_bytes(array)) != checksum:
+                raise TBQError(f"{path} is damaged: the checksum of its section {name!r} is wrong")
+            index._arrays[name] = array
+        if verify:
+            index._verify(path)
+        index._owned = False
+        return index
+
+    @classmethod
+    def _from_header(cls, head: bytes, path: pathlib.Path) -> "tuple[Index, tuple[int, ...]]":
+        """An index with the properties and the number of vectors of a file, but none of its arrays; and the checksums."""
+        if len(head) < len(_MAGIC) or not head.startswith(_MAGIC):
+            raise TBQError(f"{path} is not an index of tbq")
+        if len(head) < _HEADER:
+            raise TBQError(f"{path} has {len(head)} bytes; its header has {_HEADER}: it is truncated")
+        _, version, blocks_version, bits, metric, estimator, keep, dim, n, next_id = _FIXED.unpack_from(head)
+        if version != _VERSION or blocks_version != FORMAT_VERSION:
+            raise TBQError(f"{path} has version {version}.{blocks_version}; this tbq reads {_VERSION}.{FORMAT_VERSION}")
+        at = _FIXED.size + _SUMS.size
+        if _SUM.unpack_from(head, at)[0] != zlib.crc32(head[:at]):
+            raise TBQError(f"{path} is damaged: the checksum of its header is wrong")
+        kept = next((name for name, size in _KEEPS.items() if size == keep), "unknown")
+        if (not 2 <= bits <= 4 or metric >= len(_METRICS) or estimator >= len(_ESTIMATORS) or kept == "unknown"
+                or not 1 <= dim <= _MOST_DIMENSIONS or max(n, next_id) >= 1 << 63 or any(head[at + _SUM.size:])):
+            raise TBQError(f"{path} is damaged: its header makes no sense")
+        index = cls(dim, bits, _METRICS[metric], estimator=_ESTIMATORS[estimator], keep=kept)  # type: ignore[arg-type]
+        index._n, index._next = n, next_id
+        return index, _SUMS.unpack_from(head, _FIXED.size)
+
+    def _verify(self, path: pathlib.Path) -> None:
+        """What checksums do not show in a file that somebody made up."""
+        ids = np.sort(self._arrays["ids"])
+        if len(ids) and (ids[0] < 0 or ids[-1] >= self._next or (ids[1:] == ids[:-1]).any()):
+            raise TBQError(f"{path} is damaged: an id is there twice or out of range")
+        if not all(np.isfinite(self._arrays[name]).all() for name in ("d", "mul", "add")):
+            raise TBQError(f"{path} is damaged: it has a NaN or an infinity")
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _layout(self, n: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and dtype of each array for n vectors, in the order of the file."""
+        groups = -(-n // _LANES)
+        lanes = groups * _LANES
+        return {
+            "d": ((groups, self._blocks, _LANES), np.dtype("<f2")),
+            "codes": ((groups, self._blocks, lib.tbq_scan_words(self._type.id), _LANES), np.dtype("<u4")),
+            "mul": ((lanes,), np.dtype("<f4")),
+            "add": ((lanes if self.metric == "l2" else 0,), np.dtype("<f4")),
+            "ids": ((n,), np.dtype("<i8")),
+            "originals": ((n if self.keep else 0, self.dim), np.dtype(self.keep or np.float16)),
+        }
+
+    def _reserve(self, n: int) -> None:
+        """Arrays of our own with room for n vectors."""
+        room = len(self._arrays["ids"])
+        if self._owned and n <= room:
+            return
+        larger = self._layout(max(n, room + room // 2) if n > room else room)
+        arrays = {}
+        for name, (shape, dtype) in larger.items():
+            arrays[name] = _zeros(shape, dtype)
+            arrays[name][:len(self._arrays[name])] = self._arrays[name]
+        self._arrays, self._owned = arrays, True
+
+    def _used(self) -> list[tuple[str, npt.NDArray[Any]]]:
+        return [(name, array) for name, array in self._arrays.items() if array.size]
+
+    def _clear(self, first: int, last: int) -> None:
+        """Nothing stays in places that hold no vector: a file has no trace of what was removed, or not added in the end."""
+        for name, array in self._used():
+            array[_at(name, np.arange(first, last))] = 0
+
+    def _scan_rows(self) -> tuple[Any, list[Any]]:
+        """A tbq_scan_rows, and what it points to."""
+        names = {"d": "uint16_t[]", "codes": "uint32_t[]", "mul": "float[]"} | ({"add": "float[]"} if self.metric == "l2" else {})
+        pointers = {name: _pointer(ctype, self._arrays[name]) for name, ctype in names.items()}
+        rows = ffi.new("tbq_scan_rows *", {"type": self._type.id, "blocks": self._blocks, "n": self._n, "add": ffi.NULL, **pointers})
+        return rows, list(pointers.values())
+
+    def _rows(self, values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+        """A view of shape (n, dim); numbers that are not floats yet stay what they are."""
+        array = _numbers(values, what)
+        if array.ndim not in (1, 2) or array.shape[-1] != self.dim:
+            raise TBQError(f"{what} have shape {array.shape}; it must be (n, {self.dim}), or ({self.dim},) for one")
+        return array.reshape(-1, self.dim)
+
+    def _lookup(self) -> dict[int, int]:
+        if self._positions is None:
+            self._positions = dict(zip(self._arrays["ids"][:self._n].tolist(), range(self._n)))
+        return self._positions
+
+    def _places(self, ids: Ids) -> Ids:
+        lookup = self._lookup()
+        try:
+            return np.fromiter((lookup[id] for id in ids.tolist()), np.int64, len(ids))
+        except KeyError as missing:
+            raise TBQError(f"id {missing.args[0]} is not in the index") from None
+
+
+def _at(name: str, places: Ids) -> Any:
+    """What indexes the vectors at places in an array: the places come first in the result, whatever is between."""
+    return (places // _LANES, ..., places % _LANES) if name in ("d", "codes") else places
+
+
+def _numbers(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise TBQError(f"{what} are ragged; rows must have one length") from None
+    if array.dtype.kind not in "fiu":
+        raise TBQError(f"{what} have dtype {array.dtype}; it must be a real number's")
+    return array
+
+
+def _units(x: Floats, what: str, row: int, *, zero_is_fine: bool) -> tuple[Floats, npt.NDArray[np.float64]]:
+    """Vectors of length 1 (or 0), and what the lengths were; TBQError for those that cannot be."""
+    top = np.abs(x).max(axis=1)
+    _complain(~np.isfinite(top), what, row, "holds a NaN or an infinity")
+    if not zero_is_fine:
+        _complain(top == 0, what, row, "is zero, which has no cosine with anything")
+    some: Floats = np.where(top > 0, top, np.float32(1))
+    unit: Floats = np.divide(x, some[:, None])  # so that no square is too large or too small for a float
+    length = np.sqrt(np.einsum("ij,ij->i", unit, unit))
+    unit /= np.where(length > 0, length, np.float32(1))[:, None]
+    whole = some.astype(np.float64) * length.astype(np.float64)
+    _complain(whole >= _LONGEST, what, row, "has a length of 2^60 or more")
+    return unit, whole
+
+
+def _complain(bad: npt.NDArray[np.bool_], what: str, row: int, why: str) -> None:
+    if bad.any():
+        raise TBQError(f"{what}[{row + int(bad.argmax())}] {why}")
+
+
+def _integer(value: SupportsIndex, name: str, least: int, most: int, of: str = "") -> int:
+    try:
+        n = operator.index(value)
+    except TypeError:
+        raise TBQError(f"{name} is {value!r}; it must be an integer from {least} to {most}") from None
+    if not least <= n <= most:
+        raise TBQError(f"{name} is {n}; it must be from {least} to {most}{of}")
+    return n
+
+
+def _one_of(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise TBQError(f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _ids(ids: npt.ArrayLike) -> Ids:
+    """One axis of int64."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise TBQError("ids are ragged; they must be integers of shape (n,)") from None
+    if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TBQError(f"ids have shape {array.shape} and dtype {array.dtype}; they must be integers of shape (n,)")
+    array = np.atleast_1d(array)
+    if array.size and (array.min() < 0 or array.max() > (1 << 63) - 2):
+        raise TBQError(f"id {array.min() if array.min() < 0 else array.max()} is not from 0 to 2^63 - 2")
+    return array.astype(np.int64)
+
+
+def _none_twice(ids: Ids) -> None:
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise TBQError(f"id {twice[0]} is there twice")
+
+
+def _threads(threads: int | None) -> int:
+    return cores() if threads is None else _integer(threads, "threads", 1, 4096)
+
+
+def _each(function: Callable[[int], Any], arguments: Iterable[int], threads: int) -> list[Any]:
+    """[function(a) for a in arguments], by several threads."""
+    todo = list(arguments)
+    if threads == 1 or len(todo) < 2:
+        return [function(a) for a in todo]
+    with concurrent.futures.ThreadPoolExecutor(min(threads, len(todo))) as pool:
+        futures = [pool.submit(function, a) for a in todo]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()  # after an error the rest need not begin
+
+
+def _best(scores: Floats, places: Ids, k: int) -> tuple[Floats, Ids]:
+    """The k highest of each row, of equal scores the lowest place."""
+    order = np.lexsort((places, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Aligned to 64 bytes, so that no vector register is loaded from two cache lines."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start:start + size].view(dtype).reshape(shape)
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+
+
+def _pointer(ctype: str, array: npt.NDArray[Any]) -> Any:
+    # from_buffer refuses read-only memory unless asked not to write; the library writes to results only
+    return ffi.from_buffer(ctype, _bytes(array))
+
+
+def _check(status: int) -> None:
+    if status != lib.TBQ_OK:
+        raise TBQError(ffi.string(lib.tbq_status_text(status)).decode())
+
+
+def _offsets(layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> list[int]:
+    """Where each section begins, and where the last one ends."""
+    offsets, at = [], _HEADER
+    for shape, dtype in layout.values():
+        offsets.append(at := -(-at // _ALIGN) * _ALIGN)
+        at += math.prod(shape) * dtype.itemsize
+    return [*offsets, at]
+
+
+def _little_endian() -> None:
+    if sys.byteorder != "little":
+        raise TBQError("files of indices are for little-endian machines")
+
+
+def _write(path: pathlib.Path, sections: "list[bytes | memoryview]") -> None:
+    """Writes sections at multiples of 64, the first filled up to the header's size: the whole file or none of it."""
+    path = pathlib.Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise TBQError(f"{path} is not a file that can be replaced")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        # the mode is what the user's umask makes of it, as for any new file
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+            for i, section in enumerate(sections):
+                file.write(bytes(-file.tell() % (_HEADER if i == 1 else _ALIGN)))
+                file.write(section)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # the new name, too, survives a loss of power
+        finally:
+            os.close(folder)
