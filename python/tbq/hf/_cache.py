@@ -1,0 +1,95 @@
+"""The cache that transformers' generate() takes."""
+import functools
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tbq.errors import TBQError
+from tbq.hf import _backend
+from tbq.hf._layers import TBQLayer, TBQSlidingLayer
+
+SLIDING = ("keep", "compress")
+
+
+class TBQCache(DynamicCache):
+    """A cache of keys and values in tbq blocks, for any decoder of transformers whose head sizes 64 divides.
+
+        cache = TBQCache(model.config, k_bits=4, v_bits=4)
+        model.generate(**inputs, past_key_values=cache)
+
+    config: of the model (or the model), for its kinds of layers; None: every layer is of full attention, values are decoded.
+    k_bits, v_bits: 2, 3, 4, or None to leave that side in the model's dtype.  sliding: "keep" leaves layers with a sliding
+    window as they are, since they do not grow; "compress" packs them too.  Layers of other kinds (linear attention, latent
+    indexers) are left alone.
+    Each new token is encoded once, as llama.cpp's cache would; a layer's states are decoded when it is its turn, unless the
+    model was loaded with attn_implementation="tbq", which reads blocks.
+    Raises TBQError for other values, and for head sizes that 64 does not divide.
+    """
+
+    def __init__(self, config: Any = None, k_bits: int | None = 4, v_bits: int | None = 4, *, sliding: str = "keep") -> None:
+        for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
+            if bits is not None and (isinstance(bits, bool) or bits not in _backend.BLOCK_BYTES):
+                raise TBQError(f"{name} is {bits!r}; it must be 2, 3, 4 or None")
+        if sliding not in SLIDING:
+            raise TBQError(f"sliding is {sliding!r}; it must be one of {', '.join(SLIDING)}")
+        config = getattr(config, "config", config)
+        if config is not None and not hasattr(config, "get_text_config"):
+            raise TBQError(f"config is a {type(config).__name__}; it must be a model's config, or the model")
+        self.k_bits, self.v_bits = k_bits, v_bits
+        super().__init__(config=config)
+        if config is None:
+            self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
+            return
+        decoder = config.get_text_config(decoder=True)
+        _check_head_size(decoder, k_bits, v_bits)
+        self.layers = [self._replacement(layer, decoder, sliding) for layer in self.layers]
+
+    def _replacement(self, layer: Any, config: Any, sliding: str) -> Any:
+        if type(layer) is DynamicLayer:
+            return TBQLayer(self.k_bits, self.v_bits, config)
+        if type(layer) is DynamicSlidingWindowLayer and sliding == "compress":
+            return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config)
+        return layer
+
+    def __repr__(self) -> str:
+        return f"TBQCache(k_bits={self.k_bits}, v_bits={self.v_bits}, layers={len(self.layers)}, tokens={self.get_seq_length()}, nbytes={self.nbytes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of keys and values, packed or not; room to grow (at most 64 tokens or 1.6 %) included."""
+        return sum(_bytes(layer)[0] for layer in self.layers)
+
+    @property
+    def baseline_nbytes(self) -> int:
+        """Bytes of the same tokens in a DynamicCache."""
+        return sum(_bytes(layer)[1] for layer in self.layers)
+
+    def stats(self) -> dict[str, Any]:
+        """tokens, nbytes, baseline_nbytes, ratio (None while empty), packed_layers, and layers: kind, bits, tokens and bytes of each."""
+        layers = []
+        for layer in self.layers:
+            nbytes, baseline = _bytes(layer)
+            k_bits, v_bits = layer.bits if isinstance(layer, TBQLayer) else (0, 0)
+            layers.append({"kind": type(layer).__name__, "k_bits": k_bits or None, "v_bits": v_bits or None,
+                           "nbytes": nbytes, "baseline_nbytes": baseline})
+        return {"tokens": self.get_seq_length(), "nbytes": self.nbytes, "baseline_nbytes": self.baseline_nbytes,
+                "ratio": self.baseline_nbytes / self.nbytes if self.nbytes else None,
+                "packed_layers": sum(isinstance(layer, TBQLayer) for layer in self.layers), "layers": layers}
+
+
+def _bytes(layer: Any) -> tuple[int, int]:
+    """Of a layer's states, and of the same in the model's dtype."""
+    if isinstance(layer, TBQLayer):
+        return layer.nbytes(), layer.baseline_nbytes()
+    states = [tensor for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)) if tensor is not None]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in states)
+    return size, size
+
+
+def _check_head_size(config: Any, k_bits: int | None, v_bits: int | None) -> None:
+    """Before a prompt is computed; models with several sizes are found out layer by layer."""
+    size = getattr(config, "head_dim", None)
+    if size is None and getattr(config, "num_attention_heads", None) and not hasattr(config, "kv_lora_rank"):
+        size = config.hidden_size // config.num_attention_heads
+    if (k_bits or v_bits) and isinstance(size, int) and size % 64:
+        raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache")
