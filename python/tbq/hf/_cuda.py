@@ -45,7 +45,7 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
     rows = batch * heads * tokens
     k_total, v_total = (rows * k_side[2] if k_bits else 0), (rows * v_side[2] if v_bits else 0)
     few = k_total + v_total <= 4096 and k.is_cuda  # as many warps as blocks; with more, several share one
-    n = 1 if few else 8
+    n = 1 if few else 4
     _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
         k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
         v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
@@ -84,7 +84,7 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     n_kv, heads = k_packed.shape[1:3]
     group = q_heads // heads
     k_blocks, v_blocks = k_size // 64, v_packed.shape[3] // BLOCK_BYTES[v_bits]
-    m = 16 if group * tokens <= 16 else 64
+    m = 16 if group * tokens <= 16 else 64 if max(k_blocks, v_blocks) <= 2 else 32
     tiles = -(-group * tokens // m)
     chunk = _chunk(n_kv, batch * heads * tiles, query.device)
     chunks = -(-n_kv // chunk)
@@ -96,14 +96,25 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         kind = 1 if mask.dtype == torch.bool else 2
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3]))
         mask = (mask if mask.stride(3) == 1 else mask.contiguous()).view(torch.uint8 if kind == 1 else mask.dtype)
-    k_tables, v_tables = tables(k_bits, device), tables(v_bits, device)
     _kernels.attend[(tiles, batch * heads, chunks)](
-        query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], k_tables, v_packed, *v_packed.stride()[:2], v_tables,
-        mask, *strides, partial, heads, tokens, n_kv, chunk, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
-        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, m, _ATTEND_KEYS, num_warps=4, num_stages=2)
-    _kernels.merge[(tiles, batch * heads, v_blocks)](
-        partial, out, *out.stride()[:2], sinks, v_tables, heads, tokens, chunks, group, v_bits, v_blocks, sinks is not None, m, num_warps=4)
+        query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), v_packed, *v_packed.stride()[:2],
+        tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
+        heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
+        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, m,
+        _ATTEND_KEYS if max(k_blocks, v_blocks) <= 2 else _ATTEND_KEYS // 2, num_warps=4, num_stages=2)
     return out
+
+
+def _counters(n: int, device: torch.device) -> torch.Tensor:
+    """n zeros, for which `attend` leaves zeros behind, so that they are made once.  One tensor for each stream, since launches
+    on one stream do not overlap."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _zeros(-(-n // 1024) * 1024, device, stream)
+
+
+@functools.lru_cache(maxsize=None)
+def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.int32, device=device)
 
 
 def _chunk(n_kv: int, parts: int, device: torch.device) -> int:

@@ -5,6 +5,8 @@ is a cached token's blocks of one head: strides of packed tensors are bytes, tho
 """
 # Triton's language has no annotations that mypy could check.
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False, no-warn-return-any
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,13 @@ HUGE_BITS = tl.constexpr(0x58800000)  # 2^50: above, squares could overflow
 F16_MAX = tl.constexpr(65504.0)
 F16_NAN = tl.constexpr(0x7E00)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def kernel(function):
+    """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
+    takes seconds."""
+    names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names)
 
 
 # --- pieces: N blocks of 64 ---------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     best_qk = tl.zeros([N], tl.int32)
     best_kk = tl.full([N], 1, tl.int32)
     best = tl.zeros([N], tl.int32)
-    for s in tl.static_range(SCALES):
+    for s in range(SCALES):
         k = tl.zeros([N, 64], tl.int32) + tl.load(tables + LEVELS + HALF).to(tl.int32)
         for t in tl.static_range(BORDERS):
             gap = tl.load(tables + GAPS_UP + HALF + t).to(tl.int32)
@@ -141,7 +150,8 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
         index += (q > tl.load(tables + THRESHOLDS + best * BORDERS + t).to(tl.int32)[:, None]).to(tl.int32)
     index = tl.where(z < 0, HALF - 1 - index, HALF + index)
 
-    # noise shaping
+    # noise shaping; what it makes of a huge block is dropped, and must not overflow
+    x = tl.where(huge[:, None], 1.0, x)
     squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
     mean_square = rms * rms * 0.015625
     w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPE_FLOOR
@@ -243,7 +253,7 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
     encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
 
 
-@triton.jit
+@kernel
 def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k_tables,
            v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, v_total, v_tables, heads, tokens,
            K_BITS: tl.constexpr, K_SCALES: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
@@ -281,7 +291,7 @@ def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, t
     tl.store(target + i.to(tl.int64)[:, None] * 64 + column[None, :], x, ok[:, None])
 
 
-@triton.jit
+@kernel
 def decode(k, k_batch, k_token, k_target, k_total, k_tables, v, v_batch, v_token, v_target, v_total, v_tables, heads, tokens,
            K_BITS: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
            V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, N: tl.constexpr):
@@ -303,7 +313,10 @@ def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr):
     column = tl.arange(0, 64)
     x = tl.load(q + at[:, None] + (BLOCK * 64 + column)[None, :], ok[:, None], 0.0)
     transform = hadamard(column[:, None], element(column, BITS)[None, :]) * tl.load(tables + SIGNS + column)[:, None]
-    return tl.dot(x, transform.to(x.dtype), input_precision="tf32x3") * 0.125
+    if x.dtype == tl.float32:
+        return tl.dot(x, transform, input_precision="tf32x3") * 0.125
+    else:  # halves of either kind are exact in tf32
+        return tl.dot(x.to(tl.float32), transform, input_precision="tf32") * 0.125
 
 
 @triton.jit
@@ -323,21 +336,18 @@ def weighted_values(acc, p, v_row, ok, tables, BLOCK: tl.constexpr, BITS: tl.con
     return acc + tl.dot(w, level_tile(row, ok, tables, BITS)) * most
 
 
-@triton.jit
-def store_partial(acc, partial, r, BLOCK: tl.constexpr, V_SIZE: tl.constexpr):
-    tl.store(partial + r[:, None] * (V_SIZE + 2) + (2 + BLOCK * 64 + tl.arange(0, 64))[None, :], acc)
-
-
-@triton.jit
+@kernel
 def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batch, v_token, v_tables,
-           mask, m_batch, m_head, m_token, partial, heads, tokens, n_kv, chunk, scale, softcap,
+           mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
            GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
            V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-           M: tl.constexpr, BN: tl.constexpr):
+           SINKS: tl.constexpr, M: tl.constexpr, BN: tl.constexpr):
     """A chunk of the cache for M query rows of one KV head; row r is query head r % GROUP at token r // GROUP.
 
     grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][M][2 + value size]: the
-    largest logit in base 2, the sum of weights, the sum of weighted values in the rotated domain.
+    largest logit in base 2, the sum of weights, the sum of weighted values in the rotated domain.  The last program of a
+    group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
+    its counter, int32 [batch . heads][tiles], zero before and after.
     MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first n_kv - tokens + t + 1 keys.
     """
     tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -431,49 +441,48 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
             acc3 = weighted_values(acc3 * keep[:, None], p, v_row, ok, v_tables, 3, V_BITS, V_BYTES)
 
     V_SIZE: tl.constexpr = V_BLOCKS * 64
-    to = partial + ((bh * tl.num_programs(0) + tile).to(tl.int64) * tl.num_programs(2) + split) * (M * (V_SIZE + 2))
-    tl.store(to + r * (V_SIZE + 2), largest)
-    tl.store(to + r * (V_SIZE + 2) + 1, total)
-    store_partial(acc0, to, r, 0, V_SIZE)
+    WIDTH: tl.constexpr = V_SIZE + 2
+    group = bh * tl.num_programs(0) + tile  # of the programs that work on these rows
+    first_part = partial + group.to(tl.int64) * chunks * (M * WIDTH)
+    column = tl.arange(0, 64)[None, :]
+    part = first_part + split * (M * WIDTH) + r * WIDTH
+    tl.store(part, largest)
+    tl.store(part + 1, total)
+    tl.store(part[:, None] + (2 + column), acc0)
     if V_BLOCKS > 1:
-        store_partial(acc1, to, r, 1, V_SIZE)
+        tl.store(part[:, None] + (66 + column), acc1)
     if V_BLOCKS > 2:
-        store_partial(acc2, to, r, 2, V_SIZE)
+        tl.store(part[:, None] + (130 + column), acc2)
     if V_BLOCKS > 3:
-        store_partial(acc3, to, r, 3, V_SIZE)
+        tl.store(part[:, None] + (194 + column), acc3)
+    tl.debug_barrier()  # all threads' parts are written before one of them says so
+    if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+        tl.store(arrived + group, 0)
+        to = out + batch * o_batch + token.to(tl.int64) * o_token + q_row_head * V_SIZE
+        logit = tl.full([M], float("-inf"), tl.float32)
+        if SINKS:
+            logit = tl.load(sinks + q_row_head, seen, 0.0).to(tl.float32) * LOG2E
+        for block in range(V_BLOCKS):
+            merge_block(first_part + r * WIDTH, to, seen, logit, v_tables, block, chunks, M * WIDTH, V_BITS, SINKS, M)
 
 
 @triton.jit
-def merge(partial, out, o_batch, o_token, sinks, tables, heads, tokens, chunks,
-          GROUP: tl.constexpr, BITS: tl.constexpr, V_BLOCKS: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
-    """The chunks of `attend` to rows of out, (batch, tokens, query heads, value size) with the last two contiguous.
-
-    grid: (row tiles, batch . KV heads, V_BLOCKS)."""
-    tile, bh, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    r = tl.arange(0, M)
-    row = tile * M + r
-    token = row // GROUP
-    head = bh % heads * GROUP + row % GROUP
+def merge_block(part, to, seen, logit, tables, block, chunks, step, BITS: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
+    """The chunks' sums of one block of M rows to the values of out, in the original domain."""
     column = tl.arange(0, 64)
-    V_SIZE: tl.constexpr = V_BLOCKS * 64
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    largest = logit
+    total = tl.full([M], 1.0 if SINKS else 0.0, tl.float32)
     acc = tl.zeros([M, 64], tl.float32)
-    if SINKS:
-        largest = tl.load(sinks + head, token < tokens, 0.0).to(tl.float32) * LOG2E
-        total += 1.0
-    start = partial + (bh * tl.num_programs(0) + tile).to(tl.int64) * chunks * (M * (V_SIZE + 2)) + r * (V_SIZE + 2)
-    for chunk in range(chunks):
-        at = start + chunk * (M * (V_SIZE + 2))
-        theirs = tl.load(at)
+    for _ in range(chunks):
+        theirs = tl.load(part)
         new = tl.maximum(largest, theirs)
         base = tl.where(new == float("-inf"), 0.0, new)
         keep, take = tl.exp2(largest - base), tl.exp2(theirs - base)
-        total = total * keep + tl.load(at + 1) * take
-        acc = acc * keep[:, None] + tl.load(at[:, None] + (2 + block * 64 + column)[None, :]) * take[:, None]
+        total = total * keep + tl.load(part + 1) * take
+        acc = acc * keep[:, None] + tl.load(part[:, None] + (2 + block * 64 + column)[None, :]) * take[:, None]
         largest = new
+        part += step
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing is zero
     transform = hadamard(element(column, BITS)[:, None], column[None, :])
     x = tl.dot(acc, transform, input_precision="tf32x3") * 0.125 * tl.load(tables + SIGNS + column)[None, :]
-    to = out + (bh // heads).to(tl.int64) * o_batch + token.to(tl.int64) * o_token + head * V_SIZE + block * 64
-    tl.store(to[:, None] + column[None, :], x, (token < tokens)[:, None])
+    tl.store(to[:, None] + (block * 64 + column)[None, :], x, seen[:, None])
