@@ -4,7 +4,8 @@
     python3 tests/cuda/hf_bench.py                         all of it, on a CUDA device
     TRITON_INTERPRET=1 python3 tests/cuda/hf_bench.py --tiny       the same on the CPU, in Triton's interpreter, small
 
-Needs torch, transformers, Triton and NumPy, and this repository; not the compiled package (tbq.hf is imported by itself).
+Needs torch, transformers, Triton and NumPy, and of this repository python/tbq, tests/numpy_reference.py, tests/golden.txt and
+ggml_tbq/include/tbq-tables.h in their places; not the compiled package (tbq.hf is imported by itself).
 Prints a line for each check and a table; exits with 1 if a check fails.  --json FILE: the figures.
 
 Timing: the caches take turns, token by token from the same prompt; the median of the rounds is reported, and the ratio to
@@ -215,11 +216,15 @@ class Run:
         self.parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.prompt, self.times = prompt, []
 
-    def forward(self, ids, **more):
+    def switch(self):
         self.model.set_attn_implementation("tbq" if self.kind.endswith("fused") else "sdpa")
+
+    def forward(self, ids, **more):
         return self.model(input_ids=ids, use_cache=True, **{self.parameter: self.cache}, **more).logits[:, -1]
 
     def start(self, sync, allocated):
+        self.switch()
+        sync()
         before = allocated()
         self.cache = self.make()
         self.logits = self.forward(self.prompt, logits_to_keep=1).float()
@@ -228,6 +233,7 @@ class Run:
         self.next = self.logits.argmax(-1, keepdim=True)
 
     def step(self, n, sync):
+        self.switch()
         sync()
         start = time.perf_counter()
         for _ in range(n):
@@ -253,9 +259,12 @@ def measure_model(args, device, batch, figures):
         kinds[f"tbq{bits}_0 fused"] = kinds[f"tbq{bits}_0"]
     runs = [Run(model, kind, prompt, make) for kind, make in kinds.items()]
     with torch.inference_mode():
-        for run in runs:
-            run.start(sync, allocated)
-            run.step(4, sync)  # compiles
+        for measured in (False, True):  # compiles, and allocates what libraries keep
+            for run in runs:
+                run.start(sync, allocated)
+                if not measured:
+                    run.step(4, sync)
+                    del run.cache
         for _ in range(args.rounds):
             for run in runs:
                 if cuda:
@@ -285,7 +294,7 @@ def profile(runs, sync):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
             run.step(8, sync)
         print(f"\n{run.kind}, 8 tokens")
-        print(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=8, max_name_column_width=40))
+        print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=40))
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40), flush=True)
 
 

@@ -129,11 +129,13 @@ class TBQLayer(DynamicLayer):
         elif self._does_not_fit(key_states, value_states):
             raise TBQError(f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} in {key_states.dtype} on {key_states.device} "
                            f"do not fit a cache of {self._describe()}")
-        self._append(key_states.detach(), value_states.detach())
+        self._append(key_states, value_states)
         return self._states(self.start)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self.sides
+        if torch.is_grad_enabled():
+            k, v = k.detach(), v.detach()
         stop = self.stop + k.shape[2]
         if stop > self.sides[0].data.shape[1]:
             held, needed = self.stop - self.start, stop - self.start
@@ -250,7 +252,7 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         elif self._does_not_fit(key_states, value_states):
             raise TBQError(f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} do not fit a cache of {self._describe()}")
-        self._append(key_states.detach(), value_states.detach())
+        self._append(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         states = super_states(self.stop - visible - key_states.shape[2])
         if not self.record_past:
