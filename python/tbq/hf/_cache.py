@@ -11,7 +11,7 @@ from tbq.hf._layers import TBQLayer, TBQSlidingLayer
 SLIDING = ("keep", "compress")
 
 
-class TBQCache(DynamicCache):
+class TBQCache(DynamicCache):  # type: ignore[misc]
     """A cache of keys and values in tbq blocks, for any decoder of transformers whose head sizes 64 divides.
 
         cache = TBQCache(model.config, k_bits=4, v_bits=4)
@@ -25,6 +25,8 @@ class TBQCache(DynamicCache):
     model was loaded with attn_implementation="tbq", which reads blocks.
     Raises TBQError for other values, and for head sizes that 64 does not divide.
     """
+
+    layers: list[Any]
 
     def __init__(self, config: Any = None, k_bits: int | None = 4, v_bits: int | None = 4, *, sliding: str = "keep") -> None:
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):

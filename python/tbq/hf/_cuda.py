@@ -91,7 +91,8 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     device = query.device
     partial = torch.empty(batch * heads * tiles * chunks * m * (v_blocks * 64 + 2), dtype=torch.float32, device=device)
     out = torch.empty((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
-    strides, kind = (0, 0, 0), 0
+    strides: tuple[int, ...] = (0, 0, 0)
+    kind = 0  # of the mask
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3]))

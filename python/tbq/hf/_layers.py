@@ -45,30 +45,29 @@ class PackedStates(torch.Tensor):
     @staticmethod
     def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
-        self: PackedStates = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device)  # type: ignore[attr-defined]
+        self: PackedStates = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device)
         self.packed, self.bits = packed, bits
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(cls, cls.decoded, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', bits={self.bits})"
 
     def decoded(self) -> torch.Tensor:
         """An ordinary tensor."""
-        states = _backend.of(self.device).decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype)[0]
-        assert states is not None
+        states: torch.Tensor = _backend.of(self.device).decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype)[0]
         return states
 
 
-class TBQLayer(DynamicLayer):
+class TBQLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of full attention.  k_bits, v_bits: 2, 3, 4, or None for the model's own dtype.
 
     config: of the model, whose attention implementation decides at each update whether attention takes blocks ("tbq") or
@@ -88,7 +87,7 @@ class TBQLayer(DynamicLayer):
 
     # what the base class keeps as tensors
 
-    @property  # type: ignore[override]
+    @property
     def keys(self) -> torch.Tensor | None:
         """(batch, heads, tokens, size), decoded on each access; None before the first update."""
         return self._decoded(self.start)[0] if self.sides else None
@@ -97,7 +96,7 @@ class TBQLayer(DynamicLayer):
     def keys(self, value: None) -> None:
         _refuse(value)
 
-    @property  # type: ignore[override]
+    @property
     def values(self) -> torch.Tensor | None:
         """As keys."""
         return self._decoded(self.start)[1] if self.sides else None
@@ -232,7 +231,7 @@ class TBQLayer(DynamicLayer):
         return sum(side.data.shape[0] * side.data.shape[2] * side.size * side.dtype.itemsize for side in self.sides or ()) * (self.stop - self.start)
 
 
-class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):
+class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A layer of sliding-window attention: the rows of the last sliding_window - 1 tokens, packed."""
 
     def __init__(self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None) -> None:
