@@ -43,8 +43,11 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
             return
         decoder = config.get_text_config(decoder=True)
-        _check_head_size(decoder, k_bits, v_bits)
         self.layers = [self._replacement(layer, decoder, sliding) for layer in self.layers]
+        configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(self.layers)  # transformers 5: sizes by layer
+        for layer, layer_config in zip(self.layers, configs):
+            if isinstance(layer, TBQLayer) and (k_bits or v_bits):
+                _check_head_size(layer_config)
 
     def _replacement(self, layer: Any, config: Any, sliding: str) -> Any:
         if type(layer) is DynamicLayer:
@@ -88,10 +91,10 @@ def _bytes(layer: Any) -> tuple[int, int]:
     return size, size
 
 
-def _check_head_size(config: Any, k_bits: int | None, v_bits: int | None) -> None:
-    """Before a prompt is computed; models with several sizes are found out layer by layer."""
+def _check_head_size(config: Any) -> None:
+    """Before a prompt is computed, where the config says it; the layers check what they get."""
     size = getattr(config, "head_dim", None)
     if size is None and getattr(config, "num_attention_heads", None) and not hasattr(config, "kv_lora_rank"):
         size = config.hidden_size // config.num_attention_heads
-    if (k_bits or v_bits) and isinstance(size, int) and size % 64:
+    if isinstance(size, int) and size % 64 and not hasattr(config, "kv_lora_rank"):
         raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache")

@@ -123,15 +123,14 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
         Gradients end here.  Raises TBQError for states that do not fit those before them.
         """
-        if self.sides is None or self.start == self.stop and self._does_not_fit(key_states, value_states):
-            self.lazy_initialization(key_states, value_states)
-        elif self._does_not_fit(key_states, value_states):
-            raise TBQError(f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} in {key_states.dtype} on {key_states.device} "
-                           f"do not fit a cache of {self._describe()}")
         self._append(key_states, value_states)
         return self._states(self.start)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.sides is None or self.start == self.stop and self._does_not_fit(k, v):
+            self.lazy_initialization(k, v)
+        elif self._does_not_fit(k, v):
+            raise TBQError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} in {k.dtype} on {k.device} do not fit a cache of {self._describe()}")
         assert self.sides
         if torch.is_grad_enabled():
             k, v = k.detach(), v.detach()
@@ -246,14 +245,9 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         visible = min(self.stop - self.start, self.sliding_window - 1)
-        super_states = self._states
-        if self.sides is None:
-            self.lazy_initialization(key_states, value_states)
-        elif self._does_not_fit(key_states, value_states):
-            raise TBQError(f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} do not fit a cache of {self._describe()}")
         self._append(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
-        states = super_states(self.stop - visible - key_states.shape[2])
+        states = self._states(self.stop - visible - key_states.shape[2])
         if not self.record_past:
             self._forget()
         return states
