@@ -73,6 +73,11 @@ def check_golden(cuda, device):
         check(f"golden bytes, tbq{bits}_0", not wrong, ", ".join(wrong))
 
 
+def stored(size, half):
+    """The order of channels in which c and c + half, of the first 2 half, are neighbours."""
+    return [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
+
+
 def check_encode(cuda, device, tokens):
     for bits in (2, 3, 4):
         other = 6 - bits or 4
@@ -80,7 +85,8 @@ def check_encode(cuda, device, tokens):
             k, v = states((2, 2, tokens, 128), device).to(dtype), states((2, 2, tokens, 64), device, 1).to(dtype)
             k_packed = torch.zeros((2, tokens, 2, 2 * (2 + 8 * bits)), dtype=torch.uint8, device=device)
             v_packed = torch.zeros((2, tokens, 2, 2 + 8 * other), dtype=torch.uint8, device=device)
-            cuda.encode(k, k_packed, bits, v, v_packed, other)
+            cuda.encode(k, k_packed, bits, v, v_packed, other, 48)
+            k = k[..., stored(128, 48)]
             wrong, blocks, worst = 0, 0, 0.0
             for x, packed, b in ((k, k_packed, bits), (v, v_packed, other)):
                 rows = x.float().cpu().numpy().transpose(0, 2, 1, 3)
@@ -100,7 +106,8 @@ def check_decode(cuda, device, tokens):
         packed = torch.from_numpy(reference.quantize(x, bits, kv=True))
         want = torch.from_numpy(reference.dequantize(packed.numpy(), bits).reshape(x.shape)).transpose(1, 2)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            got = cuda.decode(packed.to(device), bits, 128, packed.to(device), bits, 128, dtype)
+            got = cuda.decode(packed.to(device), bits, 128, packed.to(device), bits, 128, dtype, 64)
+            got = got[0][..., stored(128, 64)], got[1]
             rounded = want.to(dtype)
             if dtype == torch.bfloat16 and device == "cpu":  # the interpreter cuts off where the hardware rounds
                 rounded = (want.view(torch.int32) & -65536).view(torch.float32).to(dtype)
@@ -116,6 +123,8 @@ CASES = [  # bits of k and v, batch, query heads, KV heads, cached tokens, query
     (4, 4, 1, 24, 2, 190, 40, 64, 128, {"causal": True, "softcap": 20.0}),
     (4, 2, 2, 8, 2, 129, 1, 192, 192, {"sinks": True}),
     (3, 3, 1, 4, 4, 64, 64, 64, 64, {"causal": True, "sinks": True}),
+    (4, 3, 1, 8, 2, 100, 1, 128, 128, {"half": 64}),
+    (2, 2, 1, 8, 2, 100, 1, 64, 64, {"half": 16}),
 ]
 
 
@@ -153,9 +162,10 @@ def check_attention(cuda, device, dtypes):
         rest = options.get("causal", False), options.get("softcap", 0.0)
         for dtype in dtypes:
             q = torch.randn(batch, heads, tokens, k_size, generator=generator).to(dtype)
-            want = attention_reference(q, k_plain, v_plain, k_size**-0.5, mask, *rest, sinks)
+            places = np.argsort(stored(k_size, options.get("half", 0)))
+            want = attention_reference(q, k_plain[..., places], v_plain, k_size**-0.5, mask, *rest, sinks)
             got = cuda.attention(q.to(device), k.to(device), k_bits, v.to(device), v_bits, k_size**-0.5, None if mask is None else mask.to(device),
-                                 *rest, None if sinks is None else sinks.to(device))
+                                 *rest, None if sinks is None else sinks.to(device), options.get("half", 0))
             error = float((got.cpu().double() - want).abs().max() / want.abs().max())
             bound = {torch.float32: 0.0015, torch.float16: 0.002, torch.bfloat16: 0.006}[dtype]  # halves in the products; the result's own rounding
             check(f"attention {case}, {dtype}", error < bound, f"largest error {error:.5f} of the largest value, bound {bound}")

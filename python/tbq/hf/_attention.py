@@ -31,7 +31,7 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and _takes(query, key, value, softcap, s_aux):
         query = query if query.stride(3) == 1 else query.contiguous()
         return _backend.of(query.device).attention(query, key.packed, key.bits, value.packed, value.bits, scale, attention_mask, causal,
-                                                   softcap or 0.0, s_aux), None
+                                                   softcap or 0.0, s_aux, key.rotary_half), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:
         return _plain(query, key, value, attention_mask, scale, causal, softcap, s_aux), None

@@ -23,11 +23,29 @@ _ALONE = 1 << 15
 _MASK_TOKENS = 256
 
 
-def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int) -> None:
-    """k, v: (batch, heads, tokens, size), any float dtype, into the packed tensors of as many tokens; bits of 0 leave a side out."""
-    for states, packed, bits in ((k, k_packed, k_bits), (v, v_packed, v_bits)):
-        if bits and packed is not None:
-            _encode(states, packed, bits)
+def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int,
+           half: int = 0) -> None:
+    """k, v: (batch, heads, tokens, size), any float dtype, into the packed tensors of as many tokens; bits of 0 leave a side out.
+
+    half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
+    """
+    if k_bits and k_packed is not None:
+        _encode(k.index_select(3, _order(k.shape[3], half)) if half else k, k_packed, k_bits)
+    if v_bits and v_packed is not None:
+        _encode(v, v_packed, v_bits)
+
+
+@functools.lru_cache(maxsize=None)
+def _order(size: int, half: int) -> torch.Tensor:
+    """The channels of a head as they are stored."""
+    paired = torch.arange(2 * half).reshape(2, half).T.reshape(-1)
+    return torch.cat([paired, torch.arange(2 * half, size)])
+
+
+@functools.lru_cache(maxsize=None)
+def _places(size: int, half: int) -> torch.Tensor:
+    """Where the channels of a head are stored."""
+    return _order(size, half).argsort()
 
 
 def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
@@ -47,9 +65,10 @@ def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
 
 
 def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
-           dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The values, (batch, heads, tokens, size) in dtype; None for a side of 0 bits."""
-    return (_decode(k_packed, k_bits, k_size, dtype) if k_bits and k_packed is not None else None,
+           dtype: torch.dtype, half: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The values, (batch, heads, tokens, size) in dtype; None for a side of 0 bits.  half: as it was encoded."""
+    k = _decode(k_packed, k_bits, k_size, dtype) if k_bits and k_packed is not None else None
+    return (k.index_select(3, _places(k_size, half)) if half and k is not None else k,
             _decode(v_packed, v_bits, v_size, dtype) if v_bits and v_packed is not None else None)
 
 
@@ -70,17 +89,19 @@ def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> t
 
 
 def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed: torch.Tensor, v_bits: int, scale: float,
-              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None) -> torch.Tensor:
+              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None,
+              half: int = 0) -> torch.Tensor:
     """Attention straight from blocks (tbq-attention.h).
 
     query: (batch, query heads, tokens, key size).  mask: bool (True is seen) or an addend, of shape (batch or 1, heads or 1,
     tokens or 1, at least the cached tokens).  causal: the last query token sees everything, the one before it one key less, ...
-    sinks: a logit for each query head.  Returns (batch, tokens, query heads, value size) in the query's dtype.
+    sinks: a logit for each query head.  half: as the keys were encoded.  Returns (batch, tokens, query heads, value size) in the query's dtype.
     """
     batch, heads, tokens, _ = query.shape
     n_kv = k_packed.shape[1]
     v_size = v_packed.shape[3] // types[f"tbq{v_bits}_0"].block_bytes * 64
     rows = query.to(torch.float32)
+    rows = rows.index_select(3, _order(rows.shape[3], half)) if half else rows
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     logits = None if sinks is None else sinks.to(torch.float32).contiguous()
     out = torch.empty((batch, tokens, heads, v_size), dtype=torch.float32)

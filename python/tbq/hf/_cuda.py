@@ -34,10 +34,12 @@ def _side(bits: int, size: int) -> tuple[int, int, int, int]:
     return (bits, len(_tables.THRESHOLDS[bits]), size // 64, BLOCK_BYTES[bits]) if bits else (0, 0, 1, 2)
 
 
-def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int) -> None:
+def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int,
+           half: int = 0) -> None:
     """k, v: (batch, heads, tokens, size), any float dtype, last axis contiguous, into the packed tensors of as many tokens.
 
-    Bits of 0 leave a side out.  The bytes are libtbq's (tbq_quantize_kv).
+    Bits of 0 leave a side out.  half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
+    The bytes are libtbq's (tbq_quantize_kv).
     """
     batch, heads, tokens, k_size = k.shape
     v_size = v.shape[-1]
@@ -49,12 +51,12 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
     _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
         k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
         v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
-        heads, tokens, *k_side, *v_side, n, num_warps=1 if few else 4, enable_fp_fusion=False)
+        heads, tokens, *k_side, *v_side, half, n, num_warps=1 if few else 4, enable_fp_fusion=False)
 
 
 def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
-           dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The values, (batch, heads, tokens, size) in dtype, contiguous; None for a side of 0 bits."""
+           dtype: torch.dtype, half: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The values, (batch, heads, tokens, size) in dtype, contiguous; None for a side of 0 bits.  half: as it was encoded."""
     some = k_packed if k_packed is not None else v_packed
     assert some is not None
     batch, tokens, heads, _ = some.shape
@@ -67,17 +69,18 @@ def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: to
     _kernels.decode[(-(-k_total // n) + -(-v_total // n),)](
         k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, k_total, tables(k_bits or v_bits, some.device),
         v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v, v_total, tables(v_bits or k_bits, some.device),
-        heads, tokens, k_bits, *k_side[2:], v_bits, *v_side[2:], n, num_warps=4)
+        heads, tokens, k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
     return k, v
 
 
 def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed: torch.Tensor, v_bits: int, scale: float,
-              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None) -> torch.Tensor:
+              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None,
+              half: int = 0) -> torch.Tensor:
     """Attention straight from blocks.
 
     query: (batch, query heads, tokens, key size), last axis contiguous.  mask: bool (True is seen) or an addend, of shape
     (batch or 1, heads or 1, tokens or 1, at least the cached tokens).  causal: the last query token sees everything, the one
-    before it one key less, ...  sinks: a logit for each query head.
+    before it one key less, ...  sinks: a logit for each query head.  half: as the keys were encoded.
     Returns (batch, tokens, query heads, value size) in the query's dtype.
     """
     batch, q_heads, tokens, k_size = query.shape
@@ -101,7 +104,7 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), v_packed, *v_packed.stride()[:2],
         tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
         heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
-        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, m,
+        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m,
         _ATTEND_KEYS if max(k_blocks, v_blocks) <= 2 else _ATTEND_KEYS // 2, num_warps=4, num_stages=2)
     return out
 

@@ -219,6 +219,15 @@ def element(at, BITS: tl.constexpr):
 
 
 @triton.jit
+def channel(at, HALF: tl.constexpr):
+    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are neighbours."""
+    if HALF:
+        return tl.where(at < 2 * HALF, (at >> 1) + (at & 1) * HALF, at)
+    else:
+        return at
+
+
+@triton.jit
 def hadamard(i, j):
     """+1 or -1, the entries of H64 in float32."""
     x = i & j
@@ -239,7 +248,8 @@ def scale_of(row, ok):
 
 @triton.jit
 def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_token, heads, tokens, total, tables,
-                BITS: tl.constexpr, SCALES: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr):
+                BITS: tl.constexpr, SCALES: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr,
+                N: tl.constexpr):
     i = first + tl.arange(0, N)
     ok = i < total
     i = tl.where(ok, i, 0)
@@ -247,8 +257,8 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
     head = i // PER_HEAD % heads
     token = (i // (PER_HEAD * heads) % tokens).to(tl.int64)
     batch = (i // (PER_HEAD * heads) // tokens).to(tl.int64)
-    at = batch * s_batch + head * s_head + token * s_token + block * 64
-    x = tl.load(source + at[:, None] + tl.arange(0, 64)[None, :]).to(tl.float32)
+    at = batch * s_batch + head * s_head + token * s_token
+    x = tl.load(source + at[:, None] + channel(block[:, None] * 64 + tl.arange(0, 64)[None, :], HALF)).to(tl.float32)
     to = target + batch * t_batch + token * t_token + (head * PER_HEAD + block) * BLOCK_BYTES
     encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
 
@@ -257,23 +267,25 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
 def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k_tables,
            v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, v_total, v_tables, heads, tokens,
            K_BITS: tl.constexpr, K_SCALES: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
-           V_BITS: tl.constexpr, V_SCALES: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, N: tl.constexpr):
-    """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0."""
+           V_BITS: tl.constexpr, V_SCALES: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr,
+           N: tl.constexpr):
+    """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0.
+    HALF: see channel(), of the keys."""
     k_programs = tl.cdiv(k_total, N)
     pid = tl.program_id(0)
     if pid < k_programs:
         if K_BITS:
             encode_side(pid * N, k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, heads, tokens, k_total, k_tables,
-                        K_BITS, K_SCALES, K_PER_HEAD, K_BYTES, N)
+                        K_BITS, K_SCALES, K_PER_HEAD, K_BYTES, HALF, N)
     else:
         if V_BITS:
             encode_side((pid - k_programs) * N, v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, heads, tokens, v_total,
-                        v_tables, V_BITS, V_SCALES, V_PER_HEAD, V_BYTES, N)
+                        v_tables, V_BITS, V_SCALES, V_PER_HEAD, V_BYTES, 0, N)
 
 
 @triton.jit
 def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, tables,
-                BITS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr):
+                BITS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
     i = first + tl.arange(0, N)
     ok = i < total
     i = tl.where(ok, i, 0)
@@ -288,30 +300,31 @@ def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, t
     d = scale_of(row, ok)
     x = x * (d * 0.125)[:, None] * tl.load(tables + SIGNS + column)[None, :]
     x = tl.where((d == 0.0)[:, None], 0.0, x)
-    tl.store(target + i.to(tl.int64)[:, None] * 64 + column[None, :], x, ok[:, None])
+    to = target + (i // PER_HEAD).to(tl.int64) * (PER_HEAD * 64)
+    tl.store(to[:, None] + channel(block[:, None] * 64 + column[None, :], HALF), x, ok[:, None])
 
 
 @kernel
 def decode(k, k_batch, k_token, k_target, k_total, k_tables, v, v_batch, v_token, v_target, v_total, v_tables, heads, tokens,
            K_BITS: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
-           V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, N: tl.constexpr):
+           V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
     """Blocks to values, (batch, heads, tokens, size) contiguous, in the original domain."""
     k_programs = tl.cdiv(k_total, N)
     pid = tl.program_id(0)
     if pid < k_programs:
         if K_BITS:
-            decode_side(pid * N, k, k_batch, k_token, k_target, heads, tokens, k_total, k_tables, K_BITS, K_PER_HEAD, K_BYTES, N)
+            decode_side(pid * N, k, k_batch, k_token, k_target, heads, tokens, k_total, k_tables, K_BITS, K_PER_HEAD, K_BYTES, HALF, N)
     else:
         if V_BITS:
             decode_side((pid - k_programs) * N, v, v_batch, v_token, v_target, heads, tokens, v_total, v_tables, V_BITS, V_PER_HEAD,
-                        V_BYTES, N)
+                        V_BYTES, 0, N)
 
 
 @triton.jit
-def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr):
+def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
     """(rows, 64) of the rotated query, block BLOCK, float32, columns in the order of element()."""
     column = tl.arange(0, 64)
-    x = tl.load(q + at[:, None] + (BLOCK * 64 + column)[None, :], ok[:, None], 0.0)
+    x = tl.load(q + at[:, None] + channel(BLOCK * 64 + column, HALF)[None, :], ok[:, None], 0.0)
     transform = hadamard(column[:, None], element(column, BITS)[None, :]) * tl.load(tables + SIGNS + column)[:, None]
     if x.dtype == tl.float32:
         return tl.dot(x, transform, input_precision="tf32x3") * 0.125
@@ -341,7 +354,7 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
            mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
            GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
            V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-           SINKS: tl.constexpr, M: tl.constexpr, BN: tl.constexpr):
+           SINKS: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, BN: tl.constexpr):
     """A chunk of the cache for M query rows of one KV head; row r is query head r % GROUP at token r // GROUP.
 
     grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][M][2 + value size]: the
@@ -360,16 +373,16 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
     seen = token < tokens
     at = batch * q_batch + q_row_head * q_head + token.to(tl.int64) * q_token
 
-    q0 = query_block(q, at, seen, k_tables, 0, K_BITS)
+    q0 = query_block(q, at, seen, k_tables, 0, K_BITS, HALF)
     top = tl.max(tl.abs(q0), axis=1)
     if K_BLOCKS > 1:
-        q1 = query_block(q, at, seen, k_tables, 1, K_BITS)
+        q1 = query_block(q, at, seen, k_tables, 1, K_BITS, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q1), axis=1))
     if K_BLOCKS > 2:
-        q2 = query_block(q, at, seen, k_tables, 2, K_BITS)
+        q2 = query_block(q, at, seen, k_tables, 2, K_BITS, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q2), axis=1))
     if K_BLOCKS > 3:
-        q3 = query_block(q, at, seen, k_tables, 3, K_BITS)
+        q3 = query_block(q, at, seen, k_tables, 3, K_BITS, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q3), axis=1))
     # halves relative to the largest: 11 bits wherever the query lies
     top = tl.where(top > 0.0, top, 1.0)

@@ -15,13 +15,15 @@ class Side:
     """The keys, or the values, of a layer: rows of tokens in one tensor that grows.
 
     bits: 2, 3 or 4, or 0 for rows in the model's dtype.  data: (batch, room, heads, bytes or size).
+    half: of the first 2 half channels, c and c + half are neighbours in the blocks.
     """
 
-    def __init__(self, bits: int, states: torch.Tensor) -> None:
+    def __init__(self, bits: int, states: torch.Tensor, half: int = 0) -> None:
         batch, heads, _, size = states.shape
         if bits and (size % 64 or size == 0):
             raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None for this model")
         self.bits, self.size, self.dtype = bits, size, states.dtype
+        self.half = half if bits and 2 * half <= size else 0
         self.row = size // 64 * _backend.BLOCK_BYTES[bits] if bits else size
         self.data = torch.empty((batch, 0, heads, self.row), dtype=torch.uint8 if bits else states.dtype, device=states.device)
 
@@ -41,12 +43,13 @@ class PackedStates(torch.Tensor):
 
     packed: torch.Tensor  #: uint8 (batch, tokens, heads, bytes)
     bits: int
+    rotary_half: int  #: half: of the first 2 half channels, c and c + half are neighbours
 
     @staticmethod
-    def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> "PackedStates":
+    def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
         self: PackedStates = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device)
-        self.packed, self.bits = packed, bits
+        self.packed, self.bits, self.rotary_half = packed, bits, half
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -63,7 +66,7 @@ class PackedStates(torch.Tensor):
 
     def decoded(self) -> torch.Tensor:
         """An ordinary tensor."""
-        states: torch.Tensor = _backend.of(self.device).decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype)[0]
+        states: torch.Tensor = _backend.of(self.device).decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype, self.rotary_half)[0]
         return states
 
 
@@ -71,11 +74,12 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of full attention.  k_bits, v_bits: 2, 3, 4, or None for the model's own dtype.
 
     config: of the model, whose attention implementation decides at each update whether attention takes blocks ("tbq") or
-    values; None: values.
+    values; None: values.  half: the rotary embedding turns channels c and c + half of a key (the first 2 half) into each other;
+    they are stored as neighbours, which is what the encoder's noise shaping expects (docs/hf.md).  0: as they are.
     """
 
-    def __init__(self, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None) -> None:
-        self.bits = (k_bits or 0, v_bits or 0)
+    def __init__(self, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0) -> None:
+        self.bits, self.half = (k_bits or 0, v_bits or 0), half
         self.config = config
         super().__init__()
         self._drop()
@@ -114,7 +118,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         """transformers 4 passes the keys only."""
         value_states = key_states if value_states is None else value_states
         _check_states(key_states, value_states)
-        self.sides = Side(self.bits[0], key_states), Side(self.bits[1], value_states)
+        self.sides = Side(self.bits[0], key_states, self.half), Side(self.bits[1], value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -147,7 +151,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if not v_bits:
             rows[1].copy_(v.transpose(1, 2))
         if (k_bits or v_bits) and k.numel():
-            backend.encode(_last_axis_contiguous(k), rows[0] if k_bits else None, k_bits, _last_axis_contiguous(v), rows[1] if v_bits else None, v_bits)
+            backend.encode(_last_axis_contiguous(k), rows[0] if k_bits else None, k_bits, _last_axis_contiguous(v), rows[1] if v_bits else None, v_bits,
+                           self.sides[0].half)
         self.stop = stop
 
     def _rows(self, which: int, start: int) -> torch.Tensor:
@@ -158,7 +163,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         assert self.sides
         if self.config is not None and self.config._attn_implementation == "tbq" and all(self.bits):
             k, v = self.sides
-            return PackedStates(self._rows(0, start), k.bits, k.size, k.dtype), PackedStates(self._rows(1, start), v.bits, v.size, v.dtype)
+            return (PackedStates(self._rows(0, start), k.bits, k.size, k.dtype, k.half),
+                    PackedStates(self._rows(1, start), v.bits, v.size, v.dtype, 0))
         return self._decoded(start)
 
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +172,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         (k, v), rows = self.sides, (self._rows(0, start), self._rows(1, start))
         plain = (None, None)
         if any(self.bits):
-            plain = _backend.of(self.device).decode(rows[0] if k.bits else None, k.bits, k.size, rows[1] if v.bits else None, v.bits, v.size, self.dtype)
+            plain = _backend.of(self.device).decode(rows[0] if k.bits else None, k.bits, k.size, rows[1] if v.bits else None, v.bits, v.size, self.dtype,
+                                                    k.half)
         keys, values = (rows[i].transpose(1, 2) if states is None else states for i, states in enumerate(plain))
         return keys, values
 
@@ -233,8 +240,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A layer of sliding-window attention: the rows of the last sliding_window - 1 tokens, packed."""
 
-    def __init__(self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None) -> None:
-        self.bits, self.config = (k_bits or 0, v_bits or 0), config
+    def __init__(self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0) -> None:
+        self.bits, self.half, self.config = (k_bits or 0, v_bits or 0), half, config
         DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
         self.record_past = False
         self._drop()
