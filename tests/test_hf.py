@@ -517,6 +517,7 @@ def test_head_sizes_that_64_does_not_divide():
 @pytest.mark.parametrize("change, message", (
     (lambda k, v: (k[:1], v[:1]), "do not fit a cache of batch 2, 2 heads, sizes 128 and 128 in torch.float32 on cpu"),
     (lambda k, v: (k[..., :64], v), "do not fit a cache"),
+    (lambda k, v: (k[0], v), "do not fit a cache"),
     (lambda k, v: (k, v[:, :, :2]), "do not fit a cache"),
     (lambda k, v: (k.half(), v.half()), "keys .2, 2, 5, 128. and values .2, 2, 5, 128. in torch.float16 on cpu do not fit a cache"),
 ))
@@ -591,12 +592,12 @@ def demo():
     return path, tokenizer, transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
-PAIR_BITS = ((4, 4), (4, 3), (3, 3))
+PAIR_BITS = ((4, 4), (3, 3))
 
 
 @pytest.fixture(scope="module")
 def of_llama_cpp(tmp_path_factory):
-    """(text, the f16 cache's perplexity, by bits: llama-perplexity's statistics) over two chunks of 512."""
+    """(text, the f16 cache's perplexity, by bits: llama-perplexity's statistics) over two chunks of 256."""
     from tbq.paths import paths
 
     try:
@@ -607,7 +608,7 @@ def of_llama_cpp(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("hf")
     text = llama_tools.python_text(folder / "text")
-    measure = llama_tools.Divergence(bin_dir, fetch_model(ROOT / "build" / "models"), text, folder / "base", n_ctx=512, chunks=2)
+    measure = llama_tools.Divergence(bin_dir, fetch_model(ROOT / "build" / "models"), text, folder / "base", n_ctx=256, chunks=2)
     return text, measure.base_ppl, {(k, v): measure(f"tbq{k}_0", f"tbq{v}_0") for k, v in PAIR_BITS}
 
 
@@ -616,13 +617,13 @@ def test_divergence_is_that_of_llama_cpp(demo, of_llama_cpp):
     _, tokenizer, model = demo
     text, base_ppl, theirs = of_llama_cpp
     torch.set_num_threads(2)
-    ids = tokenizer(text.read_text()[:20000], return_tensors="pt").input_ids[0, :1024].reshape(2, 512)
+    ids = tokenizer(text.read_text()[:20000], return_tensors="pt").input_ids[0, :512].reshape(2, 256)
 
     def scores(cache, implementation):
-        return forward(model, ids, cache, implementation)[:, 256:-1].double().log_softmax(-1)
+        return forward(model, ids, cache, implementation)[:, 128:-1].double().log_softmax(-1)
 
     def perplexity(logits):
-        return float(torch.exp(-logits.gather(2, ids[:, 257:, None]).mean()))
+        return float(torch.exp(-logits.gather(2, ids[:, 129:, None]).mean()))
 
     base = scores(DynamicCache(config=model.config), "sdpa")
     assert perplexity(base) == pytest.approx(base_ppl, rel=0.01)
@@ -631,7 +632,7 @@ def test_divergence_is_that_of_llama_cpp(demo, of_llama_cpp):
             ours = scores(TBQCache(model.config, *bits), implementation)
             kld = float((base.exp() * (base - ours)).sum(-1).mean())
             print(f"{implementation} {bits}: KLD {kld:.4f}, llama.cpp {theirs[bits]['kld']:.4f}; PPL {perplexity(ours):.2f}, {theirs[bits]['ppl']:.2f}")
-            assert kld == pytest.approx(theirs[bits]["kld"], rel=0.3)
+            assert kld == pytest.approx(theirs[bits]["kld"], rel=0.25)
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
 
 

@@ -199,6 +199,38 @@ def time_kernels(cuda, device, head_size, heads, kv_heads, n_kv, figures):
             figures.append({"kernel": name, "bits": bits, "n_kv": n_kv, "gpu_us": gpu, "host_us": host})
 
 
+def time_cpu_layer(n_kv, figures):
+    """One layer's update and attention of one token on one thread of this CPU; time of the thread, which a busy machine does not lengthen."""
+    from transformers.cache_utils import DynamicLayer
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from tbq.hf import TBQLayer, attention
+
+    torch.set_num_threads(1)
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 4
+    blocks = types.SimpleNamespace(_attn_implementation="tbq")
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (64, 128):
+            kinds = {"DynamicCache": (DynamicLayer(), sdpa_attention_forward), "tbq4_0, decoded": (TBQLayer(4, 4, None, size // 2), sdpa_attention_forward),
+                     "tbq4_0, from blocks": (TBQLayer(4, 4, blocks, size // 2), attention), "tbq3_0, from blocks": (TBQLayer(3, 3, blocks, size // 2), attention)}
+            k, q = torch.randn(1, 8, n_kv, size).to(dtype), torch.randn(1, 32, 1, size).to(dtype)
+            times = {kind: [] for kind in kinds}
+            with torch.inference_mode():
+                for layer, _ in kinds.values():
+                    layer.update(k, k)
+                for _ in range(15):
+                    for kind, (layer, attend) in kinds.items():
+                        start = time.thread_time()
+                        attend(module, q, *layer.update(k[:, :, :1], k[:, :, :1]), None, scaling=size**-0.5)
+                        times[kind].append((time.thread_time() - start) * 1000)
+            base = statistics.median(times["DynamicCache"])
+            for kind, each in times.items():
+                ms = statistics.median(each)
+                print(f"{dtype}, 32 query and 8 KV heads of {size}, {n_kv} tokens: {kind}: {ms:.2f} ms, {ms / base:.3f} of DynamicCache", flush=True)
+                figures.append({"layer": kind, "dtype": str(dtype), "head_size": size, "n_kv": n_kv, "ms": ms, "ratio": ms / base})
+
+
 # --- a model ------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +343,7 @@ def profile(runs, sync):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU: for Triton's interpreter")
-    parser.add_argument("--only", choices=("checks", "kernels", "model"), help="a part")
+    parser.add_argument("--only", choices=("checks", "kernels", "model", "cpu"), help="a part; cpu: a layer on this CPU, with the compiled package")
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -326,16 +358,24 @@ def main():
         args.tokens, args.new, args.rounds, args.batch, args.layers = 70, 1, 1, [1], 1
     device = "cpu" if args.tiny else "cuda"
     import transformers
-    import triton
 
-    from tbq.hf import _backend, _cuda
+    from tbq.hf import _backend
 
-    if args.tiny:
+    if args.only == "cpu":
+        triton = types.SimpleNamespace(__version__=None)
+    else:
+        import triton
+
+        from tbq.hf import _cuda
+
+    if args.tiny and args.only != "cpu":
         _backend.of = lambda device: _cuda  # the kernels for CUDA, on the CPU
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "triton": triton.__version__, "numpy": np.__version__,
-                "device": "interpreter" if args.tiny else torch.cuda.get_device_name()}
+                "device": "CPU" if args.only == "cpu" else "interpreter" if args.tiny else torch.cuda.get_device_name()}
     print(versions, flush=True)
     figures = []
+    if args.only == "cpu":
+        time_cpu_layer(args.tokens, figures)
     if args.only in (None, "checks"):
         check_golden(_cuda, device)
         check_encode(_cuda, device, 9 if args.tiny else 1500)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Fewer values than this are not worth waking a thread for: some 100 us of encoding, 30 of decoding.
 _ALONE = 1 << 15
+#: Values decoded at a time where a copy follows: they stay in the cache of a core.
+_PIECE = 1 << 18
 #: Query tokens whose mask is made at a time: bounds its memory.
 _MASK_TOKENS = 256
 
@@ -42,12 +44,6 @@ def _order(size: int, half: int) -> torch.Tensor:
     return torch.cat([paired, torch.arange(2 * half, size)])
 
 
-@functools.lru_cache(maxsize=None)
-def _places(size: int, half: int) -> torch.Tensor:
-    """Where the channels of a head are stored."""
-    return _order(size, half).argsort()
-
-
 def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
     half = states.dtype == torch.float16
     rows = states.transpose(1, 2).to(torch.float16 if half else torch.float32).contiguous()
@@ -67,25 +63,42 @@ def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
 def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
            dtype: torch.dtype, half: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The values, (batch, heads, tokens, size) in dtype; None for a side of 0 bits.  half: as it was encoded."""
-    k = _decode(k_packed, k_bits, k_size, dtype) if k_bits and k_packed is not None else None
-    return (k.index_select(3, _places(k_size, half)) if half and k is not None else k,
-            _decode(v_packed, v_bits, v_size, dtype) if v_bits and v_packed is not None else None)
+    return (_decode(k_packed, k_bits, k_size, dtype, half) if k_bits and k_packed is not None else None,
+            _decode(v_packed, v_bits, v_size, dtype, 0) if v_bits and v_packed is not None else None)
 
 
-def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> torch.Tensor:
     batch, tokens, heads, _ = packed.shape
-    half = dtype == torch.float16
-    values = torch.empty((batch, tokens, heads, size), dtype=torch.float16 if half else torch.float32)
-    function, ctype = (lib.tbq_dequantize_f16, "uint16_t *") if half else (lib.tbq_dequantize, "float *")
+    made = torch.float16 if dtype == torch.float16 else torch.float32  # by the library
+    values = torch.empty((batch, tokens, heads, size), dtype=dtype)
+    if made == dtype and not half:
+        for rows, target in zip(packed, values):  # contiguous in each
+            _decode_rows(rows, bits, target)
+        return values.transpose(1, 2)
+    step = max(1, min(tokens, _PIECE // (heads * size)))
+    buffer = torch.empty((step, heads, size), dtype=made)
+    for rows, targets in zip(packed, values):
+        for first in range(0, tokens, step):
+            target = targets[first:first + step]
+            piece = buffer[:target.shape[0]]
+            _decode_rows(rows[first:first + step], bits, piece)
+            if half:
+                shape = target.shape[0], heads, half, 2
+                target[..., :2 * half].view(*shape[:2], 2, half).copy_(piece[..., :2 * half].view(shape).transpose(2, 3))
+            target[..., 2 * half:] = piece[..., 2 * half:]
+    return values.transpose(1, 2)
+
+
+def _decode_rows(rows: torch.Tensor, bits: int, values: torch.Tensor) -> None:
+    """Contiguous blocks to contiguous float32 or float16."""
+    function, ctype = (lib.tbq_dequantize_f16, "uint16_t *") if values.dtype == torch.float16 else (lib.tbq_dequantize, "float *")
     info = types[f"tbq{bits}_0"]
-    for source, target in zip(packed, values):  # contiguous in each
 
-        def part(first: int, last: int, source: torch.Tensor = source, target: torch.Tensor = target) -> None:
-            to = ffi.cast(ctype, target.data_ptr() + first * 64 * target.element_size())
-            _check(function(info.id, ffi.cast("void *", source.data_ptr() + first * info.block_bytes), to, (last - first) * 64))
+    def part(first: int, last: int) -> None:
+        to = ffi.cast(ctype, values.data_ptr() + first * 64 * values.element_size())
+        _check(function(info.id, ffi.cast("void *", rows.data_ptr() + first * info.block_bytes), to, (last - first) * 64))
 
-        _in_parts(part, target.numel() // 64)
-    return values.to(dtype).transpose(1, 2)
+    _in_parts(part, values.numel() // 64)
 
 
 def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed: torch.Tensor, v_bits: int, scale: float,

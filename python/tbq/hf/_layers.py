@@ -120,7 +120,14 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         _check_states(key_states, value_states)
         self.sides = Side(self.bits[0], key_states, self.half), Side(self.bits[1], value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._expect()
         self.is_initialized = True
+
+    def _expect(self) -> None:
+        """What the next states must be."""
+        assert self.sides
+        k, v = self.sides
+        self.expected = (k.data.shape[0], k.data.shape[2], k.size, v.data.shape[0], v.data.shape[2], v.size, k.dtype, v.dtype, self.device)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Packs the new states, (batch, heads, tokens, size); returns those of all cached tokens, decoded or PackedStates.
@@ -179,9 +186,10 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
     def _does_not_fit(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         assert self.sides
-        return k.dtype != self.dtype or k.device != self.device or k.shape[2] != v.shape[2] or any(
-            (states.shape[0], states.shape[1], states.shape[3]) != (side.data.shape[0], side.data.shape[2], side.size) or states.dtype != side.dtype
-            for side, states in zip(self.sides, (k, v)))
+        if k.ndim != 4 or v.ndim != 4:
+            return True
+        (k_batch, k_heads, k_tokens, k_size), (v_batch, v_heads, v_tokens, v_size) = k.shape, v.shape
+        return (k_batch, k_heads, k_size, v_batch, v_heads, v_size, k.dtype, v.dtype, k.device) != self.expected or k_tokens != v_tokens
 
     def _describe(self) -> str:
         assert self.sides
@@ -206,6 +214,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     def _select(self, index: torch.Tensor) -> None:
         for side in self.sides or ():
             side.data = side.data.index_select(0, index.to(side.data.device))
+        if self.sides:
+            self._expect()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(beam_idx)
