@@ -9,7 +9,7 @@ import cffi
 def main(cdef, out):
     ffi = cffi.FFI()
     ffi.cdef(pathlib.Path(cdef).read_text(encoding="utf-8"))
-    ffi.set_source("tbq._ffi", '#include "tbq.h"\n#include "tbq-scan.h"')
+    ffi.set_source("tbq._ffi", '#include "tbq.h"\n#include "tbq-attention.h"\n#include "tbq-scan.h"')
     ffi.emit_c_code(out)
 
 

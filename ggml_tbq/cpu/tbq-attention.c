@@ -91,6 +91,23 @@ void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, i
     }
 }
 
+typedef struct {
+    int64_t item, step;
+} share;
+
+static int64_t next_of_share(void * context) {
+    share *       s    = (share *) context;
+    const int64_t item = s->item;
+    s->item += s->step;
+    return item;
+}
+
+void tbq_attention_run_share(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, int n_threads,
+                             void * work) {
+    share s = { thread, n_threads };
+    tbq_attention_run(plan, k, thread, work, next_of_share, &s);
+}
+
 void tbq_attention_merge(const tbq_attention_plan * plan, const tbq_kernels * k, int64_t first, int64_t last,
                          void * work) {
     k->attention->merge(plan, k, first, last, (float *) aligned(work));

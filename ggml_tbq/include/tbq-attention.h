@@ -113,6 +113,10 @@ TBQ_API size_t tbq_attention_work_bytes(const tbq_attention_plan * plan, int n_t
 TBQ_API void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, void * work,
                                int64_t (*next)(void * context), void * context);
 
+// The same for a caller without a counter to share: items thread, thread + n_threads, ...
+TBQ_API void tbq_attention_run_share(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, int n_threads,
+                                     void * work);
+
 // Rows first .. last - 1 of out, of plan->n_rows, from the partial results, which are used up.
 TBQ_API void tbq_attention_merge(const tbq_attention_plan * plan, const tbq_kernels * k, int64_t first, int64_t last,
                                  void * work);

@@ -1,0 +1,29 @@
+"""tbq.hf: HuggingFace models with a cache of 2 to 4 bits per value; needs ggml-tbq[hf].
+
+    >>> from tbq.hf import TBQCache
+    >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tbq")
+    >>> cache = TBQCache(model.config, k_bits=4, v_bits=4)
+    >>> model.generate(**inputs, past_key_values=cache)
+    >>> cache.baseline_nbytes / cache.nbytes
+    3.76
+
+Importing it registers the attention implementation "tbq", which reads the blocks; with any other ("sdpa", "eager", ...) the
+cache decodes a layer at a time.
+"""
+try:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+except ImportError as _error:
+    from tbq.errors import TBQError
+
+    raise TBQError(f"tbq.hf needs transformers 4.57 or newer, and torch: pip install 'ggml-tbq[hf]' ({_error})") from None
+
+from tbq.hf._attention import attention
+from tbq.hf._cache import TBQCache
+from tbq.hf._layers import PackedStates, TBQLayer, TBQSlidingLayer
+
+__all__ = ["PackedStates", "TBQCache", "TBQLayer", "TBQSlidingLayer", "attention"]
+
+AttentionInterface.register("tbq", attention)
+# masks as for torch's attention: True is seen; none where causality or a single token says it all
+AttentionMaskInterface.register("tbq", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,501 @@
+"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/tbq-rows.h the encoder's steps.
+
+`tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A "row"
+is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.
+"""
+# Triton's language has no annotations that mypy could check.
+# mypy: ignore-errors
+import inspect
+
+import triton
+import triton.language as tl
+
+from tbq.hf import _tables
+
+SIGNS = tl.constexpr(0)
+LEVELS = tl.constexpr(64)
+GAPS_UP = tl.constexpr(80)
+GAPS_DOWN = tl.constexpr(96)
+THRESHOLDS = tl.constexpr(112)
+
+Q_ONE = tl.constexpr(_tables.Q_ONE)
+SHAPE_STEPS = tl.constexpr(_tables.SHAPE_STEPS)
+SHAPE_FLOOR = tl.constexpr(_tables.SHAPE_FLOOR)
+
+INF_BITS = tl.constexpr(0x7F800000)
+SMALLEST_BITS = tl.constexpr(0x30800000)  # 2^-30: below, d is zero
+HUGE_BITS = tl.constexpr(0x58800000)  # 2^50: above, squares could overflow
+F16_MAX = tl.constexpr(65504.0)
+F16_NAN = tl.constexpr(0x7E00)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def kernel(function):
+    """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
+    takes seconds."""
+    names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names)
+
+
+# --- pieces: N blocks of 64 ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def halves(v, N: tl.constexpr, W: tl.constexpr):
+    """(N, W) to its first and its second half, (N, W/2) each."""
+    return tl.split(tl.permute(tl.reshape(v, [N, 2, W // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def butterflies(v, N: tl.constexpr):
+    """H64 . v by a + b, a - b at distances 1, 2, 4, ... 32: each stage splits the lowest bit of the index off and puts
+    it on top, so that after six the order is the old one."""
+    for _ in tl.static_range(6):
+        a, b = tl.split(tl.reshape(v, [N, 32, 2]))
+        v = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [N, 64])
+    return v
+
+
+@triton.jit
+def sum_squares(z, N: tl.constexpr):
+    s = z * z
+    a, b = halves(s, N, 64)
+    j0, j1 = halves(a, N, 32)
+    j2, j3 = halves(b, N, 32)
+    p = j0 + j1 + j2 + j3
+    a, b = halves(p, N, 16)
+    p = a + b
+    a, b = halves(p, N, 8)
+    p = a + b
+    a, b = halves(p, N, 4)
+    p = a + b
+    a, b = tl.split(p)
+    return a + b
+
+
+@triton.jit
+def descend_half(g, index, m, m0, d, tables, N: tl.constexpr):
+    """The move of these 32 coordinates, all even or all odd ones, that gains most, if one does."""
+    place = tl.arange(0, 32)[None, :]
+    rise = g > 0
+    gap = d[:, None] * tl.load(tables + tl.where(rise, GAPS_UP, GAPS_DOWN) + index)
+    size = tl.abs(g)
+    gain = gap * ((size + size) - gap * m0[:, None])
+    at = tl.argmax(gain, axis=1, tie_break_left=True)
+    here = place == at[:, None]
+    moves = (tl.max(gain, axis=1) > 0)[:, None]
+    s = tl.sum(tl.where(here, tl.where(rise, gap, -gap), 0.0), axis=1)
+    step = tl.where(rise, 1, -1)
+    change = s[:, None] * tl.gather(m, place ^ at[:, None], 1)
+    return tl.where(moves, g - change, g), tl.where(moves & here, index + step, index)
+
+
+@triton.jit
+def pack_pairs(index, BITS: tl.constexpr, N: tl.constexpr):
+    """The bytes qs, (N, 8 BITS) or, with 3 bits, (N, 16)."""
+    if BITS == 4:
+        low, high = halves(index, N, 64)
+        return low | high << 4
+    else:
+        a, b = halves(index & 3, N, 64)
+        j0, j1 = halves(a, N, 32)
+        j2, j3 = halves(b, N, 32)
+        return j0 | j1 << 2 | j2 << 4 | j3 << 6
+
+
+@triton.jit
+def pack_third(index, N: tl.constexpr):
+    """The bytes qh of tbq3_0, (N, 8)."""
+    a, b = halves(index >> 2, N, 64)
+    j0, j1 = halves(a, N, 32)
+    j2, j3 = halves(b, N, 32)
+    low, high = halves(j0 | j1 << 1 | j2 << 4 | j3 << 5, N, 16)
+    return low | high << 2
+
+
+@triton.jit
+def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr):
+    """x: float32 (N, 64).  target: N pointers to blocks, written where ok.  As tbq_quantize_kv, bit for bit if the compiler
+    contracts nothing (enable_fp_fusion=False)."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    BORDERS: tl.constexpr = HALF - 1
+    place = tl.arange(0, 64)[None, :]
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    bad = top >= INF_BITS
+    zero = top < SMALLEST_BITS
+    huge = (top > HUGE_BITS) & (top < INF_BITS)
+    x = tl.where((bad | zero)[:, None], 1.0, x)
+    signs = tl.load(tables + SIGNS + place)
+    z = butterflies(tl.where(huge[:, None], x * 7.888609052210118e-31, x) * signs, N)  # 2^-100
+    rms = tl.sqrt_rn(sum_squares(z, N) * 0.015625)
+    inverse = tl.div_rn(tl.full([N], Q_ONE, tl.float32), rms)
+    q = (tl.abs(z) * inverse[:, None] + 0.5).to(tl.int32)
+
+    # the scale whose levels have the largest cosine to q
+    best_qk = tl.zeros([N], tl.int32)
+    best_kk = tl.full([N], 1, tl.int32)
+    best = tl.zeros([N], tl.int32)
+    for s in range(SCALES):
+        k = tl.zeros([N, 64], tl.int32) + tl.load(tables + LEVELS + HALF).to(tl.int32)
+        for t in tl.static_range(BORDERS):
+            gap = tl.load(tables + GAPS_UP + HALF + t).to(tl.int32)
+            k += tl.where(q > tl.load(tables + THRESHOLDS + s * BORDERS + t).to(tl.int32), gap, 0)
+        qk, kk = tl.sum(q * k, axis=1), tl.sum(k * k, axis=1)
+        left = qk.to(tl.uint64) * qk.to(tl.uint64) * best_kk.to(tl.uint64)
+        right = best_qk.to(tl.uint64) * best_qk.to(tl.uint64) * kk.to(tl.uint64)
+        better = left > right
+        best_qk, best_kk, best = tl.where(better, qk, best_qk), tl.where(better, kk, best_kk), tl.where(better, s, best)
+    index = tl.zeros([N, 64], tl.int32)
+    for t in tl.static_range(BORDERS):
+        index += (q > tl.load(tables + THRESHOLDS + best * BORDERS + t).to(tl.int32)[:, None]).to(tl.int32)
+    index = tl.where(z < 0, HALF - 1 - index, HALF + index)
+
+    # noise shaping; what it makes of a huge block is dropped, and must not overflow
+    x = tl.where(huge[:, None], 1.0, x)
+    squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
+    mean_square = rms * rms * 0.015625
+    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPE_FLOOR
+    w = tl.reshape(tl.join(w, w), [N, 64])
+    m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
+    m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
+    d = tl.div_rn(best_qk.to(tl.float32), best_kk.to(tl.float32))
+    g = z * inverse[:, None] - d[:, None] * tl.load(tables + LEVELS + index)
+    g = butterflies(butterflies(g, N) * w, N) * 0.015625
+    g_even, g_odd = tl.split(tl.reshape(g, [N, 32, 2]))
+    i_even, i_odd = tl.split(tl.reshape(index, [N, 32, 2]))
+    for _ in range(SHAPE_STEPS):
+        g_even, i_even = descend_half(g_even, i_even, m, m0, d, tables, N)
+        g_odd, i_odd = descend_half(g_odd, i_odd, m, m0, d, tables, N)
+    shaped = tl.reshape(tl.join(i_even, i_odd), [N, 64])
+    index = tl.where(huge[:, None], index, shaped)
+    k = tl.load(tables + LEVELS + index).to(tl.int32)
+    kk = tl.sum(k * k, axis=1)
+
+    d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, 1.2676506002282294e30, 1.0)
+    d = tl.where(zero, 0.0, tl.where(d < F16_MAX, d, F16_MAX))
+    half = tl.where(bad, F16_NAN, d.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32))
+    index = tl.where((zero | bad)[:, None], 0, index)
+
+    tl.store(target, (half & 0xFF).to(tl.uint8), ok)
+    tl.store(target + 1, (half >> 8 & 0xFF).to(tl.uint8), ok)
+    if BITS == 4:
+        tl.store(target[:, None] + 2 + tl.arange(0, 32)[None, :], pack_pairs(index, BITS, N).to(tl.uint8), ok[:, None])
+    else:
+        tl.store(target[:, None] + 2 + tl.arange(0, 16)[None, :], pack_pairs(index, BITS, N).to(tl.uint8), ok[:, None])
+    if BITS == 3:
+        tl.store(target[:, None] + 18 + tl.arange(0, 8)[None, :], pack_third(index, N).to(tl.uint8), ok[:, None])
+
+
+@triton.jit
+def level_tile(row, ok, tables, BITS: tl.constexpr):
+    """Levels, float16 (N, 64), of the blocks that the N pointers row point at, in the order of element().
+
+    Bytes are read once; their parts become neighbours, because joining keeps them in the registers where they are."""
+    if BITS == 4:
+        at = tl.arange(0, 32)[None, :]
+        byte = tl.load(row[:, None] + 2 + at, ok[:, None], 0).to(tl.int32)
+        index = tl.join(byte & 15, byte >> 4)
+    else:
+        at = tl.arange(0, 16)[None, :]
+        byte = tl.load(row[:, None] + 2 + at, ok[:, None], 0).to(tl.int32)
+        j0, j1, j2, j3 = byte & 3, byte >> 2 & 3, byte >> 4 & 3, byte >> 6
+        if BITS == 3:
+            third = tl.load(row[:, None] + 18 + (at & 7), ok[:, None], 0).to(tl.int32) >> (at >> 3 << 1)
+            j0 |= (third & 1) << 2
+            j1 |= (third >> 1 & 1) << 2
+            j2 |= (third >> 4 & 1) << 2
+            j3 |= (third >> 5 & 1) << 2
+        index = tl.join(tl.join(j0, j1), tl.join(j2, j3))
+    return tl.load(tables + LEVELS + tl.reshape(index, [row.shape[0], 64])).to(tl.float16)
+
+
+@triton.jit
+def element(at, BITS: tl.constexpr):
+    """Which value of its block column `at` of level_tile holds."""
+    if BITS == 4:
+        return (at >> 1) + 32 * (at & 1)
+    else:
+        return (at >> 2) + 16 * (at >> 1 & 1) + 32 * (at & 1)
+
+
+@triton.jit
+def channel(at, HALF: tl.constexpr):
+    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are neighbours."""
+    if HALF:
+        return tl.where(at < 2 * HALF, (at >> 1) + (at & 1) * HALF, at)
+    else:
+        return at
+
+
+@triton.jit
+def hadamard(i, j):
+    """+1 or -1, the entries of H64 in float32."""
+    x = i & j
+    x ^= x >> 4
+    x ^= x >> 2
+    x ^= x >> 1
+    return 1.0 - 2.0 * (x & 1).to(tl.float32)
+
+
+@triton.jit
+def scale_of(row, ok):
+    """d, float32, of the blocks that the pointers row point at; they are even."""
+    return tl.load(row.to(tl.pointer_type(tl.float16)), ok, 0.0).to(tl.float32)
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_token, heads, tokens, total, tables,
+                BITS: tl.constexpr, SCALES: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr,
+                N: tl.constexpr):
+    i = first + tl.arange(0, N)
+    ok = i < total
+    i = tl.where(ok, i, 0)
+    block = i % PER_HEAD
+    head = i // PER_HEAD % heads
+    token = (i // (PER_HEAD * heads) % tokens).to(tl.int64)
+    batch = (i // (PER_HEAD * heads) // tokens).to(tl.int64)
+    at = batch * s_batch + head * s_head + token * s_token
+    x = tl.load(source + at[:, None] + channel(block[:, None] * 64 + tl.arange(0, 64)[None, :], HALF)).to(tl.float32)
+    to = target + batch * t_batch + token * t_token + (head * PER_HEAD + block) * BLOCK_BYTES
+    encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
+
+
+@kernel
+def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k_tables,
+           v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, v_total, v_tables, heads, tokens,
+           K_BITS: tl.constexpr, K_SCALES: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
+           V_BITS: tl.constexpr, V_SCALES: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr,
+           N: tl.constexpr):
+    """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0.
+    HALF: see channel(), of the keys."""
+    k_programs = tl.cdiv(k_total, N)
+    pid = tl.program_id(0)
+    if pid < k_programs:
+        if K_BITS:
+            encode_side(pid * N, k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, heads, tokens, k_total, k_tables,
+                        K_BITS, K_SCALES, K_PER_HEAD, K_BYTES, HALF, N)
+    else:
+        if V_BITS:
+            encode_side((pid - k_programs) * N, v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, heads, tokens, v_total,
+                        v_tables, V_BITS, V_SCALES, V_PER_HEAD, V_BYTES, 0, N)
+
+
+@triton.jit
+def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, tables,
+                BITS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+    i = first + tl.arange(0, N)
+    ok = i < total
+    i = tl.where(ok, i, 0)
+    block = i % PER_HEAD  # in the order of the target: batch, head, token, block
+    token = (i // PER_HEAD % tokens).to(tl.int64)
+    head = i // (PER_HEAD * tokens) % heads
+    batch = (i // (PER_HEAD * tokens) // heads).to(tl.int64)
+    row = source + batch * s_batch + token * s_token + (head * PER_HEAD + block) * BLOCK_BYTES
+    column = tl.arange(0, 64)
+    transform = hadamard(element(column, BITS)[:, None], column[None, :]).to(tl.float16)
+    x = tl.dot(level_tile(row, ok, tables, BITS), transform)  # exact: integers below 2^12
+    d = scale_of(row, ok)
+    x = x * (d * 0.125)[:, None] * tl.load(tables + SIGNS + column)[None, :]
+    x = tl.where((d == 0.0)[:, None], 0.0, x)
+    to = target + (i // PER_HEAD).to(tl.int64) * (PER_HEAD * 64)
+    tl.store(to[:, None] + channel(block[:, None] * 64 + column[None, :], HALF), x, ok[:, None])
+
+
+@kernel
+def decode(k, k_batch, k_token, k_target, k_total, k_tables, v, v_batch, v_token, v_target, v_total, v_tables, heads, tokens,
+           K_BITS: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
+           V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+    """Blocks to values, (batch, heads, tokens, size) contiguous, in the original domain."""
+    k_programs = tl.cdiv(k_total, N)
+    pid = tl.program_id(0)
+    if pid < k_programs:
+        if K_BITS:
+            decode_side(pid * N, k, k_batch, k_token, k_target, heads, tokens, k_total, k_tables, K_BITS, K_PER_HEAD, K_BYTES, HALF, N)
+    else:
+        if V_BITS:
+            decode_side((pid - k_programs) * N, v, v_batch, v_token, v_target, heads, tokens, v_total, v_tables, V_BITS, V_PER_HEAD,
+                        V_BYTES, 0, N)
+
+
+@triton.jit
+def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+    """(rows, 64) of the rotated query, block BLOCK, float32, columns in the order of element()."""
+    column = tl.arange(0, 64)
+    x = tl.load(q + at[:, None] + channel(BLOCK * 64 + column, HALF)[None, :], ok[:, None], 0.0)
+    transform = hadamard(column[:, None], element(column, BITS)[None, :]) * tl.load(tables + SIGNS + column)[:, None]
+    if x.dtype == tl.float32:
+        return tl.dot(x, transform, input_precision="tf32x3") * 0.125
+    else:  # halves of either kind are exact in tf32
+        return tl.dot(x.to(tl.float32), transform, input_precision="tf32") * 0.125
+
+
+@triton.jit
+def key_products(s, query, k_row, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
+    row = k_row + BLOCK * BLOCK_BYTES
+    return s + tl.dot(query, tl.trans(level_tile(row, ok, tables, BITS))) * scale_of(row, ok)[None, :]
+
+
+@triton.jit
+def weighted_values(acc, p, v_row, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
+    """acc + p . d . levels.  p d is rounded to half, relative to the largest d of the tile."""
+    row = v_row + BLOCK * BLOCK_BYTES
+    d = scale_of(row, ok)
+    most = tl.max(d, axis=0)
+    most = tl.where(most > 0.0, most, 1.0)
+    w = tl.where(p == 0.0, 0.0, p * (d / most)[None, :]).to(tl.float16)  # an unseen NaN has no effect
+    return acc + tl.dot(w, level_tile(row, ok, tables, BITS)) * most
+
+
+@kernel
+def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batch, v_token, v_tables,
+           mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
+           GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
+           V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+           SINKS: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, BN: tl.constexpr):
+    """A chunk of the cache for M query rows of one KV head; row r is query head r % GROUP at token r // GROUP.
+
+    grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][M][2 + value size]: the
+    largest logit in base 2, the sum of weights, the sum of weighted values in the rotated domain.  The last program of a
+    group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
+    its counter, int32 [batch . heads][tiles], zero before and after.
+    MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first n_kv - tokens + t + 1 keys.
+    """
+    tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch = (bh // heads).to(tl.int64)
+    head = bh % heads
+    r = tl.arange(0, M)
+    row = tile * M + r
+    token = row // GROUP
+    q_row_head = head * GROUP + row % GROUP
+    seen = token < tokens
+    at = batch * q_batch + q_row_head * q_head + token.to(tl.int64) * q_token
+
+    q0 = query_block(q, at, seen, k_tables, 0, K_BITS, HALF)
+    top = tl.max(tl.abs(q0), axis=1)
+    if K_BLOCKS > 1:
+        q1 = query_block(q, at, seen, k_tables, 1, K_BITS, HALF)
+        top = tl.maximum(top, tl.max(tl.abs(q1), axis=1))
+    if K_BLOCKS > 2:
+        q2 = query_block(q, at, seen, k_tables, 2, K_BITS, HALF)
+        top = tl.maximum(top, tl.max(tl.abs(q2), axis=1))
+    if K_BLOCKS > 3:
+        q3 = query_block(q, at, seen, k_tables, 3, K_BITS, HALF)
+        top = tl.maximum(top, tl.max(tl.abs(q3), axis=1))
+    # halves relative to the largest: 11 bits wherever the query lies
+    top = tl.where(top > 0.0, top, 1.0)
+    q0 = (q0 / top[:, None]).to(tl.float16)
+    if K_BLOCKS > 1:
+        q1 = (q1 / top[:, None]).to(tl.float16)
+    if K_BLOCKS > 2:
+        q2 = (q2 / top[:, None]).to(tl.float16)
+    if K_BLOCKS > 3:
+        q3 = (q3 / top[:, None]).to(tl.float16)
+    if SOFTCAP:
+        factor = top * scale
+    else:
+        factor = top * (scale * LOG2E)
+
+    largest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc0 = tl.zeros([M, 64], tl.float32)
+    if V_BLOCKS > 1:
+        acc1 = tl.zeros([M, 64], tl.float32)
+    if V_BLOCKS > 2:
+        acc2 = tl.zeros([M, 64], tl.float32)
+    if V_BLOCKS > 3:
+        acc3 = tl.zeros([M, 64], tl.float32)
+
+    first = split * chunk
+    last = tl.minimum(first + chunk, n_kv)
+    if CAUSAL:  # what no row of the tile sees
+        last = tl.minimum(last, n_kv - tokens + tl.minimum((tile * M + M - 1) // GROUP, tokens - 1) + 1)
+    k_head = k + batch * k_batch + head * (K_BLOCKS * K_BYTES)
+    v_head = v + batch * v_batch + head * (V_BLOCKS * V_BYTES)
+    for n0 in range(first, last, BN):
+        n = n0 + tl.arange(0, BN)
+        ok = n < last
+        k_row = k_head + n.to(tl.int64) * k_token
+        s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, k_tables, 0, K_BITS, K_BYTES)
+        if K_BLOCKS > 1:
+            s = key_products(s, q1, k_row, ok, k_tables, 1, K_BITS, K_BYTES)
+        if K_BLOCKS > 2:
+            s = key_products(s, q2, k_row, ok, k_tables, 2, K_BITS, K_BYTES)
+        if K_BLOCKS > 3:
+            s = key_products(s, q3, k_row, ok, k_tables, 3, K_BITS, K_BYTES)
+        s *= factor[:, None]
+        if SOFTCAP:  # softcap . tanh(s / softcap)
+            s = softcap * (1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)) * LOG2E
+        visible = ok[None, :] & seen[:, None]
+        if CAUSAL:
+            visible = visible & (n[None, :] <= n_kv - tokens + token[:, None])
+        if MASK:
+            spot = mask + batch * m_batch + (q_row_head * m_head + token.to(tl.int64) * m_token)[:, None] + n[None, :]
+            if MASK == 1:
+                visible = visible & (tl.load(spot, visible, 0) != 0)
+            else:
+                s += tl.load(spot, visible, 0.0).to(tl.float32) * LOG2E
+        s = tl.where(visible, s, float("-inf"))
+        new = tl.maximum(largest, tl.max(s, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - base[:, None])
+        keep = tl.exp2(largest - base)
+        total = total * keep + tl.sum(p, axis=1)
+        largest = new
+        v_row = v_head + n.to(tl.int64) * v_token
+        acc0 = weighted_values(acc0 * keep[:, None], p, v_row, ok, v_tables, 0, V_BITS, V_BYTES)
+        if V_BLOCKS > 1:
+            acc1 = weighted_values(acc1 * keep[:, None], p, v_row, ok, v_tables, 1, V_BITS, V_BYTES)
+        if V_BLOCKS > 2:
+            acc2 = weighted_values(acc2 * keep[:, None], p, v_row, ok, v_tables, 2, V_BITS, V_BYTES)
+        if V_BLOCKS > 3:
+            acc3 = weighted_values(acc3 * keep[:, None], p, v_row, ok, v_tables, 3, V_BITS, V_BYTES)
+
+    V_SIZE: tl.constexpr = V_BLOCKS * 64
+    WIDTH: tl.constexpr = V_SIZE + 2
+    group = bh * tl.num_programs(0) + tile  # of the programs that work on these rows
+    first_part = partial + group.to(tl.int64) * chunks * (M * WIDTH)
+    column = tl.arange(0, 64)[None, :]
+    part = first_part + split * (M * WIDTH) + r * WIDTH
+    tl.store(part, largest)
+    tl.store(part + 1, total)
+    tl.store(part[:, None] + (2 + column), acc0)
+    if V_BLOCKS > 1:
+        tl.store(part[:, None] + (66 + column), acc1)
+    if V_BLOCKS > 2:
+        tl.store(part[:, None] + (130 + column), acc2)
+    if V_BLOCKS > 3:
+        tl.store(part[:, None] + (194 + column), acc3)
+    tl.debug_barrier()  # all threads' parts are written before one of them says so
+    if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+        tl.store(arrived + group, 0)
+        to = out + batch * o_batch + token.to(tl.int64) * o_token + q_row_head * V_SIZE
+        logit = tl.full([M], float("-inf"), tl.float32)
+        if SINKS:
+            logit = tl.load(sinks + q_row_head, seen, 0.0).to(tl.float32) * LOG2E
+        for block in range(V_BLOCKS):
+            merge_block(first_part + r * WIDTH, to, seen, logit, v_tables, block, chunks, M * WIDTH, V_BITS, SINKS, M)
+
+
+@triton.jit
+def merge_block(part, to, seen, logit, tables, block, chunks, step, BITS: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
+    """The chunks' sums of one block of M rows to the values of out, in the original domain."""
+    column = tl.arange(0, 64)
+    largest = logit
+    total = tl.full([M], 1.0 if SINKS else 0.0, tl.float32)
+    acc = tl.zeros([M, 64], tl.float32)
+    for _ in range(chunks):
+        theirs = tl.load(part)
+        new = tl.maximum(largest, theirs)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        keep, take = tl.exp2(largest - base), tl.exp2(theirs - base)
+        total = total * keep + tl.load(part + 1) * take
+        acc = acc * keep[:, None] + tl.load(part[:, None] + (2 + block * 64 + column)[None, :]) * take[:, None]
+        largest = new
+        part += step
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing is zero
+    transform = hadamard(element(column, BITS)[:, None], column[None, :])
+    x = tl.dot(acc, transform, input_precision="tf32x3") * 0.125 * tl.load(tables + SIGNS + column)[None, :]
+    tl.store(to[:, None] + (block * 64 + column)[None, :], x, seen[:, None])

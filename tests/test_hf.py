@@ -1,0 +1,655 @@
+"""tbq.hf: the cache and the attention of transformers models, against the library's own blocks and llama.cpp's results.
+
+The oracle is a DynamicCache that sends all it gets through tbq.quantize and tbq.dequantize: TBQCache has to agree with it
+exactly, whatever generate() does; attention from blocks, which rounds queries and weights, closely.
+"""
+import copy
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import llama_tools
+import tbq
+from conftest import ROOT
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'ggml-tbq[hf]'")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ggml-tbq[hf]'")
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
+
+from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
+
+BASE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are too small for more, and threads that wait for each other on a busy machine are slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def order(size, half):
+    """The channels of a head as they are stored: of the first 2 half, c and c + half are neighbours."""
+    return [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
+
+
+def there_and_back(x, bits, half=0):
+    if bits and 2 * half <= x.shape[3] and half:
+        stored = order(x.shape[3], half)
+        return there_and_back(x[..., stored], bits)[..., np.argsort(stored)]
+    name, values = f"tbq{bits}_0", x.detach().contiguous().to(torch.float16 if x.dtype == torch.float16 else torch.float32).numpy()
+    return torch.from_numpy(tbq.dequantize(tbq.quantize(values, name, kv=True), name, values.shape, values.dtype)).to(x.dtype) if bits else x
+
+
+class OracleLayer(DynamicLayer):
+    bits, half = (4, 4), 0
+
+    def update(self, k, v, *args, **kwargs):
+        return super().update(there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs)
+
+
+class OracleSlidingLayer(DynamicSlidingWindowLayer):
+    bits, half = (4, 4), 0
+
+    def update(self, k, v, *args, **kwargs):
+        return super().update(there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs)
+
+
+class Oracle(DynamicCache):
+    def __init__(self, config, k_bits=4, v_bits=4, sliding="keep", half=None):
+        super().__init__(config=config)
+        ours = TBQCache(config, sliding=sliding)  # whose halves test_pairs checks
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = OracleLayer()
+            elif type(layer) is DynamicSlidingWindowLayer and sliding == "compress":
+                self.layers[i] = OracleSlidingLayer(sliding_window=layer.sliding_window)
+            self.layers[i].bits = (k_bits or 0, v_bits or 0)
+            self.layers[i].half = getattr(ours.layers[i], "half", 0) if half is None else half
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return sharpened(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**BASE, **changes})))
+
+
+def sharpened(model):
+    """Weights as they come make attention even and every cache right."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+def prompt(batch=2, tokens=40, pad=0, seed=1):
+    ids = torch.randint(3, 300, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    return {"input_ids": torch.where(mask == 1, ids, 0), "attention_mask": mask}
+
+
+def generate(model, cache, implementation="sdpa", n=16, inputs=None, **options):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        out = model.generate(**(prompt(pad=7) if inputs is None else inputs), past_key_values=cache, max_new_tokens=n,
+                             do_sample=False, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def forward(model, ids, cache, implementation="sdpa", **more):
+    model.set_attn_implementation(implementation)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        return model(input_ids=ids, **{name: cache}, **more).logits
+
+
+def states(batch=2, heads=2, tokens=5, size=128, dtype=torch.float32, seed=0):
+    return torch.randn(batch, heads, tokens, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("bits", ((4, 3), (2, 4)))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_a_row_is_what_the_library_makes_of_it(dtype, bits, batch):
+    layer = TBQLayer(*bits)
+    parts = [(states(batch, tokens=n, dtype=dtype, seed=n), states(batch, tokens=n, size=64, dtype=dtype, seed=n + 50)) for n in (5, 1, 70, 1)]
+    for k, v in parts:
+        got = layer.update(k, v)
+    for packed, decoded, side in zip(layer.packed, got, (0, 1)):
+        name = f"tbq{bits[side]}_0"
+        whole = torch.cat([part[side] for part in parts], dim=2).transpose(1, 2).contiguous()
+        values = whole.numpy() if dtype == torch.float16 else whole.float().numpy()
+        rows = tbq.quantize(values, name, kv=True)
+        assert packed.dtype == torch.uint8 and packed.shape == rows.shape
+        assert np.array_equal(packed.numpy(), rows)
+        want = torch.from_numpy(tbq.dequantize(rows, name, values.shape, values.dtype)).to(dtype).transpose(1, 2)
+        assert decoded.dtype == dtype and torch.equal(decoded, want)
+    assert torch.equal(layer.keys, got[0]) and torch.equal(layer.values, got[1])
+
+
+def test_many_tokens_on_threads_are_the_same_bytes():
+    k = states(2, 4, 700)
+    one = TBQLayer(4, 4)
+    one.update(k, k)
+    torch.set_num_threads(2)
+    two = TBQLayer(4, 4)
+    two.update(k, k)
+    assert torch.equal(one.packed[0], two.packed[0]) and torch.equal(one.keys, two.keys)
+
+
+def test_views_are_read_in_place():
+    """What a fused projection leaves: strides of its own, and an odd start."""
+    whole = torch.randn(2, 9, 2 * 64 * 3 + 1)[:, :, 1:].reshape(2, 9, 6, 64).transpose(1, 2)
+    layer, plain = TBQLayer(), TBQLayer()
+    layer.update(whole[:, :2], whole[:, 4:])
+    plain.update(whole[:, :2].clone(), whole[:, 4:].clone())
+    assert torch.equal(layer.packed[0], plain.packed[0]) and torch.equal(layer.packed[1], plain.packed[1])
+
+
+def test_only_new_tokens_are_encoded(model, monkeypatch):
+    seen = []
+    encode = _cpu.encode
+    monkeypatch.setattr(_cpu, "encode", lambda k, *rest: (seen.append(k.shape[2]), encode(k, *rest)))
+    generate(model, TBQCache(model.config), n=4)
+    assert seen == [40, 40, 1, 1, 1, 1, 1, 1]
+
+
+def test_one_side_unpacked():
+    layer = TBQLayer(4, None)
+    k, v = states(dtype=torch.bfloat16), states(dtype=torch.bfloat16, seed=1)
+    layer.update(k[:, :, :3], v[:, :, :3])
+    keys, values = layer.update(k[:, :, 3:], v[:, :, 3:])
+    assert torch.equal(values, v) and torch.equal(keys, there_and_back(k, 4))
+    assert layer.nbytes() == 2 * 2 * (3 + 2 + 64) * (2 * 34 + 128 * 2)
+
+
+def test_a_damaged_state_stays_where_it_is():
+    """A NaN in one block is NaN there; a token that sees it is NaN, one that does not is not."""
+    k, v = states(1, 1, 6, 64), states(1, 1, 6, 64, seed=1)
+    k[0, 0, 4, 3] = torch.nan
+    v[0, 0, 5, 3] = torch.inf
+    layer = TBQLayer()
+    keys, values = layer.update(k, v)
+    assert keys[0, 0].isnan().any(1).tolist() == [i == 4 for i in range(6)] and values[0, 0].isnan().any(1).tolist() == [i == 5 for i in range(6)]
+    q = states(1, 1, 6, 64, seed=2)
+    out = _cpu.attention(q, layer.packed[0], 4, layer.packed[1], 4, 0.125, causal=True)
+    assert out[0, :, 0].isnan().any(1).tolist() == [False] * 4 + [True] * 2
+
+
+# --- generate() ---------------------------------------------------------------------------------------------------
+
+
+def of_kind(name):
+    """(model, how far attention from blocks may be off, relative to what quantization itself does)."""
+    t, sliding = transformers, {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    wide = {key: value for key, value in BASE.items() if key != "head_dim"}
+    four = {**BASE, "num_hidden_layers": 4, **sliding}
+    build = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**BASE)),
+        "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256})),
+        "mistral, windows only": lambda: t.MistralForCausalLM(t.MistralConfig(**BASE, sliding_window=24)),
+        "gemma2, windows and soft-cap": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**four, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)),
+        "gemma3n, shared layers": lambda: t.Gemma3nForCausalLM(t.Gemma3nTextConfig(
+            **{**four, "num_hidden_layers": 6, "intermediate_size": [256] * 6, "layer_types": sliding["layer_types"] + sliding["layer_types"][:2]},
+            num_kv_shared_layers=2, vocab_size_per_layer_input=300, hidden_size_per_layer_input=32, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6)),
+        "gpt-oss, sinks": lambda: t.GptOssForCausalLM(t.GptOssConfig(**four, num_local_experts=4, num_experts_per_tok=2)),
+        "deepseek, two sizes": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(
+            **{**wide, "num_key_value_heads": 4}, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2)),
+        "gemma4, two sizes and shared layers": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(
+            **{**four, "num_hidden_layers": 6, "layer_types": sliding["layer_types"] + sliding["layer_types"][:2]}, global_head_dim=128,
+            num_kv_shared_layers=2, vocab_size_per_layer_input=300, hidden_size_per_layer_input=32)),
+        "qwen3-next, hybrid": lambda: t.Qwen3NextForCausalLM(t.Qwen3NextConfig(
+            **{**BASE, "num_hidden_layers": 2}, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2,
+            linear_key_head_dim=32, linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+            shared_expert_intermediate_size=64)),
+    }[name]
+    if name.startswith("gemma4") and not hasattr(t, "Gemma4ForCausalLM"):
+        pytest.skip(f"transformers {t.__version__} has no Gemma 4")
+    if name.startswith("qwen3-next") and int(t.__version__.split(".")[0]) < 5:
+        pytest.skip(f"transformers {t.__version__} has a cache of its own for hybrid models")
+    torch.manual_seed(0)
+    return sharpened(build())
+
+
+KINDS = ("llama", "qwen2, biases", "mistral, windows only", "gemma2, windows and soft-cap", "gemma3n, shared layers", "gpt-oss, sinks",
+         "deepseek, two sizes", "gemma4, two sizes and shared layers", "qwen3-next, hybrid")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models(kind):
+    """A padded batch: the oracle's logits exactly; from blocks, closer to them than they are to an unquantized cache's."""
+    model = of_kind(kind)
+    usual = model.config._attn_implementation
+    exact = generate(model, DynamicCache(config=model.config), usual, 4)[1][0]
+    for sliding in ("keep", "compress"):
+        wanted = generate(model, Oracle(model.config, sliding=sliding), usual)
+        cache = TBQCache(model.config, sliding=sliding)
+        tokens, logits = generate(model, cache, usual)
+        assert torch.equal(tokens, wanted[0]) and torch.allclose(logits, wanted[1], rtol=1e-4, atol=1e-4)  # strides may change an order of sums
+        packed = sum(type(layer) in (TBQLayer, TBQSlidingLayer) for layer in cache.layers)
+        assert cache.stats()["packed_layers"] == packed and (packed > 0 or sliding == "keep" and kind.startswith("mistral"))
+        fused = generate(model, TBQCache(model.config, sliding=sliding), "tbq", 4)[1][0]
+        assert (fused - wanted[1][0]).norm() <= 0.9 * (wanted[1][0] - exact).norm() + 1e-4
+
+
+def test_pairs():
+    """Which channels the models turn into each other, by what their embedding does to one of them."""
+    def halves(kind, head=64, **more):
+        model = of_kind(kind)
+        return [layer.half for layer in TBQCache(model.config, **more).layers if isinstance(layer, TBQLayer)]
+
+    assert halves("llama") == [32, 32] and halves("llama", pairs="neighbours") == [0, 0] and halves("deepseek, two sizes") == [0, 0]
+    assert halves("qwen2, biases") == [32, 32] and halves("gemma2, windows and soft-cap", sliding="compress") == [32] * 4
+    wide = transformers.LlamaConfig(**{**BASE, "head_dim": 192})
+    assert TBQCache(wide).layers[0].half == 96
+    part = transformers.PhiConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=1, partial_rotary_factor=0.5)
+    transformers.PhiForCausalLM  # its code is there
+    assert TBQCache(part).layers[0].half == 32
+    near = transformers.CohereConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=1)
+    transformers.CohereForCausalLM
+    assert TBQCache(near).layers[0].half == 0 and TBQCache(near, pairs="halves").layers[0].half == 64
+
+
+@pytest.mark.parametrize("half", (16, 32))
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_reordered_keys_are_the_same_keys(half, implementation):
+    """Queries meet the channels they belong to: 4 bits are close to none at all, whatever is stored beside what."""
+    layer = TBQLayer(4, 4, type("Config", (), {"_attn_implementation": implementation}), half)
+    q, k, v = states(1, 4, 3, 64), states(1, 2, 50, 64, seed=1), states(1, 2, 50, 64, seed=2)
+    keys, values = layer.update(k, v)
+    rows = tbq.quantize(k.transpose(1, 2)[..., order(64, half)].contiguous().numpy(), "tbq4_0", kv=True)
+    assert np.array_equal(layer.packed[0].numpy(), rows)
+    assert torch.equal(keys + 0, there_and_back(k, 4, half)) and torch.equal(values + 0, there_and_back(v, 4))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    got, _ = _attention.attention(module, q, keys, values, torch.ones(1, 1, 3, 50, dtype=torch.bool))
+    want = attention_reference(q, keys + 0, values + 0, 0.125)
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager", "tbq"))
+@pytest.mark.parametrize("options", ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}), ids=str)
+def test_beams(model, implementation, options):
+    # attention from blocks can rank two close beams otherwise: its own oracle is a cache that is packed and not reordered
+    wanted = generate(model, Oracle(model.config), "sdpa", 8, **options)[0]
+    got = generate(model, TBQCache(model.config), implementation, 8, **options)[0]
+    assert got.shape == wanted.shape and (implementation == "tbq" or torch.equal(got, wanted))
+
+
+def test_reorder_and_select():
+    layer = TBQLayer()
+    k, v = states(3), states(3, seed=1)
+    layer.update(k, v)
+    keys, values = layer.keys, layer.values
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(layer.keys, keys[[2, 0, 0]]) and torch.equal(layer.values, values[[2, 0, 0]])
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(layer.keys, keys[[2, 2, 0, 0, 0, 0]])
+    layer.batch_select_indices(torch.tensor([5, 0]))
+    assert torch.equal(layer.keys, keys[[0, 2]])
+    more = states(2, seed=3)
+    assert torch.equal(layer.update(more, more)[0][:, :, 5:], there_and_back(more, 4))
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_assisted_decoding(model, implementation):
+    """Rejected candidates are cropped away; what is left is what decoding without an assistant makes."""
+    assistant = llama(num_hidden_layers=1)
+    inputs = prompt(batch=1)
+    assistant.set_attn_implementation("sdpa")
+    alone = generate(model, TBQCache(model.config), implementation, 20, inputs)[0]
+    cache = TBQCache(model.config)
+    helped = generate(model, cache, implementation, 20, inputs, assistant_model=assistant)[0]
+    # several tokens at once are rounded in another order than one by one: the same until two candidates are that close
+    assert torch.equal(helped[:, :44], alone[:, :44])
+    assert cache.get_seq_length() == 40 + 20 - 1
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_crop_goes_back(model, implementation):
+    ids = prompt(batch=1, tokens=60)["input_ids"]
+    cache = TBQCache(model.config)
+    forward(model, ids[:, :50], cache, implementation)
+    first = forward(model, ids[:, 50:53], cache, implementation)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 50
+    forward(model, ids[:, 20:27], cache, implementation)
+    cache.crop(-7)
+    assert torch.equal(forward(model, ids[:, 50:53], cache, implementation), first)
+    for layer in cache.layers:
+        layer.crop(50)
+    assert cache.get_seq_length() == 50
+    cache.crop(-1000)
+    assert cache.get_seq_length() == 0
+    assert forward(model, ids[:, :50], cache, implementation).isfinite().all()
+
+
+def test_windows_are_cropped_as_transformers_does():
+    ours, theirs = TBQSlidingLayer(16, None, None), DynamicSlidingWindowLayer(sliding_window=16)
+    if not hasattr(theirs, "activate_past_recording"):
+        pytest.skip(f"transformers {transformers.__version__} does not crop windows")
+    for n, crop in ((10, -2), (3, -1), (30, -5), (1, 0), (4, -4), (1, -1), (70, -9), (20, None), (20, None), (3, -10), (150, 0), (1, 0), (6, -6)):
+        k, v = states(1, 1, n, 64, seed=n), states(1, 1, n, 64, seed=n + 1)
+        for layer in (ours, theirs):
+            layer.activate_past_recording()
+        for got, want in zip(ours.update(k, v), theirs.update(k, v)):
+            assert torch.equal(got, want)
+        if crop is not None:
+            ours.crop(crop), theirs.crop(crop)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_a_long_window_keeps_its_size(model):
+    layer = TBQSlidingLayer(32)
+    for n in (500, *[1] * 300):
+        layer.update(states(1, 2, n), states(1, 2, n))
+    assert layer.get_seq_length() == 800
+    assert layer.nbytes() <= 2 * 2 * 2 * 34 * 2 * (32 + 64)
+
+
+def test_turns_copies_and_reset(model):
+    """A cache that goes on after generate(), a copy that goes its own way, and one that starts anew."""
+    ids = prompt(batch=1)["input_ids"]
+    cache = TBQCache(model.config)
+    generate(model, cache, n=5, inputs={"input_ids": ids})
+    twin = copy.deepcopy(cache)
+    more = torch.cat([ids, prompt(batch=1, tokens=20, seed=5)["input_ids"]], dim=1)
+    one = generate(model, cache, n=5, inputs={"input_ids": more})
+    two = generate(model, twin, n=5, inputs={"input_ids": more})
+    assert torch.equal(one[0], two[0])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0 and cache.stats()["ratio"] is None
+    assert torch.equal(generate(model, cache, n=5)[0], generate(model, TBQCache(model.config), n=5)[0])
+
+
+def test_without_a_config(model):
+    assert torch.equal(generate(model, TBQCache())[1], generate(model, Oracle(model.config, half=0))[1])
+    with_model = TBQCache(model)
+    assert len(with_model.layers) == 2
+
+
+def test_sizes(model):
+    cache = TBQCache(model.config, 4, 2)
+    forward(model, prompt()["input_ids"], cache)
+    tokens, sides = 2 * 40 * 2 * 2, (34 + 18)  # batch, tokens, heads, layers
+    assert (cache.nbytes, cache.baseline_nbytes) == (tokens * sides, tokens * 2 * 64 * 4)
+    stats = cache.stats()
+    assert stats["ratio"] == pytest.approx(32 / 3.25) and stats["tokens"] == 40 and len(stats["layers"]) == 2
+    assert stats["layers"][0] == {"kind": "TBQLayer", "k_bits": 4, "v_bits": 2, "nbytes": cache.nbytes // 2, "baseline_nbytes": cache.baseline_nbytes // 2}
+    assert "tokens=40" in repr(cache)
+
+
+def test_room_is_bounded():
+    layer = TBQLayer()
+    for n in (8192, *[1] * 200):
+        layer.update(states(1, 1, n, 64), states(1, 1, n, 64))
+        assert layer.nbytes() <= 2 * 34 * (layer.get_seq_length() * 65 / 64 + 1)
+
+
+# --- attention from blocks ----------------------------------------------------------------------------------------
+
+
+def attention_reference(q, k, v, scale, mask=None, causal=False, softcap=0.0, sinks=None):
+    q, (k, v) = q.double(), (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = q @ k.transpose(2, 3) * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    if causal:
+        s = s.masked_fill(~torch.ones(s.shape[2:], dtype=torch.bool).tril(s.shape[3] - s.shape[2]), -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)], dim=3)
+    return (s.softmax(3).nan_to_num(0)[..., :k.shape[2]] @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("options", ({}, {"mask": "bool"}, {"mask": "addend"}, {"mask": "one for all"}, {"causal": True}, {"softcap": 3.0, "causal": True},
+                                     {"sinks": True}, {"mask": "bool", "causal": True}), ids=str)
+@pytest.mark.parametrize("shape", ((4, 4, 1, 8, 2, 700, 1, 64, 64), (3, 2, 2, 4, 4, 300, 300, 128, 64), (2, 4, 3, 6, 2, 70, 9, 192, 128)), ids=str)
+def test_attention(shape, options):
+    k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size = shape
+    q = states(batch, heads, tokens, k_size)
+    layer = TBQLayer(k_bits, v_bits)
+    k, v = layer.update(states(batch, kv_heads, n_kv, k_size, seed=1), states(batch, kv_heads, n_kv, v_size, seed=2))
+    generator = torch.Generator().manual_seed(3)
+    rest = {key: value for key, value in options.items() if key in ("causal", "softcap")}
+    if options.get("mask") == "bool":
+        rest["mask"] = torch.rand(batch, 1, tokens, n_kv + 3, generator=generator)[..., :n_kv] < 0.7  # rows further apart than long
+        rest["mask"][-1, :, -1] = False  # sees nothing
+    elif options.get("mask") == "addend":
+        rest["mask"] = torch.randn(batch, heads, tokens, n_kv, generator=generator)
+    elif options.get("mask"):
+        rest["mask"] = torch.rand(1, 1, 1, n_kv, generator=generator) < 0.7
+    if options.get("sinks"):
+        rest["sinks"] = torch.randn(heads, generator=generator)
+    want = attention_reference(q, k, v, k_size**-0.5, **rest)
+    got = _cpu.attention(q, layer.packed[0], k_bits, layer.packed[1], v_bits, k_size**-0.5, **rest)
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 0.01 * want.norm()  # queries are rounded to 8 bits, weights to 15
+    torch.set_num_threads(2)
+    assert torch.equal(_cpu.attention(q, layer.packed[0], k_bits, layer.packed[1], v_bits, k_size**-0.5, **rest), got)
+
+
+def test_keys_are_never_decoded(model, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(_cpu, "decode", refuse)
+    generate(model, TBQCache(model.config), "tbq", 4)
+    with pytest.raises(AssertionError, match="decoded"):
+        generate(model, TBQCache(model.config), "sdpa", 4)
+
+
+def test_packed_states_decode_themselves():
+    """A model that does something to keys between cache and attention."""
+    layer = TBQLayer(4, 4, type("Config", (), {"_attn_implementation": "tbq"}))
+    k = states()
+    keys, values = layer.update(k, k)
+    assert type(keys) is PackedStates and keys.shape == k.shape and keys.dtype == k.dtype and "bits=4" in repr(keys)
+    want = there_and_back(k, 4)
+    for same in (keys + 0, keys.transpose(1, 2).transpose(1, 2), keys[:], torch.cat([keys], dim=2), keys.decoded()):
+        assert type(same) is torch.Tensor and torch.equal(same, want)
+    assert torch.equal(keys.float().sum(), want.sum())
+
+
+def test_attention_without_our_cache(model):
+    """attn_implementation="tbq" with another cache, or none, is torch's attention."""
+    ids = prompt()["input_ids"]
+    for cache in (None, DynamicCache(config=model.config)):
+        want = forward(model, ids, copy.deepcopy(cache))
+        assert torch.equal(forward(model, ids, cache, "tbq"), want)
+
+
+@pytest.mark.parametrize("softcap", (None, 5.0))
+@pytest.mark.parametrize("sinks", (False, True))
+def test_plain_attention(softcap, sinks):
+    q, k, v = states(2, 4, 9, 64), states(2, 2, 12, 64, seed=1), states(2, 2, 12, 64, seed=2)
+    logits = torch.randn(4) if sinks else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    got, _ = _attention.attention(module, q, k, v, torch.rand(2, 1, 9, 12) < 2, softcap=softcap, s_aux=logits)
+    assert torch.allclose(got.double(), attention_reference(q, k, v, 0.125, softcap=softcap or 0.0, sinks=logits), atol=1e-5)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, message", (
+    ({"k_bits": 5}, "k_bits is 5; it must be 2, 3, 4 or None"),
+    ({"v_bits": "4"}, "v_bits is '4'; it must be 2, 3, 4 or None"),
+    ({"k_bits": True}, "k_bits is True; it must be 2, 3, 4 or None"),
+    ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, halves, neighbours"),
+    ({"sliding": "drop"}, "sliding is 'drop'; it must be one of keep, compress"),
+    ({"config": "llama"}, "config is a str; it must be a model's config, or the model"),
+))
+def test_wrong_arguments(model, arguments, message):
+    with pytest.raises(tbq.TBQError) as error:
+        TBQCache(**{"config": model.config, **arguments})
+    assert str(error.value) == message
+
+
+def test_head_sizes_that_64_does_not_divide():
+    config = transformers.LlamaConfig(**{**BASE, "head_dim": 80})
+    with pytest.raises(tbq.TBQError, match="^head size 80 is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache$"):
+        TBQCache(config)
+    TBQCache(config, None, None)
+    with pytest.raises(tbq.TBQError, match="head size 80 is not a multiple of 64"):
+        TBQCache().update(states(size=80), states(size=80), 0)
+
+
+@pytest.mark.parametrize("change, message", (
+    (lambda k, v: (k[:1], v[:1]), "do not fit a cache of batch 2, 2 heads, sizes 128 and 128 in torch.float32 on cpu"),
+    (lambda k, v: (k[..., :64], v), "do not fit a cache"),
+    (lambda k, v: (k[0], v), "do not fit a cache"),
+    (lambda k, v: (k, v[:, :, :2]), "do not fit a cache"),
+    (lambda k, v: (k.half(), v.half()), "keys .2, 2, 5, 128. and values .2, 2, 5, 128. in torch.float16 on cpu do not fit a cache"),
+))
+@pytest.mark.parametrize("kind", (TBQLayer, lambda: TBQSlidingLayer(32)), ids=("full", "window"))
+def test_states_that_do_not_fit_change_nothing(kind, change, message):
+    layer, k = kind(), states()
+    layer.update(k, k)
+    before = layer.keys
+    with pytest.raises(tbq.TBQError, match=message):
+        layer.update(*change(k, k))
+    assert torch.equal(layer.keys, before) and layer.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("wrong", (torch.ones(2, 2, 5, 64, dtype=torch.int32), torch.ones(2, 5, 64), torch.ones(2, 2, 5, 64, dtype=torch.float64)),
+                         ids=("int32", "three axes", "float64"))
+def test_states_of_another_kind(wrong):
+    layer = TBQLayer()
+    with pytest.raises(tbq.TBQError, match="they must be float32, float16 or bfloat16 of shape"):
+        layer.update(wrong, wrong)
+    assert layer.get_seq_length() == 0 and layer.keys is None
+
+
+def test_other_devices():
+    with pytest.raises(tbq.TBQError, match="^device meta has no tbq kernels; cpu and cuda have$"):
+        TBQLayer().update(torch.ones(1, 1, 1, 64, device="meta"), torch.ones(1, 1, 1, 64, device="meta"))
+
+
+def test_states_are_not_set_from_outside():
+    layer = TBQLayer()
+    with pytest.raises(tbq.TBQError, match="set by update"):
+        layer.keys = torch.ones(1)
+
+
+def test_what_attention_does_not_take():
+    q = states(1, 2, 1, 64)
+    with pytest.raises(tbq.TBQError, match=r"takes no dropout, and it is 0.1: call model.eval\(\)"):
+        _attention.attention(torch.nn.Module(), q, q, q, None, dropout=0.1)
+    with pytest.raises(tbq.TBQError, match="takes no position_bias"):
+        _attention.attention(torch.nn.Module(), q, q, q, None, position_bias=q)
+
+
+def test_import_without_transformers(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('none here')\n")
+    done = subprocess.run([sys.executable, "-c", "import tbq.hf"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stderr.strip().splitlines()[-1] == ("tbq.errors.TBQError: tbq.hf needs transformers 4.57 or newer, and torch: "
+                                                    "pip install 'ggml-tbq[hf]' (none here)")
+
+
+# --- Triton -------------------------------------------------------------------------------------------------------
+
+
+def test_triton_kernels_in_the_interpreter():
+    """The kernels for CUDA against the golden bytes and the NumPy reference; on a GPU the same script does more."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with this NumPy")
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "cuda" / "hf_bench.py"), "--tiny", "--only", "checks"], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.strip().endswith("all checks passed"), done.stdout + done.stderr
+
+
+# --- the demo model, beside llama.cpp -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pytest.importorskip("accelerate", reason="accelerate is not installed; transformers needs it to load a GGUF file")
+    from tbq.demo import fetch_model
+
+    path = pathlib.Path(fetch_model(ROOT / "build" / "models"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return path, tokenizer, transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+PAIR_BITS = ((4, 4), (3, 3))
+
+
+@pytest.fixture(scope="module")
+def of_llama_cpp(tmp_path_factory):
+    """(text, the f16 cache's perplexity, by bits: llama-perplexity's statistics) over two chunks of 256."""
+    from tbq.paths import paths
+
+    try:
+        bin_dir = paths()["bin"]
+    except tbq.TBQError as error:
+        pytest.skip(str(error))
+    from tbq.demo import fetch_model
+
+    folder = tmp_path_factory.mktemp("hf")
+    text = llama_tools.python_text(folder / "text")
+    measure = llama_tools.Divergence(bin_dir, fetch_model(ROOT / "build" / "models"), text, folder / "base", n_ctx=256, chunks=2)
+    return text, measure.base_ppl, {(k, v): measure(f"tbq{k}_0", f"tbq{v}_0") for k, v in PAIR_BITS}
+
+
+def test_divergence_is_that_of_llama_cpp(demo, of_llama_cpp):
+    """The same text, chunks and scores as llama-perplexity's: the second half of each chunk."""
+    _, tokenizer, model = demo
+    text, base_ppl, theirs = of_llama_cpp
+    torch.set_num_threads(2)
+    ids = tokenizer(text.read_text()[:20000], return_tensors="pt").input_ids[0, :512].reshape(2, 256)
+
+    def scores(cache, implementation):
+        return forward(model, ids, cache, implementation)[:, 128:-1].double().log_softmax(-1)
+
+    def perplexity(logits):
+        return float(torch.exp(-logits.gather(2, ids[:, 129:, None]).mean()))
+
+    base = scores(DynamicCache(config=model.config), "sdpa")
+    assert perplexity(base) == pytest.approx(base_ppl, rel=0.02)  # llama.cpp rounds activations to 8 bits
+    for implementation in ("sdpa", "tbq"):
+        for bits in PAIR_BITS:
+            ours = scores(TBQCache(model.config, *bits), implementation)
+            kld = float((base.exp() * (base - ours)).sum(-1).mean())
+            print(f"{implementation} {bits}: KLD {kld:.4f}, llama.cpp {theirs[bits]['kld']:.4f}; PPL {perplexity(ours):.2f}, {theirs[bits]['ppl']:.2f}")
+            assert 0.6 * theirs[bits]["kld"] < kld < 1.25 * theirs[bits]["kld"]  # 254 scores
+            assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
+
+
+def test_greedy_text_is_that_of_llama_cpp(demo):
+    """Every cache agrees with llama.cpp's of the same types on an answer that is certain, token for token."""
+    path, tokenizer, model = demo
+    from tbq import Server
+
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    inputs = {"input_ids": tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]}
+    torch.set_num_threads(2)
+    for k, v in ((4, 4), (4, 3)):
+        with Server(path, kv=f"tbq{k}_0/tbq{v}_0", options=["-c", "512", "-t", "2"]) as server:
+            theirs = server.chat(question[0]["content"], temperature=0, max_tokens=8)["choices"][0]["message"]["content"]
+        for implementation in ("sdpa", "tbq"):
+            tokens, _ = generate(model, TBQCache(model.config, k, v), implementation, 8, inputs)
+            ours = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            print(f"{k}/{v} {implementation}: {ours!r}, llama.cpp {theirs!r}")
+            assert ours.strip() == theirs.strip()
