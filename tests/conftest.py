@@ -1,10 +1,12 @@
 """What several test files need.  Everything runs against the package that is installed, never against python/."""
 import importlib.util
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -30,22 +32,21 @@ def pytest_addoption(parser):
                      help="a second model, with head size 128 and K biases; its tests are skipped without")
 
 
-def pytest_configure():
+def pytest_configure(config):
+    # What is measured on first use goes here, not into the user's own folder, and once for all tests.
+    config.users_cache = tempfile.TemporaryDirectory(prefix="tbq-cache-")
+    os.environ["XDG_CACHE_HOME"] = config.users_cache.name
     # A shell that runs this in the background has SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_unconfigure(config):
+    config.users_cache.cleanup()
+
+
 def pytest_report_header():
     return f"tbq {tbq.__version__}: {pathlib.Path(tbq.__file__).parent}"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def users_cache(tmp_path_factory):
-    """What is measured on first use goes here, not into the user's own folder, and once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import tbq
 from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
 
+CENTER = 68  # bytes of a state of centred keys: a mark, and the hash of their center
 VENDORED = pathlib.Path(tbq.__file__).resolve().parent / "_vendor" / "llama_cpp"
 
 for dependency in ("diskcache", "jinja2", "typing_extensions"):
@@ -80,8 +81,8 @@ def test_generates(installed_too, demo_model, lib_dir, other):
     # 30 layers, keys and values of 3 heads of 64: 34 bytes a head instead of 128
     saved = 2 * 30 * 3 * (128 - 34)
     assert found["f16"]["tokens"] == found["ours"]["tokens"]
-    assert found["f16"]["state"] - found["ours"]["state"] == saved * found["ours"]["tokens"]
-    assert found["numbers"]["state"] == found["ours"]["state"]
+    assert found["f16"]["state"] - found["ours"]["state"] + CENTER == saved * found["ours"]["tokens"]
+    assert found["numbers"]["state"] == found["ours"]["state"] - CENTER
 
 
 REFUSE = """
@@ -216,3 +217,53 @@ def test_the_extra_has_what_the_bindings_require(sdist):
         return set(re.findall(r'"([\w-]+)[><=]', re.search(rf"(?ms)^{key} = \[(.*?)\]$", text)[1]))
 
     assert requirements(theirs, "dependencies") <= requirements(ours, "dependencies") | requirements(ours, "llama")
+
+
+CENTERED = """
+import sys, numpy as np, tbq
+from tbq.llama import Llama, set_center
+common = {"n_ctx": 512, "n_threads": 2, "verbose": True, "logits_all": True}
+text = open(sys.argv[2], "rb").read()
+
+def logits(**how):
+    model = Llama(sys.argv[1], **common, **how)
+    model.eval(model.tokenize(text)[:500])
+    return model, np.array(model.scores[100:500], copy=True)
+
+exact = logits(kv="f16")[1]
+centered, plain = logits(kv="tbq4_0"), logits(kv="tbq4_0", center=False)
+errors = [float(np.square(x - exact).mean()) for x in (centered[1], plain[1])]
+assert errors[0] < 0.9 * errors[1], errors
+assert centered[0].center.is_file() and plain[0].center is None
+state = centered[0].save_state()
+other = Llama(sys.argv[1], kv="tbq4_0", center=False, **common)
+try:
+    other.load_state(state)
+    raise SystemExit("a state of centred keys was taken by a cache that is not centred")
+except RuntimeError:
+    pass
+set_center(other, centered[0].center)
+set_center(other, None)
+other.eval([1, 2, 3])
+for bad in (sys.argv[1], "none.gguf"):
+    for use in (lambda: set_center(other, bad), lambda: Llama(sys.argv[1], kv="tbq4_0", center=bad, **common)):
+        try:
+            use()
+            raise SystemExit(f"{bad} was taken")
+        except (tbq.TBQError, OSError) as error:
+            assert "\\n" not in str(error)
+try:
+    set_center(other, centered[0].center)
+    raise SystemExit("a cache with keys was centred")
+except tbq.TBQError:
+    pass
+print("done")
+"""
+
+
+def test_centred_keys(demo_model):
+    """On by default, measured once, better than without; states and files are checked."""
+    done = python(CENTERED, demo_model, ROOT / "README.md")
+    assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
+    assert done.stderr.count("tbq: measuring the mean of the keys") <= 1
+    assert "the keys of this state are less another center" in done.stderr and "the cache holds keys already" in done.stderr

@@ -419,6 +419,21 @@ def test_large_key_biases_keep_q8_0_keys(bias, kept, tmp_path):
         assert not plan.large_key_biases and plan.warnings[1:] == ()
 
 
+@pytest.mark.parametrize("context,center", [(256, True), (1 << 20, False)])
+def test_biases_that_centring_removes(context, center, tmp_path):
+    """On pairs of channels that turn slowly for the context: tbq keys, if they are centred.  In the others: q8_0 keys, as above."""
+    import gguf
+    path = qwen2(tmp_path / "model.gguf", 0.0)
+    reader = gguf.GGUFReader(path, "r+")
+    bias = next(t for t in reader.tensors if t.name == "blk.1.attn_k.bias").data
+    bias[28:32], bias[60:64] = 20, 20  # of 32 pairs, half a head apart: the slowest four
+    reader.data.flush()
+    plan = tbq.plan(path, context=context, memory="1M", cache_only=True)
+    assert list(plan.large_key_biases) == [1] and plan.center == center
+    assert any(("centre the keys" in text) == center for text in plan.warnings if "large key biases" in text)
+    assert (plan.recommended[0] in tbq.types) == center
+
+
 def test_fused_projections_have_key_biases_too(tmp_path):
     """phi2 and others keep queries, keys and values in one tensor; a large bias of the queries or values is none of the keys."""
     import gguf

@@ -19,10 +19,18 @@ import pytest
 import tbq
 import tbq.server
 from llama_tools import ENV, tiny_llama
+from tbq.center import of_model
 from tbq.server import free_port
 
 SMALL = ("-c", "512", "-t", "2", "--no-warmup")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc and PR_SET_PDEATHSIG")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured(demo_model):
+    """The means of the keys at the contexts of these tests, some 3 seconds each: otherwise a test would wait for them."""
+    for context in (512, 2048, 4096, 8192):
+        of_model(demo_model, context)
 
 
 @pytest.fixture(autouse=True)
@@ -407,3 +415,32 @@ def test_interrupted_before_it_is_llama_server():
     thread.start()
     thread.join()
     assert ends == [(b"", -signal.SIGINT)] * 48
+
+
+def test_keys_are_centred(demo_model, tmp_path, monkeypatch):
+    """Measured on first use, which one line says; not for keys of 16 bits, not with --no-center, not beside a file of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    for first, arguments in ((True, ("--kv", "tbq4_0", demo_model)), (False, ("--kv", "q4_0", demo_model)), (None, ("--no-center", "--kv", "tbq4_0", demo_model)),
+                             (None, ("--kv", "tbq4_0", demo_model, "--no-center")), (None, ("--kv", "f16/tbq4_0", demo_model))):
+        with Serve(*arguments, *SMALL, "--port", str(free_port()), "-lv", "4", env=environment) as serve:
+            serve.until("llama-server is up", seconds=120)
+            log = "".join(serve.err)
+            assert ("tbq: measuring the mean of the keys" in log) == bool(first)
+            assert ("keys are stored less their means" in log) == (first is not None)
+            serve.process.send_signal(signal.SIGTERM)
+            serve.end()
+    center = next((tmp_path / "ggml-tbq" / "centers").iterdir())
+    server = tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--cache-center", str(center)])
+    assert server.center is None and server._command.count("--cache-center") == 1
+    assert tbq.Server(demo_model, "tbq4_0", options=SMALL).center == center
+    assert tbq.Server(demo_model, "tbq4_0", center=False, options=SMALL).center is None
+    assert tbq.Server(demo_model, "tbq4_0", center=center, options=SMALL).center == center
+
+
+def test_model_that_cannot_be_centred(tmp_path):
+    """One line, and the server runs."""
+    from test_plan import gemma2
+    with Serve("--kv", "tbq4_0", gemma2(tmp_path / "model.gguf"), *SMALL, "--port", str(free_port())) as serve:
+        serve.until("llama-server is up")
+        assert [line for line in serve.err if line.startswith("tbq: keys are not centred: ") and "soft-cap" in line]

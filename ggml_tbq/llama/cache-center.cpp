@@ -19,11 +19,11 @@
 namespace {
 
 constexpr uint32_t N_CHUNK  = 128; // tokens of a chunk
-constexpr uint32_t N_CHUNKS = 16;  // unless --chunks says otherwise
+constexpr uint32_t N_CHUNKS = 8;   // unless --chunks says otherwise
 constexpr uint32_t N_SKIP   = 8;   // the first keys of a chunk are attention sinks: far from the others, and few in a context
 
 void print_usage(int, char ** argv) {
-    LOG("\nexample usage:\n\n    %s -m model.gguf -f text.txt -c 8192 -o model.center.gguf [--chunks 16] [-ngl 99]\n\n", argv[0]);
+    LOG("\nexample usage:\n\n    %s -m model.gguf -f text.txt -c 8192 -o model.center.gguf [--chunks 8] [-ngl 99]\n\n", argv[0]);
 }
 
 // Decode tokens at pos, pos + 1, ... in an empty memory.

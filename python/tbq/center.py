@@ -130,7 +130,7 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
 
     model: a GGUF file, the first of a split.  context: tokens; the keys are taken at positions spread over them.
-    text: UTF-8 to run the model on, Python's language reference if None.  chunks: of 128 tokens (16).
+    text: UTF-8 to run the model on, Python's language reference if None.  chunks: of 128 tokens (8).
     options: llama.cpp's, for example ["-ngl", "99"].  on_chunk: is called with the chunks done, and all of them.
     Returns a table of the share of the keys' energy that the means hold, by layer and length of context.
     The same arguments give the same bytes.
@@ -232,7 +232,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=pathlib.Path, metavar="MODEL.gguf", help="the model, the first file of a split one")
     parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="what the model reads (Python's language reference)")
     parser.add_argument("--ctx", type=at_least_one, metavar="N", help="tokens of context that the cache will have (what the model was trained for)")
-    parser.add_argument("--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (16)")
+    parser.add_argument("--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (8)")
     parser.add_argument("-o", dest="out", type=pathlib.Path, metavar="OUT.gguf", help="file to write (MODEL.center.gguf, here)")
     parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp that the measuring needs: -- -ngl 99")
 

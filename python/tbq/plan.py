@@ -28,6 +28,9 @@ PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), 
 #: From here on key_biases() finds a bias large: in every layer it costs 4-bit keys more than one of their bits (docs/plan.md).
 LARGE_BIAS = 4.0
 
+#: Architectures with biases on the keys whose rotary pairs are half a head apart (LLAMA_ROPE_TYPE_NEOX).
+HALF_APART = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gptneox", "codeshell", "dream")
+
 #: An f16 cache smaller than this part of the weights that a token reads is left alone: a smaller one would hardly be felt.
 SMALL_CACHE = 1 / 16
 
@@ -216,7 +219,8 @@ _Left = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 def _left_by_centring(fields: Mapping[str, Any], architecture: str, context: int) -> _Left:
     """A constant of a rotary pair turns with the position, by angles of theta: its mean over n positions is shorter by the
     factor |sin(n theta / 2) / (n sin(theta / 2))|, and the mean is what centring takes away.  Without scaling of RoPE, which
-    slows the channels, so that more is taken.  Pairs are neighbours or half a head apart, which a file does not say: the worse.
+    slows the channels, so that more is taken.  Pairs are neighbours or half a head apart, which a file does not say: of an
+    architecture that is not in HALF_APART the worse.
     """
     def number(key: str, default: float) -> float:
         value = fields.get(f"{architecture}.rope.{key}", default)
@@ -229,7 +233,8 @@ def _left_by_centring(fields: Mapping[str, Any], architecture: str, context: int
         turning = min(size, int(number("dimension_count", size))) // 2 * 2
         half = base ** (-2.0 * np.arange(turning // 2) / max(1, turning)) / 2
         lost = 1 - np.square(np.sin(context * half) / (context * np.sin(half)))
-        of_channel = [np.concatenate([pairs, np.zeros(size - turning)]) for pairs in (np.repeat(lost, 2), np.tile(lost, 2))]
+        layouts = (np.tile(lost, 2),) if architecture in HALF_APART else (np.tile(lost, 2), np.repeat(lost, 2))
+        of_channel = [np.concatenate([pairs, np.zeros(size - turning)]) for pairs in layouts]
         found: npt.NDArray[np.float32] = max((squares * factor for factor in of_channel), key=lambda x: float(x.sum())).astype(np.float32)
         return found
 

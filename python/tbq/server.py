@@ -165,8 +165,11 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
 
 def _context_of_a_sequence(model: str | os.PathLike[str], plan: "Plan | None", shape: Mapping[str, Any]) -> int:
     """Tokens: the positions that keys can have."""
-    context = shape.get("context") or (plan.context if plan else read_model(pathlib.Path(model)).context) or 8192
-    return int(context) // (1 if shape.get("unified", True) else shape.get("parallel", 1))
+    context = shape.get("context") or (plan.context if plan else 0)
+    if not context:
+        with contextlib.suppress(TBQError):  # llama-server will say what is wrong with the file
+            context = read_model(pathlib.Path(model)).context
+    return int(context or 8192) // (1 if shape.get("unified", True) else shape.get("parallel", 1))
 
 
 # Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
