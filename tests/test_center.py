@@ -12,7 +12,7 @@ import pytest
 
 import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
-from tbq.center import calibrate, fingerprint, for_cache, of_model, read_center
+from tbq.center import Center, _hash, calibrate, fingerprint, for_cache, of_model, read_center
 from test_plan import POST, attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, qwen2, write_model
 
 HERE = Path(__file__).parent
@@ -194,7 +194,9 @@ def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
     assert not (tmp_path / "center.gguf").exists()
     said = []
     assert for_cache(model, "tbq4_0", 512, True, [], said.append) is None
-    assert why in said[-1]
+    assert why in said[-1] and len(said) == 2
+    assert for_cache(model, "tbq4_0", 512, True, [], said.append) is None  # it is remembered
+    assert why in said[-1] and len(said) == 3
 
 
 # -- what must not get in ----------------------------------------------------------------------------------------------
@@ -242,19 +244,26 @@ def test_fingerprints_agree(demo_model, demo_center, made, logits, tmp_path):
     assert read_center(tmp_path / "center.gguf").model == fingerprint(model)
 
 
-def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, tmp_path):
+def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, demo_center, logits, tmp_path):
     run(bin_dir / "llama-gguf-split", "--split-max-tensors", 100, demo_model, tmp_path / "part")
     assert fingerprint(tmp_path / "part-00001-of-00003.gguf") == fingerprint(demo_model)
+    logits(tmp_path / "part-00001-of-00003.gguf", center=demo_center, tokens=8)
 
 
-def rewrite(source, target, change):
-    """A center with its entries and tensors changed; the hash stays."""
+def rewrite(source, target, change, rehash=True):
+    """A center with its entries and tensors changed, and with the hash of that unless it is to stay."""
     import gguf
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "none")
     fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith(("cache_center", "general.type"))}
     tensors = {t.name: np.array(t.data) for t in reader.tensors}
     change(fields, tensors)
+    if rehash:
+        layers = fields["cache_center.layers"]
+        means, energies = ({il: tensors[f"blk.{il}.{what}"] for il in layers} for what in ("attn_k.center", "attn_q.energy"))
+        center = Center(*(fields[f"cache_center.{key}"] for key in ("model", "architecture", "n_ctx", "n_tokens", "hash")), means, energies,
+                        dict(zip(layers, fields["cache_center.share"])))
+        fields["cache_center.hash"] = _hash(center, fields["cache_center.rope"], fields["cache_center.rope_factors"])
     for name, value in fields.items():
         if isinstance(value, str):
             writer.add_string(name, value)
@@ -308,30 +317,74 @@ def logits_status(path):
         return 3
 
 
-@pytest.mark.parametrize("what,why", [
-    ("layer missing", "damaged"), ("shape", "damaged"), ("nan", "damaged|finite"), ("version", "newer version"), ("key", "is missing"), ("hash", "another hash")])
-def test_named_refusals(what, why, made, logits, tmp_path):
+REFUSED = {
+    "tensor missing": (False, "the means of layer 1 are missing"), "hash": (False, "its contents have another hash"),
+    "version": (False, "is of a newer version"), "key": (False, r"\(cache_center.rope is missing\)"),
+    "layer missing": (True, "has no means for layer 1"), "layer too many": (True, "has means for 3 layers, the cache 2"),
+    "heads": (True, "layer 1 has 2 heads of 32 there and 1 of 64 here"), "nan": (True, "the means of layer 1 are not finite"),
+    "negative energy": (True, "the means of layer 1 are not finite"), "rope": (True, "was measured with another RoPE"),
+    "model": (True, "was measured on another model"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_named_refusals(what, made, logits, tmp_path):
     model, center = made(biased, "K biases"), tmp_path / "center.gguf"
     logits(model, measure=center)
+    rehash, why = REFUSED[what]
+    mean, energy = (f"blk.1.attn_{x}" for x in ("k.center", "q.energy"))
 
     def change(fields, tensors):
-        if what == "layer missing":
-            del tensors["blk.1.attn_k.center"]
-        elif what == "shape":
-            tensors["blk.1.attn_k.center"] = tensors["blk.1.attn_k.center"].reshape(2, -1)
-        elif what == "nan":
-            tensors["blk.1.attn_k.center"].reshape(-1)[3] = math.nan
+        if what == "tensor missing":
+            del tensors[mean]
+        elif what == "hash":
+            fields["cache_center.hash"] = "0" * 64
         elif what == "version":
             fields["cache_center.version"] = 2
         elif what == "key":
             del fields["cache_center.rope"]
-        else:
-            fields["cache_center.hash"] = "0" * 64
+        elif what == "layer missing":
+            n = len(fields["cache_center.rope"]) // 2
+            for key, count in (("layers", 1), ("share", 1), ("rope", n), ("rope_factors", 1)):
+                fields[f"cache_center.{key}"] = fields[f"cache_center.{key}"][:count]
+            del tensors[mean], tensors[energy]
+        elif what == "layer too many":
+            n = len(fields["cache_center.rope"]) // 2
+            for key, count in (("share", 1), ("rope", n), ("rope_factors", 1)):
+                fields[f"cache_center.{key}"] += fields[f"cache_center.{key}"][:count]
+            fields["cache_center.layers"].append(2)
+            tensors |= {"blk.2.attn_k.center": tensors[mean], "blk.2.attn_q.energy": tensors[energy]}
+        elif what == "heads":
+            tensors |= {name: tensors[name].reshape(2, 32) for name in (mean, energy)}
+        elif what == "nan":
+            tensors[mean].reshape(-1)[3] = math.nan
+        elif what == "negative energy":
+            tensors[energy].reshape(-1)[3] = -1
+        elif what == "rope":
+            fields["cache_center.rope"][0] *= 2
+        elif what == "model":
+            fields["cache_center.model"] = "0" * 64
 
-    assert rewrite(center, tmp_path / "same.gguf", lambda fields, tensors: None)
-    logits(model, center=tmp_path / "same.gguf", tokens=8)
-    logits(model, center=rewrite(center, tmp_path / "bad.gguf", change), status=3)
+    logits(model, center=rewrite(center, tmp_path / "same.gguf", lambda fields, tensors: None), tokens=8)
+    logits(model, center=rewrite(center, tmp_path / "bad.gguf", change, rehash), status=3)
     assert re.search(why, logits.log), logits.log[-1000:]
+
+
+def test_sizes_that_no_memory_holds(made, logits, tmp_path):
+    """A shape that a flipped bit makes huge: refused before memory is asked for."""
+    import gguf
+    model, center, bad = made(biased, "K biases"), tmp_path / "center.gguf", tmp_path / "bad.gguf"
+    logits(model, measure=center)
+    data = bytearray(center.read_bytes())
+    at = data.index(b"blk.1.attn_k.center") + len("blk.1.attn_k.center") + 4
+    assert int.from_bytes(data[at:at + 8], "little") == 64
+    for bit in (20, 36, 44):
+        data[at:at + 8] = (64 | 1 << bit).to_bytes(8, "little")
+        bad.write_bytes(data)
+        logits(model, center=bad, status=3)
+        with pytest.raises(tbq.TBQError):
+            read_center(bad)
+    assert gguf.GGUFReader(center).tensors
 
 
 def test_no_such_file(bin_dir, demo_model, demo_center, tmp_path):
@@ -396,6 +449,7 @@ def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
 
 @pytest.mark.parametrize("arguments,why", [
     (["missing.gguf"], "missing.gguf"), (["MODEL", "--ctx", "0"], "at least 1"), (["MODEL", "--ctx", "4"], "too short"), (["MODEL", "--text", "short.txt"], "tokens"),
+    (["MODEL", "-o", "MODEL"], "is the model itself"), (["MODEL", "--text", "short.txt", "-o", "short.txt"], "is the text itself"),
     (["MODEL", "-o", "none/x.gguf"], "not a folder"), (["MODEL", "-o", "."], "is a folder"), (["short.txt"], "short.txt"), (["MODEL", "--text", "none.txt"], "none.txt")])
 def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
     (tmp_path / "short.txt").write_text("too short")

@@ -73,6 +73,10 @@ int run(common_params & params) {
         LOG_ERR("error: %s cannot be loaded\n", params.model.path.c_str());
         return 1;
     }
+    if (llama_model_has_encoder(model.get()) || !params.lora_adapters.empty() || !params.control_vectors.empty()) {
+        LOG_ERR("error: models with an encoder, adapters and control vectors are not for this program: measure the model itself\n");
+        return 1;
+    }
     params.n_ctx = llama_cache_center_n_cells(model.get(), n_ctx, n_chunk);
     llama_cache_center_stats * counting = nullptr;
     llama_context_params cparams = common_context_params_to_llama(params);

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -191,6 +192,21 @@ struct llama_center {
     }
 
     static llama_center load(const char * path) {
+        // the sizes that it declares, before memory is asked for
+        {
+            gguf_context_ptr meta { gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }) };
+            if (!meta) {
+                throw std::runtime_error(format("%s is no GGUF file, or a damaged one", path));
+            }
+            const uint64_t size = llama_file(path, "rb").size();
+            uint64_t need = gguf_get_data_offset(meta.get());
+            for (int64_t i = 0; i < gguf_get_n_tensors(meta.get()) && need <= size; ++i) {
+                need += std::min<uint64_t>(gguf_get_tensor_size(meta.get(), i), size + 1);
+            }
+            if (need > size) {
+                throw std::runtime_error(format("%s is damaged: it is shorter than its tensors", path));
+            }
+        }
         ggml_context * ctx_raw = nullptr;
         gguf_context_ptr gguf { gguf_init_from_file(path, { /*.no_alloc =*/ false, /*.ctx =*/ &ctx_raw }) };
         ggml_context_ptr ctx { ctx_raw };
@@ -284,6 +300,9 @@ static std::vector<float> weights_of(const std::vector<float> & energy) {
 }
 
 void llama_kv_cache::set_center(const llama_center * center, const std::string & hash) {
+    if (center && other) {
+        throw std::runtime_error("this context reads the cache of another one");
+    }
     center_hash.clear();
     center_bufs.clear();
     for (auto & layer : layers) {
@@ -292,18 +311,15 @@ void llama_kv_cache::set_center(const llama_center * center, const std::string &
     if (!center) {
         return;
     }
-    if (other) {
-        throw std::runtime_error("this context reads the cache of another one");
-    }
 
-    // where the keys of the layer are computed
+    // where they are used: for a tbq type beside the cache, in SET_ROWS; else where the keys are computed
     const auto upload = [&](const kv_layer & layer, const std::vector<float> & values) {
         ggml_init_params params = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
         ggml_context_ptr ctx { ggml_init(params) };
         ggml_tensor * t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, values.size());
         // named like the keys: with a split of tensors over devices it is the name that decides who holds which heads
         ggml_set_name(t, layer.k->name);
-        ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
+        ggml_backend_buffer_type_t buft = ggml_type_rotates(layer.k->type) ? ggml_backend_buffer_get_type(layer.k->buffer) : ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
         ggml_backend_buffer_ptr buf { hparams.no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0) : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
             throw std::runtime_error("failed to allocate the means of the keys");
@@ -444,8 +460,15 @@ void llama_context::set_cache_center(const char * path) {
         throw std::runtime_error(format("%s has means for %zu layers, the cache %zu", path, center.layers.size(), n_layer));
     }
     const std::string hash = center.hash();
-    for (llama_kv_cache * kv : caches) {
-        kv->set_center(&center, hash);
+    try {
+        for (llama_kv_cache * kv : caches) {
+            kv->set_center(&center, hash);
+        }
+    } catch (...) { // no memory: not half of the layers
+        for (llama_kv_cache * kv : caches) {
+            kv->set_center(nullptr, "");
+        }
+        throw;
     }
     LLAMA_LOG_INFO("%s: keys are stored less their means: %zu layers, measured for a context of %u tokens, hash %s\n", __func__,
         n_layer, center.n_ctx, hash.substr(0, 12).c_str());
@@ -603,7 +626,7 @@ float llama_cache_center_stats_share(const llama_cache_center_stats * stats, int
 
 uint32_t llama_cache_center_n_cells(const llama_model * model, uint32_t n_ctx, uint32_t n_chunk) {
     const bool long_rope = std::any_of(model->layers.begin(), model->layers.end(), [](const llama_layer & l) { return l.rope_long; });
-    return long_rope && n_ctx > model->hparams.n_ctx_orig_yarn ? n_ctx : n_chunk;
+    return long_rope && n_ctx > model->hparams.n_ctx_orig_yarn ? model->hparams.n_ctx_orig_yarn + n_chunk : n_chunk;
 }
 
 int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, const llama_context * ctx, uint32_t n_ctx, const char * path) {
@@ -625,10 +648,18 @@ int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, co
         center.layers[il] = { model.hparams.n_embd_head_k(il), model.hparams.n_head_kv(il), std::move(mean), std::move(energy), rope_of(*ctx, il), rope_factors_of(*ctx, il),
             llama_cache_center_stats_share(stats, il) };
     }
+    // complete or not there: under a name of its own until it has been read back
+    const std::string part = std::string(path) + ".part";
     try {
-        center.save(path);
+        center.save(part.c_str());
+        llama_center::load(part.c_str());
+        std::remove(path); // rename() replaces nothing on Windows
+        if (std::rename(part.c_str(), path) != 0) {
+            throw std::runtime_error(format("%s cannot be written", path));
+        }
         return 0;
     } catch (const std::exception & err) {
+        std::remove(part.c_str());
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         return -1;
     }

@@ -20,21 +20,28 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tbq._run import at_least_one, cores, run
+from tbq._run import at_least_one, cores, interruptible, run
+from tbq.caches import read_model
 from tbq.errors import TBQError, printable
 from tbq.gguf_files import Tensor, as_path, open_gguf
 
+_METHOD = "1"  # of measuring: another number when what is measured changes, so that nothing old is used
 _SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
 _CHUNK = re.compile(r"^chunk (\d+)/(\d+)$", re.M)
 
 #: Options of llama.cpp's programs that change how the model runs, and whether a value follows: the measuring gets them too.
 _MODEL_OPTIONS = {**{name: True for name in (
     "-t", "--threads", "-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu",
-    "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "--override-kv")}, "-cmoe": False, "--cpu-moe": False, "--no-mmap": False}
+    "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn", "--rpc", "-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa")},
+    **{name: False for name in ("-cmoe", "--cpu-moe", "-nr", "--no-repack", "--no-host")}}
 #: Those that change the keys: a center is for one value of each.
 _ROPE_OPTIONS = {name: True for name in (
     "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor", "--yarn-attn-factor",
     "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv")}
+
+
+class NothingToCentre(TBQError):
+    """The attention of a model would notice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,18 @@ def fingerprint(model: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _hash(center: Center, rope: Sequence[float], factors: Sequence[str]) -> str:
+    """Of everything in a center, as llama-center.cpp computes it.  rope, factors: by layer, in the order of the layers."""
+    digest, n_rope = hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode()), len(rope) // max(1, len(factors))
+    for i, il in sorted(enumerate(center.means), key=lambda pair: pair[1]):
+        heads, size = center.means[il].shape
+        digest.update(f"{il} {size} {heads} {factors[i]}\n".encode())
+        digest.update(struct.pack(f"<{n_rope + 1}f", *rope[i * n_rope:(i + 1) * n_rope], center.shares[il]))
+        digest.update(center.means[il].tobytes())
+        digest.update(center.energies[il].tobytes())
+    return digest.hexdigest()
+
+
 def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
     return np.fromfile(tensor.path, "<f4", tensor.n_values, offset=tensor.offset).reshape(tensor.shape[-2:] if len(tensor.shape) > 1 else (1, -1))
 
@@ -88,23 +107,16 @@ def read_center(path: str | os.PathLike[str]) -> Center:
             raise TBQError(f"{path} is of a newer version; update ggml-tbq")
         layers, shares = fields["cache_center.layers"], fields["cache_center.share"]
         rope, factors = fields["cache_center.rope"], fields["cache_center.rope_factors"]
-        n_rope = len(rope) // max(1, len(layers))
         means = {il: _values(by_name[f"blk.{il}.attn_k.center"]) for il in layers}
         energies = {il: _values(by_name[f"blk.{il}.attn_q.energy"]) for il in layers}
         center = Center(fields["cache_center.model"], fields["cache_center.architecture"], fields["cache_center.n_ctx"], fields["cache_center.n_tokens"],
                         fields["cache_center.hash"], means, energies, dict(zip(layers, shares, strict=True)))
-        digest = hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode())
-        for i, il in sorted(enumerate(layers), key=lambda pair: pair[1]):
-            heads, size = means[il].shape
-            digest.update(f"{il} {size} {heads} {factors[i]}\n".encode())
-            digest.update(struct.pack(f"<{n_rope + 1}f", *rope[i * n_rope:(i + 1) * n_rope], shares[i]))
-            digest.update(means[il].tobytes())
-            digest.update(energies[il].tobytes())
+        found = _hash(center, rope, factors)
     except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, TBQError):
             raise
         raise TBQError(f"{path} holds no means of keys; tbq calibrate makes such a file") from None
-    if digest.hexdigest() != center.hash:
+    if found != center.hash:
         raise TBQError(f"{path} is damaged; make it again with tbq calibrate")
     return center
 
@@ -143,7 +155,9 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
         raise TBQError(f"{out.parent} is not a folder")
     if out.is_dir():
         raise TBQError(f"{out} is a folder; name a file to write")
-    open_gguf(model)  # says better what is wrong with a file than the program does
+    opened = open_gguf(model)  # says better what is wrong with a file than the program does
+    if out.exists() and any(out.samefile(file) for file in opened.files):
+        raise TBQError(f"{out} is the model itself; name another file to write")
 
     def progress(output: str) -> None:
         if on_chunk and (found := _CHUNK.findall(output)):
@@ -153,18 +167,22 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
         parts = pathlib.Path(folder)
         (parts / "text").write_bytes(python_text() if text is None else text)
         threads = [] if "-t" in options or "--threads" in options else ["-t", str(cores())]
-        done = run("llama-cache-center", [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
-                                          *(["--chunks", str(chunks)] if chunks else [])], parts, progress, {"OMP_WAIT_POLICY": "passive"})
+        arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
+                     *(["--chunks", str(chunks)] if chunks else [])]
+        for on_the_cpu in ([], ["-ngl", "0"]):  # a GPU that is too small for the whole model is no reason not to measure
+            done = run("llama-cache-center", [*arguments, *on_the_cpu], parts, progress, {"OMP_WAIT_POLICY": "passive"})
+            if not done.status or not re.search(r"^error: .* cannot be loaded|^error: no context", done.stderr + done.stdout, re.M):
+                break
         if done.status or not (parts / "center").is_file():
-            raise TBQError(f"the keys of {model} were not measured: {_reason(done.stderr + done.stdout) or done.error()}")
+            log = done.stderr + done.stdout
+            nothing = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)", log)
+            if nothing:
+                raise NothingToCentre(f"the keys of {model} stay as they are: {nothing[1]}")
+            reason = re.search(r"^error: (.*)", log, re.M)
+            raise TBQError(f"the keys of {model} were not measured: {reason[1] if reason else done.error()}")
         read_center(parts / "center")
         os.replace(parts / "center", out)
     return done.stdout[done.stdout.find("share of the keys"):].rstrip()
-
-
-def _reason(log: str) -> str | None:
-    found = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)|^error: (.*)", log, re.M)
-    return found and (found[1] or found[2])
 
 
 def folder() -> pathlib.Path:
@@ -189,7 +207,7 @@ def for_cache(model: str | os.PathLike[str], k: str, context: int, center: "bool
         return None
     try:
         return of_model(model, context, options, say)
-    except TBQError as error:
+    except (TBQError, OSError) as error:
         say(f"keys are not centred: {error}")
         return None
 
@@ -200,21 +218,29 @@ def of_model(model: str | os.PathLike[str], context: int, options: Sequence[str]
     options: llama-server's; those of the model and of RoPE count.  say: gets a line before something is measured.
     Raises TBQError if the keys cannot be measured or the folder not be written.
     """
+    trained = read_model(pathlib.Path(model)).context
     context = 1 << max(10, (context - 1).bit_length())  # contexts of like lengths share one: the mean changes little
+    context = min(context, trained) if trained else context
     rope = list(_select(options, _ROPE_OPTIONS))
-    name = hashlib.sha256(" ".join([fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
-    path = folder() / f"{name}.gguf"
-    if path.is_file():
-        try:
-            read_center(path)
-            return path
-        except TBQError:  # damaged: measure it again
-            pass
-    if say:
-        say(f"measuring the mean of the keys of {pathlib.Path(model).name}, once; it is kept in {path.parent}")
+    name = hashlib.sha256(" ".join([_METHOD, fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
+    path, never = folder() / f"{name}.gguf", folder() / f"{name}.none"
     try:
+        if path.is_file():
+            try:
+                read_center(path)
+                return path
+            except TBQError:  # damaged: measure it again
+                pass
+        if never.is_file():
+            raise TBQError(never.read_text(encoding="utf-8"))
+        if say:
+            say(f"measuring the mean of the keys of {pathlib.Path(model).name}, once; it is kept in {path.parent}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(model, path, context, options=model_options(options))
+        try:
+            calibrate(model, path, context, options=model_options(options))
+        except NothingToCentre as error:  # of a model, whatever the machine: it need not be loaded for that again
+            never.write_text(str(error), encoding="utf-8")
+            raise
     except OSError as error:
         raise TBQError(f"the means of the keys cannot be kept in {path.parent}: {error.strerror or error}") from None
     return path
@@ -239,13 +265,14 @@ def define(parser: argparse.ArgumentParser) -> None:
     def run_command(args: argparse.Namespace) -> int:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        from tbq.caches import read_model
         from tbq.quality import read_text
 
         context = args.ctx or read_model(args.model).context or 8192
         out = args.out or pathlib.Path(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", args.model.name) + ".center.gguf")
         text = read_text(args.text) if args.text else None
-        with tqdm(unit="chunk", desc="keys", disable=None) as bar:
+        if args.text and out.exists() and out.samefile(args.text):
+            raise TBQError(f"{out} is the text itself; name another file to write")
+        with interruptible(), tqdm(unit="chunk", desc="keys", disable=None) as bar:
             def show(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)

@@ -140,18 +140,22 @@ def _pair(model: str | os.PathLike[str], kv: str, type_k: str | int | None, type
 
 
 #: Arguments of llama_cpp.Llama that change the keys or how the model runs, as options of llama.cpp's programs.
-_OPTIONS = {"n_gpu_layers": "-ngl", "main_gpu": "-mg", "n_threads_batch": "-t", "rope_freq_base": "--rope-freq-base", "rope_freq_scale": "--rope-freq-scale",
+_OPTIONS = {"main_gpu": "-mg", "n_threads_batch": "-t", "rope_freq_base": "--rope-freq-base", "rope_freq_scale": "--rope-freq-scale",
             "yarn_ext_factor": "--yarn-ext-factor", "yarn_attn_factor": "--yarn-attn-factor", "yarn_beta_fast": "--yarn-beta-fast",
             "yarn_beta_slow": "--yarn-beta-slow", "yarn_orig_ctx": "--yarn-orig-ctx"}
 
 
 def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
-    """Those that differ from llama_cpp's defaults."""
+    """As the bindings pass them on, their defaults too: llama.cpp's programs have others."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(_Base.__init__).parameters.items()}
+    yield from ("-ngl", str(arguments.get("n_gpu_layers", defaults.get("n_gpu_layers", 0))))
     for name, option in _OPTIONS.items():
-        value = arguments.get(name)
-        if value is not None and value != defaults.get(name):
+        value = arguments.get(name, defaults.get(name))
+        if value is not None and (value != 0 or name.startswith("yarn_ext")):
             yield from (option, str(value))
+    scaling = {0: "none", 1: "linear", 2: "yarn"}.get(arguments.get("rope_scaling_type", -1))
+    if scaling:
+        yield from ("--rope-scaling", scaling)
 
 
 class Llama(_Base):  # type: ignore[misc]
@@ -172,20 +176,31 @@ class Llama(_Base):  # type: ignore[misc]
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
             raise TBQError(f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for")
         # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
-        shape: dict[str, Any] = {"context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
+        shape: dict[str, Any] = {"center": center is not False, "context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
                                  "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512))}
         self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **shape)
+        def say(line: str) -> None:
+            print(f"tbq: {line}", file=sys.stderr, flush=True)
+
+        options_of_center = list(_as_options(options))
+        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say)
+        if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
+            self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **{**shape, "center": False})
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):
             raise TBQError(f"values of {self.v} need flash attention; leave flash_attn=True, or choose {self.k}/f16")
-        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, list(_as_options(options)),
-                                lambda line: print(f"tbq: {line}", file=sys.stderr, flush=True))
         try:
             super().__init__(os.fspath(model_path), n_ctx=n_ctx, type_k=ids[0], type_v=ids[1], flash_attn=bool(flash_attn), **options)
         except ValueError as error:
             raise TBQError(f"{error}; verbose=True shows llama.cpp's reason") from None
         if self.center:
-            set_center(self, self.center)
+            try:
+                set_center(self, self.center)
+            except TBQError as error:
+                if center is not True:
+                    raise
+                say(f"keys are not centred: {error}")  # kv_overrides, for example, may have made another RoPE of it
+                self.center = None
 
 
 def set_center(model: Any, path: str | os.PathLike[str] | None) -> None:

@@ -325,7 +325,7 @@ def _weights_read(tensors: Mapping[str, "Tensor"], fields: Mapping[str, Any], ar
 
 def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: int | str | None = None,
          cache_only: bool = False, pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True,
-         ubatch: int = 512, swa_full: bool = False) -> Plan:
+         ubatch: int = 512, swa_full: bool = False, center: bool = True) -> Plan:
     """What the caches of a model take, and which types to use.
 
     model: a GGUF file, any one of a split; its weights are not loaded.
@@ -336,6 +336,7 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     pairs: (K, V) names of types to show; PAIRS if None.
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
     ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
+    center: whether keys can be centred where that is needed (docs/center.md); without, large biases ask for larger keys.
     Flash attention is assumed to be on, as it is by default.
     Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments
     out of range; OSError for what cannot be opened.
@@ -369,10 +370,10 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     left = None if budget is None else budget - state - (0 if cache_only else weights)
     sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
     large = {i: ratio for i, ratio in biases.items() if ratio >= LARGE_BIAS}
-    biased = any(centered[i] >= LARGE_BIAS for i in large)
+    biased = any((centered if center else biases)[i] >= LARGE_BIAS for i in large)
     read = _weights_read(tensors, fields, shape.architecture)
     chosen, context, reason = _choose(cache, _ladder(shape, sinks, biased), context or 0, shape.context_train, left, read)
-    center = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
+    needed = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
     fits = None if left is None else cache.total(*chosen, context) <= left
     reason = reason or _because(chosen, shape, sinks, biased)
     if left is not None and not fits:
@@ -384,7 +385,7 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
         context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget,
         cache_only=cache_only, weights_bytes=weights, state_bytes=state, layers=shape.layers, window=shape.window,
         pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable), refused=refused, recommended=chosen, reason=reason,
-        fits=fits, sinks=sinks, large_key_biases=large, center=center, warnings=tuple(_warnings(shape, context, sinks, biases, large, center)),
+        fits=fits, sinks=sinks, large_key_biases=large, center=needed, warnings=tuple(_warnings(shape, context, sinks, biases, large, needed)),
         exact=not shape.doubts)
 
 

@@ -190,7 +190,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
     system's temporary one if None; they are gone afterwards, whatever happens.
     center_text: what the means of the keys are measured on for pairs that are centred, Python's language reference if None;
     not the text that is scored.
-    A pair that llama.cpp refuses is among the failures, and so are centred pairs if the model's keys cannot be centred.  An interruption ends it with what there was time for.
+    A pair that llama.cpp refuses is among the failures, centred pairs of a model whose keys cannot be are left out, with a warning.  An interruption ends it with what there was time for.
     Raises TBQError if the text, the model or the disk is too small.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -212,10 +212,10 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
                     calibrate(model.path, folder / CENTER, context, text=center_text, options=[*model_options(options), "-t", str(threads)])
                 except TBQError as error:
                     uncentered = str(error)
+                    print(f"tbq: warning: no rows with centred keys: {uncentered}", file=sys.stderr)
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
                 if pair.centered and uncentered:
-                    report.failures[pair] = uncentered
                     continue
                 report.commands.append(_pair_command(model.path, pair, context, threads, options))
                 try:
@@ -337,8 +337,10 @@ def _run(args: argparse.Namespace) -> int:
     check(model, args.context, args.chunks, args.scratch)
     # python_text() is read from its beginning: what is far behind the scored part has other words
     behind = len(text) // 2
-    if not args.text and not args.no_center and 8 * args.context * args.chunks > behind:
-        raise TBQError("so many chunks would be scored on the text that the means of the keys are measured on; name a text with --text, or use --no-center")
+    if not args.text and 8 * args.context * args.chunks > behind and any(pair.centered for pair in pairs):
+        print("tbq: warning: no rows with centred keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
+              file=sys.stderr)
+        pairs = [pair for pair in pairs if not pair.centered]
     with interruptible():
         print(f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
               f"{args.scratch or tempfile.gettempdir()} while this runs", file=sys.stderr)

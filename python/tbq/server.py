@@ -136,7 +136,7 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
 def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, str, "Plan | None"]:
     """Types of keys and values for a model, and the plan with their sizes (None where there can be none).
 
-    kv: "auto", a type, or "K/V".  shape: context, parallel, unified, ubatch, swa_full of tbq.plan.
+    kv: "auto", a type, or "K/V".  shape: context, parallel, unified, ubatch, swa_full, center of tbq.plan.
     Raises TBQError for a model that is no file, a pair that llama.cpp refuses, and an "auto" that cannot be planned.
     """
     from tbq.plan import plan
@@ -230,16 +230,23 @@ class Server:
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
         self._host = _reachable(hosts)
-        shape = _shape(found)
+        if "center" in found and not isinstance(center, bool):
+            raise TBQError(f"there are two centers, {str(center)!r} and {found['center']!r}; name one")
+        shape = {**_shape(found), "center": center is not False or "center" in found}
         self.k, self.v, self.plan = choose(model, kv, **shape)
+        self.port = int(number) or free_port(self._host)
+        self._share_port = "reuse_port" in found
+        if not self._share_port:
+            check_port(self.port, self._host)  # before anything is measured
         self.center = None if "center" in found else for_cache(
             model, self.k, _context_of_a_sequence(model, self.plan, shape), center, others, lambda line: _say(f"tbq: {line}", to_stderr=True))
-        self.port = int(number) or free_port(self._host)
+        if kv == "auto" and self.plan and self.plan.center and not self.center and "center" not in found:
+            self.k, self.v, self.plan = choose(model, kv, **{**shape, "center": False})
         self.url = _url(self._host, self.port, found)
         self.log: list[str] = []
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
         self._key = _api_key(found, self._environment)
-        self._timeout, self._on_line, self._share_port = timeout, on_line, "reuse_port" in found
+        self._timeout, self._on_line = timeout, on_line
         self._capped = "per_slot" in found
         self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
                          *(["--cache-center", str(self.center)] if self.center else []), "--host", hosts, "--port", str(self.port), *others]
