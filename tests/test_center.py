@@ -260,7 +260,7 @@ def rewrite(source, target, change, rehash=True):
     change(fields, tensors)
     if rehash:
         layers = fields["cache_center.layers"]
-        means, energies = ({il: tensors[f"blk.{il}.{what}"] for il in layers} for what in ("attn_k.center", "attn_q.energy"))
+        means, energies = ({il: np.atleast_2d(tensors[f"blk.{il}.{what}"]) for il in layers if f"blk.{il}.{what}" in tensors} for what in ("attn_k.center", "attn_q.energy"))
         center = Center(*(fields[f"cache_center.{key}"] for key in ("model", "architecture", "n_ctx", "n_tokens", "hash")), means, energies,
                         dict(zip(layers, fields["cache_center.share"])))
         fields["cache_center.hash"] = _hash(center, fields["cache_center.rope"], fields["cache_center.rope_factors"])
