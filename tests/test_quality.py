@@ -60,7 +60,7 @@ def rows(table):
 def test_two_runs_agree(table, found):
     """To the last digit that is printed."""
     def text(value, digits, scale=1):
-        return f"{value['mean'] * scale + 1e-12:.{digits}f} ± {value['error'] * scale:.{digits}f}"
+        return quality.Value(**value).text(digits, scale)
 
     for row, (name, pair) in zip(rows(table), found["pairs"].items(), strict=True):
         assert row == [name, f"{(pair['bits_k'] + pair['bits_v']) / 2:g}", str(pair["bytes_per_token"]), text(pair["ppl"], 3),
