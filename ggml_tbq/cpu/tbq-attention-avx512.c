@@ -1,5 +1,6 @@
 // Attention with AVX-512 F, BW, DQ and VL.  tbq-attention-avx512vnni.c compiles this file again with VNNI.
 #include "tbq-attention-impl.h"
+#include "tbq-dot4.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -52,15 +53,6 @@ static inline float lanes_sum(lanes x) {
 
 static inline float lanes_top(lanes x) {
     return _mm512_reduce_max_ps(x);
-}
-
-// acc + sums of four products of adjacent bytes, u unsigned, 125 at most, and s signed: pairs do not saturate.
-static inline __m512i dot4(__m512i acc, __m512i u, __m512i s) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpbusd_epi32(acc, u, s);
-#else
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
-#endif
 }
 
 // The levels + 64, for vpshufb.
@@ -181,7 +173,7 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
             int32_t word;
             memcpy(&word, q[i * q_stride].qs + 4 * j, 4);
             for (int r = 0; r < 4; r++) {
-                acc[i][r] = dot4(acc[i][r], k[r], _mm512_set1_epi32(word));
+                acc[i][r] = dot4_512(acc[i][r], k[r], _mm512_set1_epi32(word));
             }
         }
     }
@@ -317,8 +309,8 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
             memcpy(&word[0], (const int8_t *) (weights + i * TBQ_TILE) + 4 * g, 4);
             memcpy(&word[1], (const int8_t *) (weights + i * TBQ_TILE) + 4 * g + TBQ_TILE, 4);
             for (int c = 0; c < 4; c++) {
-                high[i][c] = dot4(high[i][c], v[c], _mm512_set1_epi32(word[0]));
-                low[i][c]  = dot4(low[i][c], v[c], _mm512_set1_epi32(word[1]));
+                high[i][c] = dot4_512(high[i][c], v[c], _mm512_set1_epi32(word[0]));
+                low[i][c]  = dot4_512(low[i][c], v[c], _mm512_set1_epi32(word[1]));
             }
         }
     }

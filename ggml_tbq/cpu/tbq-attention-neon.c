@@ -1,6 +1,7 @@
 // Attention with NEON (AArch64).  tbq-attention-neon-dotprod.c compiles this file again with the dot product
 // instructions.
 #include "tbq-attention-impl.h"
+#include "tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -95,17 +96,6 @@ static inline float lanes_sum(lanes x) {
 
 static inline float lanes_top(lanes x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
-}
-
-// acc + sums of four products of adjacent bytes.
-static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(acc, a, b);
-#else
-    const int32x4_t lo = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
-    const int32x4_t hi = vpaddlq_s16(vmull_high_s8(a, b));
-    return vaddq_s32(acc, vpaddq_s32(lo, hi));
-#endif
 }
 
 static inline int8x16_t broadcast4(const int8_t * p) {

@@ -1,5 +1,6 @@
 // NEON (AArch64).  tbq-neon-dotprod.c compiles this file again with the dot product instructions.
 #include "tbq-impl.h"
+#include "tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -180,17 +181,6 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
         // the codebook is odd: the index of -k is the complement of that of k
         vst1_u8(index + 8 * r, veor_u8(vorr_u8(m, half), vand_u8(c.negative[r], all)));
     }
-}
-
-// Sums of four products of adjacent bytes, added to acc.
-static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(acc, a, b);
-#else
-    const int32x4_t low  = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
-    const int32x4_t high = vpaddlq_s16(vmull_high_s8(a, b));
-    return vaddq_s32(acc, vpaddq_s32(low, high));
-#endif
 }
 
 static inline void transform(float * x) {

@@ -1,5 +1,6 @@
 // The search with AVX-512 F, BW, DQ and VL: a group is a vector.  tbq-scan-avx512vnni.c compiles this file again with VNNI.
 #include "tbq-impl.h"
+#include "tbq-dot4.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -22,15 +23,6 @@ static inline __m512i word_of(const tbq_scan_query * q, int w) {
     return _mm512_set1_epi32(bytes);
 }
 
-// u <= 127, so the sums of two products do not saturate.
-static inline __m512i dot4(__m512i acc, __m512i u, __m512i s) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpbusd_epi32(acc, u, s);
-#else
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
-#endif
-}
-
 // Adds the products of the nibbles, which are indices: the low ones meet word w of each query, the high ones word w + 8.
 TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_query * q, int64_t blocks, int w, __m512i * p) {
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -40,8 +32,8 @@ TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_que
     for (int i = 0; i < nq; i++) {
         __m512i * a = p + i * chains + 2 * w % chains;
         __m512i * b = p + i * chains + (2 * w + 1) % chains;
-        *a = dot4(*a, lo, word_of(q + i * blocks, w));
-        *b = dot4(*b, hi, word_of(q + i * blocks, w + 8));
+        *a = dot4_512(*a, lo, word_of(q + i * blocks, w));
+        *b = dot4_512(*b, hi, word_of(q + i * blocks, w + 8));
     }
 }
 

@@ -1,6 +1,7 @@
 // The search with NEON: a group is four vectors of four lanes.  tbq-scan-neon-dotprod.c compiles this file again with the
 // dot product instructions.
 #include "tbq-impl.h"
+#include "tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -18,17 +19,6 @@ static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
     int32_t bytes;
     memcpy(&bytes, q->qs + 4 * w, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
-}
-
-// Sums of four products of adjacent bytes.  Levels and codes are at most 62 and 127, so two products fit 16 bits.
-static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(acc, a, b);
-#else
-    const int16x8_t lo = vmull_s8(vget_low_s8(a), vget_low_s8(b));
-    const int16x8_t hi = vmull_high_s8(a, b);
-    return vpadalq_s16(acc, vpaddq_s16(lo, hi));
-#endif
 }
 
 // Adds the products of the nibbles, which are indices: the low ones meet word w of each query, the high ones word w + 8.

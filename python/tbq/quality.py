@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from tbq import caches
 from tbq._pictures import picture_format, replace
-from tbq._run import Done, at_least_one, cores, interruptible, one_line, run
+from tbq._run import Done, at_least_one, by_reason, cores, interruptible, run
 from tbq.caches import Model, TypePair
 from tbq.center import calibrate, model_options
 from tbq.errors import TBQError
@@ -356,7 +356,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"tbq: interrupted after {len(report.scores)} of {len(pairs)} pairs", file=sys.stderr)
         return 130
     if report.failures:
-        raise TBQError(one_line({str(pair): why for pair, why in report.failures.items()}))
+        raise TBQError(by_reason({str(pair): why for pair, why in report.failures.items()}))
     return 0
 
 

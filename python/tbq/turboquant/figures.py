@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tbq import turboquant as tq
 from tbq._pictures import replace
 from tbq._run import at_least_one, interruptible
-from tbq.errors import TBQError
+from tbq.errors import TBQError, one_line
 from tbq.turboquant._checks import stream
 from tbq.turboquant.rotations import DENSE_LIMIT
 
@@ -272,10 +272,8 @@ def main() -> None:
     try:
         with interruptible():
             run(args.folder, args.dim, args.model)
-    except TBQError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}")
+    except (TBQError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 

@@ -1,0 +1,42 @@
+// Sums of four products of adjacent bytes, added to acc: one instruction where there are dot products of bytes, exact
+// without them too.
+#pragma once
+
+#ifdef __ARM_NEON
+
+#include <arm_neon.h>
+
+static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(acc, a, b);
+#else
+    const int32x4_t lo = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+    const int32x4_t hi = vpaddlq_s16(vmull_high_s8(a, b));
+    return vaddq_s32(acc, vpaddq_s32(lo, hi));
+#endif
+}
+
+#else
+
+#include <immintrin.h>
+
+// u unsigned and s signed; u <= 127, so pairs do not saturate
+static inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
+#ifdef __AVX512VNNI__
+    return _mm256_dpbusd_epi32(acc, u, s);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+#ifdef __AVX512BW__
+static inline __m512i dot4_512(__m512i acc, __m512i u, __m512i s) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(acc, u, s);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
+#endif
+}
+#endif
+
+#endif
