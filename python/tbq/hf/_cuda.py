@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+import triton
 
 from tbq.hf import _kernels, _tables
 from tbq.hf._backend import BLOCK_BYTES
@@ -88,11 +89,12 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     group = q_heads // heads
     k_blocks, v_blocks = k_size // 64, v_packed.shape[3] // BLOCK_BYTES[v_bits]
     m = 16 if group * tokens <= 16 else 64 if max(k_blocks, v_blocks) <= 2 else 32
+    rows = triton.next_power_of_2(min(group * tokens, m))
     tiles = -(-group * tokens // m)
     chunk = _chunk(n_kv, batch * heads * tiles, query.device)
     chunks = -(-n_kv // chunk)
     device = query.device
-    partial = torch.empty(batch * heads * tiles * chunks * m * (v_blocks * 64 + 2), dtype=torch.float32, device=device)
+    partial = torch.empty(batch * heads * tiles * chunks * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device)
     out = torch.empty((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
     strides: tuple[int, ...] = (0, 0, 0)
     kind = 0  # of the mask
@@ -104,8 +106,8 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), v_packed, *v_packed.stride()[:2],
         tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
         heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
-        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m,
-        _ATTEND_KEYS if max(k_blocks, v_blocks) <= 2 else _ATTEND_KEYS // 2, num_warps=4, num_stages=2)
+        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
+        _ATTEND_KEYS if max(k_blocks, v_blocks) <= 2 else _ATTEND_KEYS // 2, num_warps=4, num_stages=1)
     return out
 
 
@@ -122,8 +124,9 @@ def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
 
 
 def _chunk(n_kv: int, parts: int, device: torch.device) -> int:
-    """Cached tokens of a program: enough programs for every multiprocessor to have two, none with less than a tile of keys."""
-    wanted = max(1, 2 * _processors(device) // parts)
+    """Cached tokens of a program: enough programs for every multiprocessor to have four, which wait for memory in turns; none
+    with less than a tile of keys."""
+    wanted = max(1, 4 * _processors(device) // parts)
     tiles = -(-n_kv // _ATTEND_KEYS)
     return -(-tiles // min(wanted, tiles)) * _ATTEND_KEYS
 

@@ -30,6 +30,23 @@ F16_NAN = tl.constexpr(0x7E00)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+def _permutation(bits):
+    """PTX: $1, four indices in four nibbles, to $0, four bytes, levels + 64.  $0 may be the register of $1: it is written last."""
+    level = [64 + level for level in _tables.LEVELS[bits]]
+    table = [f"{int.from_bytes(bytes(level[i:i + 4]), 'little'):#x}" for i in range(0, len(level), 4)]
+    if bits == 2:
+        return f"{{ .reg .b32 a; mov.b32 a, {table[0]}; prmt.b32 $0, a, a, $1; }}"
+    lines = f".reg .b32 a, b, s, low, high; mov.b32 a, {table[0]}; mov.b32 b, {table[1]}; and.b32 s, $1, 0x7777; prmt.b32 low, a, b, s;"
+    if bits == 3:
+        return f"{{ {lines} mov.b32 $0, low; }}"
+    # the upper half of the codebook too, and then of each pair the one that the index's top bit says
+    return (f"{{ {lines} mov.b32 a, {table[2]}; mov.b32 b, {table[3]}; prmt.b32 high, a, b, s; "
+            "and.b32 s, $1, 0x8888; shr.b32 s, s, 1; or.b32 s, s, 0x3210; prmt.b32 $0, low, high, s; }")
+
+
+PERMUTE_2, PERMUTE_3, PERMUTE_4 = (tl.constexpr(_permutation(bits)) for bits in (2, 3, 4))
+
+
 def kernel(function):
     """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
     takes seconds."""
@@ -44,6 +61,9 @@ def kernel(function):
 def halves(v, N: tl.constexpr, W: tl.constexpr):
     """(N, W) to its first and its second half, (N, W/2) each."""
     return tl.split(tl.permute(tl.reshape(v, [N, 2, W // 2]), [0, 2, 1]))
+
+
+INTERPRETED = tl.constexpr(not isinstance(halves, triton.JITFunction))  # there, PTX has no meaning
 
 
 @triton.jit
@@ -187,31 +207,67 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
 
 
 @triton.jit
-def level_tile(row, ok, tables, BITS: tl.constexpr):
-    """Levels, float16 (N, 64), of the blocks that the N pointers row point at, in the order of element().
+def packed_tile(row, ok, BITS: tl.constexpr):
+    """The indices of the blocks that the N pointers row point at, as they lie there: words of 16 bits, (N, 16 or 8), and for
+    3 bits the words of qh, (N, 8).  Apart from their use, so that the memory's latency passes while something else is done."""
+    words = row.to(tl.pointer_type(tl.int16))[:, None] + 1
+    at = tl.arange(0, 4 * BITS if BITS != 3 else 8)[None, :]
+    qs = tl.load(words + at, ok[:, None], 0)
+    qh = qs
+    if BITS == 3:
+        qh = tl.load(words + 8 + (at & 3), ok[:, None], 0)
+    return qs, qh
 
-    Bytes are read once; their parts become neighbours, because joining keeps them in the registers where they are."""
-    if BITS == 4:
-        at = tl.arange(0, 32)[None, :]
-        byte = tl.load(row[:, None] + 2 + at, ok[:, None], 0).to(tl.int32)
-        index = tl.join(byte & 15, byte >> 4)
+
+@triton.jit
+def look_up(nibbles, tables, BITS: tl.constexpr):
+    """Four indices, in the low four nibbles of each word, to four bytes: levels + 64.
+
+    A byte permutation is a table of eight, and one of its instructions looks four up.  tl.load(tables + index) does the same,
+    but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 6 times as many bytes
+    as levels() moves."""
+    if INTERPRETED:
+        found = nibbles & 0
+        for j in tl.static_range(4):
+            found |= (tl.load(tables + LEVELS + (nibbles >> 4 * j & 15)).to(tl.int32) + 64) << 8 * j
+        return found
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(PERMUTE_4, "=r,r", [nibbles], tl.int32, True, 1)
+    elif BITS == 3:
+        return tl.inline_asm_elementwise(PERMUTE_3, "=r,r", [nibbles], tl.int32, True, 1)
     else:
-        at = tl.arange(0, 16)[None, :]
-        byte = tl.load(row[:, None] + 2 + at, ok[:, None], 0).to(tl.int32)
-        j0, j1, j2, j3 = byte & 3, byte >> 2 & 3, byte >> 4 & 3, byte >> 6
+        return tl.inline_asm_elementwise(PERMUTE_2, "=r,r", [nibbles], tl.int32, True, 1)
+
+
+@triton.jit
+def level(found, J: tl.constexpr):
+    """Byte J of each word of look_up() as float16: the mantissa of 1024 + 64 + level."""
+    return ((found >> 8 * J & 0xFF) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1088.0
+
+
+@triton.jit
+def levels(qs, qh, tables, BITS: tl.constexpr):
+    """Levels, float16 (N, 64), of a packed_tile, in the order of element(): what comes out of a word become neighbours,
+    because joining keeps them in the registers where they are."""
+    word = qs.to(tl.int32)
+    if BITS == 4:
+        f = look_up(word & 0xFFFF, tables, BITS)
+        v = tl.join(tl.join(level(f, 0), level(f, 2)), tl.join(level(f, 1), level(f, 3)))
+    else:
+        even, odd = word & 0x3333, word >> 2 & 0x3333  # quarters 0 and 2, 1 and 3 of both bytes
         if BITS == 3:
-            third = tl.load(row[:, None] + 18 + (at & 7), ok[:, None], 0).to(tl.int32) >> (at >> 3 << 1)
-            j0 |= (third & 1) << 2
-            j1 |= (third >> 1 & 1) << 2
-            j2 |= (third >> 4 & 1) << 2
-            j3 |= (third >> 5 & 1) << 2
-        index = tl.join(tl.join(j0, j1), tl.join(j2, j3))
-    return tl.load(tables + LEVELS + tl.reshape(index, [row.shape[0], 64])).to(tl.float16)
+            third = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
+            even |= (third & 0x1111) << 2
+            odd |= (third >> 1 & 0x1111) << 2
+        e, o = look_up(even, tables, BITS), look_up(odd, tables, BITS)
+        v = tl.join(tl.join(tl.join(level(e, 0), level(e, 2)), tl.join(level(o, 0), level(o, 2))),
+                    tl.join(tl.join(level(e, 1), level(e, 3)), tl.join(level(o, 1), level(o, 3))))
+    return tl.reshape(v, [qs.shape[0], 64])
 
 
 @triton.jit
 def element(at, BITS: tl.constexpr):
-    """Which value of its block column `at` of level_tile holds."""
+    """Which value of its block column `at` of levels() holds."""
     if BITS == 4:
         return (at >> 1) + 32 * (at & 1)
     else:
@@ -296,7 +352,8 @@ def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, t
     row = source + batch * s_batch + token * s_token + (head * PER_HEAD + block) * BLOCK_BYTES
     column = tl.arange(0, 64)
     transform = hadamard(element(column, BITS)[:, None], column[None, :]).to(tl.float16)
-    x = tl.dot(level_tile(row, ok, tables, BITS), transform)  # exact: integers below 2^12
+    qs, qh = packed_tile(row, ok, BITS)
+    x = tl.dot(levels(qs, qh, tables, BITS), transform)  # exact: integers below 2^12
     d = scale_of(row, ok)
     x = x * (d * 0.125)[:, None] * tl.load(tables + SIGNS + column)[None, :]
     x = tl.where((d == 0.0)[:, None], 0.0, x)
@@ -333,20 +390,17 @@ def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF
 
 
 @triton.jit
-def key_products(s, query, k_row, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
-    row = k_row + BLOCK * BLOCK_BYTES
-    return s + tl.dot(query, tl.trans(level_tile(row, ok, tables, BITS))) * scale_of(row, ok)[None, :]
+def key_products(s, query, k_row, ok, qs, qh, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
+    return s + tl.dot(query, tl.trans(levels(qs, qh, tables, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
 
 
 @triton.jit
-def weighted_values(acc, p, v_row, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
+def weighted_values(acc, p, d, qs, qh, tables, BITS: tl.constexpr):
     """acc + p . d . levels.  p d is rounded to half, relative to the largest d of the tile."""
-    row = v_row + BLOCK * BLOCK_BYTES
-    d = scale_of(row, ok)
     most = tl.max(d, axis=0)
     most = tl.where(most > 0.0, most, 1.0)
     w = tl.where(p == 0.0, 0.0, p * (d / most)[None, :]).to(tl.float16)  # an unseen NaN has no effect
-    return acc + tl.dot(w, level_tile(row, ok, tables, BITS)) * most
+    return acc + tl.dot(w, levels(qs, qh, tables, BITS)) * most
 
 
 @kernel
@@ -354,10 +408,11 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
            mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
            GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
            V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-           SINKS: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, BN: tl.constexpr):
-    """A chunk of the cache for M query rows of one KV head; row r is query head r % GROUP at token r // GROUP.
+           SINKS: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+    """A chunk of the cache for M query rows of one KV head, of which the first R may exist; row r is query head r % GROUP at
+    token r // GROUP.
 
-    grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][M][2 + value size]: the
+    grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][R][2 + value size]: the
     largest logit in base 2, the sum of weights, the sum of weighted values in the rotated domain.  The last program of a
     group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
     its counter, int32 [batch . heads][tiles], zero before and after.
@@ -418,13 +473,33 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
         n = n0 + tl.arange(0, BN)
         ok = n < last
         k_row = k_head + n.to(tl.int64) * k_token
-        s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, k_tables, 0, K_BITS, K_BYTES)
+        v_row = v_head + n.to(tl.int64) * v_token
+        # all of the tile before any of it is used
+        ks0, kh0 = packed_tile(k_row, ok, K_BITS)
         if K_BLOCKS > 1:
-            s = key_products(s, q1, k_row, ok, k_tables, 1, K_BITS, K_BYTES)
+            ks1, kh1 = packed_tile(k_row + K_BYTES, ok, K_BITS)
         if K_BLOCKS > 2:
-            s = key_products(s, q2, k_row, ok, k_tables, 2, K_BITS, K_BYTES)
+            ks2, kh2 = packed_tile(k_row + 2 * K_BYTES, ok, K_BITS)
         if K_BLOCKS > 3:
-            s = key_products(s, q3, k_row, ok, k_tables, 3, K_BITS, K_BYTES)
+            ks3, kh3 = packed_tile(k_row + 3 * K_BYTES, ok, K_BITS)
+        vs0, vh0 = packed_tile(v_row, ok, V_BITS)
+        d0 = scale_of(v_row, ok)
+        if V_BLOCKS > 1:
+            vs1, vh1 = packed_tile(v_row + V_BYTES, ok, V_BITS)
+            d1 = scale_of(v_row + V_BYTES, ok)
+        if V_BLOCKS > 2:
+            vs2, vh2 = packed_tile(v_row + 2 * V_BYTES, ok, V_BITS)
+            d2 = scale_of(v_row + 2 * V_BYTES, ok)
+        if V_BLOCKS > 3:
+            vs3, vh3 = packed_tile(v_row + 3 * V_BYTES, ok, V_BITS)
+            d3 = scale_of(v_row + 3 * V_BYTES, ok)
+        s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, ks0, kh0, k_tables, 0, K_BITS, K_BYTES)
+        if K_BLOCKS > 1:
+            s = key_products(s, q1, k_row, ok, ks1, kh1, k_tables, 1, K_BITS, K_BYTES)
+        if K_BLOCKS > 2:
+            s = key_products(s, q2, k_row, ok, ks2, kh2, k_tables, 2, K_BITS, K_BYTES)
+        if K_BLOCKS > 3:
+            s = key_products(s, q3, k_row, ok, ks3, kh3, k_tables, 3, K_BITS, K_BYTES)
         s *= factor[:, None]
         if SOFTCAP:  # softcap . tanh(s / softcap)
             s = softcap * (1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)) * LOG2E
@@ -444,58 +519,68 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
         keep = tl.exp2(largest - base)
         total = total * keep + tl.sum(p, axis=1)
         largest = new
-        v_row = v_head + n.to(tl.int64) * v_token
-        acc0 = weighted_values(acc0 * keep[:, None], p, v_row, ok, v_tables, 0, V_BITS, V_BYTES)
+        acc0 = weighted_values(acc0 * keep[:, None], p, d0, vs0, vh0, v_tables, V_BITS)
         if V_BLOCKS > 1:
-            acc1 = weighted_values(acc1 * keep[:, None], p, v_row, ok, v_tables, 1, V_BITS, V_BYTES)
+            acc1 = weighted_values(acc1 * keep[:, None], p, d1, vs1, vh1, v_tables, V_BITS)
         if V_BLOCKS > 2:
-            acc2 = weighted_values(acc2 * keep[:, None], p, v_row, ok, v_tables, 2, V_BITS, V_BYTES)
+            acc2 = weighted_values(acc2 * keep[:, None], p, d2, vs2, vh2, v_tables, V_BITS)
         if V_BLOCKS > 3:
-            acc3 = weighted_values(acc3 * keep[:, None], p, v_row, ok, v_tables, 3, V_BITS, V_BYTES)
+            acc3 = weighted_values(acc3 * keep[:, None], p, d3, vs3, vh3, v_tables, V_BITS)
 
     V_SIZE: tl.constexpr = V_BLOCKS * 64
     WIDTH: tl.constexpr = V_SIZE + 2
     group = bh * tl.num_programs(0) + tile  # of the programs that work on these rows
-    first_part = partial + group.to(tl.int64) * chunks * (M * WIDTH)
-    column = tl.arange(0, 64)[None, :]
-    part = first_part + split * (M * WIDTH) + r * WIDTH
-    tl.store(part, largest)
-    tl.store(part + 1, total)
-    tl.store(part[:, None] + (2 + column), acc0)
+    first_part = partial + group.to(tl.int64) * chunks * (R * WIDTH)
+    place = element(tl.arange(0, 64), V_BITS)[None, :]
+    part = first_part + split * (R * WIDTH) + r * WIDTH
+    kept = r < R
+    tl.store(part, largest, kept)
+    tl.store(part + 1, total, kept)
+    tl.store(part[:, None] + (2 + place), acc0, kept[:, None])
     if V_BLOCKS > 1:
-        tl.store(part[:, None] + (66 + column), acc1)
+        tl.store(part[:, None] + (66 + place), acc1, kept[:, None])
     if V_BLOCKS > 2:
-        tl.store(part[:, None] + (130 + column), acc2)
+        tl.store(part[:, None] + (130 + place), acc2, kept[:, None])
     if V_BLOCKS > 3:
-        tl.store(part[:, None] + (194 + column), acc3)
+        tl.store(part[:, None] + (194 + place), acc3, kept[:, None])
     tl.debug_barrier()  # all threads' parts are written before one of them says so
     if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == chunks - 1:
         tl.store(arrived + group, 0)
-        to = out + batch * o_batch + token.to(tl.int64) * o_token + q_row_head * V_SIZE
-        logit = tl.full([M], float("-inf"), tl.float32)
+        out_row = tile * M + tl.arange(0, R)
+        out_token = out_row // GROUP
+        exists = out_token < tokens
+        out_head = head * GROUP + out_row % GROUP
+        to = out + batch * o_batch + out_token.to(tl.int64) * o_token + out_head * V_SIZE
+        logit = tl.full([R], float("-inf"), tl.float32)
         if SINKS:
-            logit = tl.load(sinks + q_row_head, seen, 0.0).to(tl.float32) * LOG2E
+            logit = tl.load(sinks + out_head, exists, 0.0).to(tl.float32) * LOG2E
         for block in range(V_BLOCKS):
-            merge_block(first_part + r * WIDTH, to, seen, logit, v_tables, block, chunks, M * WIDTH, V_BITS, SINKS, M)
+            merge_block(first_part, to, exists, logit, v_tables, block, chunks, WIDTH, SINKS, R)
 
 
 @triton.jit
-def merge_block(part, to, seen, logit, tables, block, chunks, step, BITS: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
-    """The chunks' sums of one block of M rows to the values of out, in the original domain."""
+def merge_block(part, to, seen, logit, tables, block, chunks, WIDTH: tl.constexpr, SINKS: tl.constexpr, R: tl.constexpr):
+    """The chunks' sums of one block of R rows to the values of out, in the original domain.
+
+    Several chunks at once: one after the other, each would wait for its part to come from the L2 cache."""
+    AT_ONCE: tl.constexpr = 64 // R
     column = tl.arange(0, 64)
+    c, r = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, R)[None, :]
     largest = logit
-    total = tl.full([M], 1.0 if SINKS else 0.0, tl.float32)
-    acc = tl.zeros([M, 64], tl.float32)
-    for _ in range(chunks):
-        theirs = tl.load(part)
-        new = tl.maximum(largest, theirs)
+    total = tl.full([R], 1.0 if SINKS else 0.0, tl.float32)
+    acc = tl.zeros([R, 64], tl.float32)
+    for first in range(0, chunks, AT_ONCE):
+        here = (first + c < chunks) & (r < R)
+        theirs_at = part + ((first + c) * R + r) * WIDTH
+        theirs = tl.load(theirs_at, here, float("-inf"))
+        sums = tl.load(theirs_at + 1, here, 0.0)
+        values = tl.load(theirs_at[:, :, None] + (2 + block * 64 + column[None, None, :]), here[:, :, None], 0.0)
+        new = tl.maximum(largest, tl.max(theirs, axis=0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        keep, take = tl.exp2(largest - base), tl.exp2(theirs - base)
-        total = total * keep + tl.load(part + 1) * take
-        acc = acc * keep[:, None] + tl.load(part[:, None] + (2 + block * 64 + column)[None, :]) * take[:, None]
+        keep, take = tl.exp2(largest - base), tl.exp2(theirs - base[None, :])
+        total = total * keep + tl.sum(sums * take, axis=0)
+        acc = acc * keep[:, None] + tl.sum(values * take[:, :, None], axis=0)
         largest = new
-        part += step
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing is zero
-    transform = hadamard(element(column, BITS)[:, None], column[None, :])
-    x = tl.dot(acc, transform, input_precision="tf32x3") * 0.125 * tl.load(tables + SIGNS + column)[None, :]
+    x = butterflies(acc, R) * 0.125 * tl.load(tables + SIGNS + column)[None, :]
     tl.store(to[:, None] + (block * 64 + column)[None, :], x, seen[:, None])
