@@ -3,6 +3,7 @@
 #include "ggml-impl.h"
 
 #include "tbq-attention-launch.cuh"
+#include "tbq-center.cuh"
 #include "tbq-dequantize.cuh"
 #include "tbq-matvec.cuh"
 #include "tbq-quantize.cuh"
@@ -131,17 +132,79 @@ static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
     return true;
 }
 
+static bool is_nothing(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+// The node after i that computes something.
+static int next_node(const ggml_cgraph * graph, int i) {
+    do {
+        i++;
+    } while (i < graph->n_nodes && is_nothing(graph->nodes[i]));
+    return i;
+}
+
+using center_kernel = void (*)(tbq_center_args);
+
+static center_kernel center_kernel_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0: return tbq_center_rows<block_q4_0, QK4_0, quantize_f32_q4_0_block>;
+        case GGML_TYPE_Q4_1: return tbq_center_rows<block_q4_1, QK4_1, quantize_f32_q4_1_block>;
+        case GGML_TYPE_Q5_0: return tbq_center_rows<block_q5_0, QK5_0, quantize_f32_q5_0_block>;
+        case GGML_TYPE_Q5_1: return tbq_center_rows<block_q5_1, QK5_1, quantize_f32_q5_1_block>;
+        case GGML_TYPE_Q8_0: return tbq_center_rows<block_q8_0, QK8_0, quantize_f32_q8_0_block>;
+        case GGML_TYPE_IQ4_NL: return tbq_center_rows<block_iq4_nl, QK4_NL, quantize_f32_iq4_nl_block>;
+        default: return nullptr;
+    }
+}
+
+// SUB of the mean and SET_ROWS of a type of llama.cpp's, as llama_kv_cache::center_set_rows joins them.
+static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * sub = graph->nodes[i];
+    const int           j   = next_node(graph, i);
+    if (sub->op != GGML_OP_SUB || j >= graph->n_nodes || !ggml_node_has_n_uses(graph, i, 1)) {
+        return 0;
+    }
+    ggml_tensor *       dst    = graph->nodes[j];
+    const ggml_tensor * x      = sub->src[0];
+    const ggml_tensor * mean   = sub->src[1];
+    const center_kernel kernel = center_kernel_of(dst->type);
+    auto aligned = [](const void * p, size_t stride) { return ((uintptr_t) p | stride) % sizeof(float4) == 0; };
+    if (dst->op != GGML_OP_SET_ROWS || dst->src[0] != sub || !(dst->flags & GGML_TENSOR_FLAG_COMPUTE) || !kernel ||
+        x->type != GGML_TYPE_F32 || mean->type != GGML_TYPE_F32 || sub->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
+        mean->nb[0] != sizeof(float) || mean->ne[0] != x->ne[0] || ggml_nrows(mean) != 1 || x->ne[2] * x->ne[3] != 1 || ggml_is_empty(x) ||
+        !aligned(x->data, x->nb[1]) || !aligned(mean->data, 0)) {
+        return 0;
+    }
+    const ggml_tensor * ids = dst->src[1];
+    tbq_center_args     a   = {};
+    a.src    = (const float *) x->data;
+    a.mean   = (const float *) mean->data;
+    a.dst    = (char *) dst->data;
+    a.ids    = ids->data;
+    a.ids_64 = ids->type == GGML_TYPE_I64;
+    a.ids_s0 = ids->nb[0] / ggml_type_size(ids->type);
+    a.ne0    = x->ne[0] / ggml_blck_size(dst->type);
+    a.n      = a.ne0 * x->ne[1];
+    a.s1     = x->nb[1] / sizeof(float);
+    a.nb1    = dst->nb[1];
+    const ggml_cuda_kernel_launch_params launch(grid_for(a.n, TBQ_CENTER_THREADS), dim3(TBQ_CENTER_THREADS), 0, ctx.stream());
+    ggml_cuda_kernel_launch(kernel, launch, a);
+    CUDA_CHECK(cudaGetLastError());
+    return j - i;
+}
+
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
         return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
-    };
-    auto nothing = [](const ggml_tensor * t) {
-        return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
     };
     auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     // on another stream than the first, keys and values are branches that do not wait for each other
     if (ctx.curr_stream_no != 0) {
         return 0;
+    }
+    if (const int n = fuse_center(ctx, graph, i)) {
+        return n;
     }
     tbq_rope_args       rope = {};
     const ggml_tensor * k    = graph->nodes[i];
@@ -173,10 +236,7 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     }
 
     // the values, if they are next
-    int j = last + 1;
-    while (j < graph->n_nodes && nothing(graph->nodes[j])) {
-        j++;
-    }
+    const int           j = next_node(graph, last);
     const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
     tbq_encode_args     b = {};
     if (v) {

@@ -47,7 +47,8 @@ bool tbq_cuda_kv_type_supported(ggml_type type);
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // In decode a launch costs as much as what it does here.  The ROPE of a token's keys, their SET_ROWS and that of its values
-// become one launch, as far as node i begins with them and they follow each other (ROPE and keys, keys and values, all).
+// become one launch, as far as node i begins with them and they follow each other (ROPE and keys, keys and values, all);
+// so do the SUB of the keys' mean and the SET_ROWS of llama.cpp's own quantized types.
 // The number of nodes after i that are done with it, 0 if it is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 

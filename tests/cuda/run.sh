@@ -56,9 +56,10 @@ if wanted kernels; then
 fi
 
 if wanted ops; then
-    for op in SET_ROWS ROPE_SET_ROWS CPY GET_ROWS MUL_MAT MUL_MAT_ID FLASH_ATTN_EXT; do
+    for op in SET_ROWS ROPE_SET_ROWS CENTER_SET_ROWS CPY GET_ROWS MUL_MAT MUL_MAT_ID FLASH_ATTN_EXT; do
         ops $op tbq
     done
+    ops CENTER_SET_ROWS "type=[qif]" # fused with the SUB of the mean
     # what the patches must leave as it is
     ops SET_ROWS "type_dst=(f16|q8_0|q4_0)"
     ops GET_ROWS "type=(f16|q8_0|q4_0)"
