@@ -438,6 +438,20 @@ def test_keys_are_centred(demo_model, tmp_path, monkeypatch):
     assert tbq.Server(demo_model, "tbq4_0", center=center, options=SMALL).center == center
 
 
+def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
+    """Of our own choice, it is left out; of the user's, that is an error.  Here it is of another RoPE, under the right name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours, other = of_model(demo_model, 512), of_model(demo_model, 512, ["--rope-freq-base", "5000"])
+    os.replace(other, ours)
+    with Serve("--kv", "tbq4_0", demo_model, *SMALL, "--port", str(free_port()), env={"XDG_CACHE_HOME": str(tmp_path)}) as serve:
+        serve.until("llama-server is up")
+        assert sum("tbq: keys are not centred" in line and "measured with another RoPE" in line for line in serve.err) == 1
+    with tbq.Server(demo_model, "auto", options=SMALL) as server:
+        assert server.center is None and server.chat("Hello", max_tokens=2)["choices"]
+    with pytest.raises(tbq.TBQError, match="measured with another RoPE"), tbq.Server(demo_model, "tbq4_0", center=ours, options=SMALL):
+        pass
+
+
 def test_model_that_cannot_be_centred(tmp_path):
     """One line, and the server runs."""
     from test_plan import gemma2

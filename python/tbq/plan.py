@@ -589,6 +589,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-kv-unified", action="store_true", help="a cache for each sequence, of its part of the context")
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
     parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
+    parser.add_argument("--no-center", action="store_true", help="recommend for keys that are not centred (docs/center.md)")
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
 
@@ -599,7 +600,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         if pairs == []:
             raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
         found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs,
-                     parallel=args.parallel, unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full)
+                     parallel=args.parallel, unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full,
+                     center=not args.no_center)
         if args.plot is not None:
             plot(found, args.plot)
         print(as_json(found) if args.json else report(found))

@@ -3,6 +3,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import http.client
 import json
 import os
@@ -240,17 +241,23 @@ class Server:
             check_port(self.port, self._host)  # before anything is measured
         self.center = None if "center" in found else for_cache(
             model, self.k, _context_of_a_sequence(model, self.plan, shape), center, others, lambda line: _say(f"tbq: {line}", to_stderr=True))
+        self._measured = center is True and self.center is not None
+        self._choose_uncentred = functools.partial(choose, model, kv, **{**shape, "center": False})
         if kv == "auto" and self.plan and self.plan.center and not self.center and "center" not in found:
-            self.k, self.v, self.plan = choose(model, kv, **{**shape, "center": False})
+            self.k, self.v, self.plan = self._choose_uncentred()
         self.url = _url(self._host, self.port, found)
         self.log: list[str] = []
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
         self._key = _api_key(found, self._environment)
         self._timeout, self._on_line = timeout, on_line
         self._capped = "per_slot" in found
-        self._command = [str(program("llama-server")), "-m", os.fspath(model), "--cache-type-k", self.k, "--cache-type-v", self.v,
-                         *(["--cache-center", str(self.center)] if self.center else []), "--host", hosts, "--port", str(self.port), *others]
+        self._model, self._options = os.fspath(model), ["--host", hosts, "--port", str(self.port), *others]
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
+
+    @property
+    def _command(self) -> list[str]:
+        center = ["--cache-center", str(self.center)] if self.center else []
+        return [str(program("llama-server")), "-m", self._model, "--cache-type-k", self.k, "--cache-type-v", self.v, *center, *self._options]
 
     def __enter__(self) -> "Server":
         try:
@@ -268,6 +275,9 @@ class Server:
         """Starts the process and returns at once."""
         if self._started is not None:
             raise TBQError("a Server runs once; make another one")
+        self._launch()
+
+    def _launch(self) -> None:
         if not self._share_port:
             check_port(self.port, self._host)
         self._started = concurrent.futures.Future()
@@ -306,9 +316,24 @@ class Server:
                     if answer.status == 200 and self.process.poll() is None:  # not another server's
                         return
             if self.process.poll() is not None:
-                raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
+                if not self._starts_uncentred():
+                    raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
             time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
+
+    def _starts_uncentred(self) -> bool:
+        """Whether it did, because the server refused the center that was measured for it: too little memory for the context that
+        was planned may give it another, and with it another RoPE."""
+        self._reader.join(5)
+        refusal = next((line.partition("llama_set_cache_center: ")[2] for line in self.log if "llama_set_cache_center: " in line), "")
+        if not self._measured or not refusal:
+            return False
+        _say(f"tbq: keys are not centred: {refusal}", to_stderr=True)
+        self.center, self._measured = None, False
+        self.k, self.v, self.plan = self._choose_uncentred()  # "auto" may take others for large biases
+        self.log.clear()
+        self._launch()
+        return True
 
     def _open(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
         """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
