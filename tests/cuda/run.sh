@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a GPU must show:  tests/cuda/run.sh BIN [check|kernels|ops|splits|speed]
+# Everything that a GPU must show:  tests/cuda/run.sh BIN [check|kernels|ops|splits|center|speed]
 #
-# BIN: the folder with llama-bench and test-backend-ops of a build with CUDA (`make cuda`, then
+# BIN: the folder with llama-bench, llama-perplexity, llama-cache-center and test-backend-ops of a build with CUDA (`make cuda`, then
 # `make test TESTS=tests/test_cuda.py` builds the latter into build/cp*/bin).  Ends with a status that is not 0 if a
 # check fails.  PYTHON: an interpreter that has gguf.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-bin=${1:?usage: tests/cuda/run.sh BIN [check|kernels|ops|splits|speed]}
+bin=${1:?usage: tests/cuda/run.sh BIN [check|kernels|ops|splits|center|speed]}
 what=${2:-all}
 python=${PYTHON:-python3}
 work=$(mktemp -d)
@@ -79,6 +79,10 @@ if wanted splits; then
         done
         echo "head size $head: $same of 25 pairs of cache types have f16's ${base:-?} splits"
     done
+fi
+
+if wanted center; then
+    "$python" tests/cuda/center.py "$bin" || failed=1
 fi
 
 if wanted speed; then
