@@ -100,14 +100,11 @@ def descend_half(g, index, m, m0, d, tables, N: tl.constexpr):
     rise = g > 0
     gap = d[:, None] * tl.load(tables + tl.where(rise, GAPS_UP, GAPS_DOWN) + index)
     size = tl.abs(g)
-    gain = gap * ((size + size) - gap * m0[:, None])
-    at = tl.argmax(gain, axis=1, tie_break_left=True)
-    here = place == at[:, None]
-    moves = (tl.max(gain, axis=1) > 0)[:, None]
-    s = tl.sum(tl.where(here, tl.where(rise, gap, -gap), 0.0), axis=1)
-    step = tl.where(rise, 1, -1)
-    change = s[:, None] * tl.gather(m, place ^ at[:, None], 1)
-    return tl.where(moves, g - change, g), tl.where(moves & here, index + step, index)
+    gain, at = tl.max(gap * ((size + size) - gap * m0[:, None]), axis=1, return_indices=True, return_indices_tie_break_left=True)
+    at = at[:, None]
+    moves = (gain > 0)[:, None]
+    change = tl.gather(tl.where(rise, gap, -gap), at, 1) * tl.gather(m, place ^ at, 1)
+    return tl.where(moves, g - change, g), tl.where(moves & (place == at), index + tl.where(rise, 1, -1), index)
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     best_qk = tl.zeros([N], tl.int32)
     best_kk = tl.full([N], 1, tl.int32)
     best = tl.zeros([N], tl.int32)
-    for s in range(SCALES):
+    for s in tl.static_range(SCALES):  # unrolled, so that the sums of one scale need not wait for those of another
         k = tl.zeros([N, 64], tl.int32) + tl.load(tables + LEVELS + HALF).to(tl.int32)
         for t in tl.static_range(BORDERS):
             gap = tl.load(tables + GAPS_UP + HALF + t).to(tl.int32)
