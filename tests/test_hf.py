@@ -542,7 +542,7 @@ def test_states_of_another_kind(wrong):
 
 
 def test_other_devices():
-    with pytest.raises(tbq.TBQError, match="^device meta has no tbq kernels; cpu and cuda have$"):
+    with pytest.raises(tbq.TBQError, match="^device meta has no tbq kernels; cpu and NVIDIA's cuda have$"):
         TBQLayer().update(torch.ones(1, 1, 1, 64, device="meta"), torch.ones(1, 1, 1, 64, device="meta"))
 
 
@@ -584,13 +584,19 @@ TRITON_POINTERS = {"q": "*bf16", "k": "*u8", "v": "*u8", "k_tables": "*fp32", "v
                    "arrived": "*i32", "out": "*bf16", "sinks": "*bf16", "k_target": "*u8", "v_target": "*u8"}
 
 
-@pytest.mark.parametrize("name, constants", [
-    ("attend", dict(K_BITS=4, V_BITS=4, K_BLOCKS=1, V_BLOCKS=1, MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, HALF=32, GROUP=4, M=16, R=4, BN=64)),
-    ("attend", dict(K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0, GROUP=8, M=32, R=32, BN=32)),
-    ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
-    ("decode", dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=0, N=64)),
+ATTEND = dict(MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, HALF=32, M=16, BN=64)
+
+
+@pytest.mark.parametrize("name, warps, constants", [
+    ("attend", 4, dict(ATTEND, K_BITS=4, V_BITS=4, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
+    ("attend", 4, dict(ATTEND, K_BITS=2, V_BITS=4, K_BLOCKS=2, V_BLOCKS=2, GROUP=1, R=1, MASK=2)),
+    ("attend", 4, dict(ATTEND, K_BITS=4, V_BITS=3, K_BLOCKS=2, V_BLOCKS=2, GROUP=8, CAUSAL=True, M=64, R=64)),
+    ("attend", 4, dict(ATTEND, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0, M=32, R=32, BN=32)),
+    ("encode", 1, dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
+    ("encode", 4, dict(K_BITS=2, V_BITS=0, K_PER_HEAD=1, V_PER_HEAD=1, HALF=0, N=4)),
+    ("decode", 4, dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=0, N=64)),
 ])
-def test_triton_kernels_compile(name, constants):
+def test_triton_kernels_compile(name, warps, constants):
     """For sm_90, without a GPU: the interpreter takes what the compiler refuses, and never sees the PTX of look_up()."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -600,15 +606,16 @@ def test_triton_kernels_compile(name, constants):
 
     for side in "KV":
         bits = constants[f"{side}_BITS"]
-        constants |= {f"{side}_BYTES": 2 + 8 * bits, f"{side}_SCALES": len(_tables.THRESHOLDS[bits])}
+        constants = {**constants, f"{side}_BYTES": 2 + 8 * bits, f"{side}_SCALES": len(_tables.THRESHOLDS.get(bits, ()))}
     constants |= {} if constants.get("MASK") else {"mask": None}
     constants |= {} if constants.get("SINKS") else {"sinks": None}
     kernel = getattr(_kernels, name)
-    pointers = {**TRITON_POINTERS, **({"k": "*bf16", "v": "*bf16"} if name == "encode" else {"k_target": "*bf16", "v_target": "*bf16"})}
+    pointers = {**TRITON_POINTERS, **({"k": "*bf16", "v": "*bf16"} if name == "encode" else {"k_target": "*bf16", "v_target": "*bf16"}),
+                "mask": "*fp32" if constants.get("MASK") == 2 else "*u8"}
     names = list(inspect.signature(kernel.fn).parameters)
     types = {n: "constexpr" if n in constants else pointers.get(n) or {"scale": "fp32", "softcap": "fp32"}.get(n, "i32") for n in names}
     compiled = compile(ASTSource(kernel, types, {(i,): constants[n] for i, n in enumerate(names) if n in constants}), target=GPUTarget("cuda", 90, 32),
-                       options={"num_warps": 4, "num_stages": 1})
+                       options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": name != "encode"})
     assert compiled.asm["cubin"]
     assert (".reg .b32 a, b" in compiled.asm["ptx"]) == (name != "encode")  # look_up()'s
 

@@ -7,9 +7,8 @@ class TBQError(ValueError):
 
 def one_line(error: TBQError | OSError) -> str:
     """An error for the terminal."""
-    if isinstance(error, TBQError):
-        return " ".join(str(error).split())
-    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    text = f"{error.strerror or error}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split())
 
 
 def printable(name: object) -> str | None:

@@ -252,6 +252,7 @@ class Server:
         self._timeout, self._on_line = timeout, on_line
         self._capped = "per_slot" in found
         self._model, self._options = os.fspath(model), ["--host", hosts, "--port", str(self.port), *others]
+        self._stopping = False  # somebody wants it to end
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
 
     @property
@@ -304,7 +305,7 @@ class Server:
                     try:
                         on_line(self.log[-1])
                     except Exception:  # a full pipe would stop the server
-                        on_line = None
+                        self._on_line = on_line = None
         process.wait()
 
     def wait_until_healthy(self) -> None:
@@ -318,6 +319,7 @@ class Server:
             if self.process.poll() is not None:
                 if not self._starts_uncentred():
                     raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
+                deadline = None if self._timeout is None else time.monotonic() + self._timeout
             time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
 
@@ -326,13 +328,17 @@ class Server:
         was planned may give it another, and with it another RoPE."""
         self._reader.join(5)
         refusal = next((line.partition("llama_set_cache_center: ")[2] for line in self.log if "llama_set_cache_center: " in line), "")
-        if not self._measured or not refusal:
+        if self._stopping or not self._measured or not refusal:
             return False
-        _say(f"tbq: keys are not centred: {refusal}", to_stderr=True)
+        before = self.k, self.v
         self.center, self._measured = None, False
         self.k, self.v, self.plan = self._choose_uncentred()  # "auto" may take others for large biases
+        types = "" if before == (self.k, self.v) else f"; keys are {self.k} and values {self.v} instead"
+        _say(f"tbq: keys are not centred: {refusal}{types}; --no-center saves this attempt", to_stderr=True)
         self.log.clear()
         self._launch()
+        if self._stopping:  # meanwhile
+            self.process.terminate()
         return True
 
     def _open(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
@@ -448,6 +454,7 @@ class _Signals:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self.server._stopping = True
         if not hasattr(self.server, "process"):
             self.early = number
         else:

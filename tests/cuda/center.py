@@ -3,14 +3,15 @@
 
     python3 tests/cuda/center.py BIN [--model FILE]
 
-BIN: the folder with llama-perplexity and llama-cache-center.  Without --model, a model is made (which needs gguf and this
-repository's tests/): 4 layers of random weights, with biases on the keys 16 times as large as the rest, in channels that
+BIN: the folder with llama-bench, llama-perplexity and llama-cache-center.  Without --model, a model is made, which needs what
+the tests in tests/ need: 4 layers of random weights, with biases on the keys 16 times as large as the rest, in channels that
 turn slowly, so that quantized keys lose everything that centring does not save.  --make FILE only makes it.
 
 Prints, for each place and pair of types, the KL divergence to an f16 cache on one device, without and with a center; exits
 with 1 if a centred one is more than 1.5 times that of one device (0.0002 is noise), or if centring does not save anything.
 """
 import argparse
+import math
 import pathlib
 import re
 import subprocess
@@ -20,6 +21,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAYERS, HEADS, KV_HEADS, SIZE = 4, 8, 4, 64
 BIAS = 16
+CHUNKS = 8
 PAIRS = (("tbq4_0", "f16"), ("tbq3_0", "tbq4_0"), ("q8_0", "f16"), ("q4_0", "q4_0"))
 
 
@@ -47,10 +49,14 @@ def run(program, *arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-def divergence(log):
-    """The mean over the chunks, from the last row of the table that is there: this llama.cpp may lose its last lines."""
-    rows = re.findall(r"^ +\d+ +[-\d.]+ ± +[-\d.]+ +[-\d.]+ ± +[-\d.]+ +([-\d.]+) ± ", log, re.M)
-    return float(rows[-1]) if rows else None
+def divergence(status, log):
+    """The mean over the chunks, from the last row of the table: this llama.cpp may lose its last line, not more.  None if the
+    program failed before the first row."""
+    rows = [line.replace("±", " ").split() for line in log.splitlines() if re.match(r" +\d+ +\S+ ± ", line)]
+    if not rows:
+        return None
+    kld = float(rows[-1][5])
+    return kld if not status and len(rows) >= CHUNKS - 1 and math.isfinite(kld) else math.inf
 
 
 def main():
@@ -80,7 +86,7 @@ def main():
             places |= {"half of the layers on the CPU": ["-ngl", str(LAYERS // 2), "-sm", "none"], "cache on the CPU": [*whole, "-nkvo"], "all on the CPU": ["-ngl", "0"]}
         if devices > 1:
             places |= {f"{devices} devices, split by {how}": ["-ngl", "99", "-sm", how] for how in ("layer", "row", "tensor")}
-        common = ["-m", model, "-f", text, "-c", "512", "-b", "512", "-fa", "on", "-t", "8" if devices else "2", "--chunks", "8"]
+        common = ["-m", model, "-f", text, "-c", "512", "-b", "512", "-fa", "on", "-t", "8" if devices else "2", "--chunks", str(CHUNKS)]
         status, log = run(args.bin / "llama-perplexity", *common, *whole, "--kl-divergence-base", work / "base")
         failed, wanted = bool(status), {}
         print(log[-2000:] if status else f"{devices} devices; KL divergence to an f16 cache, without and with a center")
@@ -89,11 +95,11 @@ def main():
                 found = []
                 for center in ([], ["--cache-center", work / "center"]):
                     status, log = run(args.bin / "llama-perplexity", *common, *options, "-ctk", k, "-ctv", v, *center, "--kl-divergence", "--kl-divergence-base", work / "base")
-                    found.append(divergence(log))
-                    if found[-1] is None:  # a way to split that llama.cpp does not take with this type: its words
+                    found.append(divergence(status, log))
+                    if found[-1] is None:
                         print(f"{place}, {k}/{v}{', centred' if center else ''}: status {status}: {log.strip().splitlines()[-1] if log.strip() else ''}")
-                if None in found:
-                    failed |= found[0] is not None  # works, but not with a center
+                if None in found:  # some ways to split are not for every type; if one is, it is with a center too
+                    failed |= found[0] is not None or "split" not in place
                     continue
                 limit = 1.5 * wanted.setdefault((k, v), found[1]) + 0.0002
                 ok = found[1] <= limit and (k == "q8_0" or found[1] < found[0] / 2)

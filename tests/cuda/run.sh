@@ -3,7 +3,8 @@
 #
 # BIN: the folder with llama-bench, llama-perplexity, llama-cache-center and test-backend-ops of a build with CUDA (`make cuda`, then
 # `make test TESTS=tests/test_cuda.py` builds the latter into build/cp*/bin).  Ends with a status that is not 0 if a
-# check fails.  PYTHON: an interpreter that has gguf.
+# check fails.  PYTHON: an interpreter that has gguf.  CENTER_MODEL: a file that `tests/cuda/center.py --make` made, where
+# PYTHON has not what the tests need.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 bin=${1:?usage: tests/cuda/run.sh BIN [check|kernels|ops|splits|center|speed]}
@@ -82,7 +83,7 @@ if wanted splits; then
 fi
 
 if wanted center; then
-    "$python" tests/cuda/center.py "$bin" || failed=1
+    "$python" tests/cuda/center.py "$bin" ${CENTER_MODEL:+--model "$CENTER_MODEL"} || failed=1
 fi
 
 if wanted speed; then

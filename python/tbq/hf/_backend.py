@@ -16,8 +16,8 @@ def of(device: torch.device) -> ModuleType:
         from tbq.hf import _cpu
 
         return _cpu
-    if device.type != "cuda":
-        raise TBQError(f"device {device} has no tbq kernels; cpu and cuda have")
+    if device.type != "cuda" or torch.version.hip:  # ROCm's devices are called cuda too
+        raise TBQError(f"device {device} {'of ROCm ' if torch.version.hip else ''}has no tbq kernels; cpu and NVIDIA's cuda have")
     try:
         from tbq.hf import _cuda
     except ImportError as error:

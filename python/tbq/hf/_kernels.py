@@ -221,8 +221,8 @@ def look_up(nibbles, tables, BITS: tl.constexpr):
     """Four indices, in the low four nibbles of each word, to four bytes: levels + 64.
 
     A byte permutation is a table of eight, and one of its instructions looks four up.  tl.load(tables + index) does the same,
-    but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 6 times as many bytes
-    as levels() moves."""
+    but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 12 times the bytes of
+    the levels."""
     if INTERPRETED:
         found = nibbles & 0
         for j in tl.static_range(4):
