@@ -49,7 +49,7 @@ def run(program, *args, ok=True, until="", timeout=180, cwd=None):
     Without that text the run is repeated, a few times.
     """
     cmd = [str(program), *map(str, args)]
-    for _ in range(12):
+    for _ in range(40):
         done = subprocess.run(cmd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors="replace", timeout=timeout, cwd=cwd, env=ENV)
         if ok and done.returncode != 0:

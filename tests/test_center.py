@@ -480,6 +480,7 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
 def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
     """One measuring for a model and a length; a damaged file is measured again; a folder that cannot be written is no center."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)  # byte by byte, the whole takes half a minute
     model, said = made(biased, "K biases"), []
     first = of_model(model, 1000, say=said.append)
     assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]

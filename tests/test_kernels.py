@@ -1,5 +1,6 @@
 """Every implementation of the kernels against the scalar reference: same bytes, same floats."""
 
+import os
 import platform
 import re
 import shutil
@@ -21,7 +22,7 @@ X86_FLAGS = {
 def build(folder, *options):
     """Builds kernels/fuzz.c, attention.c and scan.c; returns the folder with the programs."""
     subprocess.run(["cmake", "-S", HERE / "kernels", "-B", folder, *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", folder], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0)))], check=True, capture_output=True)
     return folder
 
 
@@ -72,7 +73,7 @@ def test_x86(tmp_path):
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitized(tmp_path, sanitizers):
     """Reads past a buffer's end, undefined arithmetic, and races between the threads that share a cache."""
-    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g"
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g1 -fno-var-tracking"  # the last halves the time of the compiler
     folder = build(tmp_path, f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
     assert attention(folder / "attention", problems=32, seed=2) == expected_x86()
     assert scan(folder / "scan", problems=100, seed=2) == expected_x86()

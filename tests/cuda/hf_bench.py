@@ -147,6 +147,7 @@ def check_attention(cuda, device, dtypes):
     generator = torch.Generator().manual_seed(1)
     for case in CASES:
         k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size, options = case
+        n_kv = min(n_kv, 200) if device == "cpu" else n_kv  # the interpreter takes a minute for the whole
         k, v = (torch.from_numpy(reference.quantize(torch.randn(batch, n_kv, kv_heads, size, generator=generator).numpy(), bits, kv=True))
                 for size, bits in ((k_size, k_bits), (v_size, v_bits)))
         k_plain, v_plain = (torch.from_numpy(reference.dequantize(p.numpy(), bits).reshape(batch, n_kv, kv_heads, size)).transpose(1, 2)
