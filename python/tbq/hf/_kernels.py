@@ -567,7 +567,7 @@ def merge_block(part, to, seen, logit, tables, block, chunks, WIDTH: tl.constexp
     total = tl.full([R], 1.0 if SINKS else 0.0, tl.float32)
     acc = tl.zeros([R, 64], tl.float32)
     for first in range(0, chunks, AT_ONCE):
-        here = (first + c < chunks) & (r < R)
+        here = first + c < chunks
         theirs_at = part + ((first + c) * R + r) * WIDTH
         theirs = tl.load(theirs_at, here, float("-inf"))
         sums = tl.load(theirs_at + 1, here, 0.0)
