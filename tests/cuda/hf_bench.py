@@ -172,6 +172,28 @@ def check_attention(cuda, device, dtypes):
             check(f"attention {case}, {dtype}", error < bound, f"largest error {error:.5f} of the largest value, bound {bound}")
 
 
+def check_attention_edges(cuda, device):
+    """Values of every magnitude, blocks of zeros, and NaN, which must reach those that see it and nobody else."""
+    generator = torch.Generator().manual_seed(2)
+    for size in (64, 128):
+        k, v = (torch.randn(1, 200, 2, size, generator=generator).numpy() for _ in range(2))
+        v *= np.exp2(np.random.default_rng(2).integers(-30, 12, (1, 200, 2, 1))).astype(np.float32)
+        k[0, 9] = v[0, 7] = v[0, 100:140] = 0
+        k[0, 40], v[0, 41, :, :64] = np.nan, np.nan
+        packed = [torch.from_numpy(reference.quantize(x, 4, kv=True)) for x in (k, v)]
+        plain = [torch.from_numpy(reference.dequantize(p.numpy(), 4).reshape(1, 200, 2, size)).transpose(1, 2).nan_to_num(0) for p in packed]
+        q = torch.randn(1, 6, 1, size, generator=generator)
+        for name, hidden in (("of every magnitude", [40, 41]), ("of zeros", [*range(100), *range(140, 200)])):
+            mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+            mask[..., hidden] = False
+            want = attention_reference(q, *plain, size**-0.5, mask, False, 0.0, None)
+            got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, mask.to(device)).cpu().double()
+            error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+            check(f"attention, values {name}, heads of {size}", error < 0.0015, f"largest error {error:.5f} of the largest value, bound 0.0015")
+        got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5)
+        check(f"attention, a NaN is seen, heads of {size}", bool(got.isnan().all()))
+
+
 def time_kernels(cuda, device, head_size, heads, kv_heads, n_kv, figures):
     """Microseconds on the GPU, and of the host to launch: what an eager model is bound by."""
     from triton.testing import do_bench
@@ -344,7 +366,7 @@ def profile(runs, sync):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU: for Triton's interpreter")
-    parser.add_argument("--only", choices=("checks", "kernels", "model", "cpu"), help="a part; cpu: a layer on this CPU, with the compiled package")
+    parser.add_argument("--only", choices=("checks", "encode", "decode", "attention", "kernels", "model", "cpu"), help="a part, or of the checks; cpu: a layer on this CPU, with the compiled package")
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -377,12 +399,15 @@ def main():
     figures = []
     if args.only == "cpu":
         time_cpu_layer(args.tokens, figures)
-    if args.only in (None, "checks"):
+    if args.only in (None, "checks", "encode"):
         check_golden(_cuda, device)
         check_encode(_cuda, device, 9 if args.tiny else 1500)
         check_encode(_cuda, device, 3)  # the path for a few blocks
+    if args.only in (None, "checks", "decode"):
         check_decode(_cuda, device, 9 if args.tiny else 1500)
+    if args.only in (None, "checks", "attention"):
         check_attention(_cuda, device, [torch.float32] if args.tiny else [torch.float32, torch.float16, torch.bfloat16])
+        check_attention_edges(_cuda, device)
     if args.only in (None, "kernels") and not args.tiny:
         time_kernels(_cuda, device, 64, 32, 8, args.tokens, figures)
         time_kernels(_cuda, device, 128, 32, 8, args.tokens, figures)

@@ -14,7 +14,6 @@ from tbq.hf._backend import BLOCK_BYTES
 
 #: Largest head size that `attend` takes, in blocks of 64.
 MOST_BLOCKS = 4
-_ATTEND_KEYS = 64
 
 
 @functools.lru_cache(maxsize=None)
@@ -26,8 +25,23 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
     def padded(values: Sequence[float]) -> list[float]:
         return [*values, *[0] * (16 - len(values))]
 
-    numbers = [*_tables.SIGNS, *padded(levels), *padded([*gaps, 0]), *padded([0, *gaps]), *(t for row in _tables.THRESHOLDS[bits] for t in row)]
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+    numbers = torch.tensor([*_tables.SIGNS, *padded(levels), *padded([*gaps, 0]), *padded([0, *gaps])], dtype=torch.float32)
+    codebook = torch.tensor([64 + level for level in levels] + [0] * (16 - len(levels)), dtype=torch.uint8).view(torch.float32)
+    thresholds = torch.tensor([t for row in _tables.THRESHOLDS[bits] for t in row], dtype=torch.float32)
+    return torch.cat([numbers, codebook, thresholds]).to(device)
+
+
+@functools.lru_cache(maxsize=None)
+def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """(2, 64, 64): channel c of a block is the sum over e of its levels, in the order of _kernels.element(), times
+    [0, c, e], and times d; queries go the other way.  [1]: channels 0, 2, 4, ... 62, 1, 3, ... 63."""
+    channel, e = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    element = e // 2 + 32 * (e % 2) if bits == 4 else e // 4 + 16 * (e // 2 % 2) + 32 * (e % 2)
+    both = channel & element
+    for shift in (4, 2, 1):
+        both = both ^ (both >> shift)
+    natural = torch.tensor(_tables.SIGNS)[:, None] * (1 - 2 * (both & 1)) * 0.125
+    return torch.stack([natural, natural[[*range(0, 64, 2), *range(1, 64, 2)]]]).to(dtype).to(device)
 
 
 def _side(bits: int, size: int) -> tuple[int, int, int, int]:
@@ -47,12 +61,11 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
     k_side, v_side = _side(k_bits, k_size), _side(v_bits, v_size)
     rows = batch * heads * tokens
     k_total, v_total = (rows * k_side[2] if k_bits else 0), (rows * v_side[2] if v_bits else 0)
-    few = k_total + v_total <= 4096 and k.is_cuda  # as many warps as blocks; with more, several share one
-    n = 1 if few else 4
+    n = 1 if k.is_cuda else 8  # a block to a program of one warp; Triton's interpreter takes one program after the other
     _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
         k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
         v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
-        heads, tokens, *k_side, *v_side, half, n, num_warps=1 if few else 4, enable_fp_fusion=False)
+        heads, tokens, *k_side, *v_side, half, n, num_warps=1, enable_fp_fusion=False)
 
 
 def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
@@ -63,14 +76,15 @@ def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: to
     batch, tokens, heads, _ = some.shape
     k = torch.empty((batch, heads, tokens, k_size), dtype=dtype, device=some.device) if k_bits else None
     v = torch.empty((batch, heads, tokens, v_size), dtype=dtype, device=some.device) if v_bits else None
-    k_side, v_side = _side(k_bits, k_size), _side(v_bits, v_size)
-    rows = batch * heads * tokens
-    k_total, v_total = (rows * k_side[2] if k_bits else 0), (rows * v_side[2] if v_bits else 0)
     n = 64
-    _kernels.decode[(-(-k_total // n) + -(-v_total // n),)](
-        k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, k_total, tables(k_bits or v_bits, some.device),
-        v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v, v_total, tables(v_bits or k_bits, some.device),
-        heads, tokens, k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
+    k_side, v_side = _side(k_bits, k_size), _side(v_bits, v_size)
+    programs = -(-tokens // n) * batch * heads
+    k_programs, v_programs = (programs * side[2] if side[0] else 0 for side in (k_side, v_side))
+    _kernels.decode[(k_programs + v_programs,)](
+        k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, tables(k_bits or v_bits, some.device),
+        transforms(k_bits or v_bits, some.device), v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v,
+        tables(v_bits or k_bits, some.device), transforms(v_bits or k_bits, some.device), heads, tokens, k_programs,
+        k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
     return k, v
 
 
@@ -88,12 +102,12 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     n_kv, heads = k_packed.shape[1:3]
     group = q_heads // heads
     k_blocks, v_blocks = k_size // 64, v_packed.shape[3] // BLOCK_BYTES[v_bits]
-    m = 16 if group * tokens <= 16 else 64 if max(k_blocks, v_blocks) <= 2 else 32
+    device = query.device
+    m, keys, warps, programs = _tile(group * tokens, max(k_blocks, v_blocks))
     rows = triton.next_power_of_2(min(group * tokens, m))
     tiles = -(-group * tokens // m)
-    chunk = _chunk(n_kv, batch * heads * tiles, query.device)
+    chunk = _chunk(n_kv, batch * heads * tiles, keys, programs * _processors(device))
     chunks = -(-n_kv // chunk)
-    device = query.device
     partial = torch.empty(batch * heads * tiles * chunks * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device)
     out = torch.empty((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
     strides: tuple[int, ...] = (0, 0, 0)
@@ -103,11 +117,11 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3]))
         mask = (mask if mask.stride(3) == 1 else mask.contiguous()).view(torch.uint8 if kind == 1 else mask.dtype)
     _kernels.attend[(tiles, batch * heads, chunks)](
-        query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), v_packed, *v_packed.stride()[:2],
-        tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
+        query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), transforms(k_bits, device, query.dtype),
+        v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
         heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
         v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
-        _ATTEND_KEYS if max(k_blocks, v_blocks) <= 2 else _ATTEND_KEYS // 2, num_warps=4, num_stages=1)
+        keys, num_warps=warps, num_stages=1)
     return out
 
 
@@ -123,12 +137,18 @@ def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int32, device=device)
 
 
-def _chunk(n_kv: int, parts: int, device: torch.device) -> int:
-    """Cached tokens of a program: enough programs for every multiprocessor to have four, which wait for memory in turns; none
-    with less than a tile of keys."""
-    wanted = max(1, 4 * _processors(device) // parts)
-    tiles = -(-n_kv // _ATTEND_KEYS)
-    return -(-tiles // min(wanted, tiles)) * _ATTEND_KEYS
+def _tile(rows: int, blocks: int) -> tuple[int, int, int, int]:
+    """Query rows and keys of a tile, warps of a program and programs of a multiprocessor, as many as its registers hold; the
+    fastest of those in docs/hf.md."""
+    if rows > 16:
+        return (32, 64, 4, 2) if blocks <= 2 else (32, 32, 4, 2)  # 64 rows would spill registers
+    return {1: (16, 64, 2, 4), 2: (16, 64, 4, 2)}.get(blocks, (16, 32, 4, 2))
+
+
+def _chunk(n_kv: int, parts: int, keys: int, programs: int) -> int:
+    """Cached tokens of a program: enough for `programs` of them, none with less than a tile of keys."""
+    tiles = -(-n_kv // keys)
+    return -(-tiles // min(max(1, programs // parts), tiles)) * keys
 
 
 @functools.lru_cache(maxsize=None)

@@ -16,7 +16,8 @@ SIGNS = tl.constexpr(0)
 LEVELS = tl.constexpr(64)
 GAPS_UP = tl.constexpr(80)
 GAPS_DOWN = tl.constexpr(96)
-THRESHOLDS = tl.constexpr(112)
+LEVEL_BYTES = tl.constexpr(112)  # level + 64, four to an int32
+THRESHOLDS = tl.constexpr(116)
 
 Q_ONE = tl.constexpr(_tables.Q_ONE)
 SHAPE_STEPS = tl.constexpr(_tables.SHAPE_STEPS)
@@ -30,28 +31,33 @@ F16_NAN = tl.constexpr(0x7E00)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def _permutation(bits):
-    """PTX: $1, four indices in four nibbles, to $0, four bytes, levels + 64.  $0 may be the register of $1: it is written last."""
-    level = [64 + level for level in _tables.LEVELS[bits]]
-    table = [f"{int.from_bytes(bytes(level[i:i + 4]), 'little'):#x}" for i in range(0, len(level), 4)]
-    if bits == 2:
-        return f"{{ .reg .b32 a; mov.b32 a, {table[0]}; prmt.b32 $0, a, a, $1; }}"
-    lines = f".reg .b32 a, b, s, low, high; mov.b32 a, {table[0]}; mov.b32 b, {table[1]}; and.b32 s, $1, 0x7777; prmt.b32 low, a, b, s;"
-    if bits == 3:
-        return f"{{ {lines} mov.b32 $0, low; }}"
-    # the upper half of the codebook too, and then of each pair the one that the index's top bit says
-    return (f"{{ {lines} mov.b32 a, {table[2]}; mov.b32 b, {table[3]}; prmt.b32 high, a, b, s; "
-            "and.b32 s, $1, 0x8888; shr.b32 s, s, 1; or.b32 s, s, 0x3210; prmt.b32 $0, low, high, s; }")
+def _look_up(bits):
+    """PTX: $4, four indices in its low four nibbles, to $0 ... $3, four halves.  The codebook, as bytes of level + 64, is in $5 and,
+    as far as it goes, $6, $7, $8."""
+    found = {
+        2: "prmt.b32 f, $5, $5, $4;",
+        3: "and.b32 s, $4, 0x7777; prmt.b32 f, $5, $6, s;",
+        # both halves of the codebook, and then of each pair the one that the index's top bit says
+        4: "and.b32 s, $4, 0x7777; prmt.b32 f, $5, $6, s; prmt.b32 g, $7, $8, s; "
+           "and.b32 s, $4, 0x8888; shr.u32 s, s, 1; or.b32 s, s, 0x3210; prmt.b32 f, f, g, s;",
+    }[bits]
+    # bytes to the mantissas of 1024 + 64 + level, two at a time
+    return (f"{{ .reg .b32 f, g, s, one; {found} mov.b32 one, 0x64646464; prmt.b32 g, f, one, 0x4342; prmt.b32 f, f, one, 0x4140; "
+            "mov.b32 one, 0x64406440; sub.rn.f16x2 f, f, one; sub.rn.f16x2 g, g, one; mov.b32 {$0, $1}, f; mov.b32 {$2, $3}, g; }")
 
 
-PERMUTE_2, PERMUTE_3, PERMUTE_4 = (tl.constexpr(_permutation(bits)) for bits in (2, 3, 4))
+LOOK_UP_2, LOOK_UP_3, LOOK_UP_4 = (tl.constexpr(_look_up(bits)) for bits in (2, 3, 4))
+#: Registers of the codebook's bytes, more than there are for fewer bits: they are not used then.
+LOOK_UP_REGISTERS = tl.constexpr("=h,=h,=h,=h,r,r,r,r,r")
 
 
-def kernel(function):
+def kernel(*aligned):
     """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
-    takes seconds."""
-    names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
-    return triton.jit(function, do_not_specialize=names)
+    takes seconds.  aligned: pointers that are always multiples of 16, which the compiler learns."""
+    def decorate(function):
+        names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
+        return triton.jit(function, do_not_specialize=[name for name in names if name not in aligned])
+    return decorate
 
 
 # --- pieces: N blocks of 64 ---------------------------------------------------------------------------------------
@@ -68,11 +74,11 @@ INTERPRETED = tl.constexpr(not isinstance(halves, triton.JITFunction))  # there,
 
 @triton.jit
 def butterflies(v, N: tl.constexpr):
-    """H64 . v by a + b, a - b at distances 1, 2, 4, ... 32: each stage splits the lowest bit of the index off and puts
-    it on top, so that after six the order is the old one."""
-    for _ in tl.static_range(6):
-        a, b = tl.split(tl.reshape(v, [N, 32, 2]))
-        v = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [N, 64])
+    """H64 . v by a + b, a - b at distances 1, 2, 4, ... 32."""
+    place = tl.zeros([N, 64], tl.int32) + tl.arange(0, 64)[None, :]
+    for step in range(6):
+        partner = tl.gather(v, place ^ (1 << step), 1)
+        v = partner + tl.where((place >> step & 1) != 0, -v, v)
     return v
 
 
@@ -91,6 +97,14 @@ def sum_squares(z, N: tl.constexpr):
     p = a + b
     a, b = tl.split(p)
     return a + b
+
+
+@triton.jit
+def levels_above(size, thresholds, BORDERS: tl.constexpr, N: tl.constexpr):
+    above = tl.zeros([N, 64], tl.int32)
+    for t in tl.static_range(BORDERS):
+        above += (size > tl.load(thresholds + t)).to(tl.int32)
+    return above
 
 
 @triton.jit
@@ -151,20 +165,18 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     # the scale whose levels have the largest cosine to q
     best_qk = tl.zeros([N], tl.int32)
     best_kk = tl.full([N], 1, tl.int32)
-    best = tl.zeros([N], tl.int32)
-    for s in tl.static_range(SCALES):  # unrolled, so that the sums of one scale need not wait for those of another
-        k = tl.zeros([N, 64], tl.int32) + tl.load(tables + LEVELS + HALF).to(tl.int32)
-        for t in tl.static_range(BORDERS):
-            gap = tl.load(tables + GAPS_UP + HALF + t).to(tl.int32)
-            k += tl.where(q > tl.load(tables + THRESHOLDS + s * BORDERS + t).to(tl.int32), gap, 0)
-        qk, kk = tl.sum(q * k, axis=1), tl.sum(k * k, axis=1)
-        left = qk.to(tl.uint64) * qk.to(tl.uint64) * best_kk.to(tl.uint64)
-        right = best_qk.to(tl.uint64) * best_qk.to(tl.uint64) * kk.to(tl.uint64)
-        better = left > right
-        best_qk, best_kk, best = tl.where(better, qk, best_qk), tl.where(better, kk, best_kk), tl.where(better, s, best)
     index = tl.zeros([N, 64], tl.int32)
-    for t in tl.static_range(BORDERS):
-        index += (q > tl.load(tables + THRESHOLDS + best * BORDERS + t).to(tl.int32)[:, None]).to(tl.int32)
+    of_size = q.to(tl.float32)
+    for first in range(0, SCALES, 2):  # no more at once: the kernel is bound by fetching its own instructions
+        for s in tl.static_range(2):
+            above = levels_above(of_size, tables + THRESHOLDS + (first + s) * BORDERS, BORDERS, N)
+            k = tl.load(tables + LEVELS + HALF + above).to(tl.int32)
+            qk, kk = tl.sum(q * k, axis=1), tl.sum(k * k, axis=1)
+            left = qk.to(tl.uint64) * qk.to(tl.uint64) * best_kk.to(tl.uint64)
+            right = best_qk.to(tl.uint64) * best_qk.to(tl.uint64) * kk.to(tl.uint64)
+            better = left > right
+            best_qk, best_kk = tl.where(better, qk, best_qk), tl.where(better, kk, best_kk)
+            index = tl.where(better[:, None], above, index)
     index = tl.where(z < 0, HALF - 1 - index, HALF + index)
 
     # noise shaping; what it makes of a huge block is dropped, and must not overflow
@@ -217,48 +229,56 @@ def packed_tile(row, ok, BITS: tl.constexpr):
 
 
 @triton.jit
-def look_up(nibbles, tables, BITS: tl.constexpr):
-    """Four indices, in the low four nibbles of each word, to four bytes: levels + 64.
+def level_bytes(tables):
+    """The codebook for look_up(), to be loaded once: as constants of the instructions it would be moved to registers at each use."""
+    words = (tables + LEVEL_BYTES).to(tl.pointer_type(tl.int32))
+    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+
+
+@triton.jit
+def look_up(nibbles, codebook, BITS: tl.constexpr):
+    """Four indices, in the low four nibbles of each word, to the four levels, float16.
 
     A byte permutation is a table of eight, and one of its instructions looks four up.  tl.load(tables + index) does the same,
     but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 12 times the bytes of
     the levels."""
+    b0, b1, b2, b3 = codebook
     if INTERPRETED:
-        found = nibbles & 0
-        for j in tl.static_range(4):
-            found |= (tl.load(tables + LEVELS + (nibbles >> 4 * j & 15)).to(tl.int32) + 64) << 8 * j
-        return found
+        return (byte_of(nibbles, 0, b0, b1, b2, b3), byte_of(nibbles, 4, b0, b1, b2, b3), byte_of(nibbles, 8, b0, b1, b2, b3),
+                byte_of(nibbles, 12, b0, b1, b2, b3))
     elif BITS == 4:
-        return tl.inline_asm_elementwise(PERMUTE_4, "=r,r", [nibbles], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(LOOK_UP_4, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
     elif BITS == 3:
-        return tl.inline_asm_elementwise(PERMUTE_3, "=r,r", [nibbles], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(LOOK_UP_3, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
     else:
-        return tl.inline_asm_elementwise(PERMUTE_2, "=r,r", [nibbles], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(LOOK_UP_2, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
 
 
 @triton.jit
-def level(found, J: tl.constexpr):
-    """Byte J of each word of look_up() as float16: the mantissa of 1024 + 64 + level."""
-    return ((found >> 8 * J & 0xFF) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1088.0
+def byte_of(nibbles, SHIFT: tl.constexpr, b0, b1, b2, b3):
+    """What the PTX does, one level at a time."""
+    i = nibbles >> SHIFT & 15
+    word = tl.where(i < 8, tl.where(i < 4, b0, b1), tl.where(i < 12, b2, b3))
+    return ((word >> 8 * (i & 3) & 0xFF) - 64).to(tl.float16)
 
 
 @triton.jit
-def levels(qs, qh, tables, BITS: tl.constexpr):
+def levels(qs, qh, codebook, BITS: tl.constexpr):
     """Levels, float16 (N, 64), of a packed_tile, in the order of element(): what comes out of a word become neighbours,
     because joining keeps them in the registers where they are."""
     word = qs.to(tl.int32)
     if BITS == 4:
-        f = look_up(word & 0xFFFF, tables, BITS)
-        v = tl.join(tl.join(level(f, 0), level(f, 2)), tl.join(level(f, 1), level(f, 3)))
+        l0, l1, l2, l3 = look_up(word, codebook, BITS)
+        v = tl.join(tl.join(l0, l2), tl.join(l1, l3))
     else:
         even, odd = word & 0x3333, word >> 2 & 0x3333  # quarters 0 and 2, 1 and 3 of both bytes
         if BITS == 3:
             third = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
             even |= (third & 0x1111) << 2
             odd |= (third >> 1 & 0x1111) << 2
-        e, o = look_up(even, tables, BITS), look_up(odd, tables, BITS)
-        v = tl.join(tl.join(tl.join(level(e, 0), level(e, 2)), tl.join(level(o, 0), level(o, 2))),
-                    tl.join(tl.join(level(e, 1), level(e, 3)), tl.join(level(o, 1), level(o, 3))))
+        e0, e1, e2, e3 = look_up(even, codebook, BITS)
+        o0, o1, o2, o3 = look_up(odd, codebook, BITS)
+        v = tl.join(tl.join(tl.join(e0, e2), tl.join(o0, o2)), tl.join(tl.join(e1, e3), tl.join(o1, o3)))
     return tl.reshape(v, [qs.shape[0], 64])
 
 
@@ -278,16 +298,6 @@ def channel(at, HALF: tl.constexpr):
         return tl.where(at < 2 * HALF, (at >> 1) + (at & 1) * HALF, at)
     else:
         return at
-
-
-@triton.jit
-def hadamard(i, j):
-    """+1 or -1, the entries of H64 in float32."""
-    x = i & j
-    x ^= x >> 4
-    x ^= x >> 2
-    x ^= x >> 1
-    return 1.0 - 2.0 * (x & 1).to(tl.float32)
 
 
 @triton.jit
@@ -316,7 +326,7 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
     encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
 
 
-@kernel
+@kernel()
 def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k_tables,
            v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, v_total, v_tables, heads, tokens,
            K_BITS: tl.constexpr, K_SCALES: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
@@ -337,71 +347,82 @@ def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k
 
 
 @triton.jit
-def decode_side(first, source, s_batch, s_token, target, heads, tokens, total, tables,
+def decode_side(pid, source, s_batch, s_token, target, heads, tokens, tables, transforms,
                 BITS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-    i = first + tl.arange(0, N)
-    ok = i < total
-    i = tl.where(ok, i, 0)
-    block = i % PER_HEAD  # in the order of the target: batch, head, token, block
-    token = (i // PER_HEAD % tokens).to(tl.int64)
-    head = i // (PER_HEAD * tokens) % heads
-    batch = (i // (PER_HEAD * tokens) // heads).to(tl.int64)
-    row = source + batch * s_batch + token * s_token + (head * PER_HEAD + block) * BLOCK_BYTES
-    column = tl.arange(0, 64)
-    transform = hadamard(element(column, BITS)[:, None], column[None, :]).to(tl.float16)
+    """One block of one head of N tokens."""
+    tiles = tl.cdiv(tokens, N)
+    n = pid % tiles * N + tl.arange(0, N)
+    ok = n < tokens
+    pid = pid // tiles
+    block = pid % PER_HEAD
+    head = pid // PER_HEAD % heads
+    batch = (pid // PER_HEAD // heads).to(tl.int64)
+    row = source + batch * s_batch + (head * PER_HEAD + block) * BLOCK_BYTES + n.to(tl.int64) * s_token
     qs, qh = packed_tile(row, ok, BITS)
-    x = tl.dot(levels(qs, qh, tables, BITS), transform)  # exact: integers below 2^12
     d = scale_of(row, ok)
-    x = x * (d * 0.125)[:, None] * tl.load(tables + SIGNS + column)[None, :]
-    x = tl.where((d == 0.0)[:, None], 0.0, x)
-    to = target + (i // PER_HEAD).to(tl.int64) * (PER_HEAD * 64)
-    tl.store(to[:, None] + channel(block[:, None] * 64 + column[None, :], HALF), x, ok[:, None])
+    column = tl.arange(0, 64)
+    to = target + (batch * heads + head) * tokens * (PER_HEAD * 64)
+    if HALF % 32 == 0:  # rows of 32 channels, which the second transform gives in their order
+        paired = (block * 64 < 2 * HALF).to(tl.int32)
+        transform = tl.load(transforms + paired * 4096 + column[:, None] * 64 + column[None, :])
+        x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))  # exact: eighths of integers below 2^12
+        x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
+        x = tl.reshape(x, [N, 2, 32])
+        first = tl.where(paired != 0, block * 32, block * 64) + tl.arange(0, 2) * tl.where(paired != 0, HALF, 32)
+        to += first[None, :, None] + tl.arange(0, 32)[None, None, :] + n.to(tl.int64)[:, None, None] * (PER_HEAD * 64)
+        tl.store(to, x, ok[:, None, None])
+    else:
+        transform = tl.load(transforms + column[:, None] * 64 + column[None, :])
+        x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))
+        x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
+        tl.store(to + channel(block * 64 + column, HALF)[None, :] + n.to(tl.int64)[:, None] * (PER_HEAD * 64), x, ok[:, None])
 
 
-@kernel
-def decode(k, k_batch, k_token, k_target, k_total, k_tables, v, v_batch, v_token, v_target, v_total, v_tables, heads, tokens,
+@kernel("k_target", "k_transforms", "v_target", "v_transforms")
+def decode(k, k_batch, k_token, k_target, k_tables, k_transforms, v, v_batch, v_token, v_target, v_tables, v_transforms, heads, tokens, k_programs,
            K_BITS: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
            V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-    """Blocks to values, (batch, heads, tokens, size) contiguous, in the original domain."""
-    k_programs = tl.cdiv(k_total, N)
+    """Blocks to values, (batch, heads, tokens, size) contiguous, in the original domain.  k_programs: those of keys."""
     pid = tl.program_id(0)
     if pid < k_programs:
         if K_BITS:
-            decode_side(pid * N, k, k_batch, k_token, k_target, heads, tokens, k_total, k_tables, K_BITS, K_PER_HEAD, K_BYTES, HALF, N)
+            decode_side(pid, k, k_batch, k_token, k_target, heads, tokens, k_tables, k_transforms, K_BITS, K_PER_HEAD, K_BYTES, HALF, N)
     else:
         if V_BITS:
-            decode_side((pid - k_programs) * N, v, v_batch, v_token, v_target, heads, tokens, v_total, v_tables, V_BITS, V_PER_HEAD,
-                        V_BYTES, 0, N)
+            decode_side(pid - k_programs, v, v_batch, v_token, v_target, heads, tokens, v_tables, v_transforms, V_BITS, V_PER_HEAD, V_BYTES, 0, N)
 
 
 @triton.jit
-def query_block(q, at, ok, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+def query_block(q, at, ok, transform, BLOCK: tl.constexpr, HALF: tl.constexpr):
     """(rows, 64) of the rotated query, block BLOCK, float32, columns in the order of element()."""
-    column = tl.arange(0, 64)
-    x = tl.load(q + at[:, None] + channel(BLOCK * 64 + column, HALF)[None, :], ok[:, None], 0.0)
-    transform = hadamard(column[:, None], element(column, BITS)[None, :]) * tl.load(tables + SIGNS + column)[:, None]
+    x = tl.load(q + at[:, None] + channel(BLOCK * 64 + tl.arange(0, 64), HALF)[None, :], ok[:, None], 0.0)
     if x.dtype == tl.float32:
-        return tl.dot(x, transform, input_precision="tf32x3") * 0.125
-    else:  # halves of either kind are exact in tf32
-        return tl.dot(x.to(tl.float32), transform, input_precision="tf32") * 0.125
+        return tl.dot(x, transform, input_precision="tf32x3")
+    else:  # every product is exact
+        return tl.dot(x, transform)
 
 
 @triton.jit
-def key_products(s, query, k_row, ok, qs, qh, tables, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
-    return s + tl.dot(query, tl.trans(levels(qs, qh, tables, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
+def key_products(s, query, k_row, ok, qs, qh, codebook, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
+    return s + tl.dot(query, tl.trans(levels(qs, qh, codebook, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
 
 
 @triton.jit
-def weighted_values(acc, p, d, qs, qh, tables, BITS: tl.constexpr):
-    """acc + p . d . levels.  p d is rounded to half, relative to the largest d of the tile."""
-    most = tl.max(d, axis=0)
-    most = tl.where(most > 0.0, most, 1.0)
-    w = tl.where(p == 0.0, 0.0, p * (d / most)[None, :]).to(tl.float16)  # an unseen NaN has no effect
-    return acc + tl.dot(w, levels(qs, qh, tables, BITS)) * most
+def power_of_two(d):
+    """(e, 2^-e), float32, with 2^e <= d < 2^(e + 1); NaN and 1 of a NaN, and of zero what is far below f16's smallest number."""
+    number = d == d
+    bits = tl.maximum(tl.where(number, d.to(tl.int32, bitcast=True) >> 23, 127), 127 - 80)
+    return tl.where(number, (bits - 127).to(tl.float32), d), (254 - bits << 23).to(tl.float32, bitcast=True)
 
 
-@kernel
-def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batch, v_token, v_tables,
+@triton.jit
+def weighted_values(acc, keep, p, d, unit, qs, qh, codebook, BITS: tl.constexpr):
+    part = tl.where(d == d, d * unit, 0.0)  # an unseen NaN has no effect: its p is 0
+    return acc * keep[:, None] + tl.dot((p * part[None, :]).to(tl.float16), levels(qs, qh, codebook, BITS))
+
+
+@kernel("k_transform", "partial", "out")
+def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transform, v, v_batch, v_token, v_tables,
            mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
            GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
            V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -425,16 +446,18 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
     seen = token < tokens
     at = batch * q_batch + q_row_head * q_head + token.to(tl.int64) * q_token
 
-    q0 = query_block(q, at, seen, k_tables, 0, K_BITS, HALF)
+    place = tl.arange(0, 64)
+    transform = tl.load(k_transform + place[:, None] * 64 + place[None, :])
+    q0 = query_block(q, at, seen, transform, 0, HALF)
     top = tl.max(tl.abs(q0), axis=1)
     if K_BLOCKS > 1:
-        q1 = query_block(q, at, seen, k_tables, 1, K_BITS, HALF)
+        q1 = query_block(q, at, seen, transform, 1, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q1), axis=1))
     if K_BLOCKS > 2:
-        q2 = query_block(q, at, seen, k_tables, 2, K_BITS, HALF)
+        q2 = query_block(q, at, seen, transform, 2, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q2), axis=1))
     if K_BLOCKS > 3:
-        q3 = query_block(q, at, seen, k_tables, 3, K_BITS, HALF)
+        q3 = query_block(q, at, seen, transform, 3, HALF)
         top = tl.maximum(top, tl.max(tl.abs(q3), axis=1))
     # halves relative to the largest: 11 bits wherever the query lies
     top = tl.where(top > 0.0, top, 1.0)
@@ -451,7 +474,7 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
         factor = top * (scale * LOG2E)
 
     largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    weights = tl.zeros([M, BN], tl.float32)  # their sum, by place in a tile: warps need not meet for it
     acc0 = tl.zeros([M, 64], tl.float32)
     if V_BLOCKS > 1:
         acc1 = tl.zeros([M, 64], tl.float32)
@@ -466,11 +489,14 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
         last = tl.minimum(last, n_kv - tokens + tl.minimum((tile * M + M - 1) // GROUP, tokens - 1) + 1)
     k_head = k + batch * k_batch + head * (K_BLOCKS * K_BYTES)
     v_head = v + batch * v_batch + head * (V_BLOCKS * V_BYTES)
-    for n0 in range(first, last, BN):
-        n = n0 + tl.arange(0, BN)
+    k_codebook, v_codebook = level_bytes(k_tables), level_bytes(v_tables)
+    ahead = tl.arange(0, BN)
+    for done in range(0, last - first, BN):
+        n0 = first + done
+        n = n0 + ahead
         ok = n < last
-        k_row = k_head + n.to(tl.int64) * k_token
-        v_row = v_head + n.to(tl.int64) * v_token
+        k_row = k_head + n0.to(tl.int64) * k_token + ahead * k_token
+        v_row = v_head + n0.to(tl.int64) * v_token + ahead * v_token
         # all of the tile before any of it is used
         ks0, kh0 = packed_tile(k_row, ok, K_BITS)
         if K_BLOCKS > 1:
@@ -490,13 +516,13 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
         if V_BLOCKS > 3:
             vs3, vh3 = packed_tile(v_row + 3 * V_BYTES, ok, V_BITS)
             d3 = scale_of(v_row + 3 * V_BYTES, ok)
-        s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, ks0, kh0, k_tables, 0, K_BITS, K_BYTES)
+        s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, ks0, kh0, k_codebook, 0, K_BITS, K_BYTES)
         if K_BLOCKS > 1:
-            s = key_products(s, q1, k_row, ok, ks1, kh1, k_tables, 1, K_BITS, K_BYTES)
+            s = key_products(s, q1, k_row, ok, ks1, kh1, k_codebook, 1, K_BITS, K_BYTES)
         if K_BLOCKS > 2:
-            s = key_products(s, q2, k_row, ok, ks2, kh2, k_tables, 2, K_BITS, K_BYTES)
+            s = key_products(s, q2, k_row, ok, ks2, kh2, k_codebook, 2, K_BITS, K_BYTES)
         if K_BLOCKS > 3:
-            s = key_products(s, q3, k_row, ok, ks3, kh3, k_tables, 3, K_BITS, K_BYTES)
+            s = key_products(s, q3, k_row, ok, ks3, kh3, k_codebook, 3, K_BITS, K_BYTES)
         s *= factor[:, None]
         if SOFTCAP:  # softcap . tanh(s / softcap)
             s = softcap * (1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)) * LOG2E
@@ -509,20 +535,31 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, v, v_batc
                 visible = visible & (tl.load(spot, visible, 0) != 0)
             else:
                 s += tl.load(spot, visible, 0.0).to(tl.float32) * LOG2E
-        s = tl.where(visible, s, float("-inf"))
+        # The second product needs p d, in halves.  The softmax is therefore that of logits with the exponent of d added, whose
+        # numbers are at most 1 whatever the scales are, and d is left with a mantissa.  p itself is only summed.
+        d = d0
+        if V_BLOCKS > 1:
+            d = tl.maximum(d, d1, tl.PropagateNan.ALL)
+        if V_BLOCKS > 2:
+            d = tl.maximum(d, d2, tl.PropagateNan.ALL)
+        if V_BLOCKS > 3:
+            d = tl.maximum(d, d3, tl.PropagateNan.ALL)
+        exponent, unit = power_of_two(d)
+        s = tl.where(visible, s + exponent[None, :], float("-inf"))
         new = tl.maximum(largest, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - base[:, None])
         keep = tl.exp2(largest - base)
-        total = total * keep + tl.sum(p, axis=1)
         largest = new
-        acc0 = weighted_values(acc0 * keep[:, None], p, d0, vs0, vh0, v_tables, V_BITS)
+        weights = weights * keep[:, None] + p * unit[None, :]
+        acc0 = weighted_values(acc0, keep, p, d0, unit, vs0, vh0, v_codebook, V_BITS)
         if V_BLOCKS > 1:
-            acc1 = weighted_values(acc1 * keep[:, None], p, d1, vs1, vh1, v_tables, V_BITS)
+            acc1 = weighted_values(acc1, keep, p, d1, unit, vs1, vh1, v_codebook, V_BITS)
         if V_BLOCKS > 2:
-            acc2 = weighted_values(acc2 * keep[:, None], p, d2, vs2, vh2, v_tables, V_BITS)
+            acc2 = weighted_values(acc2, keep, p, d2, unit, vs2, vh2, v_codebook, V_BITS)
         if V_BLOCKS > 3:
-            acc3 = weighted_values(acc3 * keep[:, None], p, d3, vs3, vh3, v_tables, V_BITS)
+            acc3 = weighted_values(acc3, keep, p, d3, unit, vs3, vh3, v_codebook, V_BITS)
+    total = tl.sum(weights, axis=1)
 
     V_SIZE: tl.constexpr = V_BLOCKS * 64
     WIDTH: tl.constexpr = V_SIZE + 2
