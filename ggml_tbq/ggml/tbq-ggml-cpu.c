@@ -106,7 +106,7 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
     if (!ggml_type_rotates(dst->type) || (!dst->src[3] && !dst->src[4])) {
         return false;
     }
-    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) && ids->type == GGML_TYPE_I64);
+    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float));
     GGML_ASSERT(src->ne[2] * src->ne[3] * ids->ne[1] * ids->ne[2] == 1 && dst->ne[2] * dst->ne[3] == 1);
     const float * mean   = dst->src[3] ? (const float *) dst->src[3]->data : NULL;
     const float * weight = dst->src[4] ? (const float *) dst->src[4]->data : NULL;
@@ -120,7 +120,8 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
         const int64_t row   = i / n_blocks;
         const int64_t first = i % n_blocks;
         const int64_t count = end - i < n_blocks - first ? end - i : n_blocks - first;
-        const int64_t to    = *(const int64_t *) ((const char *) ids->data + row * ids->nb[0]);
+        const char *  id    = (const char *) ids->data + row * ids->nb[0];
+        const int64_t to    = ids->type == GGML_TYPE_I64 ? *(const int64_t *) id : *(const int32_t *) id;
         GGML_ASSERT(to >= 0 && to < dst->ne[1]);
         tbq_best_kernels()->quantize_kv[dst->type - GGML_TYPE_TBQ2_0](
             (const float *) ((const char *) src->data + row * src->nb[1]) + first * TBQ_BLOCK, mean ? mean + first * TBQ_BLOCK : NULL,

@@ -13,6 +13,8 @@
 #include <random>
 #include <vector>
 
+// None below 2^-126: llama.cpp compiles for CUDA with numbers there flushed to zero, and where the rotated value is 0 but for
+// them, the level may be the one on its other side.
 static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
     std::normal_distribution<float> normal;
     std::vector<float> x(n_blocks * 64);
@@ -27,8 +29,8 @@ static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
             case 0: v[rng() % 64] *= 50; break;                                        // an outlier
             case 1: for (int i = 0; i < 64; i++) { v[i] = std::round(v[i] / scale); } break; // ties
             case 2: for (int i = 0; i < 64; i++) { v[i] = scale; } break;
-            case 3: for (int i = 0; i < 64; i++) { v[i] *= std::ldexp(1.0f, (int) (rng() % 250) - 130); } break;
-            case 4: for (int i = 0; i < 64; i++) { v[i] *= rng() % 2 ? 1e-38f : 1e-9f; } break;
+            case 3: for (int i = 0; i < 64; i++) { v[i] *= std::ldexp(1.0f, (int) (rng() % 210) - 90); } break;
+            case 4: for (int i = 0; i < 64; i++) { v[i] *= rng() % 2 ? 1e-24f : 1e-9f; } break;
             case 5: std::fill(v, v + 64, 0.0f); break;
             case 6: if (rng() % 4 == 0) { v[rng() % 64] = rng() % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity(); } break;
             case 7: for (int i = 0; i < 64; i++) { v[i] = rng() % 8 ? 0.0f : v[i]; } break;

@@ -374,12 +374,14 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--no-cudnn", action="store_true", help="DynamicCache without cuDNN's attention, which plans anew, for 4 ms a layer, at every length")
     parser.add_argument("--profile", action="store_true", help="what the time goes to")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     if args.tiny:
         args.tokens, args.new, args.rounds, args.batch, args.layers = 70, 1, 1, [1], 1
     device = "cpu" if args.tiny else "cuda"
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
     import transformers
 
     from tbq.hf import _backend
