@@ -594,6 +594,7 @@ ATTEND = dict(MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, HALF=32)
     ("attend", dict(ATTEND, K_BITS=4, V_BITS=3, K_BLOCKS=2, V_BLOCKS=2, GROUP=8, CAUSAL=True, R=32)),
     ("attend", dict(ATTEND, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0, R=32)),
     ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
+    ("encode", dict(K_BITS=2, V_BITS=0, K_PER_HEAD=1, V_PER_HEAD=1, HALF=0, N=1)),
     ("decode", dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=32, N=64)),
     ("decode", dict(K_BITS=4, V_BITS=0, K_PER_HEAD=2, V_PER_HEAD=1, HALF=48, N=64)),
 ])

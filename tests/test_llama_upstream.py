@@ -107,4 +107,4 @@ def test_backend_ops(build_dir, op):
     passed, total = backend_ops(build_dir, op, "tbq[234]_0")
     assert passed == total
     # so many cases at the least that each type is in several; an empty selection also "passes"
-    assert total >= 18
+    assert total >= (18 if op == "CENTER_SET_ROWS" else 20)

@@ -106,7 +106,7 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
     if (!ggml_type_rotates(dst->type) || (!dst->src[3] && !dst->src[4])) {
         return false;
     }
-    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float));
+    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) && (ids->type == GGML_TYPE_I64 || ids->type == GGML_TYPE_I32));
     GGML_ASSERT(src->ne[2] * src->ne[3] * ids->ne[1] * ids->ne[2] == 1 && dst->ne[2] * dst->ne[3] == 1);
     const float * mean   = dst->src[3] ? (const float *) dst->src[3]->data : NULL;
     const float * weight = dst->src[4] ? (const float *) dst->src[4]->data : NULL;

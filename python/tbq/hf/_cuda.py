@@ -2,9 +2,11 @@
 
 Packed tensors are uint8 (batch, tokens, KV heads, bytes of a head) with the last two axes contiguous.
 """
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +20,8 @@ MOST_BLOCKS = 4
 
 @functools.lru_cache(maxsize=None)
 def tables(bits: int, device: torch.device) -> torch.Tensor:
-    """Signs, levels, gaps to the next and to the last level, thresholds; float32, at the offsets of _kernels."""
+    """Signs, levels, gaps to the next and to the last level, bytes of level + 64, thresholds; float32 but for the bytes, at the
+    offsets of _kernels."""
     levels = _tables.LEVELS[bits]
     gaps = [b - a for a, b in zip(levels, levels[1:])]
 
@@ -33,8 +36,8 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=None)
 def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """(2, 64, 64): channel c of a block is the sum over e of its levels, in the order of _kernels.element(), times
-    [0, c, e], and times d; queries go the other way.  [1]: channels 0, 2, 4, ... 62, 1, 3, ... 63."""
+    """(2, 64, 64): value c of a block is the sum over e of its levels, in the order of _kernels.element() (which is here once
+    more), times [0, c, e], and times d; queries go the other way.  [1]: values 0, 2, 4, ... 62, 1, 3, ... 63."""
     channel, e = torch.arange(64)[:, None], torch.arange(64)[None, :]
     element = e // 2 + 32 * (e % 2) if bits == 4 else e // 4 + 16 * (e // 2 % 2) + 32 * (e % 2)
     both = channel & element
@@ -42,6 +45,11 @@ def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float
         both = both ^ (both >> shift)
     natural = torch.tensor(_tables.SIGNS)[:, None] * (1 - 2 * (both & 1)) * 0.125
     return torch.stack([natural, natural[[*range(0, 64, 2), *range(1, 64, 2)]]]).to(dtype).to(device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on torch's current device, which with a model spread over several need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _side(bits: int, size: int) -> tuple[int, int, int, int]:
@@ -62,10 +70,11 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
     rows = batch * heads * tokens
     k_total, v_total = (rows * k_side[2] if k_bits else 0), (rows * v_side[2] if v_bits else 0)
     n = 1 if k.is_cuda else 8  # a block to a program of one warp; Triton's interpreter takes one program after the other
-    _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
-        k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
-        v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
-        heads, tokens, *k_side, *v_side, half, n, num_warps=1, enable_fp_fusion=False)
+    with _on(k.device):
+        _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
+            k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
+            v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
+            heads, tokens, *k_side, *v_side, half, n, num_warps=1, enable_fp_fusion=False)
 
 
 def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
@@ -80,11 +89,12 @@ def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: to
     k_side, v_side = _side(k_bits, k_size), _side(v_bits, v_size)
     programs = -(-tokens // n) * batch * heads
     k_programs, v_programs = (programs * side[2] if side[0] else 0 for side in (k_side, v_side))
-    _kernels.decode[(k_programs + v_programs,)](
-        k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, tables(k_bits or v_bits, some.device),
-        transforms(k_bits or v_bits, some.device), v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v,
-        tables(v_bits or k_bits, some.device), transforms(v_bits or k_bits, some.device), heads, tokens, k_programs,
-        k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
+    with _on(some.device):
+        _kernels.decode[(k_programs + v_programs,)](
+            k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, tables(k_bits or v_bits, some.device),
+            transforms(k_bits or v_bits, some.device), v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v,
+            tables(v_bits or k_bits, some.device), transforms(v_bits or k_bits, some.device), heads, tokens, k_programs,
+            k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
     return k, v
 
 
@@ -103,6 +113,8 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     group = q_heads // heads
     k_blocks, v_blocks = k_size // 64, v_packed.shape[3] // BLOCK_BYTES[v_bits]
     device = query.device
+    if not n_kv or not tokens:
+        return torch.zeros((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
     m, keys, warps, programs = _tile(group * tokens, max(k_blocks, v_blocks))
     rows = triton.next_power_of_2(min(group * tokens, m))
     tiles = -(-group * tokens // m)
@@ -114,14 +126,16 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     kind = 0  # of the mask
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3]))
-        mask = (mask if mask.stride(3) == 1 else mask.contiguous()).view(torch.uint8 if kind == 1 else mask.dtype)
-    _kernels.attend[(tiles, batch * heads, chunks)](
-        query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), transforms(k_bits, device, query.dtype),
-        v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
-        heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
-        v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
-        keys, num_warps=warps, num_stages=1)
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+    with _on(device):
+        _kernels.attend[(tiles, batch * heads, chunks)](
+            query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), transforms(k_bits, device, query.dtype),
+            v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
+            heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
+            v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
+            keys, num_warps=warps, num_stages=1)
     return out
 
 
@@ -138,10 +152,11 @@ def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
 
 
 def _tile(rows: int, blocks: int) -> tuple[int, int, int, int]:
-    """Query rows and keys of a tile, warps of a program and programs of a multiprocessor, as many as its registers hold; the
-    fastest of those in docs/hf.md."""
+    """Query rows and keys of a tile, warps of a program and programs of a multiprocessor, as many as its registers hold.  Up to
+    16 rows the fastest of those in docs/hf.md, where heads of 256 have one figure; above, nothing was compared: tiles of 64
+    rows spill registers, and Triton 3.6 does not compile them for values of 3 bits."""
     if rows > 16:
-        return (32, 64, 4, 2) if blocks <= 2 else (32, 32, 4, 2)  # 64 rows would spill registers
+        return (32, 64, 4, 2) if blocks <= 2 else (32, 32, 4, 2)
     return {1: (16, 64, 2, 4), 2: (16, 64, 4, 2)}.get(blocks, (16, 32, 4, 2))
 
 

@@ -47,13 +47,13 @@ def _look_up(bits):
 
 
 LOOK_UP_2, LOOK_UP_3, LOOK_UP_4 = (tl.constexpr(_look_up(bits)) for bits in (2, 3, 4))
-#: Registers of the codebook's bytes, more than there are for fewer bits: they are not used then.
+#: Four outputs, the nibbles, four registers of codebook; 2 and 3 bits leave the last ones unused.
 LOOK_UP_REGISTERS = tl.constexpr("=h,=h,=h,=h,r,r,r,r,r")
 
 
 def kernel(*aligned):
     """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
-    takes seconds.  aligned: pointers that are always multiples of 16, which the compiler learns."""
+    takes seconds.  aligned: pointers that the compiler may take to be multiples of 16 where they are, as torch's tensors do begin."""
     def decorate(function):
         names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
         return triton.jit(function, do_not_specialize=[name for name in names if name not in aligned])
@@ -166,6 +166,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     best_qk = tl.zeros([N], tl.int32)
     best_kk = tl.full([N], 1, tl.int32)
     index = tl.zeros([N, 64], tl.int32)
+    tl.static_assert(SCALES % 2 == 0)
     of_size = q.to(tl.float32)
     for first in range(0, SCALES, 2):  # no more at once: the kernel is bound by fetching its own instructions
         for s in tl.static_range(2):
@@ -246,12 +247,10 @@ def look_up(nibbles, codebook, BITS: tl.constexpr):
     if INTERPRETED:
         return (byte_of(nibbles, 0, b0, b1, b2, b3), byte_of(nibbles, 4, b0, b1, b2, b3), byte_of(nibbles, 8, b0, b1, b2, b3),
                 byte_of(nibbles, 12, b0, b1, b2, b3))
-    elif BITS == 4:
-        return tl.inline_asm_elementwise(LOOK_UP_4, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
-    elif BITS == 3:
-        return tl.inline_asm_elementwise(LOOK_UP_3, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
     else:
-        return tl.inline_asm_elementwise(LOOK_UP_2, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1)
+        PTX: tl.constexpr = LOOK_UP_4 if BITS == 4 else LOOK_UP_3 if BITS == 3 else LOOK_UP_2
+        return tl.inline_asm_elementwise(PTX, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16),
+                                         True, 1)
 
 
 @triton.jit
@@ -320,7 +319,7 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
     head = i // PER_HEAD % heads
     token = (i // (PER_HEAD * heads) % tokens).to(tl.int64)
     batch = (i // (PER_HEAD * heads) // tokens).to(tl.int64)
-    at = batch * s_batch + head * s_head + token * s_token
+    at = batch * s_batch + head.to(tl.int64) * s_head + token * s_token
     x = tl.load(source + at[:, None] + channel(block[:, None] * 64 + tl.arange(0, 64)[None, :], HALF)).to(tl.float32)
     to = target + batch * t_batch + token * t_token + (head * PER_HEAD + block) * BLOCK_BYTES
     encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
@@ -417,7 +416,7 @@ def power_of_two(d):
 
 @triton.jit
 def weighted_values(acc, keep, p, d, unit, qs, qh, codebook, BITS: tl.constexpr):
-    part = tl.where(d == d, d * unit, 0.0)  # an unseen NaN has no effect: its p is 0
+    part = tl.where(d == d, d * unit, 0.0)  # an unseen NaN has no effect, its p being 0; one that is seen made p NaN
     return acc * keep[:, None] + tl.dot((p * part[None, :]).to(tl.float16), levels(qs, qh, codebook, BITS))
 
 
@@ -431,8 +430,8 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
     token r // GROUP.
 
     grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][R][2 + value size]: the
-    largest logit in base 2, the sum of weights, the sum of weighted values in the rotated domain.  The last program of a
-    group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
+    largest sum of a logit in base 2 and the exponent of its values' d, and relative to 2 to that power the sum of weights
+    and the sum of weighted values in the rotated domain.  The last program of a group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
     its counter, int32 [batch . heads][tiles], zero before and after.
     MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first n_kv - tokens + t + 1 keys.
     """
@@ -444,7 +443,7 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
     token = row // GROUP
     q_row_head = head * GROUP + row % GROUP
     seen = token < tokens
-    at = batch * q_batch + q_row_head * q_head + token.to(tl.int64) * q_token
+    at = batch * q_batch + q_row_head.to(tl.int64) * q_head + token.to(tl.int64) * q_token
 
     place = tl.arange(0, 64)
     transform = tl.load(k_transform + place[:, None] * 64 + place[None, :])
@@ -497,7 +496,7 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
         ok = n < last
         k_row = k_head + n0.to(tl.int64) * k_token + ahead * k_token
         v_row = v_head + n0.to(tl.int64) * v_token + ahead * v_token
-        # all of the tile before any of it is used
+        # all of the tile but the keys' scales before any of it is used
         ks0, kh0 = packed_tile(k_row, ok, K_BITS)
         if K_BLOCKS > 1:
             ks1, kh1 = packed_tile(k_row + K_BYTES, ok, K_BITS)
@@ -530,13 +529,17 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
         if CAUSAL:
             visible = visible & (n[None, :] <= n_kv - tokens + token[:, None])
         if MASK:
-            spot = mask + batch * m_batch + (q_row_head * m_head + token.to(tl.int64) * m_token)[:, None] + n[None, :]
+            spot = mask + batch * m_batch + (q_row_head.to(tl.int64) * m_head + token.to(tl.int64) * m_token)[:, None] + n[None, :]
             if MASK == 1:
                 visible = visible & (tl.load(spot, visible, 0) != 0)
             else:
-                s += tl.load(spot, visible, 0.0).to(tl.float32) * LOG2E
-        # The second product needs p d, in halves.  The softmax is therefore that of logits with the exponent of d added, whose
-        # numbers are at most 1 whatever the scales are, and d is left with a mantissa.  p itself is only summed.
+                addend = tl.load(spot, visible, 0.0).to(tl.float32) * LOG2E
+                visible = visible & (addend != float("-inf"))
+                s += addend
+        # The second product needs p d, in halves, and the sum of weights p.  The softmax is therefore that of logits with the
+        # exponent of d added, whose numbers are at most 1 whatever the scales are; the product takes them times d's mantissa,
+        # the sum times 2 to the minus exponent.  A token's blocks share the exponent, of their largest d: what is 2^14 below
+        # that loses digits.
         d = d0
         if V_BLOCKS > 1:
             d = tl.maximum(d, d1, tl.PropagateNan.ALL)
