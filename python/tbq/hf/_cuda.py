@@ -132,7 +132,8 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     with _on(device):
         _kernels.attend[(tiles, batch * heads, chunks)](
             query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), transforms(k_bits, device, query.dtype),
-            v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides, partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
+            v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides,
+            partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
             heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
             v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
             keys, num_warps=warps, num_stages=1)
@@ -153,7 +154,7 @@ def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
 
 def _tile(rows: int, blocks: int) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program and programs of a multiprocessor, as many as its registers hold.  Up to
-    16 rows the fastest of those in docs/hf.md, where heads of 256 have one figure; above, nothing was compared: tiles of 64
+    16 rows the fastest of those in docs/hf.md; above, nothing was compared: tiles of 64
     rows spill registers, and Triton 3.6 does not compile them for values of 3 bits."""
     if rows > 16:
         return (32, 64, 4, 2) if blocks <= 2 else (32, 32, 4, 2)
