@@ -192,8 +192,11 @@ def check_attention_edges(cuda, device):
                 got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, given.to(device)).cpu().double()
                 error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
                 check(f"attention, values {name}, heads of {size}, mask: {kind}", error < 0.0015, f"largest error {error:.5f} of the largest value, bound 0.0015")
-        got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5)
-        check(f"attention, a NaN is seen, heads of {size}", bool(got.isnan().all()))
+        for name, hidden in (("value", 40), ("key", 41)):
+            mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+            mask[..., hidden] = False
+            got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, mask.to(device))
+            check(f"attention, a NaN in a {name} is seen, heads of {size}", bool(got.isnan().all()))
 
 
 def time_kernels(cuda, device, head_size, heads, kv_heads, n_kv, figures):
@@ -368,7 +371,8 @@ def profile(runs, sync):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU: for Triton's interpreter")
-    parser.add_argument("--only", choices=("checks", "encode", "decode", "attention", "kernels", "model", "cpu"), help="a part, or of the checks; cpu: a layer on this CPU, with the compiled package")
+    parser.add_argument("--only", choices=("checks", "encode", "decode", "attention", "kernels", "model", "cpu"),
+                        help="a part; encode, decode, attention: of the checks; cpu: a layer on this CPU, with the compiled package")
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens in a round")
     parser.add_argument("--rounds", type=int, default=5)

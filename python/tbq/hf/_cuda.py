@@ -36,14 +36,12 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=None)
 def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """(2, 64, 64): value c of a block is the sum over e of its levels, in the order of _kernels.element() (which is here once
-    more), times [0, c, e], and times d; queries go the other way.  [1]: values 0, 2, 4, ... 62, 1, 3, ... 63."""
-    channel, e = torch.arange(64)[:, None], torch.arange(64)[None, :]
-    element = e // 2 + 32 * (e % 2) if bits == 4 else e // 4 + 16 * (e // 2 % 2) + 32 * (e % 2)
-    both = channel & element
-    for shift in (4, 2, 1):
-        both = both ^ (both >> shift)
-    natural = torch.tensor(_tables.SIGNS)[:, None] * (1 - 2 * (both & 1)) * 0.125
+    """(2, 64, 64): value c of a block is the sum over e of its levels, in the order of _kernels.element(), times [0, c, e], and
+    times d; queries go the other way.  [1]: values 0, 2, 4, ... 62, 1, 3, ... 63."""
+    hadamard = torch.ones((1, 1))
+    for _ in range(6):
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    natural = torch.tensor(_tables.SIGNS)[:, None] * hadamard[:, _kernels.element.fn(torch.arange(64), bits)] * 0.125
     return torch.stack([natural, natural[[*range(0, 64, 2), *range(1, 64, 2)]]]).to(dtype).to(device)
 
 
@@ -154,8 +152,8 @@ def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
 
 def _tile(rows: int, blocks: int) -> tuple[int, int, int, int]:
     """Query rows and keys of a tile, warps of a program and programs of a multiprocessor, as many as its registers hold.  Up to
-    16 rows the fastest of those in docs/hf.md; above, nothing was compared: tiles of 64
-    rows spill registers, and Triton 3.6 does not compile them for values of 3 bits."""
+    16 rows the fastest of those in docs/hf.md; above, nothing was compared: tiles of 64 rows spill registers, and
+    Triton 3.6 does not compile them for values of 3 bits."""
     if rows > 16:
         return (32, 64, 4, 2) if blocks <= 2 else (32, 32, 4, 2)
     return {1: (16, 64, 2, 4), 2: (16, 64, 4, 2)}.get(blocks, (16, 32, 4, 2))

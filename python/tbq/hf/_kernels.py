@@ -108,7 +108,7 @@ def levels_above(size, thresholds, BORDERS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def descend_half(g, index, m, m0, d, tables, N: tl.constexpr):
+def descend_half(g, index, m, m0, d, tables):
     """The move of these 32 coordinates, all even or all odd ones, that gains most, if one does."""
     place = tl.arange(0, 32)[None, :]
     rise = g > 0
@@ -194,8 +194,8 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     g_even, g_odd = tl.split(tl.reshape(g, [N, 32, 2]))
     i_even, i_odd = tl.split(tl.reshape(index, [N, 32, 2]))
     for _ in range(SHAPE_STEPS):
-        g_even, i_even = descend_half(g_even, i_even, m, m0, d, tables, N)
-        g_odd, i_odd = descend_half(g_odd, i_odd, m, m0, d, tables, N)
+        g_even, i_even = descend_half(g_even, i_even, m, m0, d, tables)
+        g_odd, i_odd = descend_half(g_odd, i_odd, m, m0, d, tables)
     shaped = tl.reshape(tl.join(i_even, i_odd), [N, 64])
     index = tl.where(huge[:, None], index, shaped)
     k = tl.load(tables + LEVELS + index).to(tl.int32)
@@ -361,20 +361,18 @@ def decode_side(pid, source, s_batch, s_token, target, heads, tokens, tables, tr
     d = scale_of(row, ok)
     column = tl.arange(0, 64)
     to = target + (batch * heads + head) * tokens * (PER_HEAD * 64)
-    if HALF % 32 == 0:  # rows of 32 channels, which the second transform gives in their order
-        paired = (block * 64 < 2 * HALF).to(tl.int32)
-        transform = tl.load(transforms + paired * 4096 + column[:, None] * 64 + column[None, :])
-        x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))  # exact: eighths of integers below 2^12
-        x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
-        x = tl.reshape(x, [N, 2, 32])
+    paired = 0
+    if HALF % 32 == 0:
+        paired = (block * 64 < 2 * HALF).to(tl.int32)  # the second transform gives both halves of the pairs in channels' order
+    transform = tl.load(transforms + paired * 4096 + column[:, None] * 64 + column[None, :])
+    x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))  # exact: eighths of integers below 2^12
+    x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
+    to += n.to(tl.int64)[:, None] * (PER_HEAD * 64)
+    if HALF % 32 == 0:  # 32 channels in a line
         first = tl.where(paired != 0, block * 32, block * 64) + tl.arange(0, 2) * tl.where(paired != 0, HALF, 32)
-        to += first[None, :, None] + tl.arange(0, 32)[None, None, :] + n.to(tl.int64)[:, None, None] * (PER_HEAD * 64)
-        tl.store(to, x, ok[:, None, None])
+        tl.store(to[:, :, None] + first[None, :, None] + tl.arange(0, 32)[None, None, :], tl.reshape(x, [N, 2, 32]), ok[:, None, None])
     else:
-        transform = tl.load(transforms + column[:, None] * 64 + column[None, :])
-        x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))
-        x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
-        tl.store(to + channel(block * 64 + column, HALF)[None, :] + n.to(tl.int64)[:, None] * (PER_HEAD * 64), x, ok[:, None])
+        tl.store(to + channel(block * 64 + column, HALF)[None, :], x, ok[:, None])
 
 
 @kernel("k_target", "k_transforms", "v_target", "v_transforms")
