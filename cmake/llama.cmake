@@ -41,9 +41,10 @@ set(LLAMA_BUILD_NUMBER 0 CACHE STRING "")
 foreach(option LLAMA_BUILD_COMMON LLAMA_BUILD_TOOLS LLAMA_BUILD_SERVER LLAMA_BUILD_TESTS)
     set(${option} ON CACHE BOOL "")
 endforeach()
-# OpenSSL and curl would only serve downloads of models; the web UI is `make serve`'s business, because building it
-# needs npm and its network.
-foreach(option LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_OPENSSL LLAMA_CURL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI
+# TLS for llama-server and for downloads of models, where OpenSSL 3 and its headers are found.
+set(LLAMA_OPENSSL ON CACHE BOOL "")
+# The web UI is `make serve`'s business, because building it needs npm and its network.
+foreach(option LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_CURL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI
         LLAMA_TOOLS_INSTALL LLAMA_TESTS_INSTALL)
     set(${option} OFF CACHE BOOL "")
 endforeach()
@@ -53,6 +54,8 @@ if(TBQ_PORTABLE)
     set(GGML_NATIVE OFF CACHE BOOL "" FORCE)
     set(GGML_BACKEND_DL ON CACHE BOOL "" FORCE)
     set(GGML_CPU_ALL_VARIANTS ON CACHE BOOL "" FORCE)
+    # ggml's own threads, so that the wheel needs no OpenMP runtime
+    set(GGML_OPENMP OFF CACHE BOOL "" FORCE)
 else()
     set(GGML_NATIVE ON CACHE BOOL "")
 endif()
@@ -74,6 +77,8 @@ if(APPLE)
     set(CMAKE_INSTALL_RPATH "@loader_path;@loader_path/../lib")
 else()
     set(CMAKE_INSTALL_RPATH "$ORIGIN;$ORIGIN/../lib")
+    # RPATH instead of RUNPATH: it is searched before $LD_LIBRARY_PATH, where another llama.cpp may lie.
+    add_link_options("LINKER:--disable-new-dtags")
 endif()
 
 enable_testing()
@@ -81,9 +86,14 @@ add_subdirectory("${TBQ_LLAMA_DIR}" llama.cpp EXCLUDE_FROM_ALL)
 
 # --- what is built, and what the wheel gets ---------------------------------------------------------------------
 
+# The demo needs a server and what measures the means of keys; the other programs take a quarter of the time.
+set(TBQ_PROGRAM_NAMES server cache-center)
+if(TBQ_TOOLS)
+    list(APPEND TBQ_PROGRAM_NAMES cli completion perplexity bench batched-bench quantize imatrix fit-params gguf-split
+        tokenize tts mtmd-cli cvector-generator export-lora results)
+endif()
 set(TBQ_PROGRAMS)
-foreach(program server cli completion perplexity bench batched-bench quantize imatrix fit-params gguf-split tokenize
-        tts mtmd-cli cvector-generator export-lora results cache-center)
+foreach(program IN LISTS TBQ_PROGRAM_NAMES)
     if(TARGET llama-${program})
         list(APPEND TBQ_PROGRAMS llama-${program})
     endif()
@@ -126,6 +136,8 @@ foreach(library IN LISTS TBQ_LIBRARIES)
     get_target_property(type ${library} TYPE)
     if(type STREQUAL "SHARED_LIBRARY")
         list(APPEND TBQ_SHARED ${library})
+        # Names of our own: a process that has loaded another llama.cpp keeps its libllama and libggml apart from ours.
+        set_property(TARGET ${library} PROPERTY OUTPUT_NAME "tbq-${library}")
         # A wheel holds no symbolic links, so libllama.so.0 -> libllama.so.0.5.0 would be packed three times.
         set_property(TARGET ${library} PROPERTY VERSION)
         set_property(TARGET ${library} PROPERTY SOVERSION)
@@ -134,7 +146,21 @@ foreach(library IN LISTS TBQ_LIBRARIES)
         set_property(TARGET ${library} PROPERTY PRIVATE_HEADER)
     endif()
 endforeach()
-# With TBQ_PORTABLE the backends are modules, which ggml looks for beside the executable.
+# llama-cpp-python looks for libllama, libggml and libmtmd: empty libraries of these names that need ours, whose symbols
+# are then found through them.
+foreach(library llama ggml mtmd)
+    if(library IN_LIST TBQ_SHARED)
+        add_library(tbq-alias-${library} SHARED cmake/alias.c)
+        set_target_properties(tbq-alias-${library} PROPERTIES OUTPUT_NAME ${library} NO_SONAME ON
+            LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/alias" RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/alias")
+        target_link_libraries(tbq-alias-${library} PRIVATE ${library})
+        if(NOT APPLE AND UNIX)
+            target_link_options(tbq-alias-${library} PRIVATE "LINKER:--no-as-needed")
+        endif()
+        list(APPEND TBQ_SHARED tbq-alias-${library})
+    endif()
+endforeach()
+# With TBQ_PORTABLE, and for CUDA's own wheel, backends are modules, which ggml looks for beside its library.
 set(TBQ_MODULES)
 foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
     if(GGML_BACKEND_DL AND TARGET ${backend})
@@ -170,10 +196,15 @@ install(TARGETS ${TBQ_SHARED}
     LIBRARY DESTINATION tbq/lib COMPONENT tbq
     RUNTIME DESTINATION tbq/lib COMPONENT tbq)
 if(TBQ_MODULES)
-    install(TARGETS ${TBQ_MODULES} LIBRARY DESTINATION tbq/bin COMPONENT tbq)
+    install(TARGETS ${TBQ_MODULES} LIBRARY DESTINATION tbq/lib COMPONENT tbq)
 endif()
 
-# What `tbq paths` prints beside the folders.
-file(CONFIGURE OUTPUT build.json CONTENT [=[{"llama_cpp_commit": "@TBQ_LLAMA_CPP_COMMIT@", "llama_cpp_python": "@TBQ_PIN_REQUIREMENT@"}
+# What `tbq paths` prints beside the folders, and whether llama-server speaks TLS.
+set(TBQ_TLS false)
+get_target_property(TBQ_HTTP_DEFINITIONS cpp-httplib COMPILE_DEFINITIONS)
+if("CPPHTTPLIB_OPENSSL_SUPPORT" IN_LIST TBQ_HTTP_DEFINITIONS)
+    set(TBQ_TLS true)
+endif()
+file(CONFIGURE OUTPUT build.json CONTENT [=[{"llama_cpp_commit": "@TBQ_LLAMA_CPP_COMMIT@", "llama_cpp_python": "@TBQ_PIN_REQUIREMENT@", "tls": @TBQ_TLS@}
 ]=] @ONLY)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/build.json" DESTINATION tbq COMPONENT tbq)
