@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """The pinned llama.cpp and the patch series on top of it (standard library only).
 
     llama_cpp.py prepare DIR [--source TREE]   DIR becomes the pin with patches/*.patch applied

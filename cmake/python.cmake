@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # The extension module tbq._ffi: cffi in API mode, against the stable ABI, so one build serves every Python 3.10+.
 
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter OPTIONAL_COMPONENTS Development.SABIModule)

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """web_ui.py DIR: llama-server's web UI in DIR/dist, if npm can build it; otherwise one line says why it is not there.
 
 The default build leaves the UI out, because it needs npm and the packages behind it.  llama-server serves a folder

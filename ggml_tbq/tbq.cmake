@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # tbq_add_sources(target): compile the kernels into target, each file with the flags of its instruction set and
 # no other.  Which of them runs is decided at run time, so the rest of the target may be built for anything.
 set(TBQ_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Logits of a model with the pinned bindings, in a process of its own: center_logits.py SPEC.json OUT.npy
 
 SPEC: model; center: a file, or null; measure: a file to write the means to, or null; type_k; tokens; sequences, unified; shift: drop the

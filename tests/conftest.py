@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What several test files need.  Everything runs against the package that is installed, never against python/."""
 import importlib.util
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Run the patched llama.cpp's own programs and read what they print. Real processes only."""
 import json
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tbq formats in NumPy: the oracle of the tests, bit for bit.
 
     python tests/numpy_reference.py    rewrites tests/golden.txt

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq bench speed` on a model that it makes itself: real runs of llama-bench, short ones."""
 import contextlib
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama-cpp-python, unchanged, on our libraries: one pin serves both."""
 import json
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantize and dequantize: against the NumPy oracle bit for bit, against the golden bytes, and every error."""
 import re
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Centred keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
 import json
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command tbq, and what `tbq paths` promises about the installation."""
 import json
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq convert` and tbq.convert(), beside llama-quantize on the same files: the same bytes in every tensor."""
 import re
 import resource

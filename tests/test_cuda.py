@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The CUDA kernels. Without a GPU: that they compile for every architecture, as they should, and that a machine without
 nvcc is told so. With one: tests/cuda/run.sh, which has everything that docs/cuda.md claims."""
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ggml's operations on the tbq types, on the libraries of the wheel: see ggml/ops.cpp."""
 
 import subprocess

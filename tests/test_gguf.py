@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The package gguf after `import tbq`."""
 import importlib
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Damaged and hostile GGUF files: one line, status 2, nothing left, nothing allocated that the file does not have."""
 import os
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The help and the completion of every command: nothing without an explanation, no command without an example."""
 import argparse
 import shutil

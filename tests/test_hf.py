@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq.hf: the cache and the attention of transformers models, against the library's own blocks and llama.cpp's results.
 
 The oracle is a DynamicCache that sends all it gets through tbq.quantize and tbq.dequantize: TBQCache has to agree with it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The vector index: what it finds, its errors, its files, its commands."""
 import importlib.util
 import json

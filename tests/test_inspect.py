@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq inspect`."""
 import json
 import re

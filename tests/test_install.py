@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The commands of the Makefile: what they check first, and the one line that a failure comes down to."""
 import os
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every implementation of the kernels against the scalar reference: same bytes, same floats."""
 
 import platform

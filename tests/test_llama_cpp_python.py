@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq.llama: llama-cpp-python's bindings on our libraries, in processes of their own because a process loads them once."""
 import json
 import pathlib

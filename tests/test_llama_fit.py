@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is said about memory is what is used; and the draft model's cache."""
 import re
 

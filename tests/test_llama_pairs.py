@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every pair of cache types that a user can ask for, on the real model, with the flags a user would give."""
 import json
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the cache costs in KL divergence on the real model, beside upstream's types, in one run."""
 import math
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq as the type of weights: llama-quantize writes them, every program runs them (MUL_MAT, MUL_MAT_ID, GET_ROWS)."""
 import pytest
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What cannot work is refused at once, in one line that says what would."""
 import re
 

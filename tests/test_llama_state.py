@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The cache as something that is saved, restored, copied and shifted, on the real model."""
 import re
 

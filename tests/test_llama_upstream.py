@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp's own tests on the patched tree."""
 import re
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The pin and the patch series: every way in which preparing llama.cpp can fail ends in one line and half of nothing.
 
 These tests work on a small tree of their own with a series of its own; the real one was applied by the build.

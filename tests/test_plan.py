@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq plan: what it says a cache will take is what llama.cpp allocates, and what it recommends starts."""
 import json
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq bench quality`: real runs of llama-perplexity on the smallest text that gives results, 254 scores."""
 import contextlib
 import hashlib

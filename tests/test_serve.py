@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq serve` and tbq.Server: real llama-server processes on the demo model."""
 import contextlib
 import json

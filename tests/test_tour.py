@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/tour.ipynb runs from top to bottom, and what it shows is so."""
 import base64
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq.turboquant: the theorems as statistics, the codebooks against the textbooks and libtbq, every error.
 
 Seeds are fixed, so a test gives one result; its interval says how often another choice of seeds would have failed: outside

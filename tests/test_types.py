@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """mypy, strictly: the package by itself, and a user's program against the package that is installed."""
 import ast
 import subprocess

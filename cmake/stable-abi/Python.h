@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The part of Python's stable ABI that cffi's generated code calls, for machines without Python's own headers
 // (cmake/python.cmake says when).  The stable ABI is a promise that these declarations hold for every later 3.x:
 // https://docs.python.org/3/c-api/stable.html

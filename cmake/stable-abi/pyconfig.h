@@ -1,1 +1,2 @@
+// SPDX-License-Identifier: MIT
 // See Python.h beside this file.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention by itself, without llama.cpp around it: every implementation that this machine supports, each type.
 //
 //     tbq-bench-attention [cached rows] [threads] [query rows] [KV heads] [query heads per KV head] [head size] [rounds]

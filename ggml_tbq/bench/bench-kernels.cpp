@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // One core: dot product, dequantize and quantize of the tbq types beside iq4_nl, q4_0 and q8_0, and every
 // implementation of ours that this machine supports.
 //

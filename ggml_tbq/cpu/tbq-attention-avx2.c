@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention with AVX2, FMA and F16C.
 #include "tbq-attention-impl.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention with AVX-512 F, BW, DQ and VL.  tbq-attention-avx512vnni.c compiles this file again with VNNI.
 #include "tbq-attention-impl.h"
 #include "tbq-dot4.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the attention driver and the implementations of its tiles share: constants, and the layout of work.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention with NEON (AArch64).  tbq-attention-neon-dotprod.c compiles this file again with the dot product
 // instructions.
 #include "tbq-attention-impl.h"

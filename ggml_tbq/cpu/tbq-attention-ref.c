@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention, the scalar reference.
 #include "tbq-attention-impl.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // One item of attention, tile by tile, from the pieces that each instruction set defines; included once, at the end
 // of each tbq-attention-<isa>.c.
 //

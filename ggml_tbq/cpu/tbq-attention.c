@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention: how a problem is cut up, and who computes the pieces (tbq-attention.h).
 #include "tbq-attention-impl.h"
 

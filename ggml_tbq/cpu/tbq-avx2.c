@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // AVX2, F16C and FMA.
 #include "tbq-impl.h"
 #include "tbq-x86.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // AVX-512 F, BW, DQ and VL.  tbq-avx512vnni.c compiles this file again with VNNI.
 #include "tbq-impl.h"
 #include "tbq-x86.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Sums of four products of adjacent bytes, added to acc: one instruction where there are dot products of bytes, exact
 // without them too.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the implementation files share: constants in memory, half conversion, and the list of implementations.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // NEON (AArch64).  tbq-neon-dotprod.c compiles this file again with the dot product instructions.
 #include "tbq-impl.h"
 #include "tbq-dot4.h"

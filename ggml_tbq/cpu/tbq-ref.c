@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The scalar reference: the order of the specification, nothing clever.  Every other implementation is tested
 // against this one, and this one against tests/numpy_reference.py, with which it shares no code.
 #include "tbq-impl.h"

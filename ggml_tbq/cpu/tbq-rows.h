@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Rows, block by block, from the pieces that each instruction set defines; included once, at the end of each
 // implementation file.  Here are the steps that every implementation must take in the same way.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search with AVX2 and F16C: a group is two vectors of eight lanes.
 #include "tbq-impl.h"
 #include "tbq-x86.h"

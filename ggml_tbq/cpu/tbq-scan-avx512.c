@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search with AVX-512 F, BW, DQ and VL: a group is a vector.  tbq-scan-avx512vnni.c compiles this file again with VNNI.
 #include "tbq-impl.h"
 #include "tbq-dot4.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search, from the pieces that each instruction set defines; included once, at the end of each implementation file.
 // Here is what every implementation must do in the same way: the order of the work, and the k best.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search with NEON: a group is four vectors of four lanes.  tbq-scan-neon-dotprod.c compiles this file again with the
 // dot product instructions.
 #include "tbq-impl.h"

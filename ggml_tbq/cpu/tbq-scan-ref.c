@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The scalar reference of the search.
 #include "tbq-impl.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search's public functions: checks, the layout, and the choice of an implementation.
 #include "tbq-impl.h"
 #include "tbq-scan.h"

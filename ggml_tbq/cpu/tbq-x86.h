@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Pieces that the AVX2 and AVX-512 implementations share: unpacking, levels and dot products, all in 256 bits.
 // Two vectors hold the 64 bytes of a block, elements 0..31 and 32..63, each 128-bit lane a run of 16.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The public functions: checks, type information, and the choice of an implementation.
 #include "tbq-impl.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Starts the attention kernel; what the files tbq-attention-K-V.cu instantiate.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "tbq-attention-launch.cuh"
 
 TBQ_ATTENTION_DEFINE(2, 16)

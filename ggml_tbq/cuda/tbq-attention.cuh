@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention for few query rows straight from packed keys and values: GGML_OP_FLASH_ATTN_EXT in decode.
 //
 // WHY IT IS FAST

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Blocks of the tbq types on a GPU: levels, unpacking, the rotation.  Knows CUDA and the format (tbq.h), not ggml.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode a launch costs as much as
 // what it does here: by itself the SUB took 2.5 % of a 7B model's tokens at an empty cache.
 #pragma once

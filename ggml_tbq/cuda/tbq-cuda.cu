@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "tbq-ggml-cuda.cuh"
 
 #include "ggml-impl.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Blocks to values in the original domain.
 #pragma once
 

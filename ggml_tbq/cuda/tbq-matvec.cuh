@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Weights in tbq times one to eight columns of activations: MUL_MAT and MUL_MAT_ID in decode.
 //
 // The rotation of a block cancels in a dot product, so activations are rotated once and weights are used as they lie:

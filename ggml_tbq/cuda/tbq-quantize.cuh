@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
 // The steps and the order of every sum are those of cpu/tbq-rows.h, where the reasons stand.  A half-warp takes a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "tbq-ggml-cpu.h"
 
 #include "ggml-cpu-impl.h"

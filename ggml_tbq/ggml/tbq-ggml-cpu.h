@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The operations of the CPU backend that have kernels of their own for the tbq types; compiled into ggml-cpu,
 // whose threads they run on.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend asks here first;
 // false, with nothing done, means that it is not ours.
 #pragma once

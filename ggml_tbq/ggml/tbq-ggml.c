@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 #include "tbq-ggml.h"
 
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ2_0 == (int) TBQ_TYPE_TBQ2_0, "type id");

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The tbq kernels in the shapes that ggml's tables and attention want; compiled into ggml-base.
 // Included by the patched ggml sources, after ggml.h.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention over packed keys and values, on the CPU.
 //
 //     out[s][t][h] = sum_i w_i v_i / sum_i w_i,   w_i = exp(logit_i),

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Nearest-neighbour search over packed vectors: dot products of queries with every row, and the best k of them.
 //
 //     score(q, x) = mul[x] . <q, x^> + add[x]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // tbq: the block formats tbq2_0, tbq3_0 and tbq4_0 (2.25, 3.25 and 4.25 bits per value).
 //
 // FORMAT (version 1)

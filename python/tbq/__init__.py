@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq: the block formats tbq2_0, tbq3_0 and tbq4_0 for NumPy arrays, and where the patched llama.cpp is.
 
     >>> import numpy as np, tbq

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """python -m tbq is the command tbq."""
 import sys
 

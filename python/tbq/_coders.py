@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Blocks of any type to float32 and back: ours by libtbq, the others by the ggml that lies beside it, whose bytes are
 llama-quantize's; without llama.cpp (-DTBQ_LLAMA=OFF) by gguf, which is slower and cannot encode the K types.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The compiled module, as tbq.cdef declares it.  tests/test_types.py compares the names."""
 from collections.abc import Sequence
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What each layer of a model keeps in memory for a token, from the metadata of its GGUF file.
 
 llama.cpp decides part of it in code, by architecture.  The tables here follow the pinned revision: src/llama-hparams.cpp,

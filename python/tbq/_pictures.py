@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files that a command writes beside its output: whole or not at all."""
 import os
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Programs of llama.cpp as child processes that do not outlive the caller, unless it is killed by force."""
 import argparse
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The quantized types and their properties."""
 from collections.abc import Mapping
 from dataclasses import dataclass

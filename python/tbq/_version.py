@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Versions, as the library states them."""
 from tbq._ffi import ffi, lib
 

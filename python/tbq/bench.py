@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py, `tbq bench index` in
 index_bench.py."""
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
 import math
 import operator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pairs of cache types, and what one token takes in a model's cache."""
 import dataclasses
 import hashlib

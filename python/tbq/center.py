@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Centred keys: the mean of a model's keys, measured once, which llama.cpp subtracts from keys before it stores them; and
 how much its queries have in each channel, which tells the encoder of a tbq type where error costs most.
 

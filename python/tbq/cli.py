@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command `tbq`.
 
 A subcommand is a function that takes a parser of its own and sets `run`, which gets the parsed arguments and returns

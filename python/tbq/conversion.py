@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Converts GGUF files from one type of weights to another: `tbq convert`."""
 import argparse
 import collections

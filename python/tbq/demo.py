@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """python -m tbq.demo: llama-server with a tbq4_0 cache on a small model, one question, and the figures.
 
     python -m tbq.demo --cache DIR            ask once, print, stop the server

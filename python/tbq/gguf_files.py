@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Opens GGUF files that may be damaged or hostile: every count, length, offset and size is held against the size of the
 file before it is used.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Makes the package gguf know the types; done when this module, and so tbq, is imported.
 
 gguf has no way to add a type, so this extends its enums and tables in place: GGMLQuantizationType.TBQ4_0 and its

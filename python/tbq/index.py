@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A vector index: nearest neighbours by inner product, cosine or distance, over vectors of 2 to 4 bits a value.
 
     >>> import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`tbq bench index`: recall and queries per second of our index beside faiss's, on the same vectors in one run."""
 import argparse
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Says what is in a GGUF file, and what its weights lost: `tbq inspect`."""
 import argparse
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama-cpp-python on the patched llama.cpp: a model in this process, with a tbq cache.
 
     from tbq.llama import Llama

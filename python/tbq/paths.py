@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the patched llama.cpp lies in this installation."""
 import json
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a KV cache will take, before a model is loaded: `tbq plan MODEL.gguf` and tbq.plan()."""
 import argparse
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What cache types cost in perplexity and KL divergence, with llama-perplexity: `tbq bench quality`."""
 import argparse
 import contextlib

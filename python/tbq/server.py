@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama-server with a tbq cache: Server for programs, `tbq serve` for the command line."""
 import argparse
 import concurrent.futures

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model without knowledge: the layers of a llama, random weights, to measure speed on."""
 import argparse
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files of vectors, and `tbq search`."""
 import argparse
 import contextlib

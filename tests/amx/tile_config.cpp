@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What does ldtilecfg read, in llama.cpp's AMX code as the compiler at hand compiles it?
 //
 // On a processor with AMX the configuration is stored back and compared.  Without, the instruction traps, and the

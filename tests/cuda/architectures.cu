@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // One of each kernel, to be compiled for every architecture (test_cuda.py); never run.
 #include "tbq-attention.cuh"
 #include "tbq-dequantize.cuh"

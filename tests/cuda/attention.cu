@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The attention kernel by itself: random problems against double precision, and its speed.
 //   attention check [problems] [seed]     exit status 1 if one is wrong
 //   attention bench                       the shapes that docs/cuda.md lists

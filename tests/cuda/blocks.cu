@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Encoder and decoder on the GPU against the scalar reference: the same bytes, the same values.
 //   blocks [rows] [seed]   exit status 1 at a difference
 #include "tbq-dequantize.cuh"

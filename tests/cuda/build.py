@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """build.py OUT [nvcc arguments]: compiles blocks.cu and attention.cu into the folder OUT, for this machine's GPU."""
 import pathlib
 import subprocess

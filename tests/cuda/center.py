@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """Centred keys wherever a model and its cache can lie: one device, several, some layers on the CPU, the cache on the CPU.
 
     python3 tests/cuda/center.py BIN [--model FILE]

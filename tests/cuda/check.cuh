@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // For the programs here: an error of CUDA ends them with status 2.
 #pragma once
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """The Triton kernels of tbq.hf against the NumPy reference, and a llama-shaped model's decode time and memory.
 
     python3 tests/cuda/hf_bench.py                         all of it, on a CUDA device

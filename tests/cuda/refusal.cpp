@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What tbq_ggml_device_attends says of a device that lacks an operation.  The device is a fake: its answer is the test's.
 #include "ggml-backend-impl.h"
 #include "ggml.h"

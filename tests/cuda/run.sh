@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Everything that a GPU must show:  tests/cuda/run.sh BIN [check|kernels|ops|splits|center|speed]
 #
 # BIN: the folder with llama-bench, llama-perplexity, llama-cache-center and test-backend-ops of a build with CUDA (`make cuda`, then

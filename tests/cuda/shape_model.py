@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """shape_model.py OUT.gguf LAYERS WIDTH HEADS KV_HEADS HEAD_SIZE FF: a llama of random Q8_0 weights, to measure on.
 
 The writer of `tbq bench speed --shape`, where the package is not installed.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // ggml's operations on the tbq types (CPU backend) against the library and against the same operation in f32.
 //
 // Quantization, copies and look-ups must give the library's bytes and floats exactly.  What takes a dot product

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Attention on problems of random shape: every implementation against the scalar reference, bit for bit; the
 // reference against plain arithmetic in double precision on the dequantized cache; several threads against one.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Every implementation against the scalar reference: same bytes, same floats, on blocks of many kinds.
 //
 //     fuzz [blocks of each kind and type] [seed]

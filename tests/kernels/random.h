@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Random numbers that are the same on every machine, from `state`, the seed.
 #pragma once
 

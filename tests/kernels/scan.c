@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The search on problems of random shape: every implementation against the scalar reference, bit for bit; the reference
 // against plain arithmetic on the dequantized rows; the layout there and back.
 //

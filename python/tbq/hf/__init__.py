@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tbq.hf: HuggingFace models with a cache of 2 to 4 bits per value; needs ggml-tbq[hf].
 
     >>> from tbq.hf import TBQCache

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """attn_implementation="tbq": attention straight from the packed cache."""
 from typing import Any
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which kernels a device has."""
 from types import ModuleType
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The cache that transformers' generate() takes."""
 import functools
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The C kernels over torch tensors in main memory; the same functions as _cuda, with libtbq's threads on our side.
 
 Packed tensors are uint8 (batch, tokens, KV heads, bytes of a head) with the last two axes contiguous.

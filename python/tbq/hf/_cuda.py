@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Triton kernels' launches.  Everything here takes torch tensors on one CUDA device; nothing imports libtbq.
 
 Packed tensors are uint8 (batch, tokens, KV heads, bytes of a head) with the last two axes contiguous.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/tbq-rows.h the encoder's steps.
 
 `tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A "row"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Cache layers whose keys and values are tbq blocks."""
 from typing import Any
 

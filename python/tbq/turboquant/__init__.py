@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TurboQuant's algorithms in NumPy, for any dimension: to explore, to check, to measure against.
 
     >>> import numpy as np

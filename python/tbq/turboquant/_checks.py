@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the functions of this package accept, and numbers drawn from a seed."""
 import operator
 from typing import Any, SupportsIndex

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the theorems say of a number of bits, and what the quantizers come to exactly.
 
 All are of a unit vector x, and for inner products of a unit vector y, as means over random seeds; they scale with |x|^2, |y|^2.

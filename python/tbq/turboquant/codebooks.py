@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Lloyd-Max codebooks: of the standard Gaussian, of a coordinate of a random point on the sphere, of PolarQuant's angles.
 
 The levels of an optimal quantizer are the means of their cells, the borders of the cells the midpoints between levels

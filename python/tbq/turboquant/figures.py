@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Measures the distortions of TurboQuant and draws them beside the bounds: python -m tbq.turboquant.figures FOLDER.
 
 The figures of the paper's section of experiments, of docs/turboquant.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fractions of a bit: channels with outliers get more bits than the rest (TurboQuant, section on the KV cache)."""
 import dataclasses
 import math

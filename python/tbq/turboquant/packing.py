@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Indices of 1 to 8 bits, one after the other."""
 from typing import Any, SupportsIndex
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """PolarQuant (arXiv 2502.02617): polar coordinates of pairs, of the radii of pairs, and so on, and their quantizer."""
 import dataclasses
 import math

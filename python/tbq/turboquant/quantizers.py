@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TurboQuant: the MSE quantizer, QJL, and the inner-product quantizer that is made of both."""
 import dataclasses
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random rotations: from the uniform distribution, and a fast one."""
 import abc
 from collections.abc import Callable
