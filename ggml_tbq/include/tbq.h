@@ -141,7 +141,7 @@ typedef struct {
 // English text, never NULL.
 TBQ_API const char * tbq_status_text(tbq_status status);
 
-// "0.1.0"
+// "MAJOR.MINOR.PATCH"
 TBQ_API const char * tbq_version(void);
 
 // NULL for a type (or name) that is not one of ours.  The result is static.
