@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # The commands a newcomer types.  Needs python3 (3.10+, venv), a C++17 compiler, make and git; everything else comes
 # through pip into .venv.
 PYTHON ?= python3
@@ -6,41 +7,59 @@ TESTS  ?= tests
 
 VENV    := .venv
 BIN     := $(VENV)/bin
+SERVER  := build/.installed-server
 STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches python -type f -not -name '*.pyc' -not -name '*.md')
+INSTALL := cmake/install.py $(VENV)
 
-.PHONY: demo test serve bench install cuda clean
+.PHONY: demo test serve bench install cuda wheel dist clean
 .DEFAULT_GOAL := demo
 
-demo: $(STAMP)  # build, ask a model with a tbq4_0 cache something over llama-server's API, print, stop
+demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
 	@$(BIN)/python -m tbq.demo --cache build/models
 
-test: $(STAMP)  # everything; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: also on a second model, head size 128
-	@$(BIN)/python cmake/install.py $(VENV) --tests
-	@$(BIN)/python -m pytest -c pyproject.toml $(if $(MODEL_D128),--model-d128=$(MODEL_D128)) $(TESTS)
-
-serve: $(STAMP)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
+serve: $(SERVER)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
 	@$(BIN)/python cmake/web_ui.py build/ui
 	@$(BIN)/python -m tbq.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
 
+install: $(STAMP)  # llama-server and all other programs of llama.cpp, in .venv
+
+test: $(STAMP)  # everything; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: also on a second model, head size 128
+	@$(BIN)/python $(INSTALL) --tests
+	@$(BIN)/python -m pytest -c pyproject.toml $(if $(MODEL_D128),--model-d128=$(MODEL_D128)) $(TESTS)
+
 bench: $(STAMP)  # dot product, dequantize and quantize beside ggml's own types; attention by itself
-	@$(BIN)/python cmake/install.py $(VENV) --bench
+	@$(BIN)/python $(INSTALL) --bench
 
-install: $(STAMP)  # build and install into .venv
+cuda:  # everything with the CUDA backend; CUDAARCHS=90 for one architecture instead of this machine's
+	@$(PYTHON) $(INSTALL) --cuda
 
-cuda:  # the same with the CUDA backend; CUDAARCHS=90 for one architecture instead of this machine's
-	@mkdir -p build && touch $(STAMP).new
-	@$(PYTHON) cmake/install.py $(VENV) --cuda
-	@mv $(STAMP).new $(STAMP)
+wheel: $(SERVER)  # a wheel for machines without a compiler, in dist/; ARCH=aarch64: for arm64; CUDA=1: its CUDA backend
+	@$(BIN)/python tools/wheel.py $(if $(ARCH),--arch $(ARCH)) $(if $(CUDA),--cuda "$(CUDAARCHS)")
 
-# The time of the stamp is that of the start, so that an edit during the build is built by the next make.
+dist: $(SERVER)  # the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
+	@$(BIN)/python tools/wheel.py --dist
+
+# What was built and installed is written down by install.py, with the time of the start, so that an edit during the build
+# is built by the next make.
+$(SERVER): $(SOURCES)
+	@$(PYTHON) $(INSTALL) --server
+
 $(STAMP): $(SOURCES)
-	@mkdir -p $(@D) && touch $@.new
-	@$(PYTHON) cmake/install.py $(VENV)
-	@mv $@.new $@
+	@$(PYTHON) $(INSTALL)
+
+# A checkout that was moved: the scripts of its environment name the old folder.
+ifneq ($(wildcard build/.where),)
+ifneq ($(shell cat build/.where),$(CURDIR))
+.PHONY: moved
+$(SERVER) $(STAMP): | moved
+moved:
+	@$(PYTHON) $(INSTALL) --moved
+endif
+endif
 
 ifeq ($(wildcard $(BIN)/tbq),)
-.PHONY: $(STAMP)
+.PHONY: $(SERVER) $(STAMP)
 endif
 
 clean:  # everything that was built or downloaded

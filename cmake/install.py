@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """Builds everything and installs it into a virtual environment (standard library only).
 
-    install.py VENV           what `make` runs before anything else
+    install.py VENV --server  llama-server and the package: what the demo runs; more only if it was there before
+    install.py VENV           all programs of llama.cpp
     install.py VENV --cuda    the same with the CUDA backend, here and in every later build of this folder
-    install.py VENV --tests   builds llama.cpp's own tests in the same build folder
+    install.py VENV --tests   installs what the tests import, and builds llama.cpp's own tests in the same build folder
     install.py VENV --bench   builds the kernels' benchmarks there, and runs them
+    install.py VENV --moved   mends the paths in an environment whose checkout was moved
 
 Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
 complete output goes to build/install.log.
 """
 import ast
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -22,8 +26,13 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOG = ROOT / "build" / "install.log"
-# A fresh build and its downloads take 1.3 GB; a build that exists needs only what has changed.
-DISK_BYTES = 2_000_000_000
+# What is installed: make compares the times of these files with those of the sources.
+SERVER_STAMP = ROOT / "build" / ".installed-server"
+STAMP = ROOT / "build" / ".installed"
+# The folder of the checkout, which the scripts of the environment name.
+WHERE = ROOT / "build" / ".where"
+# A fresh build, its downloads and the environment; a build that exists needs only what has changed.
+DISK_BYTES = 1_500_000_000
 # The largest of llama.cpp's sources need 1.2 GB in g++.
 BYTES_PER_JOB = 1_300_000_000
 
@@ -44,7 +53,7 @@ def check_machine():
                           f"install one (Debian: apt install g++) or name it in ${variable}")
     free = shutil.disk_usage(ROOT).free
     if free < DISK_BYTES and not build_dir():
-        raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.0f} GB needed")
+        raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.1f} GB needed")
 
 
 def jobs():
@@ -185,18 +194,37 @@ def check_cuda():
         raise Failure(f"no CUDA compiler ({compiler}); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
 
 
-def install_package(python, log, cuda):
+def built_tools():
+    """Whether the last build had all programs; a server alone must not take them away."""
+    folder = build_dir()
+    return bool(folder) and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+
+
+def install_package(python, log, tools, cuda):
     folder = build_dir()
     again = folder and (folder / "bin" / "llama-server").exists()
+    what = "llama.cpp" if tools else "llama-server"
     if cuda:
         step(3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work")
     else:
-        step(3, "building llama.cpp with the tbq types" + ("" if again else ", the first time about 8 minutes on 2 cores"))
+        minutes = 9 if tools else 7
+        step(3, f"building {what} with the tbq types" + ("" if again else f", the first time about {minutes} minutes on 2 cores"))
     # CMake's cache keeps the choice for later builds
-    options = ["-Ccmake.define.TBQ_CUDA=ON"] if cuda else []
-    status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, ".[test]"], log, environment(python))
+    options = [f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}", *(["-Ccmake.define.TBQ_CUDA=ON"] if cuda else [])]
+    status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, "."], log, environment(python))
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+
+
+def install_test_requirements(python, log):
+    """The extra `test` of the package that is installed."""
+    wanted = "ggml-tbq[test]"
+    if pip(python, ["install", "--quiet", "--no-index", "--dry-run", wanted], log)[0] == 0:
+        return
+    print("Installing what the tests import (TEST_MB MB)", flush=True)
+    status, output = pip(python, ["install", wanted], log)
+    if status:
+        raise Failure(explain(output))
 
 
 def environment(python):
@@ -215,6 +243,28 @@ def build_target(venv, log, target):
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
     return folder
+
+
+def mend_paths(venv):
+    """Scripts name their Python, and activate its folder, by absolute paths: those of the folder where they were made."""
+    before = f"{WHERE.read_text(encoding='utf-8')}/{venv.name}"
+    print(f"This checkout was in {before.removesuffix('/' + venv.name)}: mending the paths in {venv.name}", flush=True)
+    for path in [venv / "pyvenv.cfg", *(venv / "bin").iterdir()]:
+        if path.is_symlink() or not path.is_file():
+            continue
+        with contextlib.suppress(UnicodeDecodeError):  # a program
+            text = path.read_text(encoding="utf-8")
+            if before in text:
+                path.write_text(text.replace(before, str(venv)), encoding="utf-8")
+    WHERE.write_text(str(ROOT), encoding="utf-8")
+
+
+def mark(stamps, start):
+    """The time of a stamp is that of the start, so that an edit during the build is built by the next make."""
+    for stamp in stamps:
+        stamp.touch()
+        os.utime(stamp, (start, start))
+    WHERE.write_text(str(ROOT), encoding="utf-8")
 
 
 def open_log():
@@ -238,7 +288,11 @@ def main(venv, extra):
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     with open_log() as log:
+        if extra == "--moved":
+            mend_paths(venv)
+            return
         if extra == "--tests":
+            install_test_requirements(venv / "bin" / "python", log)
             print("Building llama.cpp's own tests (the first time about 4 minutes on 2 cores)", flush=True)
             build_target(venv, log, "tbq-llama-tests")
             return
@@ -250,9 +304,12 @@ def main(venv, extra):
         check_machine()
         if extra == "--cuda":
             check_cuda()
+        start = time.time()
         python = make_venv(venv, log)
         install_requirements(python, log)
-        install_package(python, log, cuda=extra == "--cuda")
+        tools = extra != "--server" or built_tools()
+        install_package(python, log, tools, cuda=extra == "--cuda")
+        mark([SERVER_STAMP, *([STAMP] if tools else [])], start)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # The pinned llama.cpp with patches/ applied, as a part of this build.
 
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
@@ -67,6 +68,10 @@ if(TBQ_CUDA)
         message(FATAL_ERROR " tbq: error: no CUDA compiler found; install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
     endif()
     set(GGML_CUDA ON CACHE BOOL "" FORCE)
+    if(TBQ_PORTABLE)
+        # NCCL would be one more package; without it several GPUs copy peer to peer
+        set(GGML_CUDA_NCCL OFF CACHE BOOL "" FORCE)
+    endif()
     # ggml sets its own default before CMake would look at the environment
     if(DEFINED ENV{CUDAARCHS})
         set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}" CACHE STRING "")
@@ -83,6 +88,31 @@ endif()
 
 enable_testing()
 add_subdirectory("${TBQ_LLAMA_DIR}" llama.cpp EXCLUDE_FROM_ALL)
+
+# --- how long it takes to compile ------------------------------------------------------------------------------
+
+# Options, JSON, templates and HTTP are half of the work for the compiler and none of the work for a token: -O1 takes two
+# thirds of the time of -O3.  What runs for each token keeps -O3.
+if(NOT MSVC)
+    foreach(target llama-common server-context llama-server-impl cpp-httplib)
+        if(TARGET ${target})
+            target_compile_options(${target} PRIVATE "$<$<CONFIG:Release>:-O1>")
+        endif()
+    endforeach()
+    file(GLOB TBQ_PER_TOKEN RELATIVE "${TBQ_LLAMA_DIR}/common"
+        "${TBQ_LLAMA_DIR}/common/sampling.cpp" "${TBQ_LLAMA_DIR}/common/speculative.cpp" "${TBQ_LLAMA_DIR}/common/ngram-*.cpp"
+        "${TBQ_LLAMA_DIR}/common/reasoning-budget.cpp" "${TBQ_LLAMA_DIR}/common/unicode.cpp" "${TBQ_LLAMA_DIR}/common/trie.cpp")
+    set_source_files_properties(${TBQ_PER_TOKEN} DIRECTORY "${TBQ_LLAMA_DIR}/common"
+        PROPERTIES COMPILE_OPTIONS "$<$<CONFIG:Release>:-O3>")
+endif()
+# The graphs of image and audio models are 40 small files with the same headers; src/ joins its models in this way too.
+if(TARGET mtmd)
+    set_property(TARGET mtmd PROPERTY UNITY_BUILD ON)
+    set_property(TARGET mtmd PROPERTY UNITY_BUILD_BATCH_SIZE 12)
+    file(GLOB TBQ_MTMD_OTHERS "${TBQ_LLAMA_DIR}/tools/mtmd/*.cpp")
+    set_source_files_properties(${TBQ_MTMD_OTHERS} DIRECTORY "${TBQ_LLAMA_DIR}/tools/mtmd"
+        PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+endif()
 
 # --- what is built, and what the wheel gets ---------------------------------------------------------------------
 
@@ -196,15 +226,22 @@ install(TARGETS ${TBQ_SHARED}
     LIBRARY DESTINATION tbq/lib COMPONENT tbq
     RUNTIME DESTINATION tbq/lib COMPONENT tbq)
 if(TBQ_MODULES)
+    # CUDA's is a wheel of its own (packaging/cuda), which takes CUDA's libraries from PyPI's packages beside it.
+    if(ggml-cuda IN_LIST TBQ_MODULES)
+        list(REMOVE_ITEM TBQ_MODULES ggml-cuda)
+        set_property(TARGET ggml-cuda PROPERTY INSTALL_RPATH
+            "$ORIGIN" "$ORIGIN/../../nvidia/cu${CUDAToolkit_VERSION_MAJOR}/lib")
+        install(TARGETS ggml-cuda LIBRARY DESTINATION tbq/lib COMPONENT tbq-cuda)
+    endif()
     install(TARGETS ${TBQ_MODULES} LIBRARY DESTINATION tbq/lib COMPONENT tbq)
 endif()
 
 # What `tbq paths` prints beside the folders, and whether llama-server speaks TLS.
-set(TBQ_TLS false)
+set(TBQ_TLS no)
 get_target_property(TBQ_HTTP_DEFINITIONS cpp-httplib COMPILE_DEFINITIONS)
 if("CPPHTTPLIB_OPENSSL_SUPPORT" IN_LIST TBQ_HTTP_DEFINITIONS)
-    set(TBQ_TLS true)
+    set(TBQ_TLS yes)
 endif()
-file(CONFIGURE OUTPUT build.json CONTENT [=[{"llama_cpp_commit": "@TBQ_LLAMA_CPP_COMMIT@", "llama_cpp_python": "@TBQ_PIN_REQUIREMENT@", "tls": @TBQ_TLS@}
+file(CONFIGURE OUTPUT build.json CONTENT [=[{"llama_cpp_commit": "@TBQ_LLAMA_CPP_COMMIT@", "llama_cpp_python": "@TBQ_PIN_REQUIREMENT@", "tls": "@TBQ_TLS@"}
 ]=] @ONLY)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/build.json" DESTINATION tbq COMPONENT tbq)

@@ -95,3 +95,94 @@ def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
     assert process.wait(10) != 0
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert "sleep 77.5" not in left
+
+
+# --- what is installed, and where -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What make needs of a checkout whose build is complete, with an environment that has pip alone."""
+    folder = tmp_path / "before" / "checkout"
+    for name in ("cmake", "ggml_tbq", "patches", "python", "build"):
+        (folder / name).mkdir(parents=True)
+    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml", "cmake/install.py"):
+        shutil.copy(ROOT / name, folder / name)
+    subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
+    shutil.copy(folder / ".venv" / "bin" / "pip", folder / ".venv" / "bin" / "tbq")
+    for name in (".installed", ".installed-server"):
+        (folder / "build" / name).touch()
+    (folder / "build" / ".where").write_text(str(folder), encoding="utf-8")
+    return folder
+
+
+def make(folder, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_moved_checkout(checkout, tmp_path):
+    """Scripts name their Python by its path, so they break where a checkout is moved; make mends them without a build."""
+    assert make(checkout, "install").stdout == "make: Nothing to be done for 'install'.\n"
+    moved = tmp_path / "after"
+    shutil.move(checkout, moved)
+    script = moved / ".venv" / "bin" / "tbq"
+    with pytest.raises(FileNotFoundError):
+        subprocess.run([script, "--version"], check=False)
+    done = make(moved, "install")
+    assert done.returncode == 0 and done.stdout == f"This checkout was in {checkout}: mending the paths in .venv\n", done.stderr
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout.startswith("pip ")
+    activated = subprocess.run(["sh", "-c", '. "$0"/bin/activate && echo "$VIRTUAL_ENV"', moved / ".venv"], capture_output=True, text=True)
+    assert activated.stdout.strip() == str(moved / ".venv")
+    assert make(moved, "install").stdout == "make: Nothing to be done for 'install'.\n"
+
+
+def test_a_server_alone_is_not_all(checkout):
+    """`make demo` needs one stamp, `make install` the other; a full installation has both."""
+    (checkout / "build" / ".installed").unlink()
+    assert "Nothing" in make(checkout, "build/.installed-server").stdout + make(checkout, "-n", "build/.installed-server").stdout \
+        or make(checkout, "-q", "build/.installed-server").returncode == 0
+    assert "install.py .venv" in make(checkout, "-n", "install").stdout
+    assert "--server" not in make(checkout, "-n", "install").stdout
+
+
+def test_stamps(tmp_path, monkeypatch):
+    monkeypatch.setattr(install, "WHERE", tmp_path / "where")
+    install.mark([tmp_path / "stamp"], 1000)
+    assert (tmp_path / "stamp").stat().st_mtime == 1000 and (tmp_path / "where").read_text() == str(install.ROOT)
+
+
+def test_a_demo_installs_what_it_runs():
+    """The base requirements have no torch, whatever the extras want; .ci/run measures the whole."""
+    from importlib.metadata import requires
+
+    base = [name for name in requires("ggml-tbq") if "extra ==" not in name]
+    assert {name.split(">")[0] for name in base} == {"cffi", "gguf", "numpy", "platformdirs", "tqdm"}
+    tests = [name for name in requires("ggml-tbq") if 'extra == "test"' in name or "extra == 'test'" in name]
+    assert tests and not [name for name in tests if "torch" in name or "triton" in name or "hf" in name]
+
+
+def test_editable_install(tmp_path, build_dir):
+    """`pip install -e .` has the sources here and what was built elsewhere."""
+    if not (pathlib.Path(sys.executable).parent / "cmake").exists():
+        pytest.skip("cmake is not in this environment (make install)")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python = venv / "bin" / "python"
+    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip()
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    pathlib.Path(site, "ours.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
+    environment = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", ROOT,
+                           "--disable-pip-version-check"], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = ("import json, pathlib, tbq; from tbq.paths import program\n"
+            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths(), str(program('llama-server'))]))")
+    out = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    import json
+
+    package, paths, server = json.loads(out.stdout)
+    assert package == str(ROOT / "python" / "tbq")
+    assert pathlib.Path(paths["bin"]).is_dir() and str(tmp_path) in paths["bin"]
+    assert subprocess.run([server, "--version"], capture_output=True, timeout=60).returncode == 0

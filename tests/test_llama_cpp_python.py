@@ -15,7 +15,7 @@ from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
 
 CENTER = 68  # bytes of a state of centred keys: a mark, and the hash of their center
-VENDORED = pathlib.Path(tbq.__file__).resolve().parent / "_vendor" / "llama_cpp"
+VENDORED = pathlib.Path(tbq.paths()["lib"]).parent / "_vendor" / "llama_cpp"
 
 for dependency in ("diskcache", "jinja2", "typing_extensions"):
     pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")

@@ -27,7 +27,7 @@ static int supported(void) {
         ;
 #else
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && cpu_has_f16c()
 #ifdef __AVX512VNNI__
            && __builtin_cpu_supports("avx512vnni")
 #endif

@@ -11,6 +11,15 @@
 #ifdef _MSC_VER
 #include <intrin.h>
 #include <windows.h>
+#else
+#include <cpuid.h>
+
+// __builtin_cpu_supports("f16c") is an error in clang before 18.  CPUID leaf 1, bit 29 of ecx; that the system saves the
+// registers follows from the AVX2 or AVX-512 that the caller asks for too.
+static inline int cpu_has_f16c(void) {
+    unsigned int eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
 #endif
 
 typedef struct {

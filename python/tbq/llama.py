@@ -32,7 +32,7 @@ from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.server import choose
 
-_OURS = pathlib.Path(__file__).resolve().parent / "_vendor" / "llama_cpp"
+_VENDORED = pathlib.Path("_vendor", "llama_cpp")  # beside bin and lib
 
 
 def _check_version(version: str | None, where: object) -> None:
@@ -54,10 +54,11 @@ def _spec() -> ModuleSpec:
     found = importlib.util.find_spec("llama_cpp")
     if found is not None and found.origin is not None:
         return found
-    if not (_OURS / "__init__.py").is_file():
+    ours = pathlib.Path(paths()["lib"]).parent / _VENDORED
+    if not (ours / "__init__.py").is_file():
         raise TBQError("this build of tbq has no bindings (it was made from a llama.cpp tree of its own); install them: "
                        f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install {paths()['llama_cpp_python']}")
-    spec = importlib.util.spec_from_file_location("llama_cpp", _OURS / "__init__.py", submodule_search_locations=[str(_OURS)])
+    spec = importlib.util.spec_from_file_location("llama_cpp", ours / "__init__.py", submodule_search_locations=[str(ours)])
     assert spec is not None
     return spec
 
@@ -93,6 +94,8 @@ def _load() -> ModuleType:
         with _variables(LLAMA_CPP_LIB_PATH=str(folder), MTMD_CPP_LIB=str(folder)):
             spec.loader.exec_module(module)
             importlib.import_module("llama_cpp.mtmd_cpp")  # the bindings would do it later, for a model with images
+        # llama.cpp's programs do this at their start; it loads the backends that are modules
+        importlib.import_module("llama_cpp._ggml").libggml.ggml_backend_load_all()
     except BaseException as error:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]

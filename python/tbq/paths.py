@@ -3,9 +3,11 @@
 import json
 import pathlib
 
+from tbq import _ffi
 from tbq.errors import TBQError
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+#: What was built lies beside the extension module; with `pip install -e` that is not the folder of this file.
+_PACKAGE = pathlib.Path(_ffi.__file__).resolve().parent
 
 
 def paths() -> dict[str, str]:
@@ -15,6 +17,7 @@ def paths() -> dict[str, str]:
     lib: folder of libllama and the libraries beside it; LLAMA_CPP_LIB_PATH of llama-cpp-python.
     llama_cpp_commit: the upstream commit that the patches are on.
     llama_cpp_python: the release of llama-cpp-python whose bindings fit these libraries.
+    tls: "yes" or "no", whether llama-server can serve https.
     Raises TBQError if the package was built without llama.cpp.
     """
     try:

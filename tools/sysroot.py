@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The headers and libraries that wheels are linked against: Debian 11's C and C++ libraries, Debian 12's OpenSSL.
+
+    sysroot.py DIR [--arch amd64|arm64]
+
+Debian 11 has glibc 2.31, so that what is built against it runs there, on Ubuntu 22.04 and on everything newer.  Its
+OpenSSL is 1.1, which llama.cpp does not take, so OpenSSL 3 comes from Debian 12, as static libraries.  The packages are
+downloaded by apt from the mirror that this Debian machine is set up for, checked by its keys, and unpacked into DIR; nothing
+is installed, and root is not needed.
+"""
+import argparse
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+PACKAGES = {
+    "bullseye": ["libc6", "libc6-dev", "linux-libc-dev", "libcrypt-dev", "libcrypt1", "libgcc-s1", "libgcc-10-dev", "libstdc++6",
+                 "libstdc++-10-dev", "libgomp1"],
+    "bookworm": ["libssl-dev"],
+}
+#: The compiler's own parts that a sanitizer or OpenMP would need are not in there.
+STAMP = ".tbq-sysroot"
+
+
+class Failure(Exception):
+    """An error whose text is the one line that the user sees."""
+
+
+def mirror() -> str:
+    """The URI of Debian's main archive in this machine's sources of apt."""
+    folder = pathlib.Path("/etc/apt")
+    for path in [folder / "sources.list", *sorted(folder.glob("sources.list.d/*"))]:
+        if path.suffix not in (".list", ".sources") or not path.is_file():
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = re.match(r"(?:URIs:|deb\s+(?:\[[^]]*\]\s+)?)\s*(\S+/debian/?)(?:\s|$)", line)
+            if found:
+                return found[1]
+    raise Failure("this machine's apt has no Debian archive; run it on Debian 12 or in a container of it")
+
+
+def run(command: list[str], folder: pathlib.Path) -> None:
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.startswith("E:")] or done.stdout.splitlines() or ["no message"]
+        raise Failure(f"{command[0]} failed: {lines[-1]}")
+
+
+def download(folder: pathlib.Path, suite: str, arch: str, packages: list[str]) -> list[pathlib.Path]:
+    """The .deb files of a suite's packages."""
+    state = folder / suite
+    for part in ("lists/partial", "cache/archives/partial", "debs"):
+        (state / part).mkdir(parents=True)
+    (state / "status").touch()
+    sources = state / "sources.list"
+    sources.write_text(f"deb {mirror()} {suite} main\n", encoding="utf-8")
+    options = [f"Dir::Etc::SourceList={sources}", "Dir::Etc::SourceParts=/dev/null", f"Dir::State={state}", f"Dir::State::status={state / 'status'}",
+               f"Dir::State::Lists={state / 'lists'}", f"Dir::Cache={state / 'cache'}", f"APT::Architecture={arch}", f"APT::Architectures={arch}",
+               "APT::Sandbox::User="]
+    apt = ["apt-get", *(part for option in options for part in ("-o", option))]
+    run([*apt, "update"], state)
+    run([*apt, "download", *packages], state / "debs")
+    return sorted((state / "debs").glob("*.deb"))
+
+
+def relative_links(root: pathlib.Path) -> None:
+    """Links to absolute paths would leave the folder; /lib is a folder of its own in old packages, a link to usr/lib since."""
+    for path in root.rglob("*"):
+        if path.is_symlink() and path.readlink().is_absolute():
+            target = root / path.readlink().relative_to("/")
+            path.unlink()
+            path.symlink_to(pathlib.Path(*[".."] * (len(path.relative_to(root).parts) - 1)) / target.relative_to(root))
+
+
+def make(root: pathlib.Path, arch: str) -> None:
+    if (root / STAMP).is_file() and (root / STAMP).read_text(encoding="utf-8") == arch:
+        return
+    if root.exists() and any(root.iterdir()):
+        raise Failure(f"{root} is not empty, and no {arch} sysroot")
+    for program in ("apt-get", "dpkg-deb"):
+        if not shutil.which(program):
+            raise Failure(f"{program} is not installed; run it on Debian 12 or in a container of it")
+    with tempfile.TemporaryDirectory() as tmp:
+        for suite, packages in PACKAGES.items():
+            for package in download(pathlib.Path(tmp), suite, arch, packages):
+                root.mkdir(parents=True, exist_ok=True)
+                run(["dpkg-deb", "-x", str(package), str(root)], root)
+    relative_links(root)
+    (root / STAMP).write_text(arch, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="sysroot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--arch", choices=["amd64", "arm64"], default="amd64")
+    args = parser.parse_args()
+    try:
+        make(args.folder.absolute(), args.arch)
+    except (Failure, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
