@@ -177,7 +177,7 @@ def test_editable_install(tmp_path, build_dir):
                            "--disable-pip-version-check"], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     code = ("import json, pathlib, tbq; from tbq.paths import program\n"
-            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths(), str(program('llama-server'))]))")
+            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths.paths(), str(program('llama-server'))]))")
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     import json

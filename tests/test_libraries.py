@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from llama_tools import ENV
+from tbq.demo import QUESTION
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RPATH and LD_LIBRARY_PATH are of ELF systems")
 #: The names of llama.cpp's own libraries, as packages of it have them.
@@ -41,7 +42,7 @@ def test_programs_with_others_in_the_library_path(bin_dir, stock):
         assert "undefined symbol" not in done.stderr and "usage" in (done.stdout + done.stderr).lower(), f"{path.name}: {done.stderr}"
 
 
-QUESTION = """
+ASK = """
 import json, sys
 import ctypes
 for name in sys.argv[3:]:
@@ -61,7 +62,7 @@ def test_bindings_with_others(where, demo_model, stock, lib_dir, tmp_path):
         pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
     loaded = [str(stock / f"lib{name}.so") for name in STOCK] if where == "process" else []
     environment = {**ENV, **({"LD_LIBRARY_PATH": str(stock)} if where == "library path" else {})}
-    done = run([sys.executable, "-c", QUESTION, str(demo_model), "-", *loaded], env=environment, cwd=stock if where == "current folder" else tmp_path)
+    done = run([sys.executable, "-c", ASK, str(demo_model), "-", *loaded], env=environment, cwd=stock if where == "current folder" else tmp_path)
     assert done.returncode == 0, done.stderr
     text, files = json.loads(done.stdout.splitlines()[-1])
     assert "Paris" in text
@@ -78,7 +79,7 @@ def test_server_in_a_folder_with_others(demo_model, stock):
     os.chdir(stock)
     try:
         with tbq.Server(demo_model, "tbq4_0", center=False, options=["-c", "512"]) as server:
-            answer = server.chat("What is the capital of France?", temperature=0, max_tokens=16)
+            answer = server.chat(QUESTION, temperature=0, max_tokens=16)
         assert "Paris" in answer["choices"][0]["message"]["content"]
     finally:
         os.chdir(before)

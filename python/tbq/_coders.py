@@ -105,13 +105,26 @@ def _library(name: str) -> ctypes.CDLL | None:
     return None
 
 
+def _cpu_backend() -> ctypes.CDLL | None:
+    """The library of the CPU backend; of a portable build's many the one that ggml would choose here."""
+    found = _library("ggml-cpu")
+    if found is not None:
+        return found
+    try:
+        modules = [ctypes.CDLL(str(path)) for path in sorted(pathlib.Path(paths()["lib"]).glob("libggml-cpu-*.so"))]
+    except (TBQError, OSError):
+        return None
+    # 0: the machine lacks what the module was compiled for
+    return max((module for module in modules if module.ggml_backend_score()), key=lambda module: int(module.ggml_backend_score()), default=None)
+
+
 @functools.lru_cache(maxsize=None)
 def _fast_half() -> Any:
     """The CPU backend's half to float, ten times as fast as ggml-base's and NumPy's, or None.
 
     Without the instructions it reads a table that is empty until the backend starts, so all halves are compared.
     """
-    function = getattr(_library("ggml-cpu"), "ggml_cpu_fp16_to_fp32", None)
+    function = getattr(_cpu_backend(), "ggml_cpu_fp16_to_fp32", None)
     if function is not None:
         halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
         values = np.empty(1 << 16, np.float32)

@@ -95,7 +95,7 @@ def _load() -> ModuleType:
             spec.loader.exec_module(module)
             importlib.import_module("llama_cpp.mtmd_cpp")  # the bindings would do it later, for a model with images
         # llama.cpp's programs do this at their start; it loads the backends that are modules
-        importlib.import_module("llama_cpp._ggml").libggml.ggml_backend_load_all()
+        module.llama_cpp._lib.ggml_backend_load_all()
     except BaseException as error:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]
