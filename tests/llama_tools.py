@@ -42,21 +42,12 @@ def cache_mib(type_name, n_ctx, layers=LAYERS, kv_heads=KV_HEADS, head=HEAD):
     return n_ctx * layers * n_bytes(type_name, kv_heads * head) / 2**20
 
 
-def run(program, *args, ok=True, until="", timeout=180, cwd=None):
-    """Run to the end; stdout and stderr apart. With ok, a status other than 0 is a failure.
-
-    until: a text that the program prints last. At this pin a program that ends quickly can lose its last lines: the
-    logger writes from a thread that nobody waits for (common/log.cpp: "may cause logs to be lost if not flushed").
-    Without that text the run is repeated: on a slow machine 3 of 4 runs lost it, and once 12 in a row.
-    """
+def run(program, *args, ok=True, timeout=180, cwd=None):
+    """Run to the end; stdout and stderr apart. With ok, a status other than 0 is a failure."""
     cmd = [str(program), *map(str, args)]
-    for _ in range(40):
-        done = subprocess.run(cmd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace", timeout=timeout, cwd=cwd, env=ENV)
-        if ok and done.returncode != 0:
-            raise AssertionError(f"status {done.returncode}: {' '.join(cmd)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        if until in done.stdout + done.stderr or done.returncode < 0:  # a crash will not say more the next time
-            break
+    done = subprocess.run(cmd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, cwd=cwd, env=ENV)
+    if ok and done.returncode != 0:
+        raise AssertionError(f"status {done.returncode}: {' '.join(cmd)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
 
 
@@ -70,7 +61,7 @@ def number(label, text):
 def complete(bin_dir, model, prompt, *args, n=16, n_ctx=256, **kw):
     """llama-completion on a raw prompt: (generated text, log). Level 4 shows libllama's own lines."""
     done = run(Path(bin_dir) / "llama-completion", "-m", model, "-p", prompt, "-n", n, "-c", n_ctx,
-               "-no-cnv", "--no-display-prompt", "-lv", 4, *THREADS, *GREEDY, *args, until="graphs reused", **kw)
+               "-no-cnv", "--no-display-prompt", "-lv", 4, *THREADS, *GREEDY, *args, **kw)
     return done.stdout.strip(), done.stderr + done.stdout
 
 
@@ -108,16 +99,15 @@ class Divergence:
     def __init__(self, bin_dir, model, text, base, n_ctx=512, chunks=2, args=()):
         self.program, self.model, self.base = Path(bin_dir) / "llama-perplexity", model, base
         self.size = ("-c", n_ctx, "-b", n_ctx, "--chunks", chunks)
-        self.base_ppl = number("Final estimate: PPL", self._run(model, "Final estimate", "-f", text, *args))
+        self.base_ppl = number("Final estimate: PPL", self._run(model, "-f", text, *args))
 
-    def _run(self, model, last_line, *args):
-        done = run(self.program, "-m", model, "--kl-divergence-base", self.base, *self.size, *THREADS, *args,
-                   until=last_line, timeout=300)
+    def _run(self, model, *args):
+        done = run(self.program, "-m", model, "--kl-divergence-base", self.base, *self.size, *THREADS, *args, timeout=300)
         return done.stdout + done.stderr
 
     def __call__(self, k="f16", v="f16", *args, model=None):
         """Statistics of one K/V pair, or of another file of the same model: kld, kld_max, ppl, same_top (percent)."""
-        out = self._run(model or self.model, "Same top p:", "--kl-divergence", "-ctk", k, "-ctv", v, *args)
+        out = self._run(model or self.model, "--kl-divergence", "-ctk", k, "-ctv", v, *args)
         return {key: number(label, out) for key, label in (
             ("kld", r"Mean +KLD"), ("kld_max", r"Maximum KLD"), ("ppl", r"Mean PPL\(Q\)"), ("same_top", r"Same top p"))}
 

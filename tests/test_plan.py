@@ -177,7 +177,7 @@ class Allocated:
         arguments = ("-m", path, "-c", context, "-ctk", k, "-ctv", v, "-npp", 1, "-ntg", 1, "-npl", parallel, "-ub", ubatch,
                      "--fit", "off", "-lv", 5, *THREADS, *(["-kvu"] if unified else []), *(["--swa-full"] if swa_full else []))
         # at this line everything is allocated; what the model then computes does not matter here
-        done = run(bin_dir / "llama-batched-bench", *arguments, ok=False, until="reserve took")
+        done = run(bin_dir / "llama-batched-bench", *arguments, ok=False)
         self.log = done.stdout + done.stderr
         self.started = "reserve took" in self.log
         self.caches, layers = [], []
