@@ -182,6 +182,5 @@ int main(int argc, char ** argv) {
     llama_numa_init(params.numa);
     const int status = run(params);
     llama_backend_free();
-    common_log_flush(common_log_main()); // its thread would be cut off with the last lines
     return status;
 }

@@ -9,6 +9,7 @@
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-mmap.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
@@ -19,9 +20,9 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -122,6 +123,7 @@ static constexpr const char * NAME_MEAN   = "blk.%d.attn_k.center";
 static constexpr const char * NAME_ENERGY = "blk.%d.attn_q.energy";
 
 struct llama_center {
+    std::string path;        // for messages
     std::string fingerprint; // of the model
     std::string arch;
     uint32_t    n_ctx    = 0;
@@ -137,7 +139,7 @@ struct llama_center {
     };
     std::map<int32_t, layer> layers;
 
-    // of everything above: damage shows, and two centers with one hash are the same
+    // of everything above but the path: damage shows, and two centers with one hash are the same
     std::string hash() const {
         std::string text = format("%s %s %u %" PRIu64 "\n", fingerprint.c_str(), arch.c_str(), n_ctx, n_tokens);
         for (const auto & [il, l] : layers) {
@@ -228,6 +230,7 @@ struct llama_center {
             throw std::runtime_error(format("%s is of a newer version", path));
         }
         llama_center res;
+        res.path        = path;
         res.fingerprint = string("cache_center.model");
         res.arch        = string("cache_center.architecture");
         res.n_ctx       = gguf_get_val_u32(gguf.get(), find("cache_center.n_ctx",    GGUF_TYPE_UINT32, false));
@@ -394,17 +397,20 @@ void llama_kv_cache::center_state_read(llama_io_read_i & io, uint32_t & n_stream
         hash.resize(64);
         io.read(hash.data(), hash.size());
         io.read(&n_stream, sizeof(n_stream));
+        if (hash.find_first_not_of("0123456789abcdef") != std::string::npos) {
+            throw std::runtime_error("the hash of the calibration file that this state names is corrupt");
+        }
     }
     if (hash != center_hash) {
         const auto name = [](const std::string & h) { return h.empty() ? std::string("none") : h.substr(0, 12); };
-        throw std::runtime_error(format("the keys of this state are less another center: its hash is %s, this context's %s",
+        throw std::runtime_error(format("this state was saved with a different calibration file (hash %s; this context: %s)",
             name(hash).c_str(), name(center_hash).c_str()));
     }
 }
 
 // --- in the context -------------------------------------------------------------------------------------------------
 
-void llama_context::set_cache_center(const char * path) {
+void llama_context::set_center(const llama_center * means) {
     std::string error;
     const std::vector<llama_kv_cache *> caches = caches_of(*this, error);
     if (!error.empty()) {
@@ -416,14 +422,15 @@ void llama_context::set_cache_center(const char * path) {
         }
     }
     sched_need_reserve = true; // the graphs get or lose an operation
-    if (!path) {
+    if (!means) {
         for (llama_kv_cache * kv : caches) {
             kv->set_center(nullptr, "");
         }
         return;
     }
 
-    const llama_center center = llama_center::load(path);
+    const llama_center & center = *means;
+    const char * path = center.path.c_str();
     if (center.arch != llm_arch_name(model.arch) || center.fingerprint != model.fingerprint) {
         throw std::runtime_error(format("%s was measured on another model (%s, tensors %s); this one is %s, %s", path,
             center.arch.c_str(), center.fingerprint.substr(0, 12).c_str(), llm_arch_name(model.arch), model.fingerprint.substr(0, 12).c_str()));
@@ -474,14 +481,37 @@ void llama_context::set_cache_center(const char * path) {
         n_layer, center.n_ctx, hash.substr(0, 12).c_str());
 }
 
-int32_t llama_set_cache_center(llama_context * ctx, const char * path) {
+// tbq serve looks for the name of the function that its option is about
+static void log_refusal(const std::exception & err) {
+    LLAMA_LOG_ERROR("llama_set_cache_center: %s\n", err.what());
+}
+
+llama_center * llama_center_load(const char * path) {
     try {
-        ctx->set_cache_center(path);
+        return new llama_center(llama_center::load(path));
+    } catch (const std::exception & err) {
+        log_refusal(err);
+        return nullptr;
+    }
+}
+
+void llama_center_free(llama_center * center) {
+    delete center;
+}
+
+int32_t llama_set_center(llama_context * ctx, const llama_center * center) {
+    try {
+        ctx->set_center(center);
         return 0;
     } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        log_refusal(err);
         return -1;
     }
+}
+
+int32_t llama_set_cache_center(llama_context * ctx, const char * path) {
+    const std::unique_ptr<llama_center> center(path ? llama_center_load(path) : nullptr);
+    return path && !center ? -1 : llama_set_center(ctx, center.get());
 }
 
 // --- measuring ------------------------------------------------------------------------------------------------------
@@ -648,19 +678,15 @@ int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, co
         center.layers[il] = { model.hparams.n_embd_head_k(il), model.hparams.n_head_kv(il), std::move(mean), std::move(energy), rope_of(*ctx, il), rope_factors_of(*ctx, il),
             llama_cache_center_stats_share(stats, il) };
     }
-    // complete or not there: under a name of its own until it has been read back
-    const std::string part = std::string(path) + ".part";
+    // the old file stays until the new one has been read back
     try {
-        center.save(part.c_str());
-        llama_center::load(part.c_str());
-        std::remove(path); // rename() replaces nothing on Windows
-        if (std::rename(part.c_str(), path) != 0) {
-            throw std::runtime_error(format("%s cannot be written", path));
-        }
+        llama_file_replace out(path);
+        center.save(out.path());
+        llama_center::load(out.path());
+        out.commit();
         return 0;
     } catch (const std::exception & err) {
-        std::remove(part.c_str());
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        LLAMA_LOG_ERROR("%s: %s: %s\n", __func__, path, err.what());
         return -1;
     }
 }
