@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,7 @@ def demo_center(demo_model, tmp_path_factory):
 
 def refused(bin_dir, model, center, *args):
     done = run(bin_dir / "llama-perplexity", "-m", model, "-f", __file__, "-c", 256, "--cache-center", center, "-ctk", "tbq4_0", "-ctv", "tbq4_0", *THREADS,
-               *args, ok=False, until="failed to create context")
+               *args, ok=False)
     assert done.returncode == 1
     return done.stdout + done.stderr
 
@@ -400,14 +401,82 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
     args = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--slot-save-path", tmp_path)
     other = tmp_path / "other.gguf"
     calibrate(demo_model, other, 2048, chunks=2)
+    hashes = {}
     for name, center in (("none", None), ("a", demo_center), ("b", other)):
         with Server(bin_dir, demo_model, tmp_path / "log", *args, *(["--cache-center", center] if center else [])) as server:
             server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=4)
             assert server.slot("save", f"{name}.bin")[0] == 200
-            for there in ("none", "a", "b"):
-                if (tmp_path / f"{there}.bin").exists():
-                    assert server.slot("restore", f"{there}.bin")[0] == (200 if there == name else 400)
-    assert "the keys of this state are less another center" in (tmp_path / "log").read_text(errors="replace")
+            hashes[name] = read_center(center).hash[:12] if center else "none"
+            for there, saved in hashes.items():
+                status, answer = server.slot("restore", f"{there}.bin")
+                assert status == (200 if there == name else 400), answer
+                if there != name:  # the answer says it, not only the log
+                    assert answer["error"]["message"].endswith("this state was saved with a different calibration file "
+                                                               f"(hash {saved}; this context: {hashes[name]})")
+    # a hash that is none does not reach an answer
+    data = bytearray((tmp_path / "b.bin").read_bytes())
+    at = data.index(read_center(other).hash.encode())
+    data[at:at + 4] = b"\xff\n\0\x80"
+    (tmp_path / "b.bin").write_bytes(data)
+    with Server(bin_dir, demo_model, tmp_path / "log", *args, "--cache-center", other) as server:
+        status, answer = server.slot("restore", "b.bin")
+        assert status == 400 and answer["error"]["message"].endswith("the hash of the calibration file that this state names is corrupt")
+
+
+def fall_asleep(server, times):
+    """Until a server with --sleep-idle-seconds 1 sleeps for that time."""
+    end = time.monotonic() + 60
+    while server.log.count("server is entering sleeping state") < times:
+        assert server.process.poll() is None and time.monotonic() < end, server.log[-2000:]
+        time.sleep(0.1)
+
+
+def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center, tmp_path):
+    """The file is read once: what became of it while the server slept makes no difference."""
+    file, prompt = tmp_path / "center.gguf", "1, 2, 3, 4, 5, 6, 7, 8,"
+    shutil.copyfile(demo_center, file)
+    other = tmp_path / "other.gguf"
+    calibrate(demo_model, other, 512, chunks=1)
+    args = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--cache-center", file, "--sleep-idle-seconds", 1)
+    with Server(bin_dir, demo_model, tmp_path / "log", *args) as server:
+        first = server.complete(prompt, n=8)["content"]
+        for times, change in enumerate((lambda: other.replace(file), file.unlink, lambda: file.write_bytes(b"GGUF")), 1):
+            fall_asleep(server, times)
+            change()
+            assert server.complete(prompt, n=8)["content"] == first
+        centers = re.findall(r"keys are stored less their means: .* hash (\w+)", server.log)
+    assert centers == [read_center(demo_center).hash[:12]] * 4
+
+
+def test_a_server_that_cannot_wake_up_says_so(bin_dir, tmp_path):
+    """Its model is gone: an answer, and an end that is no crash."""
+    model = tiny_llama(tmp_path / "model.gguf", 64)
+    with Server(bin_dir, model, tmp_path / "log", "--sleep-idle-seconds", 1) as server:
+        server.complete("1, 2,", n=1)
+        fall_asleep(server, 1)
+        model.unlink()
+        status, answer = server.request("/completion", {"prompt": "1, 2,", "n_predict": 1})
+        assert status == 500 and "without having woken up" in answer["error"]["message"], answer
+        assert server.process.wait(20) == 1
+        assert re.search("failed to reload model after sleeping", server.log)
+
+
+def test_a_full_disk_costs_no_center(demo_model, bin_dir, demo_center, tmp_path):
+    """llama-cache-center over a good file, where a new one does not fit beside it: the old one stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = -(-demo_center.stat().st_size * 3 // 2 // 4096) * 4096
+    if (done := subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)).returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        shutil.copyfile(demo_center, disk / "center.gguf")
+        done = run(bin_dir / "llama-cache-center", "-m", demo_model, "-f", python_text(tmp_path / "text"), "-c", 512, "--chunks", 1,
+                   "-o", disk / "center.gguf", *THREADS, ok=False)
+        assert done.returncode == 1 and f"error: {disk / 'center.gguf'} was not written" in done.stderr
+        assert [p.name for p in disk.iterdir()] == ["center.gguf"]
+        assert (disk / "center.gguf").read_bytes() == demo_center.read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
