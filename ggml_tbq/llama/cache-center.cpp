@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // llama-cache-center: measure the mean of a model's keys and write it into a small GGUF file.
 //
 //     llama-cache-center -m model.gguf -f text.txt -c 8192 -o model.center.gguf

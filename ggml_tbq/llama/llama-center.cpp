@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Centred keys, as a mechanism of the KV cache.  Why attention does not notice: docs/center.md.
 
 #include "llama-center.h"

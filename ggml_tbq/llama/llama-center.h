@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Centred keys: the cache holds each key less the mean of its layer, head and channel (docs/center.md).
 //
 // llama_set_cache_center() in llama.h names the file with the means.  This header is for whoever measures them:
