@@ -15,6 +15,8 @@ complete output goes to build/install.log.
 import ast
 import contextlib
 import fcntl
+import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -56,14 +58,25 @@ def check_machine():
         raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.1f} GB needed")
 
 
-def jobs():
-    """Compiler processes at once: one a core, fewer if memory is short."""
+def container():
+    """The package's module that knows a container's limits, which stands alone: the package is not installed yet."""
+    spec = importlib.util.spec_from_file_location("limits", ROOT / "python" / "tbq" / "_limits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def jobs(root=pathlib.Path("/")):
+    """Compiler processes at once: one a core, fewer if memory is short.  root: of /proc and /sys."""
+    limits = container()
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(count, math.ceil(limits.cpus(root) or count))
+    memory = [limits.memory(root)]
     try:
-        memory = int(re.search(r"MemAvailable: +(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
+        memory.append(int(re.search(r"MemAvailable: +(\d+) kB", (root / "proc" / "meminfo").read_text())[1]) * 1024)
     except (OSError, TypeError):
-        return count
-    return max(1, min(count, memory // BYTES_PER_JOB))
+        pass
+    return max(1, min([count, *(size // BYTES_PER_JOB for size in memory if size)]))
 
 
 def build_dir():

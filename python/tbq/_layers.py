@@ -109,6 +109,11 @@ class Shape:
     flash_attention: bool  #: False: llama.cpp has none for this architecture, so values cannot be quantized
     doubts: tuple[str, ...]  #: why the layers might be others than llama.cpp's
 
+    @property
+    def cached(self) -> bool:
+        """Whether any layer keeps keys and values."""
+        return any(layer.kind != NONE for layer in self.layers)
+
 
 class _Fields:
     """Numbers of an architecture's metadata, checked."""
@@ -139,20 +144,22 @@ class _Fields:
 def read_shape(fields: Mapping[str, Any]) -> Shape:
     """The layers of a model.
 
-    fields: metadata by key.  Raises TBQError for what has no cache, or one that is not known here, and for metadata
-    that llama.cpp would not load either.
+    fields: metadata by key.  Raises TBQError for what is no language model, for a cache that is not known here, and for
+    metadata that llama.cpp would not load either.
     """
     arch = fields.get("general.architecture")
     if not isinstance(arch, str) or not arch.isprintable():
         raise TBQError("the file names no general.architecture; it is no model")
-    if arch in _NO_CACHE:
-        raise TBQError(f"a model of architecture {arch!r} keeps no cache; there is nothing to plan")
     if arch in _NOT_PLANNED:
         raise TBQError(f"a model of architecture {arch!r} {_NOT_PLANNED[arch]}")
     f = _Fields(fields, arch)
     count = f.number("block_count")
     if not 1 <= count <= _MAX_LAYERS:
         raise TBQError(f"{arch}.block_count is {count}; llama.cpp takes 1 to {_MAX_LAYERS} layers")
+    if arch in _NO_CACHE:
+        key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
+        unread = ("llama.cpp makes a cache for this architecture all the same, which nothing reads",) if arch == "t5encoder" else ()
+        return Shape(arch, tuple(Layer(i, NONE) for i in range(count)), (key,), (value,), 0, f.number("context_length"), False, True, unread)
     main = count - min(count, f.number("nextn_predict_layers", 0))
     doubts: list[str] = []
     heads = f.each("attention.head_count", count, 0)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, MappingProxyType
 
+from tbq import _limits
 from tbq.paths import program
 
 
@@ -44,7 +46,7 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
     """
     # what a user has set for servers must not change a measurement
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile(dir=folder) as errors:
         process = None
         try:
             with _held():
@@ -69,8 +71,9 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
 
 
 def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use, a container's share of their time rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, math.ceil(_limits.cpus() or count))
 
 
 def at_least_one(text: str) -> int:

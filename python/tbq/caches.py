@@ -9,6 +9,7 @@ from typing import Any
 
 from tbq._layers import GLOBAL, read_shape
 from tbq._run import run
+from tbq._settings import under
 from tbq._types import block, types
 from tbq._version import __version__
 from tbq.errors import TBQError
@@ -88,19 +89,22 @@ class Model:
     """What measuring needs of a GGUF file's metadata."""
 
     path: pathlib.Path
-    context: int  #: tokens that it was trained for, 0 if the file does not say
+    context: int  #: tokens that it was trained for, or that RoPE is scaled to; 0 if the file does not say
     vocab: int  #: tokens of the tokenizer, 0 without one
     cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
 
 
-def read_model(path: pathlib.Path) -> Model:
-    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged."""
+def read_model(path: pathlib.Path, options: Sequence[str] = ()) -> Model:
+    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged.
+
+    options: llama.cpp's; --override-kv and those of RoPE count.
+    """
     from tbq.gguf_files import open_gguf
 
     fields = open_gguf(path).metadata
-    tokens = fields.get("tokenizer.ggml.tokens")
-    return Model(path, fields.integer(f"{fields.get('general.architecture')}.context_length", 0), len(tokens) if isinstance(tokens, list) else 0,
-                 _cache(fields))
+    fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
+    settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
+    return Model(path, settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields))
 
 
 def _cache(fields: Mapping[str, Any]) -> Cache | None:

@@ -8,26 +8,31 @@ how much its queries have in each channel, which tells the encoder of a tbq type
 `tbq serve` and tbq.llama.Llama do both by themselves.  Why attention stays the same, and what it is worth: docs/center.md.
 """
 import argparse
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
 import re
+import shutil
 import struct
-import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from tbq._run import at_least_one, cores, interruptible, run
+from tbq._settings import ROPE_OPTIONS, measured_over, select
 from tbq.caches import read_model
-from tbq.errors import TBQError, printable
+from tbq.errors import TBQError, one_line, printable
 from tbq.gguf_files import Tensor, as_path, open_gguf
 
 _METHOD = "1"  # of measuring: another number when what is measured changes, so that nothing old is used
 _SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
+_ROOM = 4 << 20  # bytes that measuring needs in its folder: a text and the center
 _CHUNK = re.compile(r"^chunk (\d+)/(\d+)$", re.M)
 
 #: Options of llama.cpp's programs that change how the model runs, and whether a value follows: the measuring gets them too.
@@ -35,10 +40,6 @@ _MODEL_OPTIONS = {**{name: True for name in (
     "-t", "--threads", "-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu",
     "-ot", "--override-tensor", "-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn", "--rpc", "-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa")},
     **{name: False for name in ("-cmoe", "--cpu-moe", "-nr", "--no-repack", "--no-host")}}
-#: Those that change the keys: a center is for one value of each.
-_ROPE_OPTIONS = {name: True for name in (
-    "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor", "--yarn-attn-factor",
-    "--yarn-beta-slow", "--yarn-beta-fast", "--override-kv")}
 
 
 class NothingToCentre(TBQError):
@@ -122,35 +123,47 @@ def read_center(path: str | os.PathLike[str]) -> Center:
     return center
 
 
-def _select(options: Sequence[str], names: dict[str, bool]) -> Iterator[str]:
-    """Of llama.cpp's options those named, with their values."""
-    rest = iter(options)
-    for option in rest:
-        name = option.replace("_", "-") if option.startswith("--") else option
-        if name in names:
-            yield option
-            if names[name]:
-                yield from [value for value in [next(rest, None)] if value is not None]
-
-
 def model_options(options: Sequence[str]) -> list[str]:
     """Those of llama.cpp's options that the measuring needs too."""
-    return list(_select(options, _MODEL_OPTIONS | _ROPE_OPTIONS))
+    return [text for pair in select(options, _MODEL_OPTIONS | ROPE_OPTIONS) for text in pair if text is not None]
 
 
-def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: bytes | None = None, chunks: int | None = None,
+def _text(text: "bytes | str | os.PathLike[str] | None") -> tuple[bytes, str]:
+    """What is read, and what a message calls it."""
+    from tbq.quality import python_text, read_text
+
+    if text is None:
+        return python_text(), "Python's language reference"
+    if not isinstance(text, bytes):
+        return read_text(pathlib.Path(text)), f"text {os.fspath(text)!r}"
+    if not text.strip():
+        raise TBQError("the text is empty; name one that the model can read")
+    return text, "the text"
+
+
+@contextlib.contextmanager
+def _of_file(path: pathlib.Path) -> Iterator[None]:
+    """An OSError inside is about this file: a full disk, for example, does not say what it was full for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and path.parent not in pathlib.Path(os.fsdecode(error.filename)).parents:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: "bytes | str | os.PathLike[str] | None" = None, chunks: int | None = None,
               options: Sequence[str] = (), on_chunk: Callable[[int, int], None] | None = None) -> str:
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
 
     model: a GGUF file, the first of a split.  context: tokens; the keys are taken at positions spread over them.
-    text: UTF-8 to run the model on, Python's language reference if None.  chunks: of 128 tokens (8).
+    text: what to run the model on, UTF-8 or the path of a file, Python's language reference if None.  chunks: of 128 tokens (8).
     options: llama.cpp's, for example ["-ngl", "99"].  on_chunk: is called with the chunks done, and all of them.
     Returns a table of the share of the keys' energy that the means hold, by layer and length of context.
     The same arguments give the same bytes.
-    Raises TBQError with llama.cpp's reason: no keys to centre (MLA, attention sinks, logit soft-cap), a text too short.
+    Raises TBQError with llama.cpp's reason: no keys to centre (MLA, attention sinks, logit soft-cap), a text too short; OSError
+    for what cannot be written.
     """
-    from tbq.quality import python_text
-
     out = as_path(out)
     if not out.parent.is_dir():
         raise TBQError(f"{out.parent} is not a folder")
@@ -164,9 +177,10 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
         if on_chunk and (found := _CHUNK.findall(output)):
             on_chunk(int(found[-1][0]), int(found[-1][1]))
 
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    read, named = _text(text)
+    with _of_file(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         parts = pathlib.Path(folder)
-        (parts / "text").write_bytes(python_text() if text is None else text)
+        (parts / "text").write_bytes(read)
         threads = [] if "-t" in options or "--threads" in options else ["-t", str(cores())]
         arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
                      *(["--chunks", str(chunks)] if chunks else [])]
@@ -179,25 +193,56 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
             nothing = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)", log)
             if nothing:
                 raise NothingToCentre(f"the keys of {model} stay as they are: {nothing[1]}")
+            if shutil.disk_usage(parts).free < 1 << 16:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             reason = re.search(r"^error: (.*)", log, re.M)
+            if reason and reason[1].startswith("the text has "):
+                raise TBQError(f"{named} is too short: it{reason[1].removeprefix('the text')}")
             raise TBQError(f"the keys of {model} were not measured: {reason[1] if reason else done.error()}")
         read_center(parts / "center")
         os.replace(parts / "center", out)
     return done.stdout[done.stdout.find("share of the keys"):].rstrip()
 
 
-def folder() -> pathlib.Path:
-    """Where centers are kept that were measured on first use: below the user's folder for caches."""
+class Scratch:
+    """A folder for files that must last as long as their user: made when it is first asked for, gone when it is closed, or with this object."""
+
+    def __init__(self) -> None:
+        self._remove: Callable[[], object] | None = None
+
+    def folder(self) -> pathlib.Path:
+        """OSError where nothing can be written."""
+        if self._remove is None:
+            try:
+                self._folder = tempfile.mkdtemp(prefix="tbq-")
+            except FileNotFoundError:  # a container that can be read only has this one
+                self._folder = tempfile.mkdtemp(prefix="tbq-", dir="/dev/shm")
+            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
+        return pathlib.Path(self._folder)
+
+    def close(self) -> None:
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
+
+
+def folder() -> pathlib.Path | None:
+    """Where centers are kept that were measured on first use: below the user's folder for caches.  None if the user has none."""
     import platformdirs
 
-    return pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / "centers"
+    try:
+        found = pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / "centers"
+    except RuntimeError:  # no variable names one, and the user has no entry in passwd
+        return None
+    return found if found.is_absolute() else None  # older releases return "~/.cache" then
 
 
 def for_cache(model: str | os.PathLike[str], k: str, context: int, center: "bool | str | os.PathLike[str]", options: Sequence[str],
-              say: Callable[[str], None]) -> pathlib.Path | None:
+              say: Callable[[str], None], scratch: Scratch) -> pathlib.Path | None:
     """The center that a cache with keys of type k should have, or None: tbq.server and tbq.llama ask here.
 
     center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
+    context: tokens, the positions that keys can have.  scratch: for a center that cannot be kept.
     A model whose keys cannot be centred does without; say gets the reason, and one line before something is measured.
     Raises TBQError for a file that is none.
     """
@@ -207,43 +252,70 @@ def for_cache(model: str | os.PathLike[str], k: str, context: int, center: "bool
     if not center or k in ("f32", "f16", "bf16"):
         return None
     try:
-        return of_model(model, context, options, say)
+        return of_model(model, context, options, say, scratch)
     except (TBQError, OSError) as error:
-        say(f"keys are not centred: {error}")
+        say(f"keys are not centred: {one_line(error)}")
         return None
 
 
-def of_model(model: str | os.PathLike[str], context: int, options: Sequence[str] = (), say: Callable[[str], None] | None = None) -> pathlib.Path:
+def of_model(model: str | os.PathLike[str], context: int, options: Sequence[str] = (), say: Callable[[str], None] | None = None,
+             scratch: Scratch | None = None) -> pathlib.Path:
     """The center of a model for a context, measured now if it is not in folder() yet.
 
-    options: llama-server's; those of the model and of RoPE count.  say: gets a line before something is measured.
-    Raises TBQError if the keys cannot be measured or the folder not be written.
+    context: tokens; contexts of like lengths share a center.  options: llama-server's; those of the model and of RoPE count.
+    say: gets a line before something is measured.  scratch: where the center goes if it cannot be kept.
+    Raises TBQError if the keys cannot be measured, or not be kept and there is no scratch.
     """
-    trained = read_model(pathlib.Path(model)).context
-    context = 1 << max(10, (context - 1).bit_length())  # contexts of like lengths share one: the mean changes little
-    context = min(context, trained) if trained else context
-    rope = list(_select(options, _ROPE_OPTIONS))
+    context = measured_over(context, read_model(pathlib.Path(model), options).context)
+    rope = [text for pair in select(options, ROPE_OPTIONS) for text in pair if text is not None]
     name = hashlib.sha256(" ".join([_METHOD, fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
-    path, never = folder() / f"{name}.gguf", folder() / f"{name}.none"
-    try:
-        if path.is_file():
-            try:
-                read_center(path)
-                return path
-            except TBQError:  # damaged: measure it again
-                pass
-        if never.is_file():
-            raise TBQError(never.read_text(encoding="utf-8"))
-        if say:
-            say(f"measuring the mean of the keys of {pathlib.Path(model).name}, once; it is kept in {path.parent}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    what = f"measuring the mean of the keys of {pathlib.Path(model).name}"
+    where, why = folder(), "the user has no folder for caches: neither XDG_CACHE_HOME nor HOME is set"
+    if where is not None:
         try:
-            calibrate(model, path, context, options=model_options(options))
-        except NothingToCentre as error:  # of a model, whatever the machine: it need not be loaded for that again
-            never.write_text(str(error), encoding="utf-8")
-            raise
-    except OSError as error:
-        raise TBQError(f"the means of the keys cannot be kept in {path.parent}: {error.strerror or error}") from None
+            if found := _kept(where, name):
+                return found
+            _check_writable(where)
+            if say:
+                say(f"{what}, once; it is kept in {where}")
+            return _measure(model, where, name, context, options)
+        except OSError as error:
+            why = f"{where}: {error.strerror or error}"
+    if scratch is None:
+        raise TBQError(f"the means of the keys cannot be kept: {why}")
+    if say:
+        say(f"{what}, at each start, because it cannot be kept ({why})")
+    return _measure(model, scratch.folder(), name, context, options)
+
+
+def _kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The center of that name; None if it is not there, or damaged.  TBQError if the model is known to have none."""
+    path, never = where / f"{name}.gguf", where / f"{name}.none"
+    if path.is_file():
+        with contextlib.suppress(TBQError):  # measure it again
+            read_center(path)
+            return path
+    if never.is_file():
+        raise TBQError(never.read_text(encoding="utf-8"))
+    return None
+
+
+def _check_writable(where: pathlib.Path) -> None:
+    """OSError before anything is measured that could not be written there."""
+    where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=where):
+        if shutil.disk_usage(where).free < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _measure(model: str | os.PathLike[str], where: pathlib.Path, name: str, context: int, options: Sequence[str]) -> pathlib.Path:
+    path = where / f"{name}.gguf"
+    try:
+        calibrate(model, path, context, options=model_options(options))
+    except NothingToCentre as error:  # of a model, whatever the machine: it need not be loaded for that again
+        with contextlib.suppress(OSError):
+            path.with_suffix(".none").write_text(str(error), encoding="utf-8")
+        raise
     return path
 
 
@@ -266,11 +338,8 @@ def define(parser: argparse.ArgumentParser) -> None:
     def run_command(args: argparse.Namespace) -> int:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        from tbq.quality import read_text
-
-        context = args.ctx or read_model(args.model).context or 8192
+        context = args.ctx or read_model(args.model, args.options).context or 8192
         out = args.out or pathlib.Path(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", args.model.name) + ".center.gguf")
-        text = read_text(args.text) if args.text else None
         if args.text and out.exists() and out.samefile(args.text):
             raise TBQError(f"{out} is the text itself; name another file to write")
         with interruptible(), tqdm(unit="chunk", desc="keys", disable=None) as bar:
@@ -278,7 +347,7 @@ def define(parser: argparse.ArgumentParser) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            shares = calibrate(args.model, out, context, text=text, chunks=args.chunks, options=args.options, on_chunk=show)
+            shares = calibrate(args.model, out, context, text=args.text, chunks=args.chunks, options=args.options, on_chunk=show)
         print(shares)
         center = read_center(out)
         print(f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens")

@@ -13,9 +13,11 @@ Importing it raises TBQError if llama_cpp is another release or was imported bef
 The bindings take the folder of the libraries from environment variables, which are set while they are loaded, and only then.
 """
 import contextlib
+import csv
 import ctypes
 import importlib.util
 import inspect
+import io
 import os
 import pathlib
 import re
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from tbq._types import types
 from tbq.caches import split_pair
-from tbq.center import for_cache
+from tbq.center import Scratch, for_cache
 from tbq.errors import TBQError
 from tbq.paths import paths
 from tbq.server import choose
@@ -160,6 +162,12 @@ def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
     scaling = {0: "none", 1: "linear", 2: "yarn"}.get(arguments.get("rope_scaling_type", -1))
     if scaling:
         yield from ("--rope-scaling", scaling)
+    for key, value in (arguments.get("kv_overrides") or {}).items():
+        kind = {bool: "bool", int: "int", float: "float", str: "str"}.get(type(value))
+        if kind:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="").writerow([f"{key}={kind}:{str(value).lower() if kind == 'bool' else value}"])
+            yield from ("--override-kv", text.getvalue())
 
 
 class Llama(_Base):  # type: ignore[misc]
@@ -182,12 +190,14 @@ class Llama(_Base):  # type: ignore[misc]
         # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
         shape: dict[str, Any] = {"center": center is not False, "context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
                                  "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512))}
+        options_of_center = list(_as_options(options))
+        shape["options"] = options_of_center
         self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **shape)
         def say(line: str) -> None:
             print(f"tbq: {line}", file=sys.stderr, flush=True)
 
-        options_of_center = list(_as_options(options))
-        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say)
+        self._scratch = Scratch()
+        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
         if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
             self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **{**shape, "center": False})
         ids = type_id(self.k), type_id(self.v)

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace as changed
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tbq._pictures import picture_format, replace
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
+from tbq._settings import measured_over, under
 from tbq._types import BLOCK, block, types
 from tbq.errors import TBQError, printable
 
@@ -68,7 +69,7 @@ class Plan:
     name: str | None
     architecture: str
     context: int  #: tokens, of all sequences together
-    context_train: int  #: tokens that the model was trained for
+    context_train: int  #: tokens that the model was trained for, or that YaRN extends it to: a sequence of llama-server has no more
     parallel: int  #: sequences
     unified: bool  #: one cache for all sequences
     ubatch: int  #: tokens of a physical batch
@@ -89,6 +90,11 @@ class Plan:
     center: bool  #: the recommended types need centred keys: `tbq serve` and tbq.llama have them, llama-server with --cache-center
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate something else
+
+    @property
+    def cached(self) -> bool:
+        """Whether the model keeps keys and values: an embedding model (bert) and a recurrent one (mamba) have no cache."""
+        return any(layer.kind != NONE for layer in self.layers)
 
     def bytes_at(self, k: str, v: str, context: int) -> int:
         """Bytes of keys and values of a pair of types, whether llama.cpp takes it or not, at a context of so many tokens."""
@@ -167,12 +173,18 @@ class _Cache:
         return low * step
 
 
+def _without_flash(shape: Shape) -> str:
+    if shape.architecture == "grok":
+        return "llama.cpp has none for architecture 'grok'"
+    return "-fa off switches it off"
+
+
 def _refusal(shape: Shape, k: str, v: str) -> str | None:
     """Why llama.cpp would not make this cache: llama_init_from_model()."""
     if shape.mla and k != v:
         return "with latent attention (MLA) the values are part of the keys, so both have one type"
     if not shape.flash_attention and _block(v)[0] > 1:
-        return f"values of {v} need flash attention, which llama.cpp does not have for architecture {shape.architecture!r}"
+        return f"values of {v} need flash attention: {_without_flash(shape)}"
     keys = (*shape.key_sizes, *(layer.indexer_key_size for layer in shape.layers))
     values = (*shape.value_sizes, *(layer.indexer_value_size for layer in shape.layers))
     for side, name, sizes in (("key", k, keys), ("value", v, values)):
@@ -309,7 +321,7 @@ def _because(pair: tuple[str, str], shape: Shape, sinks: bool, biased: bool) -> 
     if pair in _WORTH:
         return _WORTH[pair]
     if not shape.flash_attention:
-        return "llama.cpp has no flash attention for this architecture, so values stay f16"
+        return f"quantized values need flash attention ({_without_flash(shape)}), so values stay f16"
     if any(size % BLOCK for size in (*shape.key_sizes, *shape.value_sizes)):
         return f"tbq types need head sizes that {BLOCK} divides"
     return "it is the smallest that llama.cpp takes for this model without a large loss"
@@ -326,7 +338,7 @@ def _weights_read(tensors: Mapping[str, "Tensor"], fields: Mapping[str, Any], ar
 
 def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: int | str | None = None,
          cache_only: bool = False, pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True,
-         ubatch: int = 512, swa_full: bool = False, center: bool = True) -> Plan:
+         ubatch: int = 512, swa_full: bool = False, center: bool = True, options: Sequence[str] = ()) -> Plan:
     """What the caches of a model take, and which types to use.
 
     model: a GGUF file, any one of a split; its weights are not loaded.
@@ -338,9 +350,10 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
     ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
     center: whether keys can be centred where that is needed (docs/center.md); without, large biases ask for larger keys.
+    options: llama.cpp's that change what the file says: --override-kv, -fa off, those of RoPE and YaRN; others are passed over.
     Flash attention is assumed to be on, as it is by default.
-    Raises TBQError for a file that is damaged or whose architecture has no cache or an unknown one, and for arguments
-    out of range; OSError for what cannot be opened.
+    Raises TBQError for a file that is damaged or whose architecture has an unknown cache, and for arguments out of range;
+    OSError for what cannot be opened.
     """
     from tbq.gguf_files import open_gguf
 
@@ -357,14 +370,17 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
             raise TBQError(f"pair {pair!r} must be two names of types, (\"tbq4_0\", \"tbq3_0\") for example")
     budget = parse_size(memory) if memory is not None else None
     opened = open_gguf(model)
-    fields, tensors = opened.metadata, {tensor.name: tensor for tensor in opened.tensors}
+    settings = under(opened.metadata, options)
+    fields, tensors = settings.fields, {tensor.name: tensor for tensor in opened.tensors}
     try:
         shape = read_shape(fields)
     except TBQError as error:
         raise TBQError(f"model {str(model)!r}: {error}") from None
+    shape = changed(shape, context_train=settings.trained, flash_attention=shape.flash_attention and settings.flash_attention)
+    of_a_sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
     with np.errstate(all="ignore"):  # damaged weights may be infinite
         biases = key_biases(tensors, shape.layers)
-        centered = key_biases(tensors, shape.layers, _left_by_centring(fields, shape.architecture, context or max(1, shape.context_train)))
+        centered = key_biases(tensors, shape.layers, _left_by_centring(fields, shape.architecture, measured_over(of_a_sequence, settings.reach)))
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
@@ -377,7 +393,9 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     needed = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
     fits = None if left is None else cache.total(*chosen, context) <= left
     reason = reason or _because(chosen, shape, sinks, biased)
-    if left is not None and not fits:
+    if not shape.cached:
+        reason = f"a model of architecture {shape.architecture!r} keeps no keys and values, so there are no types to choose"
+    elif left is not None and not fits:
         reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
@@ -403,7 +421,7 @@ def _choose(cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, cont
     wanted, plain = context or max(1, context_train), ("f16", "f16")
     size = cache.total(*plain, wanted)
     if size == 0:
-        return plain, wanted, "no layer has attention, so there are no keys and values to quantize"
+        return plain, wanted, "no layer has keys and values"
     if size <= weights * SMALL_CACHE and (left is None or size <= left):
         return plain, wanted, (f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; "
                                "a smaller one would gain little")
@@ -495,10 +513,13 @@ def report(plan: Plan) -> str:
     memory = ""
     if plan.memory is not None:
         memory = f", memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
-    lines.append(f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}; bytes of keys (K) and values (V):")
+    lines.append(f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}" + ("; bytes of keys (K) and values (V):" if plan.cached else ""))
     if plan.state_bytes:
-        lines.append(f"recurrent states take {plan.state_bytes:,} bytes beside any cache")
-    lines += [*(_table(plan) if any(pair.bytes for pair in plan.pairs) else ()), ""]
+        lines.append(f"recurrent states take {plan.state_bytes:,} bytes" + (" beside any cache" if plan.cached else ""))
+    if not plan.cached:
+        small = ["warning: the memory is too small for the weights and the state"] if plan.fits is False else []
+        return "\n".join([*lines, f"no cache: {plan.reason}", *small, *(f"warning: {text}" for text in plan.warnings)])
+    lines += [*_table(plan), ""]
     why: dict[str, list[str]] = {}
     for name, text in plan.refused.items():
         why.setdefault(text, []).append(name)
@@ -593,6 +614,8 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-center", action="store_true", help="recommend for keys that are not centred (docs/center.md)")
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION ...",
+                        help="llama.cpp's that change what the file says: -- --rope-scaling yarn --rope-scale 4")
 
     def run(args: argparse.Namespace) -> int:
         from tbq.caches import split_pair
@@ -602,7 +625,7 @@ def define(parser: argparse.ArgumentParser) -> None:
             raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
         found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs,
                      parallel=args.parallel, unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full,
-                     center=not args.no_center)
+                     center=not args.no_center, options=args.options)
         if args.plot is not None:
             plot(found, args.plot)
         print(as_json(found) if args.json else report(found))

@@ -90,10 +90,11 @@ def python_text() -> bytes:
 
 
 def read_text(path: pathlib.Path) -> bytes:
-    """A file's text; TBQError unless it is UTF-8."""
+    """A file's text; TBQError unless it is UTF-8 and has some."""
     try:
         text = path.read_bytes()
-        text.decode()
+        if not text.decode().strip():
+            raise TBQError(f"text {str(path)!r} is empty; name one that the model can read")
     except UnicodeDecodeError as error:
         raise TBQError(f"text {str(path)!r} is not UTF-8 (byte {error.start})") from None
     except OSError as error:

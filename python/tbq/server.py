@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import csv
 import errno
 import functools
 import http.client
@@ -22,11 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tbq._run import INTERRUPTIONS, handled, interruptible
+from tbq import _limits
+from tbq._run import INTERRUPTIONS, cores, handled, interruptible
+from tbq._settings import select, spelled
 from tbq.caches import read_model, split_pair
-from tbq.center import for_cache
+from tbq.center import Scratch, for_cache
 from tbq.errors import TBQError
-from tbq.paths import program
+from tbq.paths import paths, program
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -39,13 +42,44 @@ _LOG_LINES = 5000
 
 # Options of llama-server that the plan or the wait depends on, or that would contradict them, and whether a value follows.
 _OPTIONS = {"-c": ("context", True), "--ctx-size": ("context", True), "-np": ("parallel", True), "--parallel": ("parallel", True),
-            "-ub": ("ubatch", True), "--ubatch-size": ("ubatch", True), "--swa-full": ("swa_full", False),
+            "-ub": ("ubatch", True), "--ubatch-size": ("ubatch", True), "-b": ("batch", True), "--batch-size": ("batch", True), "--swa-full": ("swa_full", False),
             "-kvu": ("unified", False), "--kv-unified": ("unified", False), "-no-kvu": ("unified", False), "--no-kv-unified": ("unified", False),
             "--kv-unified-per-slot": ("per_slot", True), "--cache-center": ("center", True),
             "--host": ("host", True), "--port": ("port", True), "--reuse-port": ("reuse_port", False), "--api-prefix": ("prefix", True),
             "--api-key": ("key", True), "--api-key-file": ("key_file", True), "--ssl-key-file": ("ssl_key", True), "--ssl-cert-file": ("ssl_cert", True),
             "-ctk": ("types", True), "--cache-type-k": ("types", True), "-ctv": ("types", True), "--cache-type-v": ("types", True),
+            "-t": ("threads", True), "--threads": ("threads", True),
             **{name: ("model", True) for name in ("-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo")}}
+
+# Options whose value is a file (a folder: True) that llama-server opens only when much else is done, or not at all.  It
+# looks at those of its other options by itself, before it does anything.
+_FILES = {"--ssl-key-file": False, "--ssl-cert-file": False, "-mm": False, "--mmproj": False, "--lora": False, "--control-vector": False,
+          "--cache-center": False, "-md": False, "--model-draft": False, "--spec-draft-model": False, "-lcs": False, "--lookup-cache-static": False,
+          "--mcp-servers-config": False, "--path": True}
+_LISTS = ("--lora", "--control-vector")
+
+
+def _check_files(options: Sequence[str]) -> None:
+    """TBQError for a file that is not there."""
+    for option, value in select(options, dict.fromkeys(_FILES, True)):
+        name = spelled(option)
+        for path in next(csv.reader([value or ""]), []) if name in _LISTS else [value or ""]:
+            if not (os.path.isdir(path) if _FILES[name] else os.path.exists(path) and not os.path.isdir(path)):
+                raise TBQError(f"{option} {path!r} is not a {'folder' if _FILES[name] else 'file'}")
+
+
+def _check_tls(found: Mapping[str, str], build: Mapping[str, Any]) -> None:
+    """TBQError for a key and a certificate that this build has no use for, or one of them without the other.
+
+    build: of tbq.paths.paths(); without "tls" it is not known, and llama-server will say so.
+    """
+    given = [name for name in ("ssl_key", "ssl_cert") if name in found]
+    if given and build.get("tls") in (False, "false"):
+        raise TBQError("--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; build it where OpenSSL is installed, "
+                       "or put a proxy that has it in front")
+    if len(given) == 1:
+        one, other = ("--ssl-key-file", "--ssl-cert-file")[::1 if given == ["ssl_key"] else -1]
+        raise TBQError(f"{one} without {other}: llama-server would serve without TLS; give both")
 
 
 def _read(options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -53,7 +87,7 @@ def _read(options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     found, others = {}, []
     rest = iter(options)
     for option in rest:
-        name, has_value = _OPTIONS.get(option.replace("_", "-") if option.startswith("--") else option, ("", False))
+        name, has_value = _OPTIONS.get(spelled(option), ("", False))
         given = [option]
         if has_value:
             value = next(rest, None)
@@ -80,8 +114,8 @@ def _shape(found: Mapping[str, str]) -> dict[str, Any]:
         shape.update(parallel=parallel, unified="no-" not in found.get("unified", "no-"))
     if (per_slot := _number(found, "per_slot")) and not shape["context"]:
         shape.update(context=per_slot * (parallel or 4))
-    if ubatch := _number(found, "ubatch"):
-        shape.update(ubatch=ubatch)
+    if {"ubatch", "batch"} & found.keys():
+        shape.update(ubatch=min(_number(found, "ubatch") or 512, _number(found, "batch") or 2048))
     return shape
 
 
@@ -138,7 +172,8 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
 def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, str, "Plan | None"]:
     """Types of keys and values for a model, and the plan with their sizes (None where there can be none).
 
-    kv: "auto", a type, or "K/V".  shape: context, parallel, unified, ubatch, swa_full, center of tbq.plan.
+    kv: "auto", a type, or "K/V"; for a model without a cache it is f16, llama.cpp's default, whatever was asked for.
+    shape: context, parallel, unified, ubatch, swa_full, center, options of tbq.plan.
     Raises TBQError for a model that is no file, a pair that llama.cpp refuses, and an "auto" that cannot be planned.
     """
     from tbq.plan import plan
@@ -160,18 +195,28 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
         except TBQError:  # it is not the types; llama.cpp may know more models than the plan does, or say better what is wrong
             return k, v, None
         raise
+    if not planned.cached:
+        return *planned.recommended, planned
     if why := planned.refused.get(f"{k}/{v}"):
         raise TBQError(f"cache {k}/{v} is refused: {why}")
     return k, v, planned
 
 
-def _context_of_a_sequence(model: str | os.PathLike[str], plan: "Plan | None", shape: Mapping[str, Any]) -> int:
-    """Tokens: the positions that keys can have."""
-    context = shape.get("context") or (plan.context if plan else 0)
-    if not context:
+def _context_of_a_sequence(model: str | os.PathLike[str], plan: "Plan | None", shape: Mapping[str, Any], per_slot: int | None) -> int:
+    """Tokens: the positions that keys can have; n_ctx_slot() of server-context.cpp."""
+    trained = plan.context_train if plan else 0
+    if not plan:
         with contextlib.suppress(TBQError):  # llama-server will say what is wrong with the file
-            context = read_model(pathlib.Path(model)).context
-    return int(context or 8192) // (1 if shape.get("unified", True) else shape.get("parallel", 1))
+            trained = read_model(pathlib.Path(model), shape["options"]).context
+    context = shape.get("context") or (plan.context if plan else trained) or 8192
+    each = int(context) // (1 if shape.get("unified", True) else shape.get("parallel", 1))
+    return min(filter(None, (max(1, each), trained, per_slot)))
+
+
+def _threads(found: Mapping[str, str]) -> list[str]:
+    """For llama-server, which would take a thread for each of the machine's cores, in a container with the time of half of them or fewer."""
+    few = "threads" not in found and _limits.cpus() is not None and cores() <= (os.cpu_count() or 1) // 2
+    return ["-t", str(cores())] if few else []
 
 
 # Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
@@ -212,8 +257,10 @@ class Server:
     LLAMA_ARG_... variables are not passed on: what is set for other servers must not change this one.
     Only on Linux the server also ends when this process is killed.
 
-    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types.  plan: the
-    tbq.Plan of its cache, or None.  center: the file with the means of the keys, or None.  log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
+    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types; of a model without a
+    cache f16, and the server is given none.  plan: the tbq.Plan of its cache, or None.  center: the file with the means of the
+    keys, or None; it is gone after stop() where the user's folder for caches cannot be written.
+    log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
     Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
     """
 
@@ -234,21 +281,29 @@ class Server:
         self._host = _reachable(hosts)
         if "center" in found and not isinstance(center, bool):
             raise TBQError(f"there are two centers, {str(center)!r} and {found['center']!r}; name one")
-        shape = {**_shape(found), "center": center is not False or "center" in found}
+        _check_files(others)
+        if {"ssl_key", "ssl_cert"} & found.keys():
+            _check_tls(found, paths())
+        shape = {**_shape(found), "center": center is not False or "center" in found, "options": others}
         self.k, self.v, self.plan = choose(model, kv, **shape)
         self.port = int(number) or free_port(self._host)
         self._share_port = "reuse_port" in found
         if not self._share_port:
             check_port(self.port, self._host)  # before anything is measured
+        others = [*_threads(found), *others]
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
+        self._scratch = Scratch()
+        if center is True and not self._accepts(others):
+            center = False  # nothing is measured for a server that will not start, and say why
         self.center = None if "center" in found else for_cache(
-            model, self.k, _context_of_a_sequence(model, self.plan, shape), center, others, lambda line: _say(f"tbq: {line}", to_stderr=True))
+            model, self.k, _context_of_a_sequence(model, self.plan, shape, _number(found, "per_slot")), center, others,
+            lambda line: _say(f"tbq: {line}", to_stderr=True), self._scratch)
         self._measured = center is True and self.center is not None
         self._choose_uncentred = functools.partial(choose, model, kv, **{**shape, "center": False})
         if kv == "auto" and self.plan and self.plan.center and not self.center and "center" not in found:
             self.k, self.v, self.plan = self._choose_uncentred()
         self.url = _url(self._host, self.port, found)
         self.log: list[str] = []
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
         self._key = _api_key(found, self._environment)
         self._timeout, self._on_line = timeout, on_line
         self._capped = "per_slot" in found
@@ -256,10 +311,18 @@ class Server:
         self._stopping = False  # somebody wants it to end
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
 
+    def _accepts(self, options: Sequence[str]) -> bool:
+        """Whether llama-server knows these options and can read their files; --version ends it when it has looked at them."""
+        command = [str(program("llama-server")), *options, "--version"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            return not subprocess.run(command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode
+        return True
+
     @property
     def _command(self) -> list[str]:
+        types = ["--cache-type-k", self.k, "--cache-type-v", self.v] if self.plan is None or self.plan.cached else []
         center = ["--cache-center", str(self.center)] if self.center else []
-        return [str(program("llama-server")), "-m", self._model, "--cache-type-k", self.k, "--cache-type-v", self.v, *center, *self._options]
+        return [str(program("llama-server")), "-m", self._model, *types, *center, *self._options]
 
     def __enter__(self) -> "Server":
         try:
@@ -366,7 +429,13 @@ class Server:
         return re.sub(r"^[\d.]+ [A-Z] ", "", lines[-1]) if lines else "it printed nothing"
 
     def stop(self) -> None:
-        """Ends the process, by force if it does not end within 10 seconds; does nothing if there is none."""
+        """Ends the process, by force if it does not end within 10 seconds, and removes what was for it alone."""
+        try:
+            self._end()
+        finally:
+            self._scratch.close()
+
+    def _end(self) -> None:
         try:
             process = None if self._started is None else self._started.result(_STOP_SECONDS)
         except Exception:
@@ -435,12 +504,15 @@ def summary(server: Server, kv: str) -> list[str]:
     plan = server.plan
     if plan is None:
         return [f"cache: keys {server.k}, values {server.v}; its size is not known for this model"]
+    head = f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {amount(plan.weights_bytes)} of weights"
+    if not plan.cached:
+        return [head, "cache: none", f"why:   {'; '.join([plan.reason, *plan.warnings])}"]
     pair = plan.pair(server.k, server.v)
     full = plan.bytes_at("f16", "f16", plan.context)
     share = f", {100 * pair.bytes / full:.0f} % of f16's {amount(full)}" if full else ""
     why = plan.reason if kv == "auto" else "as asked for" + ("" if (server.k, server.v) == plan.recommended else
                                                              f"; tbq plan would take {'/'.join(plan.recommended)}: {plan.reason}")
-    return [f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {amount(plan.weights_bytes)} of weights",
+    return [head,
             f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
             f"why:   {'; '.join([why, *plan.warnings])}"]
 
