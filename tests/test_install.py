@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The commands of the Makefile: what they check first, and the one line that a failure comes down to."""
+import math
 import os
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from conftest import ROOT, install
+from tbq import _limits, _run
 
 
 @pytest.mark.parametrize("output, line", [
@@ -33,6 +35,104 @@ def test_explain(output, line):
 
 def test_requirements_are_those_of_pyproject():
     assert {"scikit-build-core", "cffi", "pip", "cmake", "ninja"} == {r.split(">")[0] for r in install.requirements()}
+
+
+# --- containers -----------------------------------------------------------------------------------------------------
+
+
+def machine(root, groups, mounts, files, memory="MemAvailable:   16000000 kB"):
+    """A /proc and a /sys of our own.  groups: of /proc/self/cgroup; mounts: (group at the top, where, kind, options)."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal:   32000000 kB\n{memory}\n")
+    (root / "proc" / "self" / "cgroup").write_text(groups)
+    (root / "proc" / "self" / "mountinfo").write_text("30 1 0:5 / / rw - ext4 /dev/sda rw\n" + "".join(
+        f"{31 + i} 30 0:{9 + i} {top} {where} rw,nosuid shared:9 - {kind} {kind} {options}\n" for i, (top, where, kind, options) in enumerate(mounts)))
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+SECOND = [("/", "/sys/fs/cgroup", "cgroup2", "rw")]
+FIRST = [("/", "/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct"), ("/", "/sys/fs/cgroup/memory", "cgroup", "rw,memory")]
+DOCKER = [(top.replace("/", "/docker/a"), where, kind, options) for top, where, kind, options in FIRST]
+IN = "5:cpu,cpuacct:{0}\n4:memory:{0}\n1:name=systemd:{0}\n"
+
+CONTAINERS = {
+    "version 2": ("0::/\n", SECOND, {"sys/fs/cgroup/cpu.max": "150000 100000\n", "sys/fs/cgroup/memory.max": "3000000000\n"}, 1.5, 3_000_000_000),
+    "no limits": ("0::/a\n", SECOND, {"sys/fs/cgroup/a/cpu.max": "max 100000\n", "sys/fs/cgroup/a/memory.max": "max\n"}, None, None),
+    "of a group above": ("0::/a/b\n", SECOND, {"sys/fs/cgroup/a/b/cpu.max": "max 100000\n", "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+                                              "sys/fs/cgroup/a/b/memory.max": "4000000000\n", "sys/fs/cgroup/a/memory.max": "5000000000\n"}, 0.5, 4_000_000_000),
+    "outside of its namespace": ("0::/../b\n", SECOND, {"sys/fs/cgroup/cpu.max": "200000 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 2.0, None),
+    "version 1": (IN.format("/a"), FIRST, {"sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n", "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+                                          "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "2800000000\n"}, 2.5, 2_800_000_000),
+    "version 1, unlimited": (IN.format("/"), FIRST, {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+                                                    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None, 9223372036854771712),
+    "version 1, its group at the top": (IN.format("/docker/a"), DOCKER, {
+        "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "100000\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "50000\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "1400000000\n"}, 2.0, 1_400_000_000),
+    "both": ("4:memory:/a\n0::/b\n", [*FIRST[1:], ("/", "/sys/fs/cgroup/unified", "cgroup2", "rw")], {
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1300000000\n", "sys/fs/cgroup/unified/b/cpu.max": "300000 100000\n"}, 3.0, 1_300_000_000),
+    "nothing mounted": ("0::/\n", [], {}, None, None),
+    "nonsense": ("0::/\nx\n", SECOND, {"sys/fs/cgroup/cpu.max": "lots\n", "sys/fs/cgroup/memory.max": "\n"}, None, None),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_limits_of_a_container(name, tmp_path, monkeypatch):
+    groups, mounts, files, cpus, memory = CONTAINERS[name]
+    root = machine(tmp_path, groups, mounts, files)
+    assert (_limits.cpus(root), _limits.memory(root)) == (cpus, memory)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert install.jobs(root) == min(math.ceil(cpus or 8), (memory or 1 << 60) // install.BYTES_PER_JOB, 16_384_000_000 // install.BYTES_PER_JOB)
+    monkeypatch.setattr(_limits, "cpus", lambda: cpus)
+    assert _run.cores() == math.ceil(cpus or 8)
+
+
+def test_no_linux(tmp_path):
+    assert _limits.cpus(tmp_path) is None and _limits.memory(tmp_path) is None
+    assert install.jobs(tmp_path) >= 1
+
+
+def test_short_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert install.jobs(machine(tmp_path, "0::/\n", [], {}, "MemAvailable:   2700000 kB")) == 2
+
+
+def own_group(controller, files):
+    """A control group of this machine with these limits, or a reason why there can be none."""
+    for folder in (pathlib.Path("/sys/fs/cgroup") / controller, pathlib.Path("/sys/fs/cgroup")):
+        group = folder / f"tbq-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError as error:
+            reason = error.strerror
+            continue
+        try:
+            for name, text in files.items():
+                if (group / name).exists():
+                    (group / name).write_text(text)
+            if any((group / name).exists() for name in files):
+                return group
+        except OSError as error:
+            reason = error.strerror
+        else:
+            reason = f"{folder} has no controller of {controller}"
+        group.rmdir()
+    return reason
+
+
+def test_a_real_quota():
+    """A process in a control group of this machine."""
+    group = own_group("cpu", {"cpu.max": "70000 100000", "cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "70000"})
+    if isinstance(group, str):
+        pytest.skip(f"this machine lets us make no control group with a quota: {group}")
+    program = "import sys; open(sys.argv[1], 'w').write('0')\nfrom tbq import _limits, _run\nprint(_limits.cpus(), _run.cores())"
+    try:
+        done = subprocess.run([sys.executable, "-c", program, group / "cgroup.procs"], capture_output=True, text=True)
+    finally:
+        group.rmdir()
+    assert done.stdout == "0.7 1\n", done.stderr
 
 
 def failure():

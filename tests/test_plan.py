@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import tbq
-from llama_tools import THREADS, byte_tokenizer, complete, run, tiny_llama, tiny_mla, write_gguf
+from llama_tools import THREADS, Server, byte_tokenizer, complete, run, tiny_llama, tiny_mla, write_gguf
+from tbq import caches
 from tbq.plan import LARGE_BIAS, PAIRS, parse_size, plot, report
 
 MIB = 2**20
@@ -23,10 +24,10 @@ MIB = 2**20
 
 
 def write_model(path, arch, layers=2, tensors=lambda i: {}, embd=128, ff=64, heads=2, kv_heads=None, size=None,
-                output_norm="output_norm", tied=False, more=(), **fields):
+                output_norm="output_norm", tied=False, more=(), general=(), **fields):
     """A model over the byte tokenizer.  tensors(i): shapes of a layer's tensors beside the plain feed-forward network, by
     name ("attn_k.bias"), None for one that is not there.  size: of a head, if the file names it.  more: shapes of tensors
-    that are in no layer.  fields: more metadata, "__" for a dot."""
+    that are in no layer.  general: more metadata.  fields: more of the architecture's, "__" for a dot."""
     rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
     fields = {"context_length": 4096, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
@@ -34,7 +35,7 @@ def write_model(path, arch, layers=2, tensors=lambda i: {}, embd=128, ff=64, hea
               **{k.replace("__", "."): v for k, v in fields.items()}}
     if size:
         fields |= {"attention.key_length": size, "attention.value_length": size}
-    shapes = {"token_embd.weight": (vocab, embd), f"{output_norm}.weight": (embd,), **dict(more)}
+    shapes = {"token_embd.weight": (vocab, embd), **({f"{output_norm}.weight": (embd,)} if output_norm else {}), **dict(more)}
     if not tied:
         shapes["output.weight"] = vocab, embd
     for i in range(layers):
@@ -43,7 +44,7 @@ def write_model(path, arch, layers=2, tensors=lambda i: {}, embd=128, ff=64, hea
         shapes |= {f"blk.{i}.{name}": shape for name, shape in {**plain, **tensors(i)}.items() if shape}
     values = {name: rng.standard_normal(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else np.full(shape, name.endswith("weight"))
               for name, shape in shapes.items()}
-    return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, values)
+    return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer, **dict(general)}, values)
 
 
 def attention(heads, kv_heads, size, embd=128, value=None, norms=False):
@@ -143,6 +144,29 @@ def deci(path):
         return {"attn_norm.weight": None} if i == 1 else attention(2, [2, 0, 1][i], 64)
 
     return write_model(path, "deci", 3, layer, heads=[2, 0, 2], kv_heads=[2, 0, 1])
+
+
+def bert(path, heads=2):
+    """An encoder, with pooling: no cache."""
+    def layer(i):
+        biases = {f"{name}.bias": (128,) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "attn_output_norm", "layer_output_norm", "ffn_down")}
+        return attention(heads, heads, 128 // heads) | biases | {
+            "attn_output_norm.weight": (128,), "layer_output_norm.weight": (128,), "ffn_up.bias": (64,), "attn_norm.weight": None,
+            "ffn_norm.weight": None, "ffn_gate.weight": None}
+
+    more = {"position_embd.weight": (512, 128), "token_types.weight": (2, 128), "token_embd_norm.weight": (128,), "token_embd_norm.bias": (128,)}
+    return write_model(path, "bert", 2, layer, tied=True, output_norm=None, heads=heads, more=more, context_length=512, attention__layer_norm_epsilon=1e-5,
+                       attention__causal=False, pooling_type=1, general={"tokenizer.ggml.token_type_count": 2})
+
+
+def mamba(path):
+    """A state, and no keys and values."""
+    def layer(i):
+        return {"ssm_in.weight": (512, 128), "ssm_conv1d.weight": (256, 4), "ssm_conv1d.bias": (256,), "ssm_x.weight": (8 + 32, 256),
+                "ssm_dt.weight": (256, 8), "ssm_dt.bias": (256,), "ssm_a": (256, 16), "ssm_d": (256,), "ssm_out.weight": (128, 256),
+                "ffn_norm.weight": None, "ffn_gate.weight": None, "ffn_up.weight": None, "ffn_down.weight": None}
+
+    return write_model(path, "mamba", 2, layer, heads=0, ssm__conv_kernel=4, ssm__inner_size=256, ssm__state_size=16, ssm__time_step_rank=8)
 
 
 MODELS = {
@@ -261,14 +285,12 @@ def test_every_architecture(architectures, bin_dir):
         options = dict(context=8192, parallel=64)  # recurrent states are small; of many sequences they show
         try:
             plan = tbq.plan(path, **options)
-        except tbq.TBQError as error:
-            real = Allocated(bin_dir, path, "f16", "f16", **options)
-            assert "keeps no cache" not in str(error) or not real.caches, path.name
+        except tbq.TBQError:
             unknown.add(path.name.rsplit("-", 1)[0])
             continue
         k, v = ("tbq4_0", "tbq4_0") if "tbq4_0/tbq4_0" not in plan.refused else ("f16", "f16")
         assert_same(plan, k, v, Allocated(bin_dir, path, k, v, **options))
-    assert unknown == {"deepseek4", "dream", "llada", "llada-moe", "rnd1"}
+    assert unknown == {"deepseek4"}
 
 
 def stretched(source, target, layers, like, *without, **more):
@@ -429,13 +451,14 @@ def test_biases_that_centring_removes(context, center, tmp_path):
     bias = next(t for t in reader.tensors if t.name == "blk.1.attn_k.bias").data
     bias[28:32], bias[60:64] = 20, 20  # of 32 pairs, half a head apart: the slowest four
     reader.data.flush()
-    plan = tbq.plan(path, context=context, memory="1M", cache_only=True)
+    long = ("--override-kv", "qwen2.context_length=int:1048576")  # no sequence of llama-server is longer than what a model was trained for
+    plan = tbq.plan(path, context=context, memory="1M", cache_only=True, options=long)
     assert list(plan.large_key_biases) == [1] and plan.center == center
     assert any(("centre the keys" in text) == center for text in plan.warnings if "large key biases" in text)
     assert (plan.recommended[0] in tbq.types) == center
-    uncentred = json.loads(command(path, "--context", context, "--memory", "1M", "--cache-only", "--no-center", "--json").stdout)
+    uncentred = json.loads(command(path, "--context", context, "--memory", "1M", "--cache-only", "--no-center", "--json", "--", *long).stdout)
     assert uncentred["recommended"][0] not in tbq.types
-    assert tbq.plan(path, context=context, memory="1M", cache_only=True, center=False).recommended == tuple(uncentred["recommended"])
+    assert tbq.plan(path, context=context, memory="1M", cache_only=True, center=False, options=long).recommended == tuple(uncentred["recommended"])
 
 
 def test_fused_projections_have_key_biases_too(tmp_path):
@@ -492,6 +515,81 @@ def test_longer_than_trained(model):
     assert any("longer than the 2048" in text for text in tbq.plan(model("llama"), context=4096).warnings)
 
 
+# -- models without a cache --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", (bert, mamba))
+def test_no_cache(make, bin_dir, tmp_path):
+    """An answer, not an error: llama.cpp runs them."""
+    path = make(tmp_path / "model.gguf")
+    plan = tbq.plan(path, parallel=3)
+    assert not plan.cached and plan.exact and plan.recommended == ("f16", "f16") and all(pair.bytes == 0 for pair in plan.pairs)
+    assert_same(plan, "f16", "f16", Allocated(bin_dir, path, "f16", "f16", plan.context, parallel=3))
+    done = command(path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"no cache: a model of architecture '{make.__name__}' keeps no keys and values" in done.stdout and "recommended" not in done.stdout
+    assert ("recurrent states take" in done.stdout) == (make is mamba)
+    small = command(path, "--memory", "100K")
+    assert small.returncode == 0 and "warning: the memory is too small for the weights and the state" in small.stdout
+
+
+def test_no_cache_types_to_compare(tmp_path):
+    path = bert(tmp_path / "model.gguf")
+    for what in ("quality", "speed"):
+        done = subprocess.run([sys.executable, "-m", "tbq", "bench", what, "--model", path], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == f"tbq: error: model {str(path)!r} keeps no keys and values, so there are no cache types to compare\n"
+
+
+# -- options that change what the file says ----------------------------------------------------------------------------
+
+#: Options; what llama-server then gives a sequence at most; what RoPE reaches.  Of a model that was trained for 4096 tokens.
+STRETCHED = {
+    "nothing": ((), 4096, 4096),
+    "YaRN": (("--rope-scaling", "yarn", "--rope-scale", "4"), 16384, 16384),
+    "YaRN, frequency": (("--rope_scaling", "yarn", "--rope-freq-scale", "0.3"), 13653, 13653),
+    "YaRN, original": (("--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", "2048"), 8192, 8192),
+    "the last counts": (("--rope-scaling", "yarn", "--rope-scale", "4", "--rope-freq-scale", "0.5"), 8192, 8192),
+    "YaRN of no scale": (("--rope-scaling", "yarn", "--yarn-orig-ctx", "2048"), 4096, 4096),
+    "linear": (("--rope-scale", "2"), 4096, 8192),
+    "none": (("--rope-scaling", "none", "--rope-scale", "2"), 4096, 4096),
+    "override": (("--override-kv", "tokenizer.ggml.add_bos_token=bool:false,llama.context_length=int:6000"), 6000, 6000),
+    "override and YaRN": (("--override-kv", "llama.context_length=int:2048", "--override-kv", "llama.rope.scaling.type=str:yarn", "--rope-scale", "2"), 4096, 4096),
+    "override of another type": (("--override-kv", "llama.context_length=float:6000"), 4096, 4096),
+    "nonsense": (("--rope-scaling", "yarn", "--rope-scale", "no", "--override-kv", "x"), 4096, 4096),
+}
+
+
+@pytest.fixture(scope="module")
+def trained_for_4096(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("rope") / "model.gguf", "llama", 1, lambda i: attention(2, 1, 64), kv_heads=1, size=64, rope__dimension_count=64)
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_contexts_that_options_make(name, trained_for_4096, bin_dir, tmp_path):
+    """As long as llama-server's slots."""
+    options, slot, reach = STRETCHED[name]
+    plan = tbq.plan(trained_for_4096, options=options)
+    assert (plan.context_train, plan.context) == (slot, slot)
+    assert caches.read_model(trained_for_4096, options).context == reach
+    if name != "nonsense":  # which it refuses
+        with Server(bin_dir, trained_for_4096, tmp_path / "log", *options, n_ctx=32768) as server:
+            assert int(re.search(r"n_ctx_slot = (\d+)", server.log)[1]) == slot
+
+
+def test_options_that_change_the_cache(trained_for_4096, bin_dir):
+    """--override-kv reaches what the plan reads, and -fa off what it recommends."""
+    options = ("--override-kv", "llama.attention.head_count_kv=int:2")
+    assert tbq.plan(trained_for_4096, options=options).layers[0].kv_heads == 2
+    for options in (("-fa", "off"), ("--flash-attn", "0")):
+        plan = tbq.plan(trained_for_4096, context=32768, options=options)
+        assert plan.recommended == ("tbq4_0", "f16") and "-fa off" in plan.refused["tbq4_0/tbq4_0"]
+    log = run(bin_dir / "llama-batched-bench", "-m", trained_for_4096, "-c", 512, "-ctk", "tbq4_0", "-ctv", "f16", "-fa", "off", "-npp", 1, "-ntg", 1, "-npl", 1)
+    assert log.returncode == 0
+    done = command(trained_for_4096, "--json", "--", "--rope-scaling", "yarn", "--rope-scale", "4")
+    assert json.loads(done.stdout)["context"] == 16384
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +641,8 @@ def test_damaged_anywhere(model, tmp_path):
 
 @pytest.mark.parametrize("fields,message", [
     ({}, "names no general.architecture"),
-    ({"general.architecture": "bert"}, "'bert' keeps no cache"),
+    ({"general.architecture": "bert"}, "has no bert.block_count"),
+    ({"general.architecture": "clip"}, "is no language model"),
     ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
     ({"general.architecture": "llama"}, "has no llama.block_count"),
     ({"general.architecture": "llama", "llama.block_count": 100000}, "takes 1 to 512 layers"),

@@ -195,6 +195,7 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
     """Path, cache and identity of the file named, or of one of random weights that exists inside only."""
     if args.model:
         model = caches.read_model(args.model)
+        model.check_cached()
         longest = max(t.depth + t.prompt + t.generate for t in args.tests)
         if 0 < model.context < longest:
             print(f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tbq._layers import GLOBAL, read_shape
+from tbq._layers import GLOBAL, Shape, read_shape
 from tbq._run import run
 from tbq._settings import under
 from tbq._types import block, types
@@ -92,6 +92,12 @@ class Model:
     context: int  #: tokens that it was trained for, or that RoPE is scaled to; 0 if the file does not say
     vocab: int  #: tokens of the tokenizer, 0 without one
     cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
+    cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
+
+    def check_cached(self) -> None:
+        """TBQError if there are no cache types to compare."""
+        if not self.cached:
+            raise TBQError(f"model {str(self.path)!r} keeps no keys and values, so there are no cache types to compare")
 
 
 def read_model(path: pathlib.Path, options: Sequence[str] = ()) -> Model:
@@ -104,15 +110,22 @@ def read_model(path: pathlib.Path, options: Sequence[str] = ()) -> Model:
     fields = open_gguf(path).metadata
     fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
     settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
-    return Model(path, settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields))
+    shape = _shape(settings.fields)
+    return Model(path, settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields), shape is None or shape.cached)
+
+
+def _shape(fields: Mapping[str, Any]) -> Shape | None:
+    try:
+        return read_shape(fields)
+    except TBQError:
+        return None
 
 
 def _cache(fields: Mapping[str, Any]) -> Cache | None:
-    try:
-        layers = read_shape(fields).layers
-    except TBQError:
+    shape = _shape(fields)
+    if shape is None:
         return None
-    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in layers if layer.kind == GLOBAL]
+    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in shape.layers if layer.kind == GLOBAL]
 
 
 def sha256(path: pathlib.Path) -> str:

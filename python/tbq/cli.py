@@ -106,6 +106,17 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return found
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those that nothing takes."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and "--" in argv and isinstance(getattr(args, "options", None), list):
+        # argparse gives MODEL -o FILE -- OPTION no options: it has decided at MODEL that there are none
+        at = list(argv).index("--")
+        args, unknown = parser.parse_known_args(argv[:at])
+        args.options += argv[at + 1:]
+    return args, unknown
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -113,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name of a file, or a model's, may be anything
     try:
         parser = _parser()
-        args, unknown = parser.parse_known_args(argv)
+        args, unknown = _parsed(parser, sys.argv[1:] if argv is None else argv)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
         status = int(args.run(args))

@@ -155,13 +155,13 @@ def parse(output: str) -> tuple[Score, float] | None:
         return None
 
 
-def _make_base(report: Report, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None]) -> None:
-    """Writes BASE; fills in the number of chunks."""
+def _make_base(report: Report, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text: str) -> None:
+    """Writes BASE; fills in the number of chunks.  text: its name."""
     done = run("llama-perplexity", command, folder, lambda text: on_chunks(len(re.findall(r"\[\d+\]", text))), _QUIET)
     file = folder / BASE
     short = re.search(r"tokenizes to only (\d+) tokens", done.stdout + done.stderr)
     if short:
-        raise TBQError(f"the text has {short[1]} tokens; --context {report.context} needs {2 * report.context}")
+        raise TBQError(f"{text} has {short[1]} tokens; --context {report.context} needs {2 * report.context}")
     with contextlib.suppress(OSError, struct.error):
         with file.open("rb") as stream:
             magic, _, vocab, report.chunks = struct.unpack("<8siii", stream.read(20))
@@ -185,13 +185,14 @@ def _score(folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], 
 
 
 def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
-            options: Sequence[str] = (), scratch: pathlib.Path | None = None, center_text: bytes | None = None) -> Report:
+            options: Sequence[str] = (), scratch: pathlib.Path | None = None, center_text: bytes | None = None,
+            name_of_text: str = "the text") -> Report:
     """Scores of pairs against an f16 cache, on the first `chunks` times `context` tokens of a text.
 
     options: more of llama-perplexity's.  scratch: folder for the probabilities of the f16 cache (base_bytes), the
     system's temporary one if None; they are gone afterwards, whatever happens.
     center_text: what the means of the keys are measured on for pairs that are centred, Python's language reference if None;
-    not the text that is scored.
+    not the text that is scored.  name_of_text: what a message calls the text.
     A pair that llama.cpp refuses is among the failures, centred pairs of a model whose keys cannot be are left out, with a warning.  An interruption ends it with what there was time for.
     Raises TBQError if the text, the model or the disk is too small.
     """
@@ -207,7 +208,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
                 return lambda done: bar.update(i * chunks + min(done, chunks) - bar.n)
 
             report.commands.append(_base_command(model.path, context, chunks, threads, options))
-            _make_base(report, folder, report.commands[-1], show(0))
+            _make_base(report, folder, report.commands[-1], show(0), name_of_text)
             uncentered = ""
             if any(pair.centered for pair in pairs):
                 try:
@@ -229,7 +230,8 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
 
 
 def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None = None) -> None:
-    """TBQError if there are too few scores, or too little room in the folder for the probabilities."""
+    """TBQError if there is no cache, if there are too few scores, or too little room in the folder for the probabilities."""
+    model.check_cached()
     if not model.vocab:
         raise TBQError(f"model {str(model.path)!r} has no tokenizer; perplexity needs one")
     if chunks * scores_per_chunk(context) < LEAST_SCORES:
@@ -334,7 +336,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.no_center:
         pairs = [both for pair in pairs for both in ([pair, dataclasses.replace(pair, centered=True)] if pair.may_be_centered else [pair])]
     text = read_text(args.text) if args.text else python_text()
-    model = caches.read_model(args.model)
+    model = caches.read_model(args.model, args.options)
     source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
     check(model, args.context, args.chunks, args.scratch)
     # python_text() is read from its beginning: what is far behind the scored part has other words
@@ -349,7 +351,8 @@ def _run(args: argparse.Namespace) -> int:
         identity = {"model": args.model.name, "model_sha256": caches.sha256(args.model), "text": source,
                     "text_sha256": hashlib.sha256(text).hexdigest(), **caches.versions(),
                     "center_text": "Python's language reference" if args.text else "the second half of the text"}
-        report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch, None if args.text else text[behind:])
+        report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch, None if args.text else text[behind:],
+                         f"text {str(args.text)!r}" if args.text else "Python's language reference")
         if report.scores:
             print(as_json(report, identity) if args.json else as_text(report, identity))
         if report.scores and report.complete and args.plot:
