@@ -14,7 +14,8 @@ import pytest
 
 import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
-from tbq.center import Center, _hash, calibrate, fingerprint, for_cache, of_model, read_center
+from tbq._settings import measured_over
+from tbq.center import Center, Scratch, _hash, calibrate, fingerprint, for_cache, of_model, read_center
 from test_plan import POST, attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, qwen2, write_model
 
 HERE = Path(__file__).parent
@@ -520,15 +521,38 @@ def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
 @pytest.mark.parametrize("arguments,why", [
     (["missing.gguf"], "missing.gguf"), (["MODEL", "--ctx", "0"], "at least 1"), (["MODEL", "--ctx", "4"], "too short"), (["MODEL", "--text", "short.txt"], "tokens"),
     (["MODEL", "-o", "MODEL"], "is the model itself"), (["MODEL", "--text", "short.txt", "-o", "short.txt"], "is the text itself"),
-    (["MODEL", "-o", "none/x.gguf"], "not a folder"), (["MODEL", "-o", "."], "is a folder"), (["short.txt"], "short.txt"), (["MODEL", "--text", "none.txt"], "none.txt")])
+    (["MODEL", "-o", "none/x.gguf"], "not a folder"), (["MODEL", "-o", "."], "is a folder"), (["short.txt"], "short.txt"), (["MODEL", "--text", "none.txt"], "none.txt"), (["MODEL", "--text", "short.txt"], "text 'short.txt' is too short: it has 2 tokens, a chunk takes 128"),
+    (["MODEL", "--text", "empty.txt"], "text 'empty.txt' is empty"), (["MODEL", "--text", "blank.txt"], "text 'blank.txt' is empty"),
+    (["MODEL", "--text", "latin.txt"], "text 'latin.txt' is not UTF-8 (byte 3)"), (["MODEL", "--text", "."], "text '.' cannot be read (Is a directory)")])
 def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
-    (tmp_path / "short.txt").write_text("too short")
+    texts = {"short.txt": b"too short", "empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": b"caf\xe9"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
     command = [str(demo_model) if a == "MODEL" else a for a in arguments]
     done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", *command], cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert done.returncode == 2 and not done.stdout
     line = done.stderr.strip().splitlines()[-1]
     assert "error: " in line and why in line, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == texts
+
+
+def test_options_after_others(demo_model, tmp_path):
+    """-- and options of llama.cpp, behind ours."""
+    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "1024", "--chunks", "1", "-o", "out.gguf", "--", "--rope-freq-base", "5000"],
+                          cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    calibrate(demo_model, tmp_path / "same.gguf", 1024, chunks=1, options=["--rope-freq-base", "5000"])
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_texts(demo_model, tmp_path):
+    """Of bytes or of a file."""
+    (tmp_path / "text").write_bytes(b"Words and numbers, 123. " * 100)
+    for name, text in (("a", tmp_path / "text"), ("b", str(tmp_path / "text")), ("c", (tmp_path / "text").read_bytes())):
+        calibrate(demo_model, tmp_path / name, 512, text=text, chunks=1)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    with pytest.raises(tbq.TBQError, match="the text is empty"):
+        calibrate(demo_model, tmp_path / "d", 512, text=b"\n")
 
 
 # -- what it is worth --------------------------------------------------------------------------------------------------
@@ -555,17 +579,96 @@ def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
     first = of_model(model, 1000, say=said.append)
     assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]
     assert of_model(model, 1024, say=said.append) == first and len(said) == 1
-    assert of_model(model, 2048, say=said.append) != first and len(said) == 2
+    assert of_model(model, 2048, say=said.append) == first and len(said) == 1  # one for a range of contexts
+    longer = ["--rope-scaling", "yarn", "--rope-scale", "4"]  # 4096 tokens are 16384 then
+    assert of_model(model, 16384, say=said.append) == first and len(said) == 1
+    assert read_center(of_model(model, 16384, longer, said.append)).context > read_center(first).context and len(said) == 2
     assert of_model(model, 1024, ["--rope-freq-base", "123"], said.append) != first and len(said) == 3
     good = first.read_bytes()
     first.write_bytes(good[:-1])
     assert of_model(model, 1024, say=said.append) == first and first.read_bytes() == good and len(said) == 4
-    assert for_cache(model, "f16", 1024, True, [], said.append) is None and len(said) == 4
-    assert for_cache(model, "tbq4_0", 1024, False, [], said.append) is None
-    assert for_cache(model, "tbq4_0", 1024, first, [], said.append) == first
+    rest = [], said.append, Scratch()
+    assert for_cache(model, "f16", 1024, True, *rest) is None and len(said) == 4
+    assert for_cache(model, "tbq4_0", 1024, False, *rest) is None
+    assert for_cache(model, "tbq4_0", 1024, first, *rest) == first
     with pytest.raises(tbq.TBQError):
-        for_cache(model, "tbq4_0", 1024, model, [], said.append)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert for_cache(model, "tbq4_0", 1024, True, [], said.append) is None
-    assert said[-1].startswith("keys are not centred: ")
+        for_cache(model, "tbq4_0", 1024, model, *rest)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def unusable(case, tmp_path, monkeypatch, request):
+    """Makes the user's folder for caches one that cannot be used; what the line then says."""
+    if case == "a file in its place":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        return "Not a directory"
+    if case == "a folder of the system":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+        return "No such file or directory"
+    if case == "full":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(request.getfixturevalue("small_disk")))
+        return "No space left on device"
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no entry in passwd; test_serve.py is such a user
+
+    def unknown():
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    return "the user has no folder for caches"
+
+
+@pytest.mark.parametrize("case", ["a file in its place", "a folder of the system", "full", "no home"])
+def test_folder_that_cannot_be_used(case, made, tmp_path, monkeypatch, request):
+    """Measured each time, in a folder that lasts as long as who needs it; one line says so."""
+    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)
+    why = unusable(case, tmp_path, monkeypatch, request)
+    model, said, before = made(biased, "K biases"), [], sorted(tmp_path.iterdir())
+    for _ in range(2):
+        scratch = Scratch()
+        path = for_cache(model, "tbq4_0", 1024, True, [], said.append, scratch)
+        assert read_center(path).model == fingerprint(model)
+        assert len(said) == 1 and why in said[0] and "at each start, because it cannot be kept" in said.pop()
+        scratch.close()
+        assert not path.parent.exists()
+    path = for_cache(model, "tbq4_0", 1024, True, [], said.append, Scratch())
+    assert not path.parent.exists()  # whose owner is gone
+    with pytest.raises(tbq.TBQError, match="cannot be kept"):
+        of_model(model, 1024)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_disk_that_fills_up(made, small_disk, monkeypatch):
+    """The message names the file, and nothing is left."""
+    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)
+    model = made(biased, "K biases")
+    (small_disk / "other").write_bytes(bytes((1 << 20) - 8192))
+    with pytest.raises(OSError) as error:
+        calibrate(model, small_disk / "center.gguf", 1024)
+    assert (error.value.strerror, error.value.filename) == ("No space left on device", str(small_disk / "center.gguf"))
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+# -- a range of contexts -----------------------------------------------------------------------------------------------
+
+
+def test_ranges():
+    """The same center for neighbours, one more for four times the context, never beyond what RoPE is set up for."""
+    assert len({measured_over(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
+    ranges = [measured_over(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
+    assert ranges[1] == ranges[2] == 4 * ranges[0] and ranges[3] == ranges[4] == 4 * ranges[1]
+    assert all(context / 8 <= measured_over(context, 1 << 20) <= 4 * context for context in range(1024, 100_000, 999))
+    assert [measured_over(context, 2048) for context in (100, 2048, 1 << 20)] == [2048] * 3
+    assert measured_over(1 << 20, 0) >= 1 << 18

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -20,7 +21,7 @@ import pytest
 import tbq
 import tbq.server
 from llama_tools import ENV, tiny_llama
-from tbq.center import of_model
+from tbq.center import of_model, read_center
 from tbq.server import free_port
 
 SMALL = ("-c", "512", "-t", "2", "--no-warmup")
@@ -29,9 +30,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's
 
 @pytest.fixture(autouse=True, scope="module")
 def measured(demo_model):
-    """The means of the keys at the contexts of these tests, some 3 seconds each: otherwise a test would wait for them."""
-    for context in (512, 2048, 4096, 8192):
-        of_model(demo_model, context)
+    """The means of the keys at the contexts of these tests, some 3 seconds: otherwise a test would wait for them."""
+    of_model(demo_model, 512)
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +42,10 @@ def waiting_threads_sleep(monkeypatch):
 class Serve:
     """`tbq serve` as a process of its own; what it prints so far is in out and err."""
 
-    def __init__(self, *arguments, env=None, **popen):
-        self.process = subprocess.Popen([sys.executable, "-m", "tbq", "serve", *map(str, arguments)], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENV, **(env or {})}, **popen)
+    def __init__(self, *arguments, env=None, without=(), become=(), **popen):
+        environment = {name: value for name, value in {**ENV, **(env or {})}.items() if name not in without}
+        self.process = subprocess.Popen([*become, sys.executable, "-m", "tbq", "serve", *map(str, arguments)], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen)
         self.out, self.err = [], []
         self.readers = [threading.Thread(target=lambda to=to, stream=stream: to.extend(stream), daemon=True)
                         for to, stream in ((self.out, self.process.stdout), (self.err, self.process.stderr))]
@@ -258,8 +259,16 @@ ERRORS = {
     "unknown value type": (["{model}", "--kv", "tbq4_0/fly"], 2, "cache type 'fly' is not one of "),
     "no type": (["{model}", "--kv"], 2, "--kv needs a value"),
     "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80"),
-    "server's refusal": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 1, "llama-server ended with status 1: llama_init_from_model: quantized V cache requires"),
+    "no flash attention": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 2, "cache tbq4_0/tbq4_0 is refused: values of tbq4_0 need flash attention: -fa off"),
+    "server's refusal": (["{model}", "--kv", "tbq4_0", "--lora", "{text}"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
     "unknown option": (["{model}", "--nosuch"], 1, "llama-server ended with status 1: invalid argument: --nosuch"),
+    "no adapter": (["{model}", "--lora", "{text},{tmp}/nosuch"], 2, "--lora '{tmp}/nosuch' is not a file"),
+    "no projector": (["{model}", "--mmproj", "{tmp}/nosuch"], 2, "--mmproj '{tmp}/nosuch' is not a file"),
+    "no draft": (["{model}", "--model_draft", "nosuch"], 2, "--model_draft 'nosuch' is not a file"),
+    "no pages": (["{model}", "--path", "{text}"], 2, "--path '{text}' is not a folder"),
+    "no certificate": (["{model}", "--ssl-key-file", "{text}", "--ssl-cert-file", "nosuch"], 2, "--ssl-cert-file 'nosuch' is not a file"),
+    "half of TLS": (["{model}", "--ssl-key-file", "{text}"], 2, "--ssl-key-file without --ssl-cert-file: llama-server would serve without TLS"),
+    "no keys": (["{model}", "--kv", "tbq4_0", "--api-key-file", "nosuch"], 1, "llama-server ended with status 1: "),
     "types twice": (["{model}", "-ctk", "f16"], 2, "cache types are chosen with --kv"),
     "two models": (["{model}", "-m", "other.gguf"], 2, "there are two models, '{model}' and 'other.gguf'"),
     "taken port": (["{model}", "--port", "{taken}"], 2, "port {taken} of 127.0.0.1 cannot be used (Address already in use); name another one"),
@@ -373,9 +382,12 @@ def test_wrong_arguments(demo_model, arguments, message):
     (["--host", "/tmp/a.sock, ::1"], "http://[::1]:9000"),
     (["--port", "9001", "--api_prefix", "/x/"], "http://127.0.0.1:9001/x"),
     (["--ssl-key-file", "k", "--ssl-cert-file", "c"], "https://127.0.0.1:9000"),
-    (["--ssl-key-file", "k"], "http://127.0.0.1:9000"),
 ))
-def test_url(demo_model, options, url):
+def test_url(demo_model, options, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tbq.server, "paths", lambda: {"tls": True})
+    for name in "kc":
+        (tmp_path / name).write_text("")
     server = tbq.Server(demo_model, "tbq4_0", port=9000, options=options)
     assert server.url == url
     assert server._command.count("--port") == server._command.count("--host") == 1
@@ -394,6 +406,8 @@ def test_key_file(demo_model, tmp_path):
     (["--kv-unified-per-slot", "512"], {"context": 2048, "unified": True, "swa_full": False}),
     (["-c", "1", "--ctx-size", "4096", "-np", "2", "-ub", "64", "--swa-full"],
      {"context": 4096, "unified": False, "swa_full": True, "parallel": 2, "ubatch": 64}),
+    (["-b", "64"], {"context": None, "unified": True, "swa_full": False, "ubatch": 64}),
+    (["--batch-size", "4096", "-ub", "1024"], {"context": None, "unified": True, "swa_full": False, "ubatch": 1024}),
     (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
 ))
 def test_options_for_the_plan(options, shape):
@@ -459,3 +473,163 @@ def test_model_that_cannot_be_centred(tmp_path):
     with Serve("--kv", "tbq4_0", gemma2(tmp_path / "model.gguf"), *SMALL, "--port", str(free_port())) as serve:
         serve.until("llama-server is up")
         assert [line for line in serve.err if line.startswith("tbq: keys are not centred: ") and "soft-cap" in line]
+
+
+# --- models without a cache -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv", ("auto", "tbq4_0/tbq3_0"))
+def test_embedding_model(tmp_path, kv):
+    """No cache types, a line that says why, and embeddings."""
+    from test_plan import bert
+    with Serve("--kv", kv, bert(tmp_path / "model.gguf"), "-t", 2, "--embedding", "--port", 0) as served:
+        served.until("is up")
+        assert served.out[1] == "tbq: cache: none\n"
+        assert served.out[2] == "tbq: why:   a model of architecture 'bert' keeps no keys and values, so there are no types to choose\n"
+        url = re.search(r"http://\S+(?=;)", served.out[-1])[0]
+        vector = post(url + "/embedding", {"content": "Hello"})[0]["embedding"][0]
+        assert len(vector) == 128 and any(vector)
+        command = pathlib.Path(f"/proc/{served.children[0]}/cmdline").read_text() if sys.platform.startswith("linux") else ""
+        assert "cache-type" not in command and not any("centred" in line or "measuring" in line for line in served.err)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.end() == 0
+
+
+def test_recurrent_model(tmp_path):
+    """A state, but no keys and values; and the types' names are looked at all the same."""
+    from test_plan import mamba
+    model = mamba(tmp_path / "model.gguf")
+    with tbq.Server(model, timeout=60, options=["-t", "2"]) as server:
+        assert (server.k, server.v, server.center) == ("f16", "f16", None) and not server.plan.cached
+        assert not any("cache-type" in part for part in server._command)
+        assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
+    with pytest.raises(tbq.TBQError, match="cache type 'fly' is not one of"):
+        tbq.Server(model, "fly")
+
+
+# --- one center for a range of contexts -----------------------------------------------------------------------------
+
+
+def answer(url, prompt, **options):
+    return post(url + "/completion", {"prompt": prompt, "n_predict": 12, "temperature": 0, "id_slot": 0, **options})
+
+
+def test_slots_of_another_context(demo_model, tmp_path):
+    """Saved under one -c, restored under another, and what follows is the same."""
+    prompt, shared = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is", {}
+    for context in (2048, 4096):
+        with tbq.Server(demo_model, "tbq4_0", timeout=60, options=["-c", str(context), "-np", "1", "-t", "2", "--no-warmup", "--slot-save-path", str(tmp_path)]) as server:
+            if not shared:
+                shared = {"center": server.center, "text": answer(server.url, prompt)["content"]}
+                answer(server.url, prompt, n_predict=0)
+                assert post(server.url + "/slots/0?action=save", {"filename": "slot"})["n_saved"] > 10
+            else:
+                assert server.center == shared["center"]
+                assert post(server.url + "/slots/0?action=restore", {"filename": "slot"})["n_restored"] > 10
+                again = answer(server.url, prompt)
+                assert again["content"] == shared["text"] and again["timings"]["cache_n"] > 10
+
+
+@pytest.mark.parametrize("options, positions", (
+    (["-c", "16384"], 8192),  # a slot has no more than the model was trained for
+    (["-c", "16384", "--rope-scaling", "yarn", "--rope-scale", "4"], 16384),
+    (["-c", "65536", "-np", "2", "--rope-scaling", "yarn", "--rope-scale", "4"], 32768),
+    (["-c", "65536", "--rope-scaling", "yarn", "--rope-scale", "4", "--kv-unified-per-slot", "12000"], 12000),
+    (["-c", "16384", "--override-kv", "llama.context_length=int:16384"], 16384),
+    (["--rope-scale", "2"], 8192),
+    (["-c", "1024", "-np", "4"], 256),
+))
+def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
+    """What the center is asked for: as many as llama-server gives a slot, whatever the file says."""
+    asked = []
+    monkeypatch.setattr(tbq.server, "for_cache", lambda model, k, context, *rest: asked.append(context))
+    server = tbq.Server(demo_model, "tbq4_0", timeout=100, options=[*options, "-t", "2", "--no-warmup"])
+    assert asked == [positions]
+    server.k = server.v = "tbq2_0"  # less memory for the same slots
+    with server:
+        assert re.search(rf"n_ctx_slot = {positions},", "\n".join(server.log))
+
+
+def test_center_of_a_stretched_context(demo_model):
+    """Measured with the options' RoPE and over its positions, taken by the server."""
+    options = ["-c", "32768", "--rope-scaling", "yarn", "--rope-scale", "4", "-t", "2", "--no-warmup"]
+    with tbq.Server(demo_model, "tbq2_0", timeout=200, options=options) as server:
+        assert read_center(server.center).context > 8192
+        assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+# --- before anything is measured ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build, refused", (({"tls": False}, True), ({"tls": "false"}, True), ({"tls": True}, False), ({}, False)))
+def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
+    """A build without it says so at once; where it is not known, llama-server will."""
+    monkeypatch.setattr(tbq.server, "for_cache", lambda *_: None)
+    monkeypatch.setattr(tbq.server, "paths", lambda: build)
+    for name in ("key", "certificate"):
+        (tmp_path / name).write_text("")
+    options = ["--ssl-key-file", str(tmp_path / "key"), "--ssl-cert-file", str(tmp_path / "certificate")]
+    if refused:
+        with pytest.raises(tbq.TBQError, match="this llama-server is built without TLS"):
+            tbq.Server(demo_model, "tbq4_0", options=options)
+    else:
+        assert tbq.Server(demo_model, "tbq4_0", options=options).url.startswith("https://")
+
+
+def test_nothing_is_measured_for_options_that_are_refused(demo_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for options in (["--nosuch"], ["--api-key-file", "nosuch"], ["-c"], ["--grammar-file", "nosuch"]):
+        with pytest.raises(tbq.TBQError), tbq.Server(demo_model, "tbq4_0", options=options):
+            pass
+    assert not list(tmp_path.iterdir()) and "measuring" not in capfd.readouterr().err
+
+
+def test_threads_in_a_container(demo_model, monkeypatch):
+    """llama-server would start one for each core of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for quota, options, threads in ((2.5, [], ["-t", "3"]), (2.5, ["--threads", "5"], []), (12.0, [], []), (None, [], [])):
+        monkeypatch.setattr("tbq._limits.cpus", lambda: quota)
+        command = tbq.Server(demo_model, "f16", options=options)._command
+        assert command[command.index("-t"):command.index("-t") + 2] == threads if threads else "-t" not in command
+
+
+# --- users without a folder -----------------------------------------------------------------------------------------
+
+
+def folders_of(pid):
+    return [path for path in pathlib.Path(tempfile.gettempdir()).glob("tbq-????????") if path.stat().st_uid == pid]
+
+
+@linux
+def test_user_without_an_entry_or_a_home(demo_model):
+    """A container that was started with a bare user id: it serves, the center lasts as long as the server."""
+    user, setpriv = 54321, shutil.which("setpriv")
+    if os.getuid() or not setpriv:
+        pytest.skip("only root can become a user who has no entry in passwd, with setpriv")
+    # reading everything, as a container's user can; this machine's root may have its Python in a folder of its own
+    become = [setpriv, "--reuid", str(user), "--regid", str(user), "--clear-groups", "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    environment = {name: value for name, value in ENV.items() if not name.startswith("XDG_") and name not in ("HOME", "USER", "LOGNAME")}
+    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, become=become, env={"PYTHONDONTWRITEBYTECODE": "1"}, without=set(ENV) - set(environment)) as served:
+        served.until("is up", seconds=120)
+        lines = [line for line in served.err if line.startswith("tbq: ")]
+        assert len(lines) == 1 and "at each start, because it cannot be kept (the user has no folder for caches" in lines[0]
+        assert len([path for folder in folders_of(user) for path in folder.glob("*.gguf")]) == 1
+        assert post(re.search(r"http://\S+(?=;)", served.out[-1])[0] + "/completion", {"prompt": "a", "n_predict": 1})["content"]
+        served.process.send_signal(signal.SIGTERM)
+        assert served.end() == 0
+    assert not folders_of(user)
+
+
+def test_center_in_a_temporary_folder(demo_model, tmp_path, monkeypatch, capfd):
+    """It is there while the server lives, and gone after stop(), also of a server that never started."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with tbq.Server(demo_model, "tbq4_0", timeout=60, options=SMALL) as server:
+        assert server.center.is_file() and str(server.center) in server._command
+        assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert not server.center.parent.exists()
+    assert capfd.readouterr().err.count("tbq: ") == 1
+    never = tbq.Server(demo_model, "tbq4_0", options=SMALL)
+    never.stop()
+    assert not never.center.parent.exists()

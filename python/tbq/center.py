@@ -33,6 +33,7 @@ from tbq.gguf_files import Tensor, as_path, open_gguf
 _METHOD = "1"  # of measuring: another number when what is measured changes, so that nothing old is used
 _SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
 _ROOM = 4 << 20  # bytes that measuring needs in its folder: a text and the center
+_ERROR = re.compile(r"^(?:[\d.]+ E )?error: (.*)", re.M)  # with llama.cpp's clock in front
 _CHUNK = re.compile(r"^chunk (\d+)/(\d+)$", re.M)
 
 #: Options of llama.cpp's programs that change how the model runs, and whether a value follows: the measuring gets them too.
@@ -186,7 +187,8 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
                      *(["--chunks", str(chunks)] if chunks else [])]
         for on_the_cpu in ([], ["-ngl", "0"]):  # a GPU that is too small for the whole model is no reason not to measure
             done = run("llama-cache-center", [*arguments, *on_the_cpu], parts, progress, {"OMP_WAIT_POLICY": "passive"})
-            if not done.status or not re.search(r"^error: .* cannot be loaded|^error: no context", done.stderr + done.stdout, re.M):
+            reason = _ERROR.search(done.stderr + done.stdout)
+            if not done.status or not reason or not re.search("cannot be loaded$|^no context", reason[1]):
                 break
         if done.status or not (parts / "center").is_file():
             log = done.stderr + done.stdout
@@ -195,7 +197,6 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
                 raise NothingToCentre(f"the keys of {model} stay as they are: {nothing[1]}")
             if shutil.disk_usage(parts).free < 1 << 16:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            reason = re.search(r"^error: (.*)", log, re.M)
             if reason and reason[1].startswith("the text has "):
                 raise TBQError(f"{named} is too short: it{reason[1].removeprefix('the text')}")
             raise TBQError(f"the keys of {model} were not measured: {reason[1] if reason else done.error()}")
