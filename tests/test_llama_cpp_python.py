@@ -21,9 +21,9 @@ for dependency in ("diskcache", "jinja2", "typing_extensions"):
     pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
 
 
-def python(code, *arguments, path=None, cwd=None):
+def python(code, *arguments, path=None, cwd=None, **variables):
     """Runs code in a new process."""
-    env = {k: v for k, v in ENV.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB", "PYTHONPATH")}
+    env = {k: v for k, v in {**ENV, **variables}.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB", "PYTHONPATH")}
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd,
                           env={**env, **({"PYTHONPATH": str(path)} if path else {})})
 
@@ -268,3 +268,30 @@ def test_centred_keys(demo_model):
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
     assert done.stderr.count("tbq: measuring the mean of the keys") <= 1
     assert "this state was saved with a different calibration file" in done.stderr and "the cache holds keys already" in done.stderr
+
+
+OTHERS = """
+import gc, sys
+from tbq.llama import Llama
+common = {"n_ctx": 512, "n_threads": 2, "verbose": False}
+model = Llama(sys.argv[1], kv="tbq4_0", **common)
+assert model.center.is_file() and model.eval([1, 2, 3]) is None
+folder = model.center.parent
+del model
+gc.collect()
+assert not folder.exists(), "a center that cannot be kept outlives its model"
+stretched = Llama(sys.argv[1], kv="tbq4_0", rope_scaling_type=2, rope_freq_scale=0.25, kv_overrides={"llama.rope.freq_base": 50000.0, "tokenizer.ggml.add_bos_token": False}, **common)
+assert stretched.plan.context_train == 32768 and stretched.center.is_file()
+recurrent = Llama(sys.argv[2], **common)
+assert (recurrent.k, recurrent.v, recurrent.center) == ("f16", "f16", None) and recurrent.eval([1, 2, 3]) is None
+print("done")
+"""
+
+
+def test_no_folder_other_rope_no_cache(demo_model, tmp_path):
+    """The center is measured each time where it cannot be kept, with the RoPE that the arguments make; a model without a cache needs no types."""
+    from test_plan import mamba
+    (tmp_path / "file").write_text("")
+    done = python(OTHERS, demo_model, mamba(tmp_path / "mamba.gguf"), XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
+    assert done.stderr.count("at each start, because it cannot be kept") == 2 and "not centred" not in done.stderr

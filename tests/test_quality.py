@@ -164,6 +164,8 @@ def test_text_of_the_user(demo_model, tmp_path):
 def wrong(tmp_path, demo_model):
     """Files that are not what they should be."""
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "latin1.txt").write_bytes("Grüße".encode("latin-1"))
     with demo_model.open("rb") as whole:
         (tmp_path / "cut.gguf").write_bytes(whole.read(1 << 20))
@@ -178,7 +180,10 @@ def wrong(tmp_path, demo_model):
     (("--model", "halved.gguf"), r"halved.gguf is truncated or damaged: .*"),
     (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
     (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
-    (("--text", "short.txt"), r"the text has \d+ tokens; --context 256 needs 512"),
+    (("--text", "short.txt"), r"text 'short.txt' has \d+ tokens; --context 256 needs 512"),
+    (("--text", "empty.txt"), r"text 'empty.txt' is empty; name one that the model can read"),
+    (("--text", "blank.txt"), r"text 'blank.txt' is empty; .*"),
+    (("--text", "."), r"text '\.' cannot be read \(Is a directory\)"),
     (("--types", "tbq4"), r"cache type 'tbq4' is not one of .*"),
     (("--chunks", "1", "--context", "128"), r"--chunks 1 of --context 128 score 63 tokens; at least 100 are needed"),
     (("--context", "8193"), r"--context 8193 is more than the 8192 tokens that the model was trained for"),

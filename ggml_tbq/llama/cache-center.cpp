@@ -114,11 +114,13 @@ int run(common_params & params) {
     }
     // the text's own chunks lie evenly over it, too: the beginning of a text is not like the rest
     const auto spread = [](uint32_t i, uint32_t n, size_t last) { return n > 1 ? (size_t) i*last/(n - 1) : 0; };
+    // half of the chunks in the first quarter of the context: one center serves shorter contexts, too
+    const auto position = [](uint64_t i, uint64_t n, uint64_t last) { return (llama_pos) (n > 1 ? i*i*last/((n - 1)*(n - 1)) : 0); };
 
     const int32_t n_layer = llama_model_n_layer(model.get());
     std::vector<std::pair<uint32_t, std::vector<float>>> shares; // by the tokens of context covered
     for (uint32_t i = 0; i < n_chunks; ++i) {
-        const llama_pos pos = spread(i, n_chunks, n_ctx - n_chunk);
+        const llama_pos pos = position(i, n_chunks, n_ctx - n_chunk);
         std::vector<llama_token> chunk;
         if (bos) {
             chunk.push_back(llama_vocab_bos(vocab));

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a container leaves of the machine to its processes: Linux's control groups, versions 1 and 2.
 
 Nothing but the standard library: cmake/install.py reads this file before the package is built.

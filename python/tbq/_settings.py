@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What llama.cpp's options change of what a model's file says: entries of its metadata, RoPE, and with it the context.
 
 As the pinned revision does it: llama_model_base::load_hparams(), llama_context() and llama_init_from_model().
@@ -36,16 +37,19 @@ def spelled(option: str) -> str:
     return option.replace("_", "-") if option.startswith("--") else option
 
 
-#: Contexts of up to so many tokens share one center, so that a saved slot fits them all; longer ones those up to 4 times as many, and so on.
+#: Contexts of up to so many tokens share one center, so that a saved slot fits them all; then those of up to 4 times as many, and so on.
 _RANGE, _STEP = 8192, 4
 
 
 def measured_over(context: int, reach: int) -> int:
-    """Tokens of context that the center of a cache is measured over.  context: of a sequence.  reach: of RoPE, 0 if unknown."""
+    """Tokens of context that the center of a cache is measured over: the longest that shares it (docs/center.md).
+
+    context: of a sequence.  reach: of RoPE, 0 if unknown.
+    """
     longest = _RANGE
     while longest < context:
         longest *= _STEP
-    return min(longest, reach) if reach else longest
+    return min(longest, reach or longest)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from tbq.caches import read_model
 from tbq.errors import TBQError, one_line, printable
 from tbq.gguf_files import Tensor, as_path, open_gguf
 
-_METHOD = "1"  # of measuring: another number when what is measured changes, so that nothing old is used
+_METHOD = "2"  # of measuring: another number when what is measured changes, so that nothing old is used
 _SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
 _ROOM = 4 << 20  # bytes that measuring needs in its folder: a text and the center
 _ERROR = re.compile(r"^(?:[\d.]+ E )?error: (.*)", re.M)  # with llama.cpp's clock in front
