@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Files that a command writes beside its output: whole or not at all."""
+"""Pictures that a command draws beside its output."""
 import os
 import pathlib
-import tempfile
 
-from tbq.errors import TBQError
+from tbq._files import replace, target
+from tbq.errors import TBQError, one_line
+
+__all__ = ["picture_format", "replace"]
 
 
 def picture_format(path: pathlib.Path) -> str:
@@ -16,19 +18,10 @@ def picture_format(path: pathlib.Path) -> str:
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise TBQError(f"--plot {str(path)!r} must end in one of .{', .'.join(sorted(formats))}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise TBQError(f"--plot {str(path)!r} cannot be written")
+    try:
+        folder = target(path).parent
+    except (TBQError, OSError) as error:
+        raise TBQError(f"--plot {str(path)!r} cannot be written: {one_line(error)}") from None
+    if not os.access(folder, os.W_OK):
+        raise TBQError(f"--plot {str(path)!r} cannot be written: {folder} is not a folder that can be written to")
     return path.suffix[1:].lower()
-
-
-def replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import struct
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tbq import _files
 from tbq._run import at_least_one, cores, interruptible, run
 from tbq._settings import ROPE_OPTIONS, measured_over, select
 from tbq.caches import read_model
@@ -142,17 +144,6 @@ def _text(text: "bytes | str | os.PathLike[str] | None") -> tuple[bytes, str]:
     return text, "the text"
 
 
-@contextlib.contextmanager
-def _of_file(path: pathlib.Path) -> Iterator[None]:
-    """An OSError inside is about this file: a full disk, for example, does not say what it was full for."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename and path.parent not in pathlib.Path(os.fsdecode(error.filename)).parents:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: "bytes | str | os.PathLike[str] | None" = None, chunks: int | None = None,
               options: Sequence[str] = (), on_chunk: Callable[[int, int], None] | None = None) -> str:
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
@@ -166,10 +157,10 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
     for what cannot be written.
     """
     out = as_path(out)
-    if not out.parent.is_dir():
-        raise TBQError(f"{out.parent} is not a folder")
     if out.is_dir():
         raise TBQError(f"{out} is a folder; name a file to write")
+    if not _files.target(out).parent.is_dir():
+        raise TBQError(f"{out.parent} is not a folder")
     opened = open_gguf(model)  # says better what is wrong with a file than the program does
     if out.exists() and any(out.samefile(file) for file in opened.files):
         raise TBQError(f"{out} is the model itself; name another file to write")
@@ -179,9 +170,9 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
             on_chunk(int(found[-1][0]), int(found[-1][1]))
 
     read, named = _text(text)
-    with _of_file(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        parts = pathlib.Path(folder)
-        (parts / "text").write_bytes(read)
+    with _files.workplace(out) as parts:
+        with _files.naming(out):
+            (parts / "text").write_bytes(read)
         threads = [] if "-t" in options or "--threads" in options else ["-t", str(cores())]
         arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
                      *(["--chunks", str(chunks)] if chunks else [])]
@@ -195,13 +186,13 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
             nothing = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)", log)
             if nothing:
                 raise NothingToCentre(f"the keys of {model} stay as they are: {nothing[1]}")
-            if shutil.disk_usage(parts).free < 1 << 16:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if re.search("llama_cache_center_stats_save: center", log):  # it knows the name in the workplace only
+                raise TBQError(f"{out} cannot be written; {parts.parent} has {shutil.disk_usage(parts).free} bytes free")
             if reason and reason[1].startswith("the text has "):
                 raise TBQError(f"{named} is too short: it{reason[1].removeprefix('the text')}")
             raise TBQError(f"the keys of {model} were not measured: {reason[1] if reason else done.error()}")
         read_center(parts / "center")
-        os.replace(parts / "center", out)
+        _files.put([(parts / "center", out)])
     return done.stdout[done.stdout.find("share of the keys"):].rstrip()
 
 

@@ -3,14 +3,11 @@
 import argparse
 import collections
 import contextlib
-import functools
-import io
 import math
 import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGML
 from gguf import GGUFValueType
 
-from tbq import _coders
+from tbq import _coders, _files
 from tbq._run import at_least_one, cores, interruptible
 from tbq._types import BLOCK, types
 from tbq._version import FORMAT_VERSION
@@ -101,22 +98,21 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type
     names = [name for name, _ in parts]
     _check_target(model, names, force)
     headers = [_header(model, parts, i, FILE_TYPES[type]) for i in range(len(parts))]
-    need = sum(size for _, _, size in headers)
-    if need > shutil.disk_usage(path.parent).free:
-        raise TBQError(f"{path.parent} has no room for {need} bytes")
-
-    with _as_one_file(path.parent, names) as files, _bar(plan, progress) as advance:
-        with ThreadPoolExecutor(threads) as pool:
+    try:
+        # the first file of a split gets its name last: without it, no program opens the rest
+        with _files.writing(path, names) as files, _bar(plan, progress) as advance, ThreadPoolExecutor(threads) as pool:
+            _check_room(names, headers)  # once what a killed writer left is gone
             for (_, part), (text, offsets, size), file in zip(parts, headers, files):
-                with _named(path):
-                    file.write(text)
+                file.write(text)
                 for tensor, offset, data in _converted(part, offsets, pool, 2 * threads):
-                    with _named(path):
-                        file.write(bytes(offset - file.tell()) if offset > file.tell() else b"")
-                        file.write(data)
+                    file.write(bytes(offset - file.tell()) if offset > file.tell() else b"")
+                    file.write(data)
                     advance(tensor, len(data))
-                with _named(path):
-                    file.write(bytes(size - file.tell()))
+                file.write(bytes(size - file.tell()))
+    except OSError as error:
+        if error.filename not in map(str, names):  # the source's, for example
+            raise
+        raise TBQError(f"{error.filename} cannot be written: {error.strerror}") from None
     return _report(plan, names, notes)
 
 
@@ -276,49 +272,26 @@ _SPLIT_KEYS = (gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COU
 
 
 def _check_target(model: Model, paths: list[pathlib.Path], force: bool) -> None:
-    folder = paths[0].parent
-    if not folder.is_dir():
-        raise TBQError(f"folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise TBQError(f"folder {folder} cannot be written to")
     for path in paths:
+        folder = _files.target(path).parent
+        if not folder.is_dir():
+            raise TBQError(f"folder {folder} does not exist")
+        if not os.access(folder, os.W_OK):
+            raise TBQError(f"folder {folder} cannot be written to")
         if path.exists():
-            if not path.is_file():
-                raise TBQError(f"{path} is not a file that can be replaced")
             if any(path.samefile(file) for file in model.files):
                 raise TBQError(f"{path} is the file that is read; name another one")
             if not force:
                 raise TBQError(f"{path} exists; --force replaces it")
 
 
-@contextlib.contextmanager
-def _as_one_file(folder: pathlib.Path, paths: list[pathlib.Path]) -> Iterator[list[io.BufferedWriter]]:
-    """Files that get their names when all are complete, the first of a split last: without it, no program opens the rest."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tbq-") as beside, contextlib.ExitStack() as stack:
-        files = []
-        for path in paths:
-            files.append(open(os.path.join(beside, path.name), "xb"))
-            stack.push(functools.partial(_closed, files[-1]))
-        yield files
-        for file, path in reversed(list(zip(files, paths))):
-            with _named(path):
-                file.close()
-                os.replace(file.name, path)
-
-
-def _closed(file: io.BufferedWriter, *_: object) -> None:
-    """After an error: what is left in the buffer may give it again."""
-    with contextlib.suppress(OSError):
-        file.close()
-
-
-@contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
-    """Writing to a file that is open gives errors without its name."""
-    try:
-        yield
-    except OSError as error:
-        raise TBQError(f"{path} cannot be written: {error.strerror or error}") from None
+def _check_room(paths: list[pathlib.Path], headers: list[tuple[bytes, list[int], int]]) -> None:
+    need: collections.Counter[pathlib.Path] = collections.Counter()
+    for path, (_, _, size) in zip(paths, headers):
+        need[_files.target(path).parent] += size
+    for folder, size in need.items():
+        if size > shutil.disk_usage(folder).free:
+            raise TBQError(f"{folder} has no room for {size} bytes")
 
 
 # --- the tensors --------------------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ import mmap
 import operator
 import os
 import pathlib
-import secrets
 import stat
 import struct
 import sys
@@ -58,7 +57,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from tbq import blocks
+from tbq import _files, blocks
 from tbq._ffi import ffi, lib
 from tbq._run import cores
 from tbq._types import BLOCK, types
@@ -344,7 +343,7 @@ class Index:
                             _KEEPS[self.keep], self.dim, self._n, self._next)
         head = fixed + _SUMS.pack(*(zlib.crc32(_bytes(section)) for section in sections))
         head += _SUM.pack(zlib.crc32(head))
-        _write(pathlib.Path(path), [head, *map(_bytes, sections)])
+        _write(path, [head, *map(_bytes, sections)])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Index":
@@ -601,27 +600,9 @@ def _little_endian() -> None:
         raise TBQError("files of indices are for little-endian machines")
 
 
-def _write(path: pathlib.Path, sections: "list[bytes | memoryview]") -> None:
+def _write(path: str | os.PathLike[str], sections: "list[bytes | memoryview]") -> None:
     """Writes sections at multiples of 64, the first filled up to the header's size: the whole file or none of it."""
-    path = pathlib.Path(os.path.realpath(path))  # a link stays one
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise TBQError(f"{path} is not a file that can be replaced")
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        # the mode is what the user's umask makes of it, as for any new file
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
-            for i, section in enumerate(sections):
-                file.write(bytes(-file.tell() % (_HEADER if i == 1 else _ALIGN)))
-                file.write(section)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)  # the new name, too, survives a loss of power
-        finally:
-            os.close(folder)
+    with _files.writing(path) as (file,):
+        for i, section in enumerate(sections):
+            file.write(bytes(-file.tell() % (_HEADER if i == 1 else _ALIGN)))
+            file.write(section)
