@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tbq import caches, index_bench, quality, shape
+from tbq import _files, caches, index_bench, quality, shape
 from tbq._run import Done, at_least_one, by_reason, cores, interruptible, run
 from tbq.caches import Cache, TypePair
 from tbq.errors import TBQError
@@ -207,7 +207,10 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
         if args.shape.size() * 1.01 > free:
             raise TBQError(f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
                            "name another folder with --scratch, or a smaller --shape")
-        yield shape.write(pathlib.Path(folder) / "shape.gguf", args.shape), args.shape.cache(), {"shape": str(args.shape)}
+        path = pathlib.Path(folder) / "shape.gguf"
+        with _files.naming(path):
+            shape.write(path, args.shape)
+        yield path, args.shape.cache(), {"shape": str(args.shape)}
 
 
 def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identity: dict[str, str]) -> None:

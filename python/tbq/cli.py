@@ -5,6 +5,7 @@ A subcommand is a function that takes a parser of its own and sets `run`, which 
 the exit status; its docstring is the line in the help, `parser.epilog` has an example.  Add it to COMMANDS.
 """
 import argparse
+import errno
 import io
 import json
 import os
@@ -135,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except (TBQError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = "standard output"  # every other file has its name in the error
         print(f"tbq: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

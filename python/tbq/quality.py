@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 from tbq import caches
+from tbq._files import naming
 from tbq._pictures import picture_format, replace
 from tbq._run import Done, at_least_one, by_reason, cores, interruptible, run
 from tbq.caches import Model, TypePair
@@ -202,7 +203,8 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
     report = Report(model, context)
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=scratch) as name, contextlib.suppress(KeyboardInterrupt):
         folder = pathlib.Path(name)
-        (folder / "text.txt").write_bytes(text)
+        with naming(folder / "text.txt"):
+            (folder / "text.txt").write_bytes(text)
         with tqdm(total=chunks * (1 + len(pairs)), unit="chunk", desc="f16, base") as bar:
             def show(i: int) -> Callable[[int], None]:
                 return lambda done: bar.update(i * chunks + min(done, chunks) - bar.n)

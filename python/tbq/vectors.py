@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tbq._files import naming, target
 from tbq._run import at_least_one, cores, interruptible
 from tbq.errors import TBQError
 from tbq.index import Index
@@ -28,7 +29,8 @@ def read_vectors(path: pathlib.Path, axes: int = 2) -> npt.NDArray[Any]:
     if not path.is_file():
         raise TBQError(f"{path} is not a regular file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with naming(path):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OverflowError, SyntaxError) as error:
         why = str(error).splitlines()[0] if str(error) else "empty"
         raise TBQError(f"{path} is not a .npy file of numbers, or is truncated ({why})") from None
@@ -55,7 +57,7 @@ def _build(args: argparse.Namespace) -> int:
     ids = read_vectors(args.ids, 1) if args.ids else None
     if args.index.exists() and not args.force:
         raise TBQError(f"{args.index} exists; --force replaces it")
-    folder = args.index.absolute().parent
+    folder = target(args.index).parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise TBQError(f"{folder} is not a folder that can be written to")
     if args.index.exists() and any(args.index.samefile(path) for path in (args.vectors, args.ids) if path):
