@@ -40,12 +40,16 @@ def exact(metric, q, x):
     """Scores in double precision, the higher the nearer."""
     q, x = q.astype(np.float64), x.astype(np.float64)
     if metric == "l2":
-        return -((q[:, None] - x[None]) ** 2).sum(-1)
+        return -np.stack([((row - x) ** 2).sum(-1) for row in q])
     return unit(q) @ unit(x).T if metric == "cosine" else q @ x.T
 
 
 def recall(metric, q, x, ids, k):
-    truth = np.argsort(-exact(metric, q, x), axis=1)[:, :k]
+    return share(exact(metric, q, x), ids, k)
+
+
+def share(scores, ids, k):
+    truth = np.argsort(-scores, axis=1)[:, :k]
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth)]) / k
 
 
@@ -232,6 +236,139 @@ def test_nothing_is_left_of_what_was_removed(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+# --- the center ---------------------------------------------------------------------------------------------------
+
+
+def normal(n, dim, c, seed=0):
+    return (np.random.default_rng(seed).standard_normal((n, dim)) + c).astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("c", (0, 3, 10, 50))
+def test_data_that_is_not_centered(metric, c):
+    """Without a center, l2 and cosine find 0.65, 0.18 and 0.01 of the neighbors at 3, 10 and 50."""
+    x, q = normal(2000, 128, c), normal(400, 128, c, seed=1)
+    index = Index(128, 4, metric, keep="float16")
+    index.add(x)
+    center = (unit(x) if metric == "cosine" else x).mean(axis=0)
+    assert np.abs(index.center - center).max() < 0.3 * np.abs(center).max() if c else not index.center.any()
+    truth = exact(metric, q, x)
+    for rescore, least, error in ((1, 0.88, 0.1), (4, 0.99, 2e-3)):
+        scores, ids = index.search(q, 10, rescore=rescore)
+        assert share(truth, ids, 10) >= least
+        true = np.take_along_axis(truth, ids, 1) * (-1 if metric == "l2" else 1)
+        assert np.sqrt(np.mean((scores - true) ** 2)) < error * truth.std()
+
+
+@pytest.mark.parametrize("metric", ("ip", "cosine"))
+def test_queries_that_are_not_like_the_vectors(metric):
+    """On the other side of 0, around 0, and short: each finds its neighbors among the others."""
+    x = normal(3000, 64, 5)
+    q = np.concatenate([normal(100, 64, -5, 1), normal(100, 64, 0, 2), normal(100, 64, 5, 3) * np.float32(1e-3)])[np.random.default_rng(0).permutation(300)]
+    index = Index(64, 4, metric)
+    index.add(x)
+    scores, ids = index.search(q, 10)
+    assert recall(metric, q, x, ids, 10) > 0.88
+    for some in (slice(0, 1), slice(5, 40)):  # a query's result does not depend on its company
+        assert all((a == b[some]).all() for a, b in zip(index.search(q[some], 10), (scores, ids)))
+
+
+@pytest.mark.parametrize("metric, keep", (("ip", None), ("cosine", "float16"), ("l2", "float32")))
+@pytest.mark.parametrize("n", (1, 2, 255, 256, 300))
+def test_how_vectors_are_cut_does_not_matter(metric, keep, n, tmp_path):
+    """The same file after one add and after many, with files in between."""
+    x, path = normal(n, 70, 2), tmp_path / "index"
+    files = set()
+    for step in (1, 7, 100, 300):
+        index = Index(70, 4, metric, keep=keep)
+        for turn, start in enumerate(range(0, n, step)):
+            index.add(x[start:start + step], threads=1 + turn % 2)
+            if turn % 10 == 1:
+                index.save(path)
+                index = Index.load(path)
+            assert index.search(x[0], 1)[1][0] == 0 or metric == "ip"
+        index.save(path)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+
+
+def test_center_is_fixed_once_there_are_enough():
+    index = Index(20, 4, "l2")
+    index.add(normal(255, 20, 5))
+    before = index.center
+    index.add(normal(1, 20, 9))
+    fixed = index.center
+    assert (fixed != before).any()
+    index.add(normal(1000, 20, 70))
+    index.remove(np.arange(1000))
+    assert (index.center == fixed).all()
+    index.remove(index.ids)
+    assert not index.center.any()  # of nothing there is none
+    index.add(normal(300, 20, 70))
+    assert np.abs(index.center - 70).max() < 0.5
+
+
+def test_removed_vectors_have_no_part_in_a_center_that_is_being_measured(tmp_path):
+    x = normal(200, 20, 3)
+    index = Index(20)
+    index.add(x)
+    index.remove(np.arange(0, 200, 2))
+    other = Index(20)
+    other.add_with_ids(x[1::2], np.arange(1, 200, 2))
+    assert (index.center == other.center).all()
+    assert (index.search(x, 10)[0] == other.search(x, 10)[0]).all() and (index.reconstruct([1, 99]) == other.reconstruct([1, 99])).all()
+
+
+def test_centers_of_the_caller(tmp_path):
+    x, q = normal(500, 30, 40), normal(20, 30, 40, seed=1)
+    for metric in METRICS:
+        center = unit(np.ones(30)) if metric == "cosine" else np.full(30, 40)
+        given = Index(30, 4, metric, center=center)
+        given.add(x[:3])
+        assert (given.center == center.astype(np.float32)).all()
+        given.save(tmp_path / "given")
+        given = Index.load(tmp_path / "given")
+        given.add(x[3:])
+        assert (given.center == center.astype(np.float32)).all() and recall(metric, q, x, given.search(q)[1], 10) > 0.85
+        none = Index(30, 4, metric, center=np.zeros(30))
+        none.add(x)
+        assert not none.center.any() and recall(metric, q, x, none.search(q)[1], 10) < 0.5 or metric == "ip"
+        assert none.nbytes < given.nbytes
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", (1, 300))
+def test_vectors_that_are_all_equal(metric, n):
+    """Nothing is left to quantize, and every score is right."""
+    x, q = np.full((n, 20), 7.25, np.float32), normal(5, 20, 0)
+    index = Index(20, 2, metric, keep="float16")
+    index.add(x)
+    for rescore in (1, 2):
+        scores, ids = index.search(q, n, rescore=rescore)
+        np.testing.assert_allclose(scores, np.abs(exact(metric, q, x)) if metric == "l2" else exact(metric, q, x), rtol=1e-5, atol=1e-6)
+        assert (ids == np.arange(n)).all()
+    assert np.abs(index.reconstruct(0) - (unit(x[0]) if metric == "cosine" else x[0])).max() < 1e-6
+
+
+def test_a_few_vectors_far_away_do_not_move_the_center():
+    x = normal(2000, 32, 0)
+    x[10] *= np.float32(1e17)
+    q = normal(50, 32, 0, seed=1)
+    index = Index(32, 4, "l2")
+    index.add(x)
+    assert not index.center.any() and recall("l2", q, x, index.search(q)[1], 10) > 0.8
+
+
+def test_center_and_halves():
+    """What float16 holds is what is left of a vector; a center that moves never throws out what was taken."""
+    index = Index(8, 4, "l2", keep="float16")
+    index.add(normal(3, 8, 1e5))
+    with pytest.raises(TBQError, match=r"vectors\[1\] is too far from the center for float16"):
+        index.add(np.concatenate([normal(1, 8, 1e5), normal(100, 8, 0)]))
+    index.add(normal(20, 8, 1e5, seed=1))
+    assert len(index) == 23 and index.search(normal(1, 8, 1e5), 1, rescore=2)[1][0, 0] == 0
+
+
 # --- wrong arguments ----------------------------------------------------------------------------------------------
 
 NAN, INF = np.full((1, 8), np.nan, np.float32), np.full(8, np.inf)
@@ -257,7 +394,11 @@ WRONG = {
     "huge": (lambda i: i.add(HUGE), "vectors[0] holds a NaN or an infinity"),
     "long": (lambda i: i.add(np.full(8, 1e18)), "vectors[0] has a length of 2^60 or more"),
     "zero": (lambda i: Index(8, 4, "cosine").add(np.zeros(8)), "vectors[0] is zero, which has no cosine with anything"),
-    "half": (lambda i: Index(8, keep="float16").add(np.full(8, 1e5)), "vectors[0] holds a value that float16 cannot; keep 'float32' can"),
+    "half": (lambda i: Index(8, keep="float16", center=np.zeros(8)).add(np.full(8, 1e5)), "vectors[0] holds a value that float16 cannot; keep 'float32' can"),
+    "far": (lambda i: Index(8, keep="float16", center=np.ones(8)).add(np.full(8, 1e5)), "vectors[0] is too far from the center for float16; keep 'float32' can hold it"),
+    "center shape": (lambda i: Index(8, center=np.ones(9)), "center has shape (9,); it must be (8,)"),
+    "center nan": (lambda i: Index(8, center=NAN[0]), "center[0] holds a NaN or an infinity"),
+    "center text": (lambda i: Index(8, center="no"), "center have dtype <U2; it must be a real number's"),
     "id twice": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 9]), "id 9 is there twice"),
     "id taken": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 2]), "id 2 is in the index already"),
     "id count": (lambda i: i.add_with_ids(np.ones((2, 8)), [9]), "there are 2 vectors and 1 ids"),
@@ -301,6 +442,69 @@ def test_wrong_arguments(what):
     assert index.add(np.ones(8)).tolist() == [5]
 
 
+LAST = 2**63 - 2  # of the ids
+
+
+def test_ids_end(tmp_path):
+    """What has been saved can be loaded; what has no id left is refused before anything changes."""
+    x, path = vectors(12, 8), tmp_path / "index"
+    index = Index(8)
+    index.add_with_ids(x[:1], [LAST - 3])
+    for n, ids in ((4, None), (3, [LAST - 2, LAST - 1, LAST]), (1, None)):
+        before = index.ids.tolist(), index.nbytes, index.search(x, 1)[0].tolist()
+        if ids is None:
+            with pytest.raises(TBQError, match=f"{n} vectors would get ids from .*, but 2\\^63 - 2 is the last; add_with_ids takes others"):
+                index.add(x[:n])
+            assert (index.ids.tolist(), index.nbytes, index.search(x, 1)[0].tolist()) == before
+        else:
+            assert index.add(x[:n]).tolist() == ids
+        index.save(path)
+        loaded = Index.load(path)
+        assert loaded.ids.tolist() == index.ids.tolist()
+        index = loaded
+    assert index.add(x[:0]).tolist() == []
+    index.remove(index.ids)  # ids are not given twice
+    with pytest.raises(TBQError, match="1 vectors would get ids from"):
+        index.add(x[0])
+    index.add_with_ids(x[:2], [0, LAST])
+    assert LAST in index and LAST + 1 not in index and 2**70 not in index and -1 not in index
+
+
+@pytest.mark.parametrize("ids, message", (
+    ([2**63 - 1], "id 9223372036854775807 is not from 0 to"), (np.array([2**64 - 1], np.uint64), "id 18446744073709551615 is not from 0 to"),
+    ([2**70], "must be integers of shape"), ([-2**63], "id -9223372036854775808 is not from 0 to"), (np.array([-1], np.int8), "id -1 is not from 0 to"),
+    ([2.0], "must be integers of shape"), ([2**63, -1], "must be integers of shape"), ([True], "must be integers of shape")), ids=str)
+def test_ids_that_are_none(ids, message):
+    index = Index(8)
+    index.add(vectors(2, 8))
+    for act in (lambda: index.add_with_ids(vectors(len(ids), 8), ids), lambda: index.remove(ids), lambda: index.reconstruct(ids)):
+        with pytest.raises(TBQError, match=message):
+            act()
+    assert index.ids.tolist() == [0, 1]
+
+
+def test_ids_of_any_layout():
+    index = Index(8)
+    x = np.asfortranarray(vectors(12, 8))
+    index.add_with_ids(x[::4], np.arange(12, dtype=np.uint64)[::4])
+    index.add_with_ids(x[1::4], np.arange(12, dtype=">i4")[1::4])
+    index.add_with_ids(x[2::4], range(2, 12, 4))
+    assert sorted(index.ids.tolist()) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    index.remove(np.array([1, 5], np.uint8)[::-1])
+    fresh = Index(8)
+    fresh.add_with_ids(x[index.ids], index.ids)
+    assert (index.search(x, 7)[1] == fresh.search(x, 7)[1]).all()
+
+
+@pytest.mark.parametrize("number", (2**31, 2**63, 2**64, 2**100))
+def test_large_numbers(number):
+    index = Index(8)
+    index.add(vectors(2, 8))
+    for act in (lambda: index.search(np.ones(8), number), lambda: index.search(np.ones(8), 1, threads=number), lambda: Index(number), lambda: Index(8, number)):
+        with pytest.raises(TBQError, match=f"is {number}; it must be from"):
+            act()
+
+
 def test_empty():
     index = Index(8)
     assert len(index) == 0 and index.nbytes == 0 and 0 not in index and "x" not in index
@@ -313,10 +517,13 @@ def test_empty():
 # --- files --------------------------------------------------------------------------------------------------------
 
 
+SAVED = vectors(37, 70) + np.float32(2)
+
+
 @pytest.fixture
 def saved(tmp_path):
     index = Index(70, 3, "l2", keep="float16")
-    index.add_with_ids(vectors(37, 70), np.arange(100, 137))
+    index.add_with_ids(SAVED, np.arange(100, 137))
     path = tmp_path / "an index"
     index.save(path)
     return index, path
@@ -330,20 +537,50 @@ def test_file(saved):
         assert (a == b).all()
     assert repr(loaded) == repr(index)
     # as the module says: the header is 128 bytes, sections at multiples of 64; 3 groups of 2 blocks
-    sizes = [3 * 2 * 32, 3 * 2 * 16 * 24, 48 * 4, 48 * 4, 37 * 8, 37 * 70 * 2]
+    sizes = [70 * 4, 3 * 2 * 32, 3 * 2 * 16 * 24, 48 * 4, 48 * 4, 37 * 8, 37 * 70 * 2, 37 * 70 * 4]
     at = 128
     for size in sizes[:-1]:
         at = -(-(at + size) // 64) * 64
     assert path.stat().st_size == at + sizes[-1]
     data = path.read_bytes()
-    assert struct.unpack_from("<8s6I3Q", data) == (b"TBQINDEX", 1, 1, 3, 2, 0, 2, 70, 37, 137)
-    assert np.frombuffer(data, "<u2", 16, 128)[5] == tbq.quantize(_scaled(index, 5), "tbq3_0").view("<u2")[0]
+    assert struct.unpack_from("<8s6I3Q2I", data) == (b"TBQINDEX", 2, 1, 3, 2, 0, 2, 70, 37, 137, 1, 2)
+    assert (np.frombuffer(data, "<f4", 70, 128) == index.center).all() and index.center.all()
+    assert np.frombuffer(data, "<u2", 16, _SCALES)[5] == tbq.quantize(_scaled(index, 5), "tbq3_0").view("<u2")[0]
+    assert (np.frombuffer(data, "<f4", 37 * 70, at).reshape(37, 70) == SAVED).all()
+
+
+_SCALES = 128 + 5 * 64  # where they begin, after the center of 280 bytes
 
 
 def _scaled(index, row):
     x = np.zeros(128, np.float32)
-    x[:70] = unit(vectors(37, 70)[row].astype(np.float64)) * math.sqrt(128)
+    x[:70] = unit((SAVED[row] - index.center).astype(np.float64)) * math.sqrt(128)
     return x
+
+
+def test_files_of_version_1(tmp_path):
+    """Written out here as they were: no center, whatever is added."""
+    x, q = vectors(300, 70) + np.float32(1), vectors(3, 70, seed=1)
+    for metric in METRICS:
+        index = Index(70, 3, metric, keep="float16", center=np.zeros(70))
+        index.add(x)
+        sections = [index._arrays[name] for name in ("d", "codes", "mul", "add", "ids", "originals")]
+        head = struct.pack("<8s6I3Q", b"TBQINDEX", 1, 1, 3, METRICS.index(metric), 0, 2, 70, 300, 300)
+        head += struct.pack("<6I", *(zlib.crc32(section.tobytes()) for section in sections))
+        data = (head + struct.pack("<I", zlib.crc32(head))).ljust(128, b"\0")
+        for section in sections:
+            data += bytes(-len(data) % 64) + section.tobytes()
+        (tmp_path / "old").write_bytes(data)
+        old = Index.load(tmp_path / "old")
+        for rescore in (1, 3):
+            for a, b in zip(old.search(q, 9, rescore=rescore), index.search(q, 9, rescore=rescore)):
+                assert (a == b).all()
+        for one in (old, index):
+            one.remove(np.arange(300))
+            one.add(x)
+        assert not old.center.any() and (old.search(q, 9)[1] == index.search(q, 9)[1]).all()
+        old.save(tmp_path / "old")
+        assert (tmp_path / "old").read_bytes()[8] == 2 and len(Index.load(tmp_path / "old")) == 300
 
 
 def test_file_is_mapped_and_never_written_to(saved):
@@ -389,7 +626,7 @@ def test_tampered(saved, tmp_path):
         else:
             assert at >= 128 and data[at] == 0  # a gap between sections
     refused = 0
-    for at in range(128, 128 + 192):  # the scales
+    for at in range(_SCALES, _SCALES + 192):
         changed = bytearray(data)
         changed[at] ^= 0x80
         other.write_bytes(changed)
@@ -401,14 +638,15 @@ def test_tampered(saved, tmp_path):
 
 def _forged(data, **fields):
     """A file with other numbers in its header and valid checksums."""
-    names = ("magic", "version", "format", "bits", "metric", "estimator", "keep", "dim", "n", "next")
-    values = dict(zip(names, struct.unpack_from("<8s6I3Q", data))) | fields
-    head = struct.pack("<8s6I3Q", *values.values()) + data[56:80]
-    return head + struct.pack("<I", zlib.crc32(head)) + data[84:]
+    names = ("magic", "version", "format", "bits", "metric", "estimator", "keep", "dim", "n", "next", "center", "source")
+    values = dict(zip(names, struct.unpack_from("<8s6I3Q2I", data))) | fields
+    head = struct.pack("<8s6I3Q2I", *values.values()) + data[64:96]
+    return head + struct.pack("<I", zlib.crc32(head)) + data[100:]
 
 
-@pytest.mark.parametrize("fields", ({"n": 1 << 62}, {"n": 38}, {"n": 48}, {"dim": 1 << 19}, {"dim": 0}, {"dim": 1 << 40}, {"bits": 9}, {"bits": 4}, {"metric": 0},
-                                    {"metric": 7}, {"keep": 4}, {"keep": 3}, {"estimator": 2}, {"next": 3}, {"next": 1 << 63}, {"version": 2}, {"format": 2}), ids=str)
+@pytest.mark.parametrize("fields", ({"n": 1 << 62}, {"n": 38}, {"n": 48}, {"dim": 1 << 19}, {"dim": 0}, {"dim": 1 << 40}, {"bits": 9}, {"bits": 4},
+                                    {"metric": 7}, {"keep": 4}, {"keep": 3}, {"estimator": 2}, {"next": 3}, {"next": 1 << 63}, {"version": 1}, {"version": 3}, {"format": 2},
+                                    {"center": 0}, {"center": 2}, {"source": 0}, {"source": 3}, {"n": 256}), ids=str)
 def test_forged(saved, tmp_path, fields):
     """Numbers that do not fit the file's size: refused before memory is taken for them."""
     _, path = saved
@@ -423,11 +661,16 @@ def test_garbage_under_valid_checksums(saved, tmp_path):
     """verify=False trusts what it reads, but stays within it."""
     index, path = saved
     data = bytearray(path.read_bytes())
-    data[128:] = np.random.default_rng(0).integers(0, 256, len(data) - 128, np.uint8).tobytes()
+    data[_SCALES:] = np.random.default_rng(0).integers(0, 256, len(data) - _SCALES, np.uint8).tobytes()
     other = tmp_path / "other"
     other.write_bytes(data)
     with np.errstate(all="ignore"):
         Index.load(other, verify=False).search(vectors(3, 70), 9, rescore=2)
+    for wrong in (np.inf, np.nan, 1e30):  # the center meets every query
+        data[128:132] = np.float32(wrong).tobytes()
+        other.write_bytes(data)
+        with pytest.raises(TBQError, match="is damaged: its center has a NaN or is too far away"):
+            Index.load(other, verify=False)
 
 
 def test_not_files(tmp_path):

@@ -503,8 +503,8 @@ class Index:
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Index":
         """The index of a file, which stays on the disk: pages are read when they are needed, and copied before a change.
 
-        verify: compare the checksums of the sections, which reads the file once; the header is always checked, and every
-        number in it against the size of the file.  The file must not be changed in place while the index is in use; save()
+        verify: compare the checksums of the sections, which reads the file once; the header and the center are always checked, and
+        every number of the header against the size of the file.  The file must not be changed in place while the index is in use; save()
         does not.
         Raises TBQError for a file that is not an index, is truncated or damaged; OSError for one that cannot be read.
         """
@@ -527,6 +527,8 @@ class Index:
             if verify and zlib.crc32(_bytes(array)) != sums[name]:
                 raise TBQError(f"{path} is damaged: the checksum of its section {name!r} is wrong")
             index._arrays[name] = array
+        if not float(np.linalg.norm(index.center.astype(np.float64))) < _LONGEST:
+            raise TBQError(f"{path} is damaged: its center has a NaN or is too far away")
         if verify:
             index._verify(path)
         index._owned = False
@@ -562,7 +564,7 @@ class Index:
         ids = np.sort(self._arrays["ids"])
         if len(ids) and (ids[0] < 0 or ids[-1] >= self._next or (ids[1:] == ids[:-1]).any()):
             raise TBQError(f"{path} is damaged: an id is there twice or out of range")
-        if not all(np.isfinite(self._arrays[name]).all() for name in ("center", "d", "mul", "add", "first")):
+        if not all(np.isfinite(self._arrays[name]).all() for name in ("d", "mul", "add", "first")):
             raise TBQError(f"{path} is damaged: it has a NaN or an infinity")
 
     # --- inside ---------------------------------------------------------------------------------------------------
