@@ -288,10 +288,10 @@ def _check_target(model: Model, paths: list[pathlib.Path], force: bool) -> None:
 def _check_room(paths: list[pathlib.Path], headers: list[tuple[bytes, list[int], int]]) -> None:
     need: collections.Counter[pathlib.Path] = collections.Counter()
     for path, (_, _, size) in zip(paths, headers):
-        need[_files.target(path).parent] += size
-    for folder, size in need.items():
-        if size > shutil.disk_usage(folder).free:
-            raise TBQError(f"{folder} has no room for {size} bytes")
+        folder = _files.target(path).parent
+        need[folder] += size
+        if need[folder] > shutil.disk_usage(folder).free:
+            raise TBQError(f"{path} cannot be written: {folder} has no room for {need[folder]} bytes")
 
 
 # --- the tensors --------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ before: x = c + r, and r is what is quantized, of unit vectors for cosine.  Scor
 <e, r> is exact, a float for each vector: what queries and vectors have in common meets no rounding.  The
 center is measured from the first 256 vectors (see _measured); until there are so many, from those that there are, again
 with each change: they are kept as float32 until then.  So neither how vectors are cut into calls nor a file in between
-matters.  256, because a mean of n vectors is off by 1/n of their energy, and 0.4 % more of the error is
-less than the rounding of a query costs.
+matters.  256, because a center of n vectors adds 1.2/n to the squared error (it is the mean of the middle half of the
+values), and 0.5 % is what the rounding of a query costs.
 
 FILE (version 2; little-endian; sections begin at multiples of 64, filled up with zeros)
 
@@ -681,7 +681,7 @@ def _measured(first: Floats) -> Floats | None:
     """The center of vectors, in whatever order they are, or None if there is nothing to gain from it.
 
     In each dimension the mean of the middle half of the values: a few vectors far from the rest do not move it.  There is a gain if
-    three of four vectors lose 2 % of their energy or more with it: chance takes 1/n.
+    three of four vectors lose 2 % of their energy or more with it; by chance they lose about 1/n.
     """
     n = len(first)
     center: Floats = np.sort(first, axis=0)[n // 4:n - n // 4].mean(axis=0, dtype=np.float64).astype(np.float32)
