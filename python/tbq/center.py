@@ -17,7 +17,6 @@ import pathlib
 import re
 import shutil
 import struct
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
