@@ -47,11 +47,11 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is; open_gguf has checked that the file has these bytes."""
+    """Where a tensor is; open_gguf has checked that the file has these bytes.  An axis of 0 is legal: n_bytes is 0 then."""
 
     name: str
     type: GGMLQuantizationType
-    shape: tuple[int, ...]  #: as NumPy has it: rows last but one, the values of a row last
+    shape: tuple[int, ...]  #: as NumPy has it: rows last but one, the values of a row last; at least one axis
     path: pathlib.Path  #: of the file, which may be one of a split
     offset: int  #: of the first byte in that file
     n_bytes: int
@@ -62,7 +62,9 @@ class Tensor:
 
     @property
     def bits_per_value(self) -> float:
-        return 8 * self.n_bytes / self.n_values
+        """Of the type, so that a tensor without values has it too."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+        return 8 * block_bytes / block
 
 
 class Metadata(Mapping[str, Any]):
@@ -90,6 +92,11 @@ class Metadata(Mapping[str, Any]):
         """What divides the offsets of tensors."""
         return int(self.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
 
+    def type(self, key: str) -> GGUFValueType:
+        """Of the value of a key that is there."""
+        data, start = self._entries[key]
+        return GGUFValueType(_Cursor.of_bytes(data[start:]).u32())
+
     @property
     def raw(self) -> dict[str, bytes]:
         return {key: entry for key, (entry, _) in self._entries.items()}
@@ -98,7 +105,7 @@ class Metadata(Mapping[str, Any]):
         """The value of a key that must be an integer of 0 or more, if it is there."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise TBQError(f"metadata {key} is {str(value)[:40]!r}; it must be an integer, 0 or more")
+            raise TBQError(f"metadata {_short(key)} is {str(value)[:40]!r}; it must be an integer, 0 or more")
         return value
 
 
@@ -265,20 +272,28 @@ class _Cursor:
                 position += 8 + unpack(buffer, position)[0]
         self.position = position
 
-    def name(self, what: str) -> str:
+    def name(self, what: str, empty: bool = False) -> str:
+        """A string that can be printed on one line; empty: whether it may have no characters."""
         start, stop = self.skip_string(what)
         try:
             text = self.buffer[start:stop].decode()
         except UnicodeDecodeError:
             raise TBQError(f"{self.path}: {what} is not text") from None
-        if not text or not text.isprintable():
+        if not (text or empty) or not text.isprintable():
             raise TBQError(f"{self.path}: {what} is {text[:40]!r}")
         return text
+
+
+def _short(key: str) -> str:
+    """A key in a message; the longest has 65535 bytes."""
+    return key if len(key) <= 80 else f"{key[:80]}..."
 
 
 def _array(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
     """Type of the elements and how many there are; that many fit."""
     kind, count = cursor.unpack("IQ", what)
+    if kind == GGUFValueType.ARRAY:
+        raise TBQError(f"{cursor.path}: {what} is an array of arrays, which llama.cpp does not read either")
     if kind not in (*_SCALARS, GGUFValueType.STRING):
         raise TBQError(f"{cursor.path}: {what} is an array of type {kind}, which GGUF does not have")
     kind = GGUFValueType(kind)
@@ -336,15 +351,15 @@ def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
     if magic != gguf.GGUF_MAGIC:
         raise TBQError(f"{path} is not a GGUF file: it begins with {bytes(cursor.buffer[:4])!r}")
     version = cursor.u32("the version")
-    if version & 0xffff == 0:
+    if version and version & 0xffff == 0:
         raise TBQError(f"{path} is big-endian; only little-endian GGUF files are read")
     if version not in (2, 3):
         raise TBQError(f"{path} has GGUF version {version}; 2 and 3 are read")
     n_tensors, n_entries = cursor.unpack("QQ", "the header")
     if max(n_tensors, n_entries) > MAX_COUNT:
         raise TBQError(f"{path} says that it has {n_tensors} tensors and {n_entries} entries; at most {MAX_COUNT} are read")
-    # the smallest tensor: name's length and a character, dimensions, one of them, type, offset; the smallest entry
-    cursor.require(n_tensors * (9 + 4 + 8 + 4 + 8) + n_entries * (9 + 4 + 1), f"a header of {n_tensors} tensors and {n_entries} entries")
+    # the smallest tensor: name's length, dimensions, type, offset; the smallest entry: key's length, a character, type, value
+    cursor.require(n_tensors * (8 + 4 + 4 + 8) + n_entries * (9 + 4 + 1), f"a header of {n_tensors} tensors and {n_entries} entries")
     return n_tensors, n_entries
 
 
@@ -354,36 +369,40 @@ def _entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
         start = cursor.position
         key = cursor.name(f"key {i} of the metadata")
         if key in entries:
-            raise TBQError(f"{path}: metadata {key} is there twice")
-        type_start = cursor.position
-        _skip_value(cursor, cursor.u32(f"metadata {key}"), f"metadata {key}")
+            raise TBQError(f"{path}: metadata {_short(key)} is there twice")
+        type_start, what = cursor.position, f"metadata {_short(key)}"
+        _skip_value(cursor, cursor.u32(what), what)
         entries[key] = bytes(cursor.buffer[start:cursor.position]), type_start - start
     return Metadata(entries)
 
 
 def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
-    value = metadata.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(value, int) or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
-        raise TBQError(f"{path}: {gguf.Keys.General.ALIGNMENT} is {str(value)[:40]!r}; it must be a power of two up to {MAX_ALIGNMENT}")
+    """As llama.cpp has it: of 32 bits without sign, a power of two."""
+    key = gguf.Keys.General.ALIGNMENT
+    if key in metadata and metadata.type(key) != GGUFValueType.UINT32:
+        raise TBQError(f"{path}: {key} is {str(metadata[key])[:40]!r} of type {metadata.type(key).name.lower()}; it must be a uint32")
+    value = metadata.alignment
+    if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+        raise TBQError(f"{path}: {key} is {value}; it must be a power of two up to {MAX_ALIGNMENT}")
     return value
 
 
 def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, size: int) -> tuple[Tensor, ...]:
     found = []
     for i in range(count):
-        name = cursor.name(f"the name of tensor {i}")
+        name = cursor.name(f"the name of tensor {i}", empty=True)
         if len(name.encode()) >= MAX_NAME:
             raise TBQError(f"{path}: tensor {name[:40]!r}... has a name of {MAX_NAME} bytes or more")
         n_dims = cursor.u32(f"tensor {name}")
-        if not 1 <= n_dims <= MAX_DIMS:
-            raise TBQError(f"{path}: tensor {name} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
+        if n_dims > MAX_DIMS:
+            raise TBQError(f"{path}: tensor {name} has {n_dims} dimensions; {MAX_DIMS} are possible")
         *dims, kind, offset = cursor.unpack("Q" * n_dims + "IQ", f"tensor {name}")
-        found.append((name, tuple(reversed(dims)), kind, offset))
+        found.append((name, tuple(reversed(dims)) or (1,), kind, offset))  # ggml's tensors have an axis at least
     start = _padded(cursor.position, alignment)
     tensors = tuple(_tensor(path, *each, alignment, start, size) for each in found)
     _check_unique([tensor.name for tensor in tensors], path)
     end, before = start, ""
-    for tensor in sorted(tensors, key=lambda t: t.offset):
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.n_bytes)):  # one of no bytes shares its offset with the next
         if tensor.offset < end:
             raise TBQError(f"{path}: tensors {before} and {tensor.name} overlap")
         end, before = tensor.offset + tensor.n_bytes, tensor.name
@@ -397,8 +416,10 @@ def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, of
     except ValueError:
         raise TBQError(f"{path}: tensor {name} has type {kind}, which the installed gguf does not know") from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
-    if min(shape) == 0 or shape[-1] % block:
+    if shape[-1] % block:
         raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")
+    if 0 in shape and prod(n or 1 for n in shape) >= 2**60:  # NumPy multiplies them although nothing is there
+        raise TBQError(f"{path}: tensor {name} has shape {shape}; its axes that are not 0 must multiply to less than 2^60")
     n_bytes = prod(shape) // block * block_bytes
     if offset % alignment or start + offset + n_bytes > size:
         raise TBQError(f"{path} is truncated or damaged: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}")

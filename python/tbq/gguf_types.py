@@ -52,14 +52,29 @@ def _add_member(kind: Any, name: str, value: int) -> Any:
 
 
 def _add_coder(info: TypeInfo, member: Any) -> None:
+    base: Any = quants.BF16.__mro__[1]
+
     def quantize_blocks(cls: Any, array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         return blocks.quantize(array, info.name)
 
     def dequantize_blocks(cls: Any, array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return blocks.dequantize(array, info.name, (len(array), BLOCK))
 
-    body = {"__module__": __name__, "quantize_blocks": classmethod(quantize_blocks), "dequantize_blocks": classmethod(dequantize_blocks)}
-    new_class(info.name.upper(), quants.BF16.__mro__[1:2], {"qtype": member}, lambda space: space.update(body))  # registers itself
+    # rows without values: gguf would divide their number among 0, for every type of blocks
+
+    def quantize(cls: Any, array: Any) -> Any:
+        return np.empty(array.shape, np.uint8) if _no_columns(array) else base.quantize.__func__(cls, array)
+
+    def dequantize(cls: Any, array: Any) -> Any:
+        return np.empty(array.shape, np.float32) if _no_columns(array) else base.dequantize.__func__(cls, array)
+
+    functions = (quantize_blocks, dequantize_blocks, quantize, dequantize)
+    body = {"__module__": __name__, **{function.__name__: classmethod(function) for function in functions}}
+    new_class(info.name.upper(), (base,), {"qtype": member}, lambda space: space.update(body))  # registers itself
+
+
+def _no_columns(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.shape[-1:] == (0,)
 
 
 register()

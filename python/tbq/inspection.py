@@ -54,7 +54,7 @@ class Entry:
 
     tensor: Tensor
     blocks: Blocks | None = None  #: of tbq tensors
-    error: float | None = None  #: norm of the difference to the original over the norm of the original
+    error: float | None = None  #: norm of the difference to the original over the norm of the original; None without values
     cosine: float | None = None  #: of the angle to the original
 
 
@@ -121,7 +121,7 @@ def _read(report: Report, entry: Entry, original: Tensor | None, pool: ThreadPoo
         decoders = original and (_coders.decoder(entry.tensor.type), _coders.decoder(original.type))
     except TBQError:  # integers, for example
         decoders = None
-    if info is None and not decoders:
+    if entry.tensor.n_values == 0 or info is None and not decoders:
         return
     sums = list(_mapped(pool, window, advance, lambda new, old: _sums(info, decoders, new, old), pieces(entry.tensor, CHUNK),
                         pieces(original, CHUNK) if original and decoders else None))
@@ -255,6 +255,8 @@ def _tensor_lines(report: Report) -> list[str]:
             line += f" {b.scales[0]:11.3g} {b.scales[1]:11.3g} {b.scales[2]:11.3g} {b.entropy:6.3f}" if b else " " * 43
         if compared and entry.error is not None and entry.cosine is not None:
             line += f" {entry.error:8.5f} {entry.cosine:8.6f}"
+        elif compared:  # without values, or not in the original
+            line += f" {'-':>8} {'-':>8}"
         lines.append(line.rstrip())
     if report.missing:
         lines += ["", f"not in the original: {', '.join(report.missing[:8])}" + (f" and {len(report.missing) - 8} more" if report.missing[8:] else "")]

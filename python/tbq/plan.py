@@ -271,6 +271,8 @@ def _rows(tensor: "Tensor", start: int = 0, stop: int | None = None, step: int =
     """Rows of a tensor of one or two axes as float32, the others not read; None for a type that gguf cannot decode."""
     import gguf
 
+    if tensor.n_bytes == 0:  # nothing can be mapped
+        return np.zeros(tensor.shape, np.float32)
     mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
     rows = np.ascontiguousarray(mapped.reshape(math.prod(tensor.shape[:-1]), -1)[start:stop:step])
     decode: Callable[..., npt.NDArray[np.float32]] = gguf.dequantize
