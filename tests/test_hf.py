@@ -8,8 +8,10 @@ import copy
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -23,7 +25,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
+from tbq._layers import GLOBAL, Layer  # noqa: E402
 from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
+from tbq.hf._cache import constant_part  # noqa: E402
+from tbq.plan import LARGE_BIAS, key_biases  # noqa: E402
 
 BASE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
         "vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -559,6 +564,94 @@ def test_what_attention_does_not_take():
         _attention.attention(torch.nn.Module(), q, q, q, None, dropout=0.1)
     with pytest.raises(tbq.TBQError, match="takes no position_bias"):
         _attention.attention(torch.nn.Module(), q, q, q, None, position_bias=q)
+
+
+# --- keys with large biases -----------------------------------------------------------------------------------------
+
+
+def biased(ratios, heads=slice(None), **changes):
+    """A llama whose keys have biases in the slowest pair of rotary channels of each head, so many times the rest of a key, by layer."""
+    model = llama(attention_bias=True, num_hidden_layers=len(ratios), **changes)
+    for block, ratio in zip(model.model.layers, ratios):
+        proj, gain = block.self_attn.k_proj, block.input_layernorm.weight
+        bias = torch.zeros(model.config.num_key_value_heads, 64)
+        bias[heads, 31] = bias[heads, 63] = ratio * ((proj.weight * gain).square().sum() / len(bias) / 2).sqrt().item()
+        with torch.no_grad():
+            proj.bias.copy_(bias.reshape(-1))
+    return model
+
+
+def warned(function):
+    """What it says about key biases."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(each.message) for each in caught if "key biases" in str(each.message)]
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager", "tbq"))
+def test_large_key_biases_are_warned_of(implementation):
+    """Once, by the planner's rule: which layers, how much, and what to do."""
+    model = biased([0, 16, 0.5 * LARGE_BIAS, 2 * LARGE_BIAS])
+    cache = TBQCache(model.config)
+    message, = warned(lambda: [generate(model, cache, implementation, inputs=prompt(pad=7)), generate(model, cache, implementation, 2, prompt(tokens=80, seed=2))])
+    found = re.fullmatch(r"llama has large key biases in 2 of 4 layers \(layer 1: (\d+) times the rest of the key\): "
+                         r"keys of 4 bits lose much; TBQCache\(..., k_bits=None\) keeps them as they are", message)
+    assert found and 16 <= int(found[1]) <= 24  # what the keys have in common besides is counted too
+    for cache in (TBQCache(model.config, k_bits=None), DynamicCache(config=model.config)):
+        assert warned(lambda: generate(model, cache, implementation)) == []
+
+
+def test_a_forward_pass_is_enough_and_one_head_too():
+    model = biased([0, 16], heads=1)
+    ids = prompt(1)["input_ids"]
+    assert len(warned(lambda: forward(model, ids, TBQCache(model.config, 3, 3)))) == 1
+    assert len(warned(lambda: forward(model, ids, TBQCache(model)))) == 1
+    cache = TBQCache()  # does not know which layer is the last
+    message, = warned(lambda: [forward(model, ids, cache), forward(model, ids[:, :1], cache)])
+    assert message.startswith("this model has large key biases in 1 of 2 layers (layer 1: ")
+    cache = TBQCache(model.config)  # a prompt too short to tell, then a longer one
+    assert warned(lambda: forward(model, ids[:, :5], cache)) == []
+    assert len(warned(lambda: forward(model, ids, cache))) == 1
+    assert warned(lambda: forward(model, ids, cache)) == []
+
+
+@pytest.mark.parametrize("name, ids", {
+    "text": prompt()["input_ids"], "short": prompt(tokens=5)["input_ids"], "one word": torch.full((2, 64), 7),
+    "mostly padding": torch.cat([torch.zeros(1, 200, dtype=torch.long), prompt(1, 24)["input_ids"]], 1)}.items(), ids=lambda x: x if isinstance(x, str) else "")
+def test_keys_without_large_biases_are_not_warned_of(name, ids):
+    """Alike tokens have alike keys, which is no bias."""
+    model = biased([0, 0.5 * LARGE_BIAS])
+    assert warned(lambda: generate(model, TBQCache(model.config), inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})) == []
+
+
+@pytest.mark.parametrize("pad", (0, 100))
+def test_the_measured_bias_is_the_planners(tmp_path, pad):
+    """The figure from a prompt's keys beside the one from the weights in a GGUF file; padding does not change it."""
+    ratios = [2.0, LARGE_BIAS, 16.0, 60.0]
+    model = biased(ratios)
+    blocks = [(f"blk.{i}", block) for i, block in enumerate(model.model.layers)]
+    path = llama_tools.write_gguf(tmp_path / "k.gguf", {"general.architecture": "llama"}, {
+        **{f"{name}.attn_k.weight": block.self_attn.k_proj.weight.detach().numpy() for name, block in blocks},
+        **{f"{name}.attn_k.bias": block.self_attn.k_proj.bias.detach().numpy() for name, block in blocks},
+        **{f"{name}.attn_norm.weight": block.input_layernorm.weight.detach().numpy() for name, block in blocks}})
+    planned = key_biases({tensor.name: tensor for tensor in tbq.open_gguf(path).tensors}, [Layer(i, GLOBAL, 2, 64, 64) for i in range(4)])
+    cache = DynamicCache(config=model.config)
+    ids = prompt(1, 96)["input_ids"]
+    forward(model, torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], 1), cache)
+    measured = [constant_part(layer.keys, layer.values).item() for layer in cache.layers]
+    for layer, ratio in enumerate(ratios):  # what the keys have in common besides is counted as bias: more in deep layers
+        assert planned[layer] == pytest.approx(ratio, rel=0.15) and 0.9 * planned[layer] < measured[layer] < 2 * planned[layer], (planned, measured)
+
+
+def test_a_bias_cannot_be_seen_in_what_is_alike():
+    k, v = states(2, 2, 64), states(2, 2, 64, seed=1)
+    assert constant_part(k + 40, v) > 30 and constant_part(k, v) < 1
+    assert constant_part(k + 40, v[:, :, :1].expand_as(v)) == torch.inf
+    assert constant_part(torch.cat([k[:, :, :48] + 40, k[:, :, 48:]], 2), v) < 1
+    assert constant_part((k + 40).bfloat16(), v.bfloat16()).dtype == torch.float32
+    k[0, 0, 0, 0] = torch.nan
+    assert constant_part(k + 40, v).isnan()
 
 
 def test_import_without_transformers(tmp_path):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The cache that transformers' generate() takes."""
 import functools
+import math
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +12,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from tbq.errors import TBQError
 from tbq.hf import _backend
 from tbq.hf._layers import TBQLayer, TBQSlidingLayer
+from tbq.plan import LARGE_BIAS
 
 SLIDING = ("keep", "compress")
 PAIRS = ("auto", "halves", "neighbours")
+
+#: constant_part() looks at groups of so many tokens, and at so many groups at most.
+GROUP, _MOST_GROUPS = 16, 16
 
 
 class TBQCache(DynamicCache):  # type: ignore[misc]
@@ -29,6 +35,8 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     divergence.
     Each new token is encoded once, as llama.cpp's cache would; a layer's states are decoded when it is its turn, unless the
     model was loaded with attn_implementation="tbq", which reads blocks.
+    Keys are not centered, and those with large biases (Qwen2, Qwen2.5) do not bear it: if the first prompt of GROUP tokens or more
+    has such keys by the planner's rule (plan.LARGE_BIAS), a UserWarning says so once, when it has gone through the layers.
     Raises TBQError for other values, and for head sizes that 64 does not divide.
     """
 
@@ -46,6 +54,9 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         if config is not None and not hasattr(config, "get_text_config"):
             raise TBQError(f"config is a {type(config).__name__}; it must be a model's config, or the model")
         self.k_bits, self.v_bits = k_bits, v_bits
+        #: By layer: constant_part() of the first prompt's keys, on their device; None when they have been looked at.
+        self._constant_parts: dict[int, torch.Tensor] | None = {} if k_bits else None
+        self._name, self._last = "this model", -1
         super().__init__(config=config)
         if config is None:
             self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
@@ -54,6 +65,8 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(self.layers)  # transformers 5: sizes by layer
         together = pairs == "halves" or pairs == "auto" and _pairs_halves(decoder)
         self.layers = [self._replacement(layer, decoder, layer_config, sliding, together) for layer, layer_config in zip(self.layers, configs)]
+        self._name = getattr(config, "_name_or_path", "") or config.model_type
+        self._last = max((i for i, layer in enumerate(self.layers) if isinstance(layer, TBQLayer)), default=-1)
 
     def _replacement(self, layer: Any, config: Any, layer_config: Any, sliding: str, together: bool) -> Any:
         window = type(layer) is DynamicSlidingWindowLayer and sliding == "compress"
@@ -66,6 +79,29 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         if window:
             return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half)
         return TBQLayer(self.k_bits, self.v_bits, config, half)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in DynamicCache."""
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._constant_parts is not None and (self._constant_parts or key_states.shape[2] >= GROUP):
+            self._watch(key_states, value_states, layer_idx)
+        return states
+
+    def _watch(self, k: torch.Tensor, v: torch.Tensor, index: int) -> None:
+        """Measures each layer's keys once, and reads the figures when all are there: the device is waited for a single time."""
+        parts, layer = self._constant_parts, self.layers[index]
+        assert parts is not None
+        again = index in parts
+        if not again and isinstance(layer, TBQLayer) and layer.bits[0] and k.shape[2] >= GROUP and k.numel():
+            parts[index] = constant_part(k.detach(), v.detach())
+        if not again and index != self._last:
+            return
+        self._constant_parts = None
+        large = {i: ratio for i, part in parts.items() if math.isfinite(ratio := float(part)) and ratio >= LARGE_BIAS}
+        if large:
+            worst = max(large, key=lambda i: large[i])
+            warnings.warn(f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: {large[worst]:.0f} times the rest "
+                          f"of the key): keys of {self.k_bits} bits lose much; TBQCache(..., k_bits=None) keeps them as they are", stacklevel=3)
 
     def __repr__(self) -> str:
         return f"TBQCache(k_bits={self.k_bits}, v_bits={self.v_bits}, layers={len(self.layers)}, tokens={self.get_seq_length()}, nbytes={self.nbytes})"
@@ -91,6 +127,28 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         return {"tokens": self.get_seq_length(), "nbytes": self.nbytes, "baseline_nbytes": self.baseline_nbytes,
                 "ratio": self.baseline_nbytes / self.nbytes if self.nbytes else None,
                 "packed_layers": sum(isinstance(layer, TBQLayer) for layer in self.layers), "layers": layers}
+
+
+def constant_part(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """How large what all keys of a head have in common is: the length of their mean over the root mean square length of the rest,
+    of the head where it is largest; what plan.key_biases() computes from weights, for the channels that turn slowly.
+
+    k, v: (batch, heads, tokens, size) with GROUP tokens or more.  Returns a float32 scalar on their device; infinity: unknown.
+    The smallest of groups of GROUP tokens counts: a bias is in each, and padding or a repeated word, whose keys are alike too, are
+    in some.  Where values are alike in every head the tokens are, so such groups tell nothing.
+    """
+    of_keys, of_values = _common(k), _common(v)
+    told = of_values.amin(1, keepdim=True) < LARGE_BIAS
+    return of_keys.where(told, torch.inf).amin((0, 2)).amax()
+
+
+def _common(states: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, groups): length of the mean of a group's tokens over the root mean square length of what they differ by."""
+    groups = min(states.shape[2] // GROUP, _MOST_GROUPS)
+    grouped = states[:, :, :groups * GROUP].float().unflatten(2, (groups, GROUP))
+    mean = grouped.mean(3, keepdim=True)
+    rest = (grouped - mean).square().sum(4).mean(3)
+    return (mean.square().sum((3, 4)) / rest.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
 
 def _bytes(layer: Any) -> tuple[int, int]:
