@@ -849,6 +849,7 @@ def test_interrupted(folder):
 def test_bench(tmp_path, capsys):
     """The claims, on a small set; the sizes are those that a file would have."""
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ggml-tbq[bench]'")
     picture = tmp_path / "recall.png"
     arguments = ["bench", "index", "--sets", "64", "--n", "10000", "--queries", "100", "--indices", "flat,sq4,pqs,tbq4,tbq4+4",
                  "--threads", "1", "--cpu-time", "--train", "1000"]
@@ -865,7 +866,9 @@ def test_bench(tmp_path, capsys):
 def test_bench_texts(capsys):
     """The sentence embeddings are of sentences: near in the vectors is near in the words."""
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
-    pytest.importorskip("tokenizers", reason="wordllama is not installed: pip install 'ggml-tbq[bench]'")
+    for name in ("wordllama", "tokenizers"):
+        if importlib.util.find_spec(name) is None:  # importing wordllama takes seconds
+            pytest.skip("wordllama is not installed: pip install 'ggml-tbq[bench]'")
     from tbq.index_bench import embed
 
     texts = ["The cat sat on the mat.", "A kitten lay on the rug.", "Raises ValueError if the argument is negative."]

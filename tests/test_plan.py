@@ -731,6 +731,8 @@ def test_plot_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     (("MODEL", "--plot", "no/such/folder/a.png"), "--plot 'no/such/folder/a.png' cannot be written"),
 ])
 def test_errors(arguments, message, model, tmp_path):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')")
     done = command(*(model("llama") if x == "MODEL" else x for x in arguments), cwd=tmp_path)
     if message is None:
         assert done.returncode == 0

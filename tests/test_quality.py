@@ -194,6 +194,8 @@ def wrong(tmp_path, demo_model):
     (("--", "--no-such-option"), r"llama-perplexity failed for f16: .*invalid argument: --no-such-option"),
 ])
 def test_errors(wrong, demo_model, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     before = {path.name for path in wrong.iterdir()}
     if "--scratch" not in arguments:
         arguments = ("--scratch", ".", *arguments)
@@ -233,6 +235,7 @@ def children_in(folder, word):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
     """The pair that was done is printed; folder and child are gone."""
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     process = subprocess.Popen([sys.executable, "-m", "tbq", "bench", "quality", "--model", demo_model, *SMALL,
                                 "--types", "f16,tbq4_0", "--scratch", tmp_path, "--plot", tmp_path / "q.svg"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)

@@ -4,20 +4,45 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from conftest import ROOT
 from tbq import _ffi
 
+#: What the package imports where it is there, and mypy reads.
+OPTIONAL = {"matplotlib": "plot", "openai": "openai"}
+
+
+def needs(name, extra):
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install 'ggml-tbq[{extra}]'")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("mypy")
+
 
 def mypy(folder, cache, *arguments):
+    needs("mypy", "test")
     return subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", cache, *arguments], cwd=folder, capture_output=True, text=True)
 
 
-def test_package(tmp_path):
-    done = mypy(ROOT, tmp_path / "cache")
+def test_package_but_for_hf(cache):
+    """What can be checked without torch."""
+    for name, extra in OPTIONAL.items():
+        needs(name, extra)
+    done = mypy(ROOT, cache, "--exclude", "_vendor", "--exclude", "tbq/hf/")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_users_program(tmp_path):
+def test_package(cache):
+    for name, extra in {**OPTIONAL, "torch": "hf"}.items():
+        needs(name, extra)
+    done = mypy(ROOT, cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_users_program(cache, tmp_path):
     """The annotations reach users: py.typed and the stub are installed."""
     program = tmp_path / "program.py"
     program.write_text('import numpy as np\nimport tbq\n'
@@ -25,7 +50,7 @@ def test_users_program(tmp_path):
                        'reveal_type(tbq.row_bytes(64, "tbq4_0"))\n'
                        'reveal_type(tbq.types["tbq4_0"].levels)\n'
                        'tbq.quantize(np.ones(64), 4)\n')
-    done = mypy(tmp_path, tmp_path / "cache", "--strict", "program.py")
+    done = mypy(tmp_path, cache, "--strict", "program.py")
     said = done.stdout.replace("builtins.", "")
     assert 'note: Revealed type is "int"' in said and 'note: Revealed type is "tuple[int, ...]"' in said, said
     assert "unsignedinteger" in said or "uint8" in said

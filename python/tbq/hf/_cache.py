@@ -144,8 +144,9 @@ def constant_part(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _common(states: torch.Tensor) -> torch.Tensor:
     """(batch, heads, groups): length of the mean of a group's tokens over the root mean square length of what they differ by."""
-    groups = min(states.shape[2] // GROUP, _MOST_GROUPS)
-    grouped = states[:, :, :groups * GROUP].float().unflatten(2, (groups, GROUP))
+    batch, heads, tokens, size = states.shape
+    groups = min(tokens // GROUP, _MOST_GROUPS)
+    grouped = states[:, :, :groups * GROUP].float().reshape(batch, heads, groups, GROUP, size)
     mean = grouped.mean(3, keepdim=True)
     rest = (grouped - mean).square().sum(4).mean(3)
     return (mean.square().sum((3, 4)) / rest.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
