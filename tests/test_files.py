@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files appear whole or not at all: names of any length, full disks, killed writers, several writers, links and modes."""
 import contextlib
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The edges of what is legal in a GGUF file: what llama.cpp reads is read, converted and inspected, and what is written it reads."""
 import json
 import re
