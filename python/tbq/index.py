@@ -273,8 +273,9 @@ class Index:
             arrays["add"][position:position + m] = np.einsum("ij,j->i", x, _direction(arrays["center"])[0].astype(np.float32))
         if self.keep:
             kept = self._halves(x) if self.keep == "float16" else x
-            _complain(np.logical_not(np.isfinite(kept).all(axis=1)), "vectors", row, "is too far from the center for float16; keep 'float32' can hold it"
-                      if self._centered else "holds a value that float16 cannot; keep 'float32' can")
+            why = ("is too far from the center for float16; keep 'float32' can hold it" if self._centered
+                   else "holds a value that float16 cannot; keep 'float32' can")
+            _complain(np.logical_not(np.isfinite(kept).all(axis=1)), "vectors", row, why)
             arrays["originals"][position:position + m] = kept
 
     @staticmethod
