@@ -263,6 +263,15 @@ def test_nothing_but_empty_tbq_tensors(tmp_path):
     assert open_gguf(tmp_path / "out.gguf").tensors[0].type.name == "F16"
 
 
+def test_planned(tmp_path):
+    """A norm without values beside keys with biases: how large they are is not known, and the plan says so."""
+    fields = {"general.architecture": "qwen2", **{f"qwen2.{key}": value for key, value in {
+        "block_count": 1, "context_length": 4096, "embedding_length": 128, "attention.head_count": 2, "attention.head_count_kv": 1}.items()}}
+    tensors = {"blk.0.attn_k.weight": np.ones((64, 128), "f4"), "blk.0.attn_k.bias": np.ones(64, "f4"), "blk.0.attn_norm.weight": np.ones(0, "f4")}
+    plan = tbq.plan(write_gguf(tmp_path / "in.gguf", fields, tensors))
+    assert any("whether the key biases are large is unknown" in warning for warning in plan.warnings)
+
+
 # --- llama.cpp's programs -------------------------------------------------------------------------------------------
 
 

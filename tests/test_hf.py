@@ -779,6 +779,26 @@ def test_divergence_is_that_of_llama_cpp(demo, of_llama_cpp):
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
 
 
+def test_biases_of_the_demo_model(demo):
+    """It has none and is not warned of; with some of 16 times the root mean square of its keys in two channels, every layer is."""
+    _, tokenizer, model = demo
+    ids = tokenizer((ROOT / "docs" / "center.md").read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :128]
+    assert warned(lambda: forward(model, ids, TBQCache(model.config))) == []
+    cache = DynamicCache(config=model.config)
+    forward(model, ids, cache)
+    projections = [block.self_attn.k_proj for block in model.model.layers]
+    try:
+        for proj, layer in zip(projections, cache.layers):
+            bias = torch.zeros(3, 64)
+            bias[:, [31, 63]] = 16 * layer.keys.square().mean().sqrt()
+            proj.bias = torch.nn.Parameter(bias.reshape(-1), requires_grad=False)
+        message, = warned(lambda: forward(model, ids, TBQCache(model.config)))
+    finally:
+        for proj in projections:
+            proj.bias = None
+    assert "has large key biases in 30 of 30 layers" in message
+
+
 def test_greedy_text_is_that_of_llama_cpp(demo):
     """Every cache agrees with llama.cpp's of the same types on an answer that is certain, token for token."""
     path, tokenizer, model = demo
