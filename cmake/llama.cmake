@@ -229,6 +229,7 @@ if(TBQ_MODULES)
     # CUDA's is a wheel of its own (packaging/cuda), which takes CUDA's libraries from PyPI's packages beside it.
     if(ggml-cuda IN_LIST TBQ_MODULES)
         list(REMOVE_ITEM TBQ_MODULES ggml-cuda)
+        find_package(CUDAToolkit REQUIRED) # what ggml found stays in its own folder
         set_property(TARGET ggml-cuda PROPERTY INSTALL_RPATH
             "$ORIGIN" "$ORIGIN/../../nvidia/cu${CUDAToolkit_VERSION_MAJOR}/lib")
         install(TARGETS ggml-cuda LIBRARY DESTINATION tbq/lib COMPONENT tbq-cuda)

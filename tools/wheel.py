@@ -32,6 +32,9 @@ TOOLS = ["auditwheel>=6.1", "build>=1", "wheel>=0.40"]
 #: CUDA's libraries that the backend loads; PyPI has them in packages of these names.
 CUDA_PACKAGES = ["nvidia-cuda-runtime", "nvidia-cublas"]
 
+_COMPILER_VARIABLES = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS",
+                       "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+
 
 class Failure(Exception):
     """An error whose text is the one line that the user sees."""
@@ -73,9 +76,10 @@ def clang() -> str:
 
 
 def environment() -> dict[str, str]:
-    """CMake and ninja of this virtual environment."""
+    """CMake and ninja of this virtual environment; compilers and flags are the toolchain's, not the user's."""
     folder = pathlib.Path(sys.executable).parent
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+    kept = {name: value for name, value in os.environ.items() if name not in _COMPILER_VARIABLES}
+    return {**kept, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
             "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))}
 
 
