@@ -198,7 +198,7 @@ def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
     said = []
     assert for_cache(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
     assert why in said[-1] and len(said) == 2
-    assert for_cache(model, "tbq4_0", 512, True, [], said.append) is None  # it is remembered
+    assert for_cache(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None  # it is remembered
     assert why in said[-1] and len(said) == 3
 
 
