@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llama_tools import TBQ, Divergence, python_text
+from llama_tools import TBQ, THREADS, Divergence, python_text, run
 
 # The text is the one that every CPython carries, so the numbers are not those of DESIGN section 8 (WikiText-2) but
 # lie near them. Measured here (Python 3.11's text, 2 chunks of 512, perplexity 12.6 with f16):
@@ -98,3 +98,14 @@ def test_second_model(bin_dir, model_d128, text, tmp_path):
     q4, four, three, two = (kld(t, t)["kld"] for t in ("q4_0", *TBQ))
     assert four <= 1.1 * q4
     assert 2 * four < three and 2 * three < two
+
+
+def test_too_few_scores_are_an_error(bin_dir, demo_model, text, tmp_path):
+    """No statistics, so no success: of the divergence, nor of a text that is too short for a perplexity."""
+    size = ("-c", 128, "-b", 128, "--chunks", 1, "--kl-divergence-base", tmp_path / "base.bin", *THREADS)
+    run(bin_dir / "llama-perplexity", "-m", demo_model, "-f", text, *size)
+    done = run(bin_dir / "llama-perplexity", "-m", demo_model, "--kl-divergence", *size, ok=False)
+    assert done.returncode == 1 and "63 tokens were scored, statistics need 100" in done.stderr
+    (tmp_path / "short").write_text("a few words")
+    done = run(bin_dir / "llama-perplexity", "-m", demo_model, "-f", tmp_path / "short", "-c", 128, *THREADS, ok=False)
+    assert done.returncode == 1 and "you need at least 256 tokens" in done.stderr
