@@ -73,7 +73,7 @@ def test_nothing_points_into_the_build_folder(bin_dir, lib_dir):
 def test_libraries_for_the_bindings(lib_dir):
     """Names under which llama-cpp-python looks for them, and no second copy under a versioned name."""
     names = {path.name for path in lib_dir.iterdir()}
-    assert {"libllama.so", "libggml.so", "libggml-base.so", "libmtmd.so"} <= names or sys.platform == "darwin"
+    assert {"libllama.so", "libggml.so", "libmtmd.so"} <= names or sys.platform == "darwin"
     assert not [name for name in names if ".so." in name]
 
 

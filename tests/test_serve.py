@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -385,7 +386,7 @@ def test_wrong_arguments(demo_model, arguments, message):
 ))
 def test_url(demo_model, options, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tbq.server, "paths", lambda: {"tls": True})
+    monkeypatch.setattr(tbq.server, "paths", lambda: {"tls": "yes"})
     for name in "kc":
         (tmp_path / name).write_text("")
     server = tbq.Server(demo_model, "tbq4_0", port=9000, options=options)
@@ -561,7 +562,7 @@ def test_center_of_a_stretched_context(demo_model):
 # --- before anything is measured ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build, refused", (({"tls": False}, True), ({"tls": "false"}, True), ({"tls": True}, False), ({}, False)))
+@pytest.mark.parametrize("build, refused", (({"tls": "no"}, True), ({"tls": "yes"}, False), ({}, False)))
 def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
     """A build without it says so at once; where it is not known, llama-server will."""
     monkeypatch.setattr(tbq.server, "for_cache", lambda *_: None)
@@ -574,6 +575,23 @@ def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
             tbq.Server(demo_model, "tbq4_0", options=options)
     else:
         assert tbq.Server(demo_model, "tbq4_0", options=options).url.startswith("https://")
+
+
+def test_https(demo_model, tmp_path):
+    """Requests over TLS, from our own client and from one that checks the certificate."""
+    if tbq.paths.paths()["tls"] != "yes":
+        pytest.skip("this llama-server was built without OpenSSL's headers")
+    if shutil.which("openssl") is None:
+        pytest.skip("the program openssl, which makes a certificate, is not installed")
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    options = ["-c", "512", "--ssl-key-file", str(key), "--ssl-cert-file", str(certificate)]
+    with tbq.Server(demo_model, "tbq4_0", center=False, options=options) as server:
+        assert server.url.startswith("https://")
+        assert server.chat("Hello", max_tokens=2)["choices"]
+        with urllib.request.urlopen(f"{server.url}/health", context=ssl.create_default_context(cafile=certificate)) as answer:
+            assert answer.status == 200
 
 
 def test_nothing_is_measured_for_options_that_are_refused(demo_model, tmp_path, monkeypatch, capfd):

@@ -68,13 +68,13 @@ def _check_files(options: Sequence[str]) -> None:
                 raise TBQError(f"{option} {path!r} is not a {'folder' if _FILES[name] else 'file'}")
 
 
-def _check_tls(found: Mapping[str, str], build: Mapping[str, Any]) -> None:
+def _check_tls(found: Mapping[str, str], build: Mapping[str, str]) -> None:
     """TBQError for a key and a certificate that this build has no use for, or one of them without the other.
 
     build: of tbq.paths.paths(); without "tls" it is not known, and llama-server will say so.
     """
     given = [name for name in ("ssl_key", "ssl_cert") if name in found]
-    if given and build.get("tls") in (False, "false"):
+    if given and build.get("tls") == "no":
         raise TBQError("--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; build it where OpenSSL is installed, "
                        "or put a proxy that has it in front")
     if len(given) == 1:
