@@ -234,7 +234,7 @@ def install_test_requirements(python, log):
     wanted = "ggml-tbq[test]"
     if pip(python, ["install", "--quiet", "--no-index", "--dry-run", wanted], log)[0] == 0:
         return
-    print("Installing what the tests import (TEST_MB MB)", flush=True)
+    print("Installing what the tests import (about 400 MB)", flush=True)
     status, output = pip(python, ["install", wanted], log)
     if status:
         raise Failure(explain(output))
