@@ -100,7 +100,7 @@ int main() {
 def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
     """The question that llama_kv_cache asks before it makes a layer; without it the layer would run on the CPU."""
     source, ggml = ROOT / "tests" / "cuda" / "refusal.cpp", build_dir / "llama.cpp-src" / "ggml"
-    library = next((build_dir / "bin").glob("libggml-base.*"))
+    library = next((build_dir / "bin").glob("lib*ggml-base.*"))
     subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-I", ggml / "include", "-I", ggml / "src", "-I", TBQ / "include", "-I", TBQ / "ggml",
                     "-o", tmp_path / "refusal", source, library, f"-Wl,-rpath,{library.parent}"], check=True)
     done = subprocess.run([tmp_path / "refusal"], capture_output=True, text=True)
@@ -110,7 +110,7 @@ def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
 @needs_gpu
 def test_on_the_gpu(build_dir):
     """Correctness only; `tests/cuda/run.sh BIN speed` measures."""
-    if not list(build_dir.glob("bin/libggml-cuda*")):
+    if not list(build_dir.glob("bin/lib*ggml-cuda*")):
         pytest.skip("built without CUDA: make cuda")
     done = subprocess.run([ROOT / "tests" / "cuda" / "run.sh", build_dir / "bin", "check"], env={**os.environ, "PYTHON": sys.executable},
                           capture_output=True, text=True)
