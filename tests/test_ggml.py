@@ -13,7 +13,7 @@ def test_operations(lib_dir, bin_dir, build_dir, tmp_path):
     program = tmp_path / "ops"
     subprocess.run(
         ["c++", "-std=c++17", "-O2", f"-I{include}", f"-I{ROOT / 'ggml_tbq/include'}", HERE / "ggml/ops.cpp", "-o", program,
-         f"-L{lib_dir}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{lib_dir}"],
+         f"-L{lib_dir}", "-ltbq-ggml-cpu", "-ltbq-ggml-base", f"-Wl,-rpath,{lib_dir}"],
         check=True)  # fmt: skip
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
