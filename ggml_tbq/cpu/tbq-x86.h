@@ -11,14 +11,24 @@
 #ifdef _MSC_VER
 #include <intrin.h>
 #include <windows.h>
-#else
+#elif defined(__clang__) && __clang_major__ < 18
 #include <cpuid.h>
 
-// __builtin_cpu_supports("f16c") is an error in clang before 18.  CPUID leaf 1, bit 29 of ecx; that the system saves the
-// registers follows from the AVX2 or AVX-512 that the caller asks for too.
-static inline int cpu_has_f16c(void) {
+// __builtin_cpu_supports("f16c") is an error there.  CPUID leaf 1, bit 29 of ecx, read once, when the library is loaded:
+// the question is asked for each row, and CPUID leaves a virtual machine, which takes tens of microseconds.
+static int has_f16c;
+
+__attribute__((constructor)) static void find_f16c(void) {
     unsigned int eax, ebx, ecx, edx;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+    has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
+static inline int cpu_has_f16c(void) {
+    return has_f16c;
+}
+#else
+static inline int cpu_has_f16c(void) {
+    return __builtin_cpu_supports("f16c");
 }
 #endif
 
