@@ -329,7 +329,7 @@ def exported(path, *options):
 
 
 def test_kernels_are_chosen_in_no_time():
-    """llama.cpp asks for them at each row.  CPUID would leave a virtual machine, which takes 20 us and more; the fastest of
+    """llama.cpp asks for them at each row.  CPUID would leave a virtual machine, which took 4.5 us where it was measured; the fastest of
     many short runs is what the call takes without other processes."""
     source, target = ffi.new("uint8_t[34]"), ffi.new("float[64]")
 
@@ -339,7 +339,7 @@ def test_kernels_are_chosen_in_no_time():
             lib.tbq_dequantize(lib.TBQ_TYPE_TBQ4_0, source, target, 64)
         return (time.perf_counter() - start) / 100
 
-    assert min(run() for _ in range(50)) < 5e-6
+    assert min(run() for _ in range(50)) < 2e-6
 
 
 def test_symbols_have_our_prefix(build_dir):

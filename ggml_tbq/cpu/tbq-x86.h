@@ -15,7 +15,7 @@
 #include <cpuid.h>
 
 // __builtin_cpu_supports("f16c") is an error there.  CPUID leaf 1, bit 29 of ecx, read once, when the library is loaded:
-// the question is asked for each row, and CPUID leaves a virtual machine, which takes tens of microseconds.
+// the question is asked for each row, and CPUID leaves a virtual machine, which takes microseconds: a prompt took 50 times as long.
 static int has_f16c;
 
 __attribute__((constructor)) static void find_f16c(void) {
