@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tbq._key_biases import LARGE_BIAS
 from tbq._pictures import picture_format, replace
 from tbq._layers import GLOBAL, NONE, WINDOW, Layer, Shape, read_shape
 from tbq._settings import measured_over, under
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 #: What the table shows unless told otherwise.
 PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), ("q8_0", "tbq4_0"), ("tbq4_0", "tbq4_0"),
          ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "tbq2_0"))
-
-#: From here on key_biases() finds a bias large: in every layer it costs 4-bit keys more than one of their bits (docs/plan.md).
-LARGE_BIAS = 4.0
 
 #: Architectures with biases on the keys whose rotary pairs are half a head apart (LLAMA_ROPE_TYPE_NEOX).
 HALF_APART = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gptneox", "codeshell", "dream")

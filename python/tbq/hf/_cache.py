@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tbq._key_biases import LARGE_BIAS
 from tbq.errors import TBQError
 from tbq.hf import _backend
 from tbq.hf._layers import TBQLayer, TBQSlidingLayer
-from tbq.plan import LARGE_BIAS
 
 SLIDING = ("keep", "compress")
 PAIRS = ("auto", "halves", "neighbours")
@@ -36,7 +36,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     Each new token is encoded once, as llama.cpp's cache would; a layer's states are decoded when it is its turn, unless the
     model was loaded with attn_implementation="tbq", which reads blocks.
     Keys are not centered, and those with large biases (Qwen2, Qwen2.5) do not bear it: if the first prompt of GROUP tokens or more
-    has such keys by the planner's rule (plan.LARGE_BIAS), a UserWarning says so once, when it has gone through the layers.
+    has such keys by the planner's rule (tbq._key_biases), a UserWarning says so once, when it has gone through the layers.
     Raises TBQError for other values, and for head sizes that 64 does not divide.
     """
 
