@@ -45,7 +45,7 @@ def test_programs_with_others_in_the_library_path(bin_dir, stock):
 ASK = """
 import json, sys
 import ctypes
-for name in sys.argv[3:]:
+for name in sys.argv[2:]:
     ctypes.CDLL(name)  # another llama.cpp is in the process already
 from tbq.llama import Llama
 model = Llama(sys.argv[1], kv="tbq4_0", n_ctx=512, n_threads=2, center=False, verbose=False)
@@ -62,7 +62,7 @@ def test_bindings_with_others(where, demo_model, stock, lib_dir, tmp_path):
         pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
     loaded = [str(stock / f"lib{name}.so") for name in STOCK] if where == "process" else []
     environment = {**ENV, **({"LD_LIBRARY_PATH": str(stock)} if where == "library path" else {})}
-    done = run([sys.executable, "-c", ASK, str(demo_model), "-", *loaded], env=environment, cwd=stock if where == "current folder" else tmp_path)
+    done = run([sys.executable, "-c", ASK, str(demo_model), *loaded], env=environment, cwd=stock if where == "current folder" else tmp_path)
     assert done.returncode == 0, done.stderr
     text, files = json.loads(done.stdout.splitlines()[-1])
     assert "Paris" in text

@@ -19,10 +19,9 @@ import tempfile
 
 PACKAGES = {
     "bullseye": ["libc6", "libc6-dev", "linux-libc-dev", "libcrypt-dev", "libcrypt1", "libgcc-s1", "libgcc-10-dev", "libstdc++6",
-                 "libstdc++-10-dev", "libgomp1"],
+                 "libstdc++-10-dev"],
     "bookworm": ["libssl-dev"],
 }
-#: The compiler's own parts that a sanitizer or OpenMP would need are not in there.
 STAMP = ".tbq-sysroot"
 
 
