@@ -189,7 +189,7 @@ def wrong(tmp_path, demo_model):
     (("--context", "8193"), r"--context 8193 is more than the 8192 tokens that the model was trained for"),
     (("--chunks", "100000000"), r"the probabilities of the f16 cache take \d+\.\d\d GB, .* has \d+\.\d\d GB; name another folder .*"),
     (("--plot", "quality"), r"--plot 'quality' must end in one of .*\.png.*"),
-    (("--plot", "nowhere/quality.png"), r"--plot 'nowhere/quality.png' cannot be written"),
+    (("--plot", "nowhere/quality.png"), r"--plot 'nowhere/quality.png' cannot be written: .*/nowhere is not a folder that can be written to"),
     (("--scratch", "nowhere"), r"--scratch 'nowhere' is not a folder"),
     (("--", "--no-such-option"), r"llama-perplexity failed for f16: .*invalid argument: --no-such-option"),
 ])
