@@ -9,8 +9,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 SERVER  := build/.installed-server
 STAMP   := build/.installed
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake ggml_tbq patches python -type f -not -name '*.pyc' -not -name '*.md')
-INSTALL := cmake/install.py $(VENV)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find bench cmake ggml_tbq patches python tools -type f -not -name '*.pyc' -not -name '*.md')
+INSTALL := tools/install.py $(VENV)
 
 .PHONY: demo test serve bench install cuda wheel dist clean
 .DEFAULT_GOAL := demo
@@ -19,7 +19,7 @@ demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something
 	@$(BIN)/python -m tbq.demo --cache build/models
 
 serve: $(SERVER)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
-	@$(BIN)/python cmake/web_ui.py build/ui
+	@$(BIN)/python tools/web_ui.py build/ui
 	@$(BIN)/python -m tbq.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
 
 install: $(STAMP)  # llama-server and all other programs of llama.cpp, in .venv

@@ -5,7 +5,7 @@ find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 
 # Where the tree lies decides what is rebuilt: prepare changes the time of no file whose content stays.
 set(TBQ_LLAMA_DIR "${CMAKE_CURRENT_BINARY_DIR}/llama.cpp-src")
-set(TBQ_PREPARE "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/llama_cpp.py" prepare "${TBQ_LLAMA_DIR}")
+set(TBQ_PREPARE "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/tools/patch_series.py" prepare "${TBQ_LLAMA_DIR}")
 if(TBQ_LLAMA_CPP_SOURCE)
     list(APPEND TBQ_PREPARE --source "${TBQ_LLAMA_CPP_SOURCE}")
 endif()
@@ -18,7 +18,7 @@ endif()
 # The bindings that fit this llama.cpp, for `pip install ggml-tbq[llama]`: tbq.llama loads them.
 set(TBQ_BINDINGS "${CMAKE_CURRENT_BINARY_DIR}/bindings")
 if(NOT TBQ_LLAMA_CPP_SOURCE)
-    execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/llama_cpp.py" bindings "${TBQ_BINDINGS}"
+    execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/tools/patch_series.py" bindings "${TBQ_BINDINGS}"
         RESULT_VARIABLE TBQ_BINDINGS_RESULT ERROR_VARIABLE TBQ_BINDINGS_ERROR ERROR_STRIP_TRAILING_WHITESPACE)
     if(NOT TBQ_BINDINGS_RESULT EQUAL 0)
         message(FATAL_ERROR " tbq: ${TBQ_BINDINGS_ERROR}")
@@ -27,7 +27,7 @@ if(NOT TBQ_LLAMA_CPP_SOURCE)
 endif()
 # A changed series is applied again by the next build, without a new configure by hand.
 file(GLOB TBQ_PATCHES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/patches/*.patch")
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TBQ_PATCHES} patches/pin.json cmake/llama_cpp.py)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TBQ_PATCHES} patches/pin.json tools/patch_series.py)
 
 file(READ patches/pin.json TBQ_PIN)
 string(JSON TBQ_LLAMA_CPP_COMMIT GET "${TBQ_PIN}" commit)
@@ -209,13 +209,13 @@ add_custom_target(tbq-llama-tests DEPENDS ${TBQ_LLAMA_TESTS} ${TBQ_MODULES})
 
 # `make bench`.
 find_package(Threads REQUIRED)
-add_executable(tbq-bench-attention EXCLUDE_FROM_ALL ggml_tbq/bench/bench-attention.cpp)
+add_executable(tbq-bench-attention EXCLUDE_FROM_ALL bench/attention.cpp)
 target_link_libraries(tbq-bench-attention PRIVATE tbq Threads::Threads)
 set_target_properties(tbq-bench-attention PROPERTIES CXX_STANDARD 17
     RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/bin")
 # ggml's own types are measured beside ours, so this links the CPU backend, which modules do not allow.
 if(NOT GGML_BACKEND_DL)
-    add_executable(tbq-bench-kernels EXCLUDE_FROM_ALL ggml_tbq/bench/bench-kernels.cpp)
+    add_executable(tbq-bench-kernels EXCLUDE_FROM_ALL bench/kernels.cpp)
     target_link_libraries(tbq-bench-kernels PRIVATE ggml-cpu ggml-base)
     set_target_properties(tbq-bench-kernels PROPERTIES CXX_STANDARD 17
         RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/bin")

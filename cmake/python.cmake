@@ -6,9 +6,9 @@ find_package(Python 3.10 REQUIRED COMPONENTS Interpreter OPTIONAL_COMPONENTS Dev
 set(TBQ_FFI_C "${CMAKE_CURRENT_BINARY_DIR}/_ffi.c")
 add_custom_command(
     OUTPUT "${TBQ_FFI_C}"
-    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/emit_ffi.py"
+    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/tools/emit_ffi.py"
             "${CMAKE_CURRENT_SOURCE_DIR}/python/tbq/tbq.cdef" "${TBQ_FFI_C}"
-    DEPENDS cmake/emit_ffi.py python/tbq/tbq.cdef
+    DEPENDS tools/emit_ffi.py python/tbq/tbq.cdef
     COMMENT "Generating _ffi.c"
     VERBATIM)
 

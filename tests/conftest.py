@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def script(name):
-    """A script of cmake/ as a module, under a name of its own: llama_cpp is also the name of the bindings."""
-    spec = importlib.util.spec_from_file_location(f"cmake_{name}", ROOT / "cmake" / f"{name}.py")
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -26,7 +26,7 @@ def bindings():
     folder = ROOT / "build" / "bindings"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        pin = script("llama_cpp")
+        pin = script("patch_series")
         sdist = pin.fetch_sdist(pin.read_pin())
         result = subprocess.run([sys.executable, "-m", "pip", "install", "--no-build-isolation", "--target", folder,
                                  sdist], capture_output=True, text=True,

@@ -140,7 +140,7 @@ def test_format_constants():
 
 
 def test_generated_header_is_current():
-    subprocess.run([sys.executable, str(ROOT / "ggml_tbq" / "tables.py"), "--check"], check=True)
+    subprocess.run([sys.executable, str(ROOT / "tools" / "tables.py"), "--check"], check=True)
 
 
 def test_types():

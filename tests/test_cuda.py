@@ -69,7 +69,7 @@ def test_make_cuda_without_nvcc(tmp_path):
     for tool in ("git", "cc", "c++", "gcc", "g++"):
         if found := shutil.which(tool):
             (path / tool).symlink_to(found)
-    done = subprocess.run([sys.executable, ROOT / "cmake" / "install.py", tmp_path / "venv", "--cuda"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, ROOT / "tools" / "install.py", tmp_path / "venv", "--cuda"], capture_output=True, text=True,
                           env={"PATH": str(path)}, cwd=ROOT)
     assert done.returncode == 1 and not (tmp_path / "venv").exists()
     assert done.stderr.strip() == ("error: no CUDA compiler (nvcc); install the CUDA toolkit and put nvcc into $PATH, "

@@ -187,7 +187,7 @@ def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
               "signal.signal(signal.SIGTERM, install.interrupt)\n"
               "print('started', flush=True)\n"
               "install.run(['sh', '-c', 'sleep 77.5 & wait'], open(sys.argv[2], 'w'))")
-    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT / "cmake"), str(tmp_path / "log")],
+    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT / "tools"), str(tmp_path / "log")],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     process.stdout.readline()
     time.sleep(0.5)
@@ -204,9 +204,9 @@ def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
 def checkout(tmp_path):
     """What make needs of a checkout whose build is complete, with an environment that has pip alone."""
     folder = tmp_path / "before" / "checkout"
-    for name in ("cmake", "ggml_tbq", "patches", "python", "build"):
+    for name in ("bench", "cmake", "ggml_tbq", "patches", "python", "tools", "build"):
         (folder / name).mkdir(parents=True)
-    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml", "cmake/install.py"):
+    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml", "tools/install.py"):
         shutil.copy(ROOT / name, folder / name)
     subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
     shutil.copy(folder / ".venv" / "bin" / "pip", folder / ".venv" / "bin" / "tbq")

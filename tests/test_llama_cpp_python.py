@@ -182,13 +182,13 @@ import tbq.llama
 
 @pytest.fixture(scope="module")
 def sdist():
-    pin = script("llama_cpp")
+    pin = script("patch_series")
     return pin.fetch_sdist(pin.read_pin())
 
 
 def test_bindings_are_the_pin_s(sdist, tmp_path):
     """Every module of the package and its licence, byte by byte; once."""
-    command = [sys.executable, ROOT / "cmake" / "llama_cpp.py", "bindings", tmp_path / "bindings"]
+    command = [sys.executable, ROOT / "tools" / "patch_series.py", "bindings", tmp_path / "bindings"]
     (tmp_path / ".bindings-tmp-killed").mkdir()
     subprocess.run(command, check=True, capture_output=True)
     with tarfile.open(sdist) as tar:

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPT = ROOT / "cmake" / "llama_cpp.py"
+SCRIPT = ROOT / "tools" / "patch_series.py"
 BEFORE = "one\ntwo\nthree\n"
 AFTER = "one\ntwo and a half\nthree\n"
 
@@ -38,9 +38,9 @@ def patch_text(path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new
 def project(tmp_path):
     """A checkout with this script, a pin that is already downloaded, and one patch."""
     root = tmp_path / "project"
-    for folder in ("cmake", "patches", "build/downloads"):
+    for folder in ("tools", "patches", "build/downloads"):
         (root / folder).mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "cmake")
+    shutil.copy(SCRIPT, root / "tools")
     sdist = root / "build" / "downloads" / "pinned-1.0.tar.gz"
     with tarfile.open(sdist, "w:gz") as tar:
         for name, text in {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE,
@@ -63,7 +63,7 @@ def write_pin(root, sha256):
 
 
 def script(root, *arguments, **options):
-    return subprocess.run([sys.executable, str(root / "cmake" / "llama_cpp.py"), *map(str, arguments)],
+    return subprocess.run([sys.executable, str(root / "tools" / "patch_series.py"), *map(str, arguments)],
                           capture_output=True, text=True, **options)
 
 
@@ -283,7 +283,7 @@ def test_real_series_is_what_export_would_write(tmp_path):
     project = tmp_path / "project"
     (project / "build").mkdir(parents=True)
     shutil.copytree(ROOT / "patches", project / "patches")
-    shutil.copytree(ROOT / "cmake", project / "cmake")
+    shutil.copytree(ROOT / "tools", project / "tools")
     os.symlink(ROOT / "build" / "downloads", project / "build" / "downloads")
     before = {p.name: p.read_text() for p in (project / "patches").glob("*.patch")}
     assert before

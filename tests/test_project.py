@@ -173,7 +173,7 @@ def test_links_lead_to_files(tracked):
 
 def messages():
     """Every text of the build, the commands and the patches, literals that follow each other joined."""
-    names = [ROOT / "CMakeLists.txt", *ROOT.glob("cmake/*.*"), *ROOT.glob("python/tbq/*.py"), *ROOT.glob("patches/*.patch")]
+    names = [ROOT / "CMakeLists.txt", *ROOT.glob("cmake/*.*"), *ROOT.glob("tools/*.py"), *ROOT.rglob("python/tbq/**/*.py"), *ROOT.glob("patches/*.patch")]
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in names)
     return re.sub(r'"\s*\n[+\s]*f?"', "", text)
 

@@ -73,8 +73,8 @@ def adversarial(dim):
 
 @pytest.fixture(scope="module")
 def tables():
-    """ggml_tbq/tables.py, which makes the codebooks of libtbq."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "ggml_tbq" / "tables.py")
+    """tools/tables.py, which makes the codebooks of libtbq."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

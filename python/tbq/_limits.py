@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a container leaves of the machine to its processes: Linux's control groups, versions 1 and 2.
 
-Nothing but the standard library: cmake/install.py reads this file before the package is built.
+Nothing but the standard library: tools/install.py reads this file before the package is built.
 """
 import pathlib
 from collections.abc import Iterator

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 """The pinned llama.cpp and the patch series on top of it (standard library only).
 
-    llama_cpp.py prepare DIR [--source TREE]   DIR becomes the pin with patches/*.patch applied
-    llama_cpp.py bindings DIR                  llama-cpp-python's own files, which fit the pin
-    llama_cpp.py size                          the size of the series, one line
-    llama_cpp.py git-tree DIR                  a git repository to edit: tag `pin`, then one commit per patch
-    llama_cpp.py export DIR                    write the commits after tag `pin` of that repository to patches/
+    patch_series.py prepare DIR [--source TREE]   DIR becomes the pin with patches/*.patch applied
+    patch_series.py bindings DIR                  llama-cpp-python's own files, which fit the pin
+    patch_series.py size                          the size of the series, one line
+    patch_series.py git-tree DIR                  a git repository to edit: tag `pin`, then one commit per patch
+    patch_series.py export DIR                    write the commits after tag `pin` of that repository to patches/
 
 The pin (patches/pin.json) is a folder of a source distribution.  pip fetches it, so it comes through whatever
 index the user has configured.  Every error ends in one line and leaves nothing half-written: trees are built
@@ -405,13 +405,13 @@ def git_tree(tree):
         os.replace(fresh, tree)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-    say(f"{tree}: edit, commit (or rebase -i pin), then run `llama_cpp.py export {tree}`")
+    say(f"{tree}: edit, commit (or rebase -i pin), then run `patch_series.py export {tree}`")
 
 
 def export(tree):
     """Replaces patches/*.patch with the commits after tag `pin`; the same commits give the same bytes."""
     if not (tree / ".git").exists():
-        raise Failure(f"{tree} is not a git repository; make one with `llama_cpp.py git-tree`")
+        raise Failure(f"{tree} is not a git repository; make one with `patch_series.py git-tree`")
     if git(["status", "--porcelain", "--untracked-files=no"], tree).stdout.strip():
         raise Failure(f"{tree} has changes that are not committed")
     with tempfile.TemporaryDirectory(dir=PATCHES, prefix=".tmp-") as tmp:
