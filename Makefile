@@ -16,11 +16,11 @@ INSTALL := tools/install.py $(VENV)
 .DEFAULT_GOAL := demo
 
 demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
-	@$(BIN)/python -m tbq.demo --cache build/models
+	@$(BIN)/python -m tbq.cli.demo --cache build/models
 
 serve: $(SERVER)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
 	@$(BIN)/python tools/web_ui.py build/ui
-	@$(BIN)/python -m tbq.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
+	@$(BIN)/python -m tbq.cli.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
 
 install: $(STAMP)  # llama-server and all other programs of llama.cpp, in .venv
 

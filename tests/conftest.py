@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-import tbq.paths
+import tbq
 from tbq.demo import fetch_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

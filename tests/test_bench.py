@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from tbq import shape
-from tbq.caches import TypePair
+from tbq.bench import random_model
+from tbq.kv_cache.type_pairs import TypePair
 from llama_tools import BLOCK, cache_mib, tiny_llama
 
 SMALL = ("--shape", "layers=2,width=256,heads=4,kv_heads=2,head_size=64,ff=512,vocab=1000", "--rounds", "1", "--generate", "4")
@@ -65,7 +65,7 @@ def test_model(tmp_path):
 
 
 def test_bytes_are_those_of_the_cache():
-    cache = shape.Shape().cache()
+    cache = random_model.RandomModel().cache()
     for name in BLOCK:
         assert TypePair(name, name).bytes(cache) == pytest.approx(2 * cache_mib(name, 1, 8, 4, 128) * 2**20)
         assert TypePair(name, name).bits == (8 * BLOCK[name][1] / BLOCK[name][0],) * 2

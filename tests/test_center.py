@@ -14,8 +14,9 @@ import pytest
 
 import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
-from tbq._settings import measured_over
-from tbq.center import Center, Scratch, _hash, calibrate, fingerprint, for_cache, of_model, read_center
+from tbq.kv_cache.settings import measured_over
+from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
+from tbq.kv_cache.calibrate import Scratch, calibrate, center_file_for, center_of_model
 from test_plan import POST, attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, qwen2, write_model
 
 HERE = Path(__file__).parent
@@ -196,9 +197,9 @@ def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
         calibrate(model, tmp_path / "center.gguf", 512, chunks=1)
     assert not (tmp_path / "center.gguf").exists()
     said = []
-    assert for_cache(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
+    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
     assert why in said[-1] and len(said) == 2
-    assert for_cache(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None  # it is remembered
+    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None  # it is remembered
     assert why in said[-1] and len(said) == 3
 
 
@@ -574,25 +575,25 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
 def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
     """One measuring for a model and a length; a damaged file is measured again; a folder that cannot be written is no center."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)  # byte by byte, the whole takes half a minute
+    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)  # byte by byte, the whole takes half a minute
     model, said = made(biased, "K biases"), []
-    first = of_model(model, 1000, say=said.append)
+    first = center_of_model(model, 1000, say=said.append)
     assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]
-    assert of_model(model, 1024, say=said.append) == first and len(said) == 1
-    assert of_model(model, 2048, say=said.append) == first and len(said) == 1  # one for a range of contexts
+    assert center_of_model(model, 1024, say=said.append) == first and len(said) == 1
+    assert center_of_model(model, 2048, say=said.append) == first and len(said) == 1  # one for a range of contexts
     longer = ["--rope-scaling", "yarn", "--rope-scale", "4"]  # 4096 tokens are 16384 then
-    assert of_model(model, 16384, say=said.append) == first and len(said) == 1
-    assert read_center(of_model(model, 16384, longer, said.append)).context > read_center(first).context and len(said) == 2
-    assert of_model(model, 1024, ["--rope-freq-base", "123"], said.append) != first and len(said) == 3
+    assert center_of_model(model, 16384, say=said.append) == first and len(said) == 1
+    assert read_center(center_of_model(model, 16384, longer, said.append)).context > read_center(first).context and len(said) == 2
+    assert center_of_model(model, 1024, ["--rope-freq-base", "123"], said.append) != first and len(said) == 3
     good = first.read_bytes()
     first.write_bytes(good[:-1])
-    assert of_model(model, 1024, say=said.append) == first and first.read_bytes() == good and len(said) == 4
+    assert center_of_model(model, 1024, say=said.append) == first and first.read_bytes() == good and len(said) == 4
     rest = [], said.append, Scratch()
-    assert for_cache(model, "f16", 1024, True, *rest) is None and len(said) == 4
-    assert for_cache(model, "tbq4_0", 1024, False, *rest) is None
-    assert for_cache(model, "tbq4_0", 1024, first, *rest) == first
+    assert center_file_for(model, "f16", 1024, True, *rest) is None and len(said) == 4
+    assert center_file_for(model, "tbq4_0", 1024, False, *rest) is None
+    assert center_file_for(model, "tbq4_0", 1024, first, *rest) == first
     with pytest.raises(tbq.TBQError):
-        for_cache(model, "tbq4_0", 1024, model, *rest)
+        center_file_for(model, "tbq4_0", 1024, model, *rest)
 
 
 @pytest.fixture
@@ -633,26 +634,26 @@ def unusable(case, tmp_path, monkeypatch, request):
 @pytest.mark.parametrize("case", ["a file in its place", "a folder of the system", "full", "no home"])
 def test_folder_that_cannot_be_used(case, made, tmp_path, monkeypatch, request):
     """Measured each time, in a folder that lasts as long as who needs it; one line says so."""
-    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)
+    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
     why = unusable(case, tmp_path, monkeypatch, request)
     model, said, before = made(biased, "K biases"), [], sorted(tmp_path.iterdir())
     for _ in range(2):
         scratch = Scratch()
-        path = for_cache(model, "tbq4_0", 1024, True, [], said.append, scratch)
+        path = center_file_for(model, "tbq4_0", 1024, True, [], said.append, scratch)
         assert read_center(path).model == fingerprint(model)
         assert len(said) == 1 and why in said[0] and "at each start, because it cannot be kept" in said.pop()
         scratch.close()
         assert not path.parent.exists()
-    path = for_cache(model, "tbq4_0", 1024, True, [], said.append, Scratch())
+    path = center_file_for(model, "tbq4_0", 1024, True, [], said.append, Scratch())
     assert not path.parent.exists()  # whose owner is gone
     with pytest.raises(tbq.TBQError, match="cannot be kept"):
-        of_model(model, 1024)
+        center_of_model(model, 1024)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_disk_that_fills_up(made, small_disk, monkeypatch):
     """The message names the file, and nothing is left."""
-    monkeypatch.setattr("tbq.quality.python_text", lambda: b"Words and numbers, 123. " * 400)
+    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
     model = made(biased, "K biases")
     (small_disk / "other").write_bytes(bytes((1 << 20) - 8192))
     with pytest.raises(OSError) as error:

@@ -9,7 +9,7 @@ import pytest
 
 import tbq
 from conftest import ROOT
-from tbq.paths import program
+from tbq.programs.paths import program
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-perplexity", "llama-bench", "llama-batched-bench", "llama-quantize")
 
@@ -87,7 +87,7 @@ def test_unknown_program():
 
 def test_demo(demo_model):
     """What `make demo` prints after the build."""
-    out = subprocess.run([sys.executable, "-m", "tbq.demo", "--cache", demo_model.parent], capture_output=True,
+    out = subprocess.run([sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent], capture_output=True,
                          text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     assert "Paris" in out.stdout
@@ -101,7 +101,7 @@ def test_demo_port_taken(demo_model):
         s.bind(("127.0.0.1", 0))
         s.listen()
         port = s.getsockname()[1]
-        out = subprocess.run([sys.executable, "-m", "tbq.demo", "--cache", demo_model.parent, "--serve", "--port",
+        out = subprocess.run([sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent, "--serve", "--port",
                               str(port)], capture_output=True, text=True, timeout=60)
     assert out.returncode != 0 and out.stdout == ""
     assert out.stderr.strip() == f"error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"

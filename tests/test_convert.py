@@ -14,8 +14,8 @@ import pytest
 import tbq
 from llama_tools import ENV, TBQ, number, python_text, tiny_llama, write_gguf
 from llama_tools import run as run_program
-from tbq import _coders, conversion
-from tbq.gguf_files import FORMAT_KEY, open_gguf
+from tbq.gguf_files import codecs, rules as type_rules
+from tbq.gguf_files.reader import FORMAT_KEY, open_gguf
 
 GGML = gguf.GGMLQuantizationType
 
@@ -125,14 +125,14 @@ def test_every_type_decodes_as_in_gguf():
         try:
             if kind.name.startswith("IQ"):  # ggml makes tables for seconds before it encodes some of them
                 raise tbq.TBQError
-            data = _coders.encoder(kind)(values)
+            data = codecs.encoder(kind)(values)
         except tbq.TBQError:
             data = np.random.default_rng(1).integers(0, 60, 1024 // block * block_bytes, np.uint8)  # no NaN: exponents are small
         try:
             expected = gguf.dequantize(data, kind).reshape(-1)
         except NotImplementedError:
             continue
-        result = _coders.decoder(kind)(data)
+        result = codecs.decoder(kind)(data)
         assert np.allclose(result, expected, rtol=1e-6, atol=0), kind.name
         done.append(kind.name)
     assert len(done) >= 26 and {"Q4_K", "IQ1_M", "MXFP4", "TBQ3_0", "BF16"} <= set(done)
@@ -201,8 +201,8 @@ def test_back_to_f16(bin_dir, tiny, tmp_path):
 def test_without_llama_cpp(tiny, tmp_path, monkeypatch):
     """A package that was built without it converts through gguf, but for K types."""
     tbq.convert(tiny, tmp_path / "with.gguf", tensors=[("token_embd|output.weight", "q8_0")])
-    monkeypatch.setattr(_coders, "_ggml", lambda: None)
-    monkeypatch.setattr(_coders, "_fast_half", lambda: None)
+    monkeypatch.setattr(codecs, "_ggml", lambda: None)
+    monkeypatch.setattr(codecs, "_fast_half", lambda: None)
     with pytest.raises(tbq.TBQError, match="gguf cannot encode type q6_k"):
         tbq.convert(tiny, tmp_path / "without.gguf")
     tbq.convert(tiny, tmp_path / "without.gguf", tensors=[("token_embd|output.weight", "q8_0")])
@@ -361,7 +361,7 @@ def test_rules_are_those_of_the_pin(build_dir):
     rules = text[text.index("static bool tensor_allows_quantization"):text.index("// tensor type selection")]
     general, special = re.split(r"if \(arch == LLM_ARCH_GLM5_NEXT\) \{", rules)
     special, rest = special.split("}", 1)
-    for pattern, part in ((conversion._KEPT, general + rest), (conversion._KEPT_IN_GLM5_NEXT, special)):
+    for pattern, part in ((type_rules._KEPT, general + rest), (type_rules._KEPT_IN_GLM5_NEXT, special)):
         names = re.findall(r'name\.find\("([^"]+)"\)', part)
         assert len(names) > 8 and [name for name in names if not pattern.search(name)] == []
         assert sorted(pattern.pattern.replace("\\", "").split("|")) == sorted(names)

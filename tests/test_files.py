@@ -18,7 +18,8 @@ import pytest
 
 import tbq
 from llama_tools import tiny_llama
-from tbq import _files, cli
+from tbq import _files
+from tbq.cli import main
 from tbq.errors import TBQError
 from tbq.index import Index
 
@@ -142,9 +143,9 @@ def test_split_through_links_to_another_disk(tmp_path, model):
     first = tmp_path / "o-00001-of-00002.gguf"
     first.symlink_to(part)
     try:
-        report = tbq.convert(model, tmp_path / "o.gguf", "f32", split_bytes=sum(t.n_bytes for t in tbq.gguf_files.open_gguf(model).tensors) * 2 // 3, force=True)
+        report = tbq.convert(model, tmp_path / "o.gguf", "f32", split_bytes=sum(t.n_bytes for t in tbq.open_gguf(model).tensors) * 2 // 3, force=True)
         assert report.files[0] == first and first.is_symlink() and part.read_bytes()[:4] == b"GGUF"
-        assert len(tbq.gguf_files.open_gguf(first).files) == 2
+        assert len(tbq.open_gguf(first).files) == 2
     finally:
         part.unlink(missing_ok=True)
     assert not list(other.glob(".tbq-*"))
@@ -286,7 +287,7 @@ def test_inputs_are_named(tmp_path, capsys):
                       ("search", "query", tmp_path / "no", tmp_path / "q.npy"), ("search", "query", tmp_path, tmp_path / "q.npy"),
                       ("convert", tmp_path / "no.gguf", tmp_path / "o", "--type", "f16"), ("inspect", tmp_path / "no.gguf"), ("inspect", tmp_path),
                       ("plan", tmp_path / "no.gguf"), ("calibrate", tmp_path / "no.gguf", "-o", str(tmp_path / "o"))):
-        assert cli.main([*map(str, arguments)]) == 2
+        assert main.main([*map(str, arguments)]) == 2
         assert next(str(a) for a in arguments[1:] if isinstance(a, pathlib.Path)) in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import tbq
 from llama_tools import TBQ, complete, tiny_llama
-from tbq import gguf_types
+from tbq.gguf_files import register
 
 # Runs alone, in an interpreter whose gguf is another one.
 ROUND_TRIP = """
@@ -78,17 +78,17 @@ def test_numbers():
 
 def test_twice_is_once():
     before = len(gguf.GGMLQuantizationType), len(gguf.LlamaFileType), len(gguf.GGML_QUANT_SIZES)
-    gguf_types.register()
-    importlib.reload(gguf_types)
+    register.register()
+    importlib.reload(register)
     assert before == (len(gguf.GGMLQuantizationType), len(gguf.LlamaFileType), len(gguf.GGML_QUANT_SIZES))
 
 
 def test_somebody_elses_number():
     """A gguf that gives 644, or our name, to another type is refused."""
     with pytest.raises(tbq.TBQError, match="TBQ9_0 or the number 644"):
-        gguf_types._add_member(gguf.GGMLQuantizationType, "TBQ9_0", 644)
+        register._add_member(gguf.GGMLQuantizationType, "TBQ9_0", 644)
     with pytest.raises(tbq.TBQError, match="the name F16 or the number 9999"):
-        gguf_types._add_member(gguf.GGMLQuantizationType, "F16", 9999)
+        register._add_member(gguf.GGMLQuantizationType, "F16", 9999)
 
 
 @pytest.mark.parametrize("kind", TBQ)

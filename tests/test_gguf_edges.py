@@ -12,8 +12,9 @@ import pytest
 
 import tbq
 from llama_tools import run, tiny_llama, write_gguf
-from tbq import inspection
-from tbq.gguf_files import open_gguf
+from tbq.cli.inspect import as_json, as_text
+from tbq.gguf_files.inspect import inspect
+from tbq.gguf_files.reader import open_gguf
 from test_gguf_fuzz import entry, text
 
 F32, F16, Q8_0, I32, TBQ3, TBQ4 = 0, 1, 8, 26, 643, 644
@@ -235,8 +236,8 @@ def test_shapes_of_nothing_become_tbq(tmp_path):
 def test_inspected(tmp_path):
     """A tensor without values has neither an error nor a cosine."""
     for i, (name, path) in enumerate(zip(LEGAL, written(tmp_path, LEGAL.values()))):
-        report = inspection.inspect(path, path if open_gguf(path).tensors else None, threads=1)
-        printed, found = inspection.as_text(report), json.loads(inspection.as_json(report))
+        report = inspect(path, path if open_gguf(path).tensors else None, threads=1)
+        printed, found = as_text(report), json.loads(as_json(report))
         assert "nan" not in printed.lower().replace("nothing", ""), name
         assert [t["shape"] for t in found["tensors"]] == [list(t.shape) for t in report.model.tensors], name
         if "of shape" in name:
@@ -258,7 +259,7 @@ def test_commands(tmp_path, command):
 def test_nothing_but_empty_tbq_tensors(tmp_path):
     path = tmp_path / "in.gguf"
     path.write_bytes(file(("a.weight", (0, 64), TBQ4, b"")))
-    assert "4.25" in inspection.as_text(inspection.inspect(path, path))
+    assert "4.25" in as_text(inspect(path, path))
     tbq.convert(path, tmp_path / "out.gguf", "f16")
     assert open_gguf(tmp_path / "out.gguf").tensors[0].type.name == "F16"
 
@@ -317,7 +318,7 @@ def test_first_file_of_a_split_without_tensors(bin_dir, tmp_path):
         tbq.convert(path, tmp_path / "whole.gguf", "tbq4_0", force=True)
         tbq.convert(source, tmp_path / "plain.gguf", "tbq4_0", force=True)
         assert tensor_bytes(tmp_path / "whole.gguf") == tensor_bytes(tmp_path / "plain.gguf")
-    assert "and 2 more" in inspection.as_text(inspection.inspect(first, source))
+    assert "and 2 more" in as_text(inspect(first, source))
 
 
 # --- the package gguf, and arrays -----------------------------------------------------------------------------------

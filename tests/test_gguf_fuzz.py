@@ -13,8 +13,9 @@ import pytest
 
 import tbq
 from llama_tools import write_gguf
-from tbq import inspection
-from tbq.gguf_files import FORMAT_KEY, MAX_COUNT, open_gguf
+from tbq.cli.inspect import as_text
+from tbq.gguf_files.inspect import inspect
+from tbq.gguf_files.reader import FORMAT_KEY, MAX_COUNT, open_gguf
 
 FIELDS = {"general.architecture": "llama", "general.alignment": 32, "llama.expert_count": 0, "a.flag": True, "a.float": 0.5,
           "a.strings": ["one", "", "three"], "a.numbers": [1, 2, 3], "a.floats": [0.5, 2.0]}
@@ -49,7 +50,7 @@ def attempt(tmp_path, data):
             assert peak < 600_000 + 4 * len(data)  # what is read at a time, and the header
         tbq.convert(source, target, "tbq4_0", threads=1)
         target.unlink()
-        inspection.as_text(inspection.inspect(source, source, threads=1))
+        as_text(inspect(source, source, threads=1))
         error = None
     except tbq.TBQError as found:
         error = str(found)
@@ -218,7 +219,7 @@ def test_a_file_that_becomes_shorter(tmp_path, good, monkeypatch):
     path.write_bytes(good[0])
     model = open_gguf(path)
     os.truncate(path, good[1] + 100)
-    monkeypatch.setattr("tbq.conversion.open_gguf", lambda _: model)
+    monkeypatch.setattr("tbq.gguf_files.convert.open_gguf", lambda _: model)
     with pytest.raises(tbq.TBQError, match="became shorter"):
         tbq.convert(path, tmp_path / "out.gguf")
     assert sorted(os.listdir(tmp_path)) == ["good.gguf", "in.gguf"]

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from tbq import cli
+from tbq.cli import main
 
-COMMANDS = cli.commands(cli._parser())
+COMMANDS = main.commands(main._parser())
 
 # bash's completion function, called as readline would with a line of words
 COMPLETE = """
@@ -40,7 +40,7 @@ def test_help(name):
 @pytest.mark.parametrize("shell", ("bash", "zsh", "fish"))
 def test_completion_is_a_script(shell, tmp_path, capsys):
     pytest.importorskip("shtab", reason="shtab is not installed: pip install 'ggml-tbq[completion]'")
-    assert cli.main(["completion", shell]) == 0
+    assert main.main(["completion", shell]) == 0
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
     assert "serve" in script.read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_completion_is_a_script(shell, tmp_path, capsys):
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_bash_completes(tmp_path, capsys):
     pytest.importorskip("shtab", reason="shtab is not installed: pip install 'ggml-tbq[completion]'")
-    cli.main(["completion", "bash"])
+    main.main(["completion", "bash"])
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
     (tmp_path / "model.gguf").touch()
@@ -72,12 +72,12 @@ def test_bash_completes(tmp_path, capsys):
 
 def test_completion_without_shtab(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "shtab", None)
-    assert cli.main(["completion", "bash"]) == 2
+    assert main.main(["completion", "bash"]) == 2
     assert capsys.readouterr().err == "tbq: error: tbq completion needs shtab: pip install 'ggml-tbq[completion]'\n"
 
 
 def test_options_before_the_model(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["serve", "--port", "9000", "model.gguf"])
+        main.main(["serve", "--port", "9000", "model.gguf"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --port; llama-server's options come after MODEL" in capsys.readouterr().err

@@ -25,10 +25,11 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
-from tbq._layers import GLOBAL, Layer  # noqa: E402
+from tbq.kv_cache.layers import GLOBAL, Layer  # noqa: E402
 from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
-from tbq.plan import LARGE_BIAS, key_biases  # noqa: E402
+from tbq._key_biases import LARGE_BIAS  # noqa: E402
+from tbq.kv_cache.key_biases import key_biases  # noqa: E402
 
 BASE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
         "vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -741,7 +742,7 @@ PAIR_BITS = ((4, 4), (3, 3))
 @pytest.fixture(scope="module")
 def of_llama_cpp(tmp_path_factory):
     """(text, the f16 cache's perplexity, by bits: llama-perplexity's statistics) over two chunks of 256."""
-    from tbq.paths import paths
+    from tbq.programs.paths import paths
 
     try:
         bin_dir = paths()["bin"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import tbq
-from tbq import cli
+from tbq.cli import main
 from tbq.errors import TBQError
 from tbq.index import Index
 
@@ -820,7 +820,7 @@ def test_wrong_files(folder, what, monkeypatch, capsys):
     before = sorted(os.listdir(folder))
     monkeypatch.chdir(folder)
     arguments, message = WRONG_FILES[what]
-    assert cli.main(["search", *arguments]) == 2
+    assert main.main(["search", *arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("tbq: error: ") and message in err and err.count("\n") == 1
     assert sorted(os.listdir(folder)) == before
@@ -853,7 +853,7 @@ def test_bench(tmp_path, capsys):
     picture = tmp_path / "recall.png"
     arguments = ["bench", "index", "--sets", "64", "--n", "10000", "--queries", "100", "--indices", "flat,sq4,pqs,tbq4,tbq4+4",
                  "--threads", "1", "--cpu-time", "--train", "1000"]
-    assert cli.main([*arguments, "--json", "--plot", str(picture)]) == 0
+    assert main.main([*arguments, "--json", "--plot", str(picture)]) == 0
     result = json.loads(capsys.readouterr().out)
     found = result["sets"]["sphere 64"]["indices"]
     assert found["flat"]["recall"] == 1 and found["tbq4+4"]["recall"] > 0.99
@@ -869,7 +869,7 @@ def test_bench_texts(capsys):
     for name in ("wordllama", "tokenizers"):
         if importlib.util.find_spec(name) is None:  # importing wordllama takes seconds
             pytest.skip("wordllama is not installed: pip install 'ggml-tbq[bench]'")
-    from tbq.index_bench import embed
+    from tbq.bench.index import embed
 
     texts = ["The cat sat on the mat.", "A kitten lay on the rug.", "Raises ValueError if the argument is negative."]
     similar = unit(embed(texts)) @ unit(embed(texts)).T
@@ -878,10 +878,10 @@ def test_bench_texts(capsys):
 
 def test_bench_wrong(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
-        cli.main(["bench", "index", "--indices", "hnsw"])
+        main.main(["bench", "index", "--indices", "hnsw"])
     assert "'hnsw' is not one of flat" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["bench", "index", "--sets", "127"])
+        main.main(["bench", "index", "--sets", "127"])
     assert "'127' is neither 'text' nor an even number of dimensions" in capsys.readouterr().err
     if importlib.util.find_spec("faiss"):
         np.save(tmp_path / "x.npy", np.ones((100, 5)))
@@ -890,8 +890,8 @@ def test_bench_wrong(tmp_path, capsys, monkeypatch):
                               (["10", "--indices", "pq"], "pq needs an even number of dimensions, not 5; leave it out of --indices"),
                               (["10", "--k", "91", "--indices", "tbq4"], "k is 91; it must be from 1 to 90; the index has 90 vectors"),
                               (["10", "--cpu-time", "--threads", "2"], "--cpu-time needs --threads 1")):
-            assert cli.main([*arguments, *more]) == 2
+            assert main.main([*arguments, *more]) == 2
             assert f"tbq: error: {message}" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert cli.main(["bench", "index"]) == 2
+    assert main.main(["bench", "index"]) == 2
     assert capsys.readouterr().err == "tbq: error: tbq bench index needs faiss: pip install 'ggml-tbq[bench]'\n"

@@ -12,7 +12,7 @@ import pytest
 import numpy_reference
 import tbq
 from llama_tools import TBQ, tiny_llama, write_gguf
-from tbq.inspection import ERROR_BINS, inspect
+from tbq.gguf_files.inspect import ERROR_BINS, inspect
 
 
 def cli(*arguments):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from conftest import ROOT, install
-from tbq import _limits, _run
+from tbq import _arguments, _limits
 
 
 @pytest.mark.parametrize("output, line", [
@@ -86,7 +86,7 @@ def test_limits_of_a_container(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert install.jobs(root) == min(math.ceil(cpus or 8), (memory or 1 << 60) // install.BYTES_PER_JOB, 16_384_000_000 // install.BYTES_PER_JOB)
     monkeypatch.setattr(_limits, "cpus", lambda: cpus)
-    assert _run.cores() == math.ceil(cpus or 8)
+    assert _arguments.cores() == math.ceil(cpus or 8)
 
 
 def test_no_linux(tmp_path):
@@ -275,8 +275,8 @@ def test_editable_install(tmp_path, build_dir):
     done = subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", ROOT,
                            "--disable-pip-version-check"], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    code = ("import json, pathlib, tbq; from tbq.paths import program\n"
-            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths.paths(), str(program('llama-server'))]))")
+    code = ("import json, pathlib, tbq; from tbq.programs.paths import program\n"
+            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths(), str(program('llama-server'))]))")
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     import json

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tbq._run import cores
+from tbq._arguments import cores
 
 HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")

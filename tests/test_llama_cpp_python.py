@@ -10,12 +10,12 @@ import tarfile
 
 import pytest
 
-import tbq.paths
+import tbq
 from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
 
 CENTER = 68  # bytes of a state of centred keys: a mark, and the hash of their center
-VENDORED = pathlib.Path(tbq.paths.paths()["lib"]).parent / "_vendor" / "llama_cpp"
+VENDORED = pathlib.Path(tbq.paths()["lib"]).parent / "_vendor" / "llama_cpp"
 
 for dependency in ("diskcache", "jinja2", "typing_extensions"):
     pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
@@ -39,7 +39,7 @@ def other(tmp_path_factory, lib_dir):
 
 GENERATE = """
 import json, os, sys
-import tbq.paths
+import tbq
 from tbq.llama import Llama
 assert not {"LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"} & os.environ.keys()
 import llama_cpp, llama_cpp.mtmd_cpp
@@ -88,7 +88,7 @@ def test_generates(installed_too, demo_model, lib_dir, other):
 
 REFUSE = """
 import json, sys
-import tbq.paths
+import tbq
 from tbq.llama import Llama
 for arguments in json.loads(sys.argv[1]):
     try:

@@ -14,8 +14,11 @@ import pytest
 
 import tbq
 from llama_tools import THREADS, Server, byte_tokenizer, complete, run, tiny_llama, tiny_mla, write_gguf
-from tbq import caches
-from tbq.plan import LARGE_BIAS, PAIRS, parse_size, plot, report
+from tbq._key_biases import LARGE_BIAS
+from tbq.kv_cache.model import read_model
+from tbq.kv_cache.plan import PAIRS
+from tbq._units import parse_size
+from tbq.cli.plan import plot, report
 
 MIB = 2**20
 
@@ -571,7 +574,7 @@ def test_contexts_that_options_make(name, trained_for_4096, bin_dir, tmp_path):
     options, slot, reach = STRETCHED[name]
     plan = tbq.plan(trained_for_4096, options=options)
     assert (plan.context_train, plan.context) == (slot, slot)
-    assert caches.read_model(trained_for_4096, options).context == reach
+    assert read_model(trained_for_4096, options).context == reach
     if name != "nonsense":  # which it refuses
         with Server(bin_dir, trained_for_4096, tmp_path / "log", *options, n_ctx=32768) as server:
             assert int(re.search(r"n_ctx_slot = (\d+)", server.log)[1]) == slot

@@ -15,8 +15,10 @@ import time
 import pytest
 
 import tbq
-from tbq import caches, quality
-from tbq.caches import TypePair
+from tbq import _text
+from tbq.bench import perplexity, quality
+from tbq.kv_cache.model import Model, _cache, read_model, sha256
+from tbq.kv_cache.type_pairs import TypePair
 from llama_tools import ENV, cache_line, complete, number, tiny_llama
 
 SMALL = ("--context", "256", "--chunks", "2", "--threads", "2")
@@ -61,7 +63,7 @@ def rows(table):
 def test_two_runs_agree(table, found):
     """To the last digit that is printed."""
     def text(value, digits, scale=1):
-        return quality.Value(**value).text(digits, scale)
+        return perplexity.Value(**value).text(digits, scale)
 
     for row, (name, pair) in zip(rows(table), found["pairs"].items(), strict=True):
         assert row == [name, f"{(pair['bits_k'] + pair['bits_v']) / 2:g}", str(pair["bytes_per_token"]), text(pair["ppl"], 3),
@@ -87,32 +89,32 @@ def test_figures(found):
 
 @pytest.mark.parametrize("k,v", [("f16", "f16"), ("tbq4_0", "tbq3_0")])
 def test_bytes_are_those_that_llama_cpp_allocates(bin_dir, demo_model, k, v):
-    cache = caches.read_model(demo_model).cache
+    cache = read_model(demo_model).cache
     line = cache_line(complete(bin_dir, demo_model, "a", "-ctk", k, "-ctv", v, n=1, n_ctx=8192)[1])
     assert TypePair(k, v).bytes(cache) * line["cells"] / 2**20 == pytest.approx(line["mib"], abs=0.01)
 
 
 def test_what_is_needed_to_measure_the_same(table, found, demo_model, installed):
     digest = hashlib.sha256(demo_model.read_bytes()).hexdigest()
-    text = hashlib.sha256(quality.python_text()).hexdigest()
+    text = hashlib.sha256(_text.python_text()).hexdigest()
     assert (found["model_sha256"], found["text_sha256"], found["scored"]) == (digest, text, 254)
     assert (found["llama_cpp_commit"], found["tbq"]) == (installed["llama_cpp_commit"], tbq.__version__)
     assert all(x in table for x in (digest, text, "254 tokens", installed["llama_cpp_commit"], f"tbq {tbq.__version__}"))
 
 
 def test_commands_give_the_same(found, bin_dir, tmp_path):
-    (tmp_path / "text.txt").write_bytes(quality.python_text())
+    (tmp_path / "text.txt").write_bytes(_text.python_text())
     base, *pairs = map(shlex.split, found["commands"])
     assert len(pairs) == len(ROWS)
     program = bin_dir / base[0]
     subprocess.run([program, *base[1:]], cwd=tmp_path, env=ENV, check=True, capture_output=True)
     for _ in range(12):  # the last lines can be lost
         out = subprocess.run([program, *pairs[ROWS.index("tbq4_0")][1:]], cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True).stdout
-        if quality.parse(out):
+        if perplexity.parse_scores(out):
             break
     assert number(r"Mean +KLD", out) == found["pairs"]["tbq4_0"]["kld"]["mean"]
     cut = out[:out.index("Same top p:")]
-    assert quality.parse(out) and not quality.parse(cut)  # what was lost is not read as a result
+    assert perplexity.parse_scores(out) and not perplexity.parse_scores(cut)  # what was lost is not read as a result
 
 
 def test_picture(table, folder):
@@ -123,11 +125,11 @@ def test_picture(table, folder):
 
 def test_picture_has_both_series_and_every_label():
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    model = caches.Model(pathlib.Path("m.gguf"), 0, 2, None)
-    report = quality.Report(model, 256)
-    some = quality.Value(1.0, 0.1)
+    model = Model(pathlib.Path("m.gguf"), 0, 2, None)
+    report = quality.Quality(model, 256)
+    some = perplexity.Value(1.0, 0.1)
     for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):  # two of the same bits
-        report.scores[TypePair(name, name)] = quality.Score(some, some, quality.Value(0.01 * i, 0.001), 1, some, some)
+        report.scores[TypePair(name, name)] = perplexity.Score(some, some, perplexity.Value(0.01 * i, 0.001), 1, some, some)
     svg = quality.picture(report, "a title", "svg").decode()
     for said in ("a title", "llama.cpp's types", "with tbq types", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0"):
         assert svg.count(f"<!-- {said} -->") == 1
@@ -206,8 +208,8 @@ def test_errors(wrong, demo_model, arguments, message):
 
 
 def test_no_tokenizer(tmp_path):
-    from tbq import shape
-    model = shape.write(tmp_path / "shape.gguf", shape.Shape(layers=1, width=64, heads=1, kv_heads=1, head_size=64, ff=64, vocab=64))
+    from tbq.bench.random_model import RandomModel, write_random_model
+    model = write_random_model(tmp_path / "shape.gguf", RandomModel(layers=1, width=64, heads=1, kv_heads=1, head_size=64, ff=64, vocab=64))
     done = run("--model", model, *SMALL)
     assert done.returncode == 2 and done.stderr.strip() == f"tbq: error: model '{model}' has no tokenizer; perplexity needs one"
 
@@ -255,7 +257,7 @@ def test_bytes_do_not_count_what_does_not_grow():
     of = {"block_count": 3, "attention.head_count": 8, "embedding_length": 512, "context_length": 64}
 
     def cache(architecture, **more):
-        return caches._cache({"general.architecture": architecture, **{f"{architecture}.{k}": v for k, v in {**of, **more}.items()}})
+        return _cache({"general.architecture": architecture, **{f"{architecture}.{k}": v for k, v in {**of, **more}.items()}})
 
     assert cache("llama") == [(512, 512)] * 3
     assert cache("lfm2", **{"attention.head_count_kv": [2, 0, 4], "attention.key_length": 128, "shortconv.l_cache": 3}) == [(256, 128), (512, 256)]
@@ -267,7 +269,7 @@ def test_split_models_hash(tmp_path):
     """As `cat model-*.gguf | sha256sum`."""
     for i in (1, 2):
         (tmp_path / f"model-{i:05}-of-00002.gguf").write_bytes(bytes([i]) * 100)
-    assert caches.sha256(tmp_path / "model-00001-of-00002.gguf") == hashlib.sha256(b"\1" * 100 + b"\2" * 100).hexdigest()
+    assert sha256(tmp_path / "model-00001-of-00002.gguf") == hashlib.sha256(b"\1" * 100 + b"\2" * 100).hexdigest()
 
 
 def test_missing_matplotlib(demo_model, tmp_path):

@@ -20,10 +20,13 @@ import urllib.request
 import pytest
 
 import tbq
-import tbq.server
+import tbq.programs.child
+import tbq.programs.options
+import tbq.serving.server
 from llama_tools import ENV, tiny_llama
-from tbq.center import of_model, read_center
-from tbq.server import free_port
+from tbq.kv_cache.calibrate import center_of_model
+from tbq.kv_cache.center_file import read_center
+from tbq.serving.address import free_port
 
 SMALL = ("-c", "512", "-t", "2", "--no-warmup")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc and PR_SET_PDEATHSIG")
@@ -32,7 +35,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's
 @pytest.fixture(autouse=True, scope="module")
 def measured(demo_model):
     """The means of the keys at the contexts of these tests, some 3 seconds: otherwise a test would wait for them."""
-    of_model(demo_model, 512)
+    center_of_model(demo_model, 512)
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +340,7 @@ def test_client_without_openai(demo_model, monkeypatch):
 
 def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
     """On Linux a process may end with the thread that started it; and what on_line does must not stop the server."""
-    monkeypatch.setattr(tbq.server, "_LOG_LINES", 5)
+    monkeypatch.setattr(tbq.serving.server, "_LOG_LINES", 5)
     seen = []
 
     def on_line(line):
@@ -386,7 +389,7 @@ def test_wrong_arguments(demo_model, arguments, message):
 ))
 def test_url(demo_model, options, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tbq.server, "paths", lambda: {"tls": "yes"})
+    monkeypatch.setattr(tbq.serving.server, "paths", lambda: {"tls": "yes"})
     for name in "kc":
         (tmp_path / name).write_text("")
     server = tbq.Server(demo_model, "tbq4_0", port=9000, options=options)
@@ -412,7 +415,7 @@ def test_key_file(demo_model, tmp_path):
     (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
 ))
 def test_options_for_the_plan(options, shape):
-    assert tbq.server._shape(tbq.server._read(options)[0]) == shape
+    assert tbq.programs.options.plan_arguments(tbq.programs.options.read_server_options(options)[0]) == shape
 
 
 @linux
@@ -422,7 +425,7 @@ def test_interrupted_before_it_is_llama_server():
 
     def interrupt():
         for delay in range(48):
-            process = tbq.server._popen([shutil.which("sleep"), "30"], os.environ)
+            process = tbq.programs.child.start([shutil.which("sleep"), "30"], os.environ)
             time.sleep(delay / 2000)
             process.send_signal(signal.SIGINT)
             ends.append((process.communicate(timeout=30)[0], process.returncode))
@@ -457,7 +460,7 @@ def test_keys_are_centred(demo_model, tmp_path, monkeypatch):
 def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
     """Of our own choice, it is left out; of the user's, that is an error.  Here it is of another RoPE, under the right name."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ours, other = of_model(demo_model, 512), of_model(demo_model, 512, ["--rope-freq-base", "5000"])
+    ours, other = center_of_model(demo_model, 512), center_of_model(demo_model, 512, ["--rope-freq-base", "5000"])
     os.replace(other, ours)
     with Serve("--kv", "tbq4_0", demo_model, *SMALL, "--port", str(free_port()), env={"XDG_CACHE_HOME": str(tmp_path)}) as serve:
         serve.until("llama-server is up")
@@ -543,7 +546,7 @@ def test_slots_of_another_context(demo_model, tmp_path):
 def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
     """What the center is asked for: as many as llama-server gives a slot, whatever the file says."""
     asked = []
-    monkeypatch.setattr(tbq.server, "for_cache", lambda model, k, context, *rest: asked.append(context))
+    monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda model, k, context, *rest: asked.append(context))
     server = tbq.Server(demo_model, "tbq4_0", timeout=100, options=[*options, "-t", "2", "--no-warmup"])
     assert asked == [positions]
     server.k = server.v = "tbq2_0"  # less memory for the same slots
@@ -565,8 +568,8 @@ def test_center_of_a_stretched_context(demo_model):
 @pytest.mark.parametrize("build, refused", (({"tls": "no"}, True), ({"tls": "yes"}, False), ({}, False)))
 def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
     """A build without it says so at once; where it is not known, llama-server will."""
-    monkeypatch.setattr(tbq.server, "for_cache", lambda *_: None)
-    monkeypatch.setattr(tbq.server, "paths", lambda: build)
+    monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda *_: None)
+    monkeypatch.setattr(tbq.serving.server, "paths", lambda: build)
     for name in ("key", "certificate"):
         (tmp_path / name).write_text("")
     options = ["--ssl-key-file", str(tmp_path / "key"), "--ssl-cert-file", str(tmp_path / "certificate")]
@@ -579,7 +582,7 @@ def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
 
 def test_https(demo_model, tmp_path):
     """Requests over TLS, from our own client and from one that checks the certificate."""
-    if tbq.paths.paths()["tls"] != "yes":
+    if tbq.paths()["tls"] != "yes":
         pytest.skip("this llama-server was built without OpenSSL's headers")
     if shutil.which("openssl") is None:
         pytest.skip("the program openssl, which makes a certificate, is not installed")

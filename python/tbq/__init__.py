@@ -11,15 +11,16 @@
 
 The package gguf knows the types from then on: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader, GGUFWriter, gguf.quantize.
 """
+from tbq._types import BLOCK, TypeInfo, types
+from tbq._version import FORMAT_VERSION, __version__
 from tbq.blocks import dequantize, quantize, rotate, row_bytes, unrotate
 from tbq.errors import TBQError
-from tbq._layers import Layer
-from tbq._types import BLOCK, TypeInfo, types
-from tbq.plan import Pair, Plan, plan
-from tbq.server import Server
-from tbq._version import FORMAT_VERSION, __version__
-from tbq.conversion import convert
-from tbq.gguf_files import open_gguf
+from tbq.gguf_files.convert import convert
+from tbq.gguf_files.reader import open_gguf
+from tbq.kv_cache.layers import Layer
+from tbq.kv_cache.plan import Pair, Plan, plan
+from tbq.programs.paths import paths
+from tbq.serving.server import Server
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "Server", "TBQError", "TypeInfo", "__version__", "convert", "dequantize",
-           "open_gguf", "plan", "quantize", "rotate", "row_bytes", "types", "unrotate"]
+           "open_gguf", "paths", "plan", "quantize", "rotate", "row_bytes", "types", "unrotate"]

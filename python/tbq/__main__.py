@@ -2,6 +2,6 @@
 """python -m tbq is the command tbq."""
 import sys
 
-from tbq.cli import main
+from tbq.cli.main import main
 
 sys.exit(main())

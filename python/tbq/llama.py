@@ -28,11 +28,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tbq._types import types
-from tbq.caches import split_pair
-from tbq.center import Scratch, for_cache
 from tbq.errors import TBQError
-from tbq.paths import paths
-from tbq.server import choose
+from tbq.kv_cache.calibrate import Scratch, center_file_for
+from tbq.kv_cache.choose import choose
+from tbq.kv_cache.type_pairs import split_pair
+from tbq.programs.paths import paths
 
 _VENDORED = pathlib.Path("_vendor", "llama_cpp")  # beside bin and lib
 
@@ -197,7 +197,7 @@ class Llama(_Base):  # type: ignore[misc]
             print(f"tbq: {line}", file=sys.stderr, flush=True)
 
         self._scratch = Scratch()
-        self.center = for_cache(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
+        self.center = center_file_for(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
         if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
             self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **{**shape, "center": False})
         ids = type_id(self.k), type_id(self.v)

@@ -13,7 +13,10 @@ cache decodes a layer at a time.
 """
 try:
     from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        AttentionMaskInterface,
+    )
 except ImportError as _error:
     from tbq.errors import TBQError
 
@@ -21,7 +24,7 @@ except ImportError as _error:
 
 from tbq.hf._attention import attention
 from tbq.hf._cache import TBQCache
-from tbq.hf._layers import PackedStates, TBQLayer, TBQSlidingLayer
+from tbq.hf._cache_layers import PackedStates, TBQLayer, TBQSlidingLayer
 
 __all__ = ["PackedStates", "TBQCache", "TBQLayer", "TBQSlidingLayer", "attention"]
 

@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tbq.errors import TBQError
 from tbq.hf import _backend
-from tbq.hf._layers import PackedStates
+from tbq.hf._cache_layers import PackedStates
 
 #: Query tokens . heads of a KV head up to which CUDA attends to blocks.  With more, a prompt's, decoding a layer once and
 #: torch's own attention is faster.

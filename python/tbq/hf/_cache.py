@@ -7,12 +7,16 @@ import warnings
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from tbq._key_biases import LARGE_BIAS
 from tbq.errors import TBQError
 from tbq.hf import _backend
-from tbq.hf._layers import TBQLayer, TBQSlidingLayer
+from tbq.hf._cache_layers import TBQLayer, TBQSlidingLayer
 
 SLIDING = ("keep", "compress")
 PAIRS = ("auto", "halves", "neighbours")

@@ -16,7 +16,7 @@ from tbq._types import types
 from tbq.errors import TBQError
 
 if TYPE_CHECKING:
-    from tbq._ffi import CData
+    pass
 
 #: Fewer values than this are not worth waking a thread for: some 100 us of encoding, 30 of decoding.
 _ALONE = 1 << 15

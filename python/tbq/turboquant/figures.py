@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq import turboquant as tq
+from tbq._arguments import at_least_one
 from tbq._pictures import replace
-from tbq._run import at_least_one, interruptible
 from tbq.errors import TBQError, one_line
+from tbq.programs.signals import interruptible
 from tbq.turboquant._checks import stream
 from tbq.turboquant.rotations import DENSE_LIMIT
 
@@ -67,8 +68,8 @@ def directions(rows: Array) -> Array:
 
 def embeddings(model: pathlib.Path) -> Array:
     """Directions of token embeddings of a GGUF file, spread over its vocabulary: (VECTORS, dim)."""
-    from tbq._coders import decoder
-    from tbq.gguf_files import open_gguf, pieces
+    from tbq.gguf_files.codecs import decoder
+    from tbq.gguf_files.reader import open_gguf, pieces
 
     found = [tensor for tensor in open_gguf(model).tensors if tensor.name == "token_embd.weight" and len(tensor.shape) == 2]
     if not found:

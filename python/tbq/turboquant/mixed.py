@@ -8,8 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import Floats, floats, integer, seed as check_seed, stream, vectors
-from tbq.turboquant.quantizers import InnerProductCode, InnerProductQuantizer, MSECode, MSEQuantizer
+from tbq.turboquant._checks import Floats, floats, integer, stream, vectors
+from tbq.turboquant._checks import seed as check_seed
+from tbq.turboquant.quantizers import (
+    InnerProductCode,
+    InnerProductQuantizer,
+    MSECode,
+    MSEQuantizer,
+)
 
 __all__ = ["MixedCode", "MixedQuantizer", "outlier_channels"]
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import Floats, integer, seed as check_seed, slices, stream, vectors
+from tbq.turboquant._checks import Floats, integer, slices, stream, vectors
+from tbq.turboquant._checks import seed as check_seed
 
 __all__ = ["HaarRotation", "HadamardRotation", "Rotation"]
 

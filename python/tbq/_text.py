@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""The texts that models read here."""
+import pathlib
+
+from tbq.errors import TBQError
+
+
+def python_text() -> bytes:
+    """The topics of Python's language reference, in alphabetical order: a text that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def read_text(path: pathlib.Path) -> bytes:
+    """A file's text; TBQError unless it is UTF-8 and has some."""
+    try:
+        text = path.read_bytes()
+        if not text.decode().strip():
+            raise TBQError(f"text {str(path)!r} is empty; name one that the model can read")
+    except UnicodeDecodeError as error:
+        raise TBQError(f"text {str(path)!r} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise TBQError(f"text {str(path)!r} cannot be read ({error.strerror})") from None
+    return text

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""`tbq convert`."""
+import argparse
+import re
+
+from tbq._arguments import at_least_one, cores
+from tbq.gguf_files.convert import convert
+from tbq.gguf_files.rules import FILE_TYPES, FLOATS
+from tbq.programs.signals import interruptible
+
+
+def _tensor_option(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
+    return pattern, name
+
+
+def _size_option(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9})([MG])", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
+    return int(match[1]) * {"M": 1000 ** 2, "G": 1000 ** 3}[match[2]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """write a GGUF file with weights of another type"""
+    parser.epilog = r"""examples:
+  tbq convert model-f16.gguf model-tbq4.gguf --type tbq4_0
+  tbq convert model-f16.gguf mixed.gguf --type tbq4_0 --tensor 'blk\.\d+\.ffn_.*=tbq3_0'
+  tbq convert model-tbq4.gguf model-f16.gguf --type f16     # back to what any llama.cpp opens
+
+Norms and other small tensors stay as they are; the output matrix gets q6_K or q8_0, as with llama-quantize."""
+    parser.add_argument("source", metavar="IN.gguf", help="the model; of a split, any of its files")
+    parser.add_argument("target", metavar="OUT.gguf", help="the file to write")
+    parser.add_argument("--type", required=True, metavar="TYPE", choices=list(FILE_TYPES), help=f"one of {', '.join(FILE_TYPES)}")
+    parser.add_argument("--tensor", action="append", default=[], type=_tensor_option, metavar="PATTERN=TYPE",
+                        help="another type for tensors in whose name the regular expression is found; the first that is found counts")
+    parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
+    parser.add_argument("--split", type=_size_option, metavar="N(M|G)", help="several files of at most so many bytes of tensors each")
+    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
+
+    def run(args: argparse.Namespace) -> int:
+        with interruptible():
+            report = convert(args.source, args.target, args.type, tensors=args.tensor, force=args.force,
+                             split_bytes=args.split, threads=args.threads, progress=True)
+        for (before, after), count in sorted(report.counts.items()):
+            print(f"{count:5} tensors  {before}" + (f" -> {after}" if before != after else ""))
+        for name, note in report.notes.items():
+            print(f"{name} has {note}")
+        again = sum(count for (before, after), count in report.counts.items()
+                    if before != after and not {before, after} & {t.name.lower() for t in FLOATS})
+        if again:
+            print(f"{again} tensors were quantized before; from a file of f16 they lose less")
+        print(f"{report.files[0]}" + (f" and {len(report.files) - 1} more" if report.files[1:] else "")
+              + f": {report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}, {report.bits_per_value:.2f} bits per weight")
+        return 0
+
+    parser.set_defaults(run=run)

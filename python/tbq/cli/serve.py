@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""`tbq serve`."""
+import argparse
+import contextlib
+import os
+import pathlib
+import re
+import signal
+from collections.abc import Sequence
+from types import FrameType
+
+from tbq.errors import TBQError
+from tbq.programs.signals import INTERRUPTIONS, handled, interruptible
+from tbq.serving.server import Server, say
+
+
+def summary(server: Server, kv: str) -> list[str]:
+    """The plan in three lines."""
+    from tbq._units import amount
+
+    plan = server.plan
+    if plan is None:
+        return [f"cache: keys {server.k}, values {server.v}; its size is not known for this model"]
+    head = f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {amount(plan.weights_bytes)} of weights"
+    if not plan.cached:
+        return [head, "cache: none", f"why:   {'; '.join([plan.reason, *plan.warnings])}"]
+    pair = plan.pair(server.k, server.v)
+    full = plan.bytes_at("f16", "f16", plan.context)
+    share = f", {100 * pair.bytes / full:.0f} % of f16's {amount(full)}" if full else ""
+    why = plan.reason if kv == "auto" else "as asked for" + ("" if (server.k, server.v) == plan.recommended else
+                                                             f"; tbq plan would take {'/'.join(plan.recommended)}: {plan.reason}")
+    return [head,
+            f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
+            f"why:   {'; '.join([why, *plan.warnings])}"]
+
+
+class _Signals:
+    """Passes SIGINT, SIGTERM and SIGHUP on to a server; the second one kills it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.early: int | None = None  # came before there was a process
+        self.count = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.server._stopping = True
+        if not hasattr(self.server, "process"):
+            self.early = number
+        else:
+            self._send(number if self.count == 1 else signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.server.process.send_signal(number)
+
+    def started(self) -> None:
+        if self.early is not None:
+            self._send(self.early)
+
+
+def _correction(server: Server) -> str | None:
+    """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
+    if server._capped:  # n_ctx_slot is less than the cache then
+        return None
+    found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
+    if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
+        return None
+    context = int(found[2]) * (1 if found[3] == "true" else int(found[1]))
+    size = server.plan.bytes_at(server.k, server.v, context)
+    if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
+        return None
+    from tbq._units import amount
+
+    return f"llama-server took a context of {context} tokens, so the cache has {amount(size)}"
+
+
+def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:
+    """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
+    with interruptible():
+        server = Server(model, kv, center=center, port=8080, options=options, timeout=None, on_line=lambda line: say(line, to_stderr=True))
+    for line in summary(server, kv):
+        say(f"tbq: {line}")
+    if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):
+        say(f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead", to_stderr=True)
+    signals = _Signals(server)
+    with handled(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
+        server.start()
+        signals.started()
+        try:
+            server.wait_until_healthy()
+            if correction := _correction(server):
+                say(f"tbq: {correction}")
+            say(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it")
+            if server.process.wait() and not signals.count:
+                raise TBQError(f"llama-server {server._ending()}: {server.last_error()}")
+        except TBQError as error:
+            if not signals.count and server.process.poll() != 0:  # --version, for example, ends well
+                say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
+        finally:
+            server.stop()
+            server._reader.join(5)  # its last lines
+    status = server.process.returncode
+    return status if status >= 0 else 128 - status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """plan a model's cache and run llama-server with it"""
+    parser.usage = "tbq serve [-h] [--kv auto|TYPE|K/V] [--no-center] MODEL [llama-server's options ...]"
+    parser.epilog = ("examples: tbq serve model.gguf\n"
+                     "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n\n"
+                     "The exit status is llama-server's; LLAMA_ARG_... variables are not passed on to it.")
+    parser.add_argument("--kv", default="auto", metavar="auto|TYPE|K/V",
+                        help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values")
+    parser.add_argument("--no-center", action="store_true", help="do not centre the keys (docs/center.md): quantized ones lose some accuracy")
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
+    rest = parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is")
+    rest.required = False  # or it would be called missing beside MODEL
+
+    def run(args: argparse.Namespace) -> int:
+        kv, center, options, given = args.kv, not args.no_center, [], iter(args.options)
+        for option in given:  # ours may come after the model too
+            if option == "--kv":
+                kv = next(given, "")
+            elif option.startswith("--kv="):
+                kv = option[len("--kv="):]
+            elif option == "--no-center":
+                center = False
+            elif option in ("-h", "--help"):
+                parser.print_help()
+                return 0
+            elif option != "--":
+                options.append(option)
+        if not kv:
+            raise TBQError("--kv needs a value: auto, a type, or K/V")
+        return serve(args.model, kv, options, center)
+
+    parser.set_defaults(run=run, hint="; llama-server's options come after MODEL")

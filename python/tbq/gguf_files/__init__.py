@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""GGUF files: reading, the types in the package gguf, converting, comparing."""

@@ -1,0 +1,710 @@
+# SPDX-License-Identifier: MIT
+"""A vector index: nearest neighbours by inner product, cosine or distance, over vectors of 2 to 4 bits a value.
+
+    >>> import numpy as np
+    >>> from tbq.index import Index
+    >>> x = np.random.default_rng(0).standard_normal((1000, 100), dtype=np.float32)
+    >>> index = Index(100, bits=4, metric="cosine")
+    >>> index.add(x)[-1]
+    999
+    >>> scores, ids = index.search(x[:2], k=3)
+    >>> ids.shape, ids[:, 0].tolist()
+    ((2, 3), [0, 1])
+
+There is no training: a vector is scaled to unit rms, cut into blocks of 64 values (the last filled up with zeros) and
+quantized as tbq2_0, tbq3_0 or tbq4_0; its length is kept as a float.  Every search scans all of them.
+
+CENTER
+
+Vectors that lie around a point far from 0 would lose in the rounding what tells them apart, so a center c is subtracted
+before: x = c + r, and r is what is quantized, of unit vectors for cosine.  Scores stay those of x:
+
+    l2           |q - x|^2 = |q - c|^2 - 2 <q - c, r> + |r|^2
+    ip, cosine   <q, x> = <q, c> + <q - b e, r> + b <e, r>    with e = c / |c|, b = <q, e>
+
+<e, r> is exact, a float for each vector: what queries and vectors have in common meets no rounding.  The
+center is measured from the first 256 vectors (see _measured); until there are so many, from those that there are, again
+with each change: they are kept as float32 until then.  So neither how vectors are cut into calls nor a file in between
+matters.  256, because a center of n vectors adds 1.2/n to the squared error (it is the mean of the middle half of the
+values), and 0.5 % is what the rounding of a query costs.
+
+FILE (version 2; little-endian; sections begin at multiples of 64, filled up with zeros)
+
+    offset  type      what
+         0  char[8]   TBQINDEX
+         8  u32       version of this layout: 2
+        12  u32       version of the block format (tbq.h): 1
+        16  u32       bits: 2, 3 or 4
+        20  u32       metric: 0 ip, 1 cosine, 2 l2
+        24  u32       estimator: 0 mse, 1 unbiased
+        28  u32       bytes of a value of the originals: 0 (none kept), 2 or 4
+        32  u64       dim
+        40  u64       n, the number of vectors; groups = ceil(n / 16), blocks = ceil(dim / 64)
+        48  u64       next: the id that the next vector gets, above every other
+        56  u32       1 if there is a center
+        60  u32       where it is from: 0 the caller (or there is none, for good), 1 the first 256 vectors, 2 fewer so far
+        64  u32[8]    CRC-32 of each section
+        96  u32       CRC-32 of the bytes before
+       100  -         zeros up to 128
+
+    section    type  shape                         what
+    center     f32   dim, or none
+    d          f16   groups, blocks, 16            scales of the blocks (tbq-scan.h)
+    codes      u32   groups, blocks, words, 16     the blocks without them; words is 4, 6 or 8
+    mul        f32   groups * 16                   what a dot product is multiplied with: a vector's length, and more
+    add        f32   groups * 16                   l2: -|r|^2 / 2; otherwise <e, r>, none without a center
+    ids        i64   n                             at least 0, none twice
+    originals  f16   n, dim; f32, or none          r, for rescoring
+    first      f32   n, dim, or none               the vectors, while their center is measured; unit vectors for cosine
+
+Version 1, which is read too, has neither center nor first: its CRC-32s are at 56, that of the header at 80.
+Lanes of the last group that have no vector are zero.  The file ends with the last section.
+"""
+import concurrent.futures
+import math
+import mmap
+import os
+import pathlib
+import stat
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from tbq import _files, blocks
+from tbq._arguments import cores
+from tbq._ffi import ffi, lib
+from tbq._types import BLOCK, types
+from tbq._version import FORMAT_VERSION
+from tbq.errors import TBQError
+from tbq.index.checks import (
+    LAST_ID,
+    as_ids,
+    as_numbers,
+    check_choice,
+    check_integer,
+    check_unique,
+    complain,
+    unit_vectors,
+)
+from tbq.index.file import (
+    FORMATS,
+    HEADER,
+    MAGIC,
+    START,
+    SUM,
+    VERSION,
+    check_little_endian,
+    section_offsets,
+    write_sections,
+)
+from tbq.index.layout import (
+    ESTIMATORS,
+    FIRST,
+    GIVEN,
+    KEEPS,
+    LANES,
+    LONGEST,
+    MEASURED,
+    MEASURING,
+    METRICS,
+    MOST_DIMENSIONS,
+    Estimator,
+    Floats,
+    Ids,
+    Metric,
+    aligned_zeros,
+    as_bytes,
+    places_in,
+)
+
+_CHUNK = 1 << 20  # values that are encoded at a time
+
+_GAIN = 0.02  # of a vector's energy, that subtracting a measured center must take away: less is chance, and not worth 4 bytes
+_ALONG = 1 / 64  # of a query's length: with less along the center, treating that apart changes nothing
+
+
+class Index:
+    """Vectors of one dimension, each with an id of its own, and the search for those nearest to a query.
+
+    dim: values of a vector, at least 1.  bits: 2, 3 or 4; a vector takes bits + 0.25 bits a value, 4 bytes for its length
+    (8 for l2, and with a center) and 8 for its id.  metric: "ip", the inner product; "cosine"; "l2", the squared Euclidean distance.
+    estimator: "mse" estimates a product with the least squared error, but too small, in the mean by the share of a
+    vector's energy that quantization lost (0.7 % at 4 bits, 3 % at 3, 11 % at 2); "unbiased" divides that out, vector by vector
+    (the estimator of RaBitQ, arXiv 2405.12497), which leaves more variance.  keep: "float16" or "float32" keeps the
+    vectors too, for `rescore`.  center: dim numbers to subtract from vectors, unit vectors with cosine, before they are
+    quantized; zeros for nothing; None measures the center of the first 256 vectors, which should be like the rest.
+    Searches may run at the same time; a change of the index needs it alone.
+    Raises TBQError for other arguments.
+    """
+
+    def __init__(self, dim: SupportsIndex, bits: SupportsIndex = 4, metric: Metric = "ip", *, estimator: Estimator = "mse",
+                 keep: Literal["float16", "float32"] | None = None, center: npt.ArrayLike | None = None) -> None:
+        self.dim = check_integer(dim, "dim", 1, MOST_DIMENSIONS)
+        self.bits = check_integer(bits, "bits", 2, 4)
+        self.metric: Metric = check_choice(metric, "metric", METRICS)
+        self.estimator: Estimator = check_choice(estimator, "estimator", ESTIMATORS)
+        self.keep = check_choice(keep, "keep", tuple(KEEPS))
+        self._type = types[f"tbq{self.bits}_0"]
+        self._blocks = -(-self.dim // BLOCK)
+        self._n = 0
+        self._next = 0
+        given = None if center is None else self._given(center)
+        self._source = MEASURING if given is None else GIVEN
+        self._centered: bool
+        self._owned: bool  # not a view of a file
+        self._arrays: dict[str, npt.NDArray[Any]]
+        self._start(given if given is not None and given.any() else None, 0)
+        self._positions: dict[int, int] | None = None  # of ids, once somebody asks
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __repr__(self) -> str:
+        return (f"Index({self.dim}, bits={self.bits}, metric={self.metric!r}, estimator={self.estimator!r}, keep={self.keep!r}): "
+                f"{self._n} vectors, {self.nbytes} bytes")
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, (int, np.integer)) and int(id) in self._lookup()
+
+    @property
+    def ids(self) -> Ids:
+        """A copy of the ids, int64 of shape (len,), in no particular order once vectors were removed."""
+        return self._arrays["ids"][:self._n].copy()
+
+    @property
+    def center(self) -> Floats:
+        """What is subtracted from vectors before they are quantized, float32 of shape (dim,): zeros for nothing."""
+        return self._arrays["center"].copy() if self._centered else np.zeros(self.dim, np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors, their lengths, ids and originals: what a file has but for its header."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout(self._n).values())
+
+    # --- changes --------------------------------------------------------------------------------------------------
+
+    def add(self, vectors: npt.ArrayLike, *, threads: int | None = None, progress: Callable[[int], object] | None = None) -> Ids:
+        """Adds vectors under the next free ids and returns these.
+
+        vectors: numbers of shape (n, dim), or (dim,) for one; a memory-mapped array is read piece by piece.  threads: all
+        cores by default.  progress: called with the number of vectors just encoded, from the threads.
+        Raises TBQError for another shape, a NaN, an infinity, a length of 2^60 or more, with metric "cosine" for a zero
+        vector, with keep "float16" for values that it cannot hold, and where the ids end; nothing is added then.
+        """
+        x = self._rows(vectors, "vectors")
+        if self._next + len(x) - 1 > LAST_ID:
+            raise TBQError(f"{len(x)} vectors would get ids from {self._next}, but 2^63 - 2 is the last; add_with_ids takes others")
+        return self._add(x, np.arange(self._next, self._next + len(x), dtype=np.int64), threads, progress)
+
+    def add_with_ids(self, vectors: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = None,
+                     progress: Callable[[int], object] | None = None) -> None:
+        """Adds vectors under ids of the caller's choice: integers from 0 to 2^63 - 2, of shape (n,), none twice.
+
+        Otherwise as add.  Raises TBQError too for an id that the index has already, or that is there twice; nothing is
+        added then.
+        """
+        x = self._rows(vectors, "vectors")
+        chosen = as_ids(ids)
+        if len(chosen) != len(x):
+            raise TBQError(f"there are {len(x)} vectors and {len(chosen)} ids")
+        check_unique(chosen)
+        if len(chosen) and chosen.min() < self._next:  # above every other id there is nothing to look up
+            lookup = self._lookup()
+            taken = next((id for id in chosen.tolist() if id in lookup), None)
+            if taken is not None:
+                raise TBQError(f"id {taken} is in the index already")
+        self._add(x, chosen, threads, progress)
+
+    def _add(self, x: npt.NDArray[Any], ids: Ids, threads: int | None, progress: Callable[[int], object] | None) -> Ids:
+        workers = _threads(threads)
+        if not len(x):
+            return ids
+        before = self._arrays, self._owned, self._centered, self._source
+        taken = 0
+        try:
+            if self._source == MEASURING:
+                taken = self._measure(x, self._n + len(x))
+                if progress:
+                    progress(taken)
+            else:
+                self._reserve(self._n + len(x))
+            self._encode(x, taken, workers, progress)
+        except BaseException:
+            if before[3] == MEASURING:
+                self._arrays, self._owned, self._centered, self._source = before
+            else:
+                self._clear(self._n, min(self._n + len(x), len(self._arrays["ids"])))
+            raise
+        self._arrays["ids"][self._n:self._n + len(x)] = ids
+        if self._positions is not None:
+            self._positions.update(zip(ids.tolist(), range(self._n, self._n + len(x))))
+        self._next = max(self._next, int(ids.max()) + 1)
+        self._n += len(x)  # what is written above n does not count until now
+        return ids
+
+    def _encode(self, x: npt.NDArray[Any], first: int, workers: int, progress: Callable[[int], object] | None) -> None:
+        """Writes the vectors of x from number `first` on to where they belong, after those that there are."""
+        step = max(1, min(_CHUNK // (self._blocks * BLOCK), -(-len(x) // workers)))
+
+        def encode(start: int) -> None:
+            some = x[start:start + step]
+            self._put(self._floats(some, start), start, self._n + start)
+            if progress:
+                progress(len(some))
+
+        _each(encode, range(first, len(x), step), workers)
+
+    def _floats(self, values: npt.NDArray[Any], row: int) -> Floats:
+        """Vectors as float32, unit vectors for cosine.  row: the caller's number of the first one, for the TBQError about a zero."""
+        with np.errstate(over="ignore"):
+            x = np.ascontiguousarray(values, np.float32)
+        return unit_vectors(x, "vectors", row, zero_is_fine=False)[0] if self.metric == "cosine" else x
+
+    def _put(self, x: Floats, row: int, position: int) -> None:
+        """Writes vectors, as _floats gives them, to places from position on."""
+        m, width, arrays = len(x), self._blocks * BLOCK, self._arrays
+        if self._centered:
+            x = x - arrays["center"]
+        is_unit = self.metric == "cosine" and not self._centered
+        unit, length = (x, np.ones(m)) if is_unit else unit_vectors(x, "vectors", row, zero_is_fine=True)
+        padded = np.zeros((m, width), np.float32)
+        np.multiply(unit, math.sqrt(width), out=padded[:, :self.dim])
+        packed = blocks.quantize(padded, self._type.name)
+        factor = length / math.sqrt(width)
+        if self.estimator == "unbiased":
+            inner = np.einsum("ij,ij->i", padded, blocks.dequantize(packed, self._type.name, padded.shape))
+            factor *= np.where(inner > 0, width / np.where(inner > 0, inner, 1), 1)
+        status = lib.tbq_scan_put(self._type.id, self._blocks, _pointer("char[]", packed), position, m,
+                                  _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]))
+        _check(status)
+        arrays["mul"][position:position + m] = factor
+        if self.metric == "l2":
+            arrays["add"][position:position + m] = -0.5 * length**2
+        elif self._centered:
+            arrays["add"][position:position + m] = np.einsum("ij,j->i", x, _direction(arrays["center"])[0].astype(np.float32))
+        if self.keep:
+            kept = self._halves(x) if self.keep == "float16" else x
+            why = ("is too far from the center for float16; keep 'float32' can hold it" if self._centered
+                   else "holds a value that float16 cannot; keep 'float32' can")
+            complain(np.logical_not(np.isfinite(kept).all(axis=1)), "vectors", row, why)
+            arrays["originals"][position:position + m] = kept
+
+    @staticmethod
+    def _halves(x: Floats) -> npt.NDArray[np.float16]:
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16)
+
+    # --- the center -----------------------------------------------------------------------------------------------
+
+    def _given(self, center: npt.ArrayLike) -> Floats:
+        """The caller's center, checked."""
+        values = as_numbers(center, "center")
+        if values.shape != (self.dim,):
+            raise TBQError(f"center has shape {values.shape}; it must be ({self.dim},)")
+        with np.errstate(over="ignore"):
+            result = np.ascontiguousarray(values, np.float32)
+        unit_vectors(result[None], "center", 0, zero_is_fine=True)
+        return result
+
+    def _start(self, center: Floats | None, room: int) -> None:
+        """New arrays, with room for so many vectors, for a center or none."""
+        self._centered = center is not None
+        self._arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in self._layout(room).items()}
+        self._owned = True
+        if center is not None:
+            self._arrays["center"][:] = center
+
+    def _measure(self, x: npt.NDArray[Any], room: int) -> int:
+        """Measures the center of the vectors kept for it and the first of x, and encodes them.
+
+        Returns how many it took of x.  The arrays are new ones, with room for so many vectors.
+        """
+        n = self._n
+        new = self._floats(x[:FIRST - n], 0)
+        unit_vectors(new, "vectors", 0, zero_is_fine=True)  # refuses what has no center
+        first = np.concatenate([self._arrays["first"][:n], new])
+        ids = self._arrays["ids"][:n]
+        center = _measured(first)
+        if self.keep == "float16" and not np.isfinite(self._halves(first if center is None else first - center)).all():
+            center = self._arrays["center"] if self._centered else None  # which those before fit
+        if len(first) == FIRST:
+            self._source = MEASURED
+        self._start(center, room)
+        self._arrays["ids"][:n] = ids
+        if self._source == MEASURING:
+            self._arrays["first"][:len(first)] = first
+        self._put(first, -n, 0)
+        return len(new)
+
+    def remove(self, ids: npt.ArrayLike) -> None:
+        """Removes the vectors of ids, an integer or integers of shape (n,).
+
+        The last vectors move into the places that become free.  A center that was measured from 256 vectors stays as long
+        as there are vectors.
+        Raises TBQError for an id that is not in the index, or that is there twice; nothing is removed then.
+        """
+        chosen = as_ids(ids)
+        check_unique(chosen)
+        places = self._places(chosen)
+        self._reserve(self._n)
+        left = self._n - len(places)
+        holes = np.sort(places[places < left])
+        movers = np.setdiff1d(np.arange(left, self._n), places, assume_unique=True)
+        for name, array in self._used():
+            array[places_in(name, holes)] = array[places_in(name, movers)]
+        self._clear(left, self._n)
+        self._n = left
+        if self._positions is not None:
+            for id in chosen.tolist():
+                del self._positions[id]
+            self._positions.update(zip(self._arrays["ids"][holes].tolist(), holes.tolist()))
+        if not left and self._source != GIVEN:
+            self._source = MEASURING
+            self._start(None, 0)
+        elif self._source == MEASURING:
+            self._measure(np.empty((0, self.dim), np.float32), left)
+
+    # --- questions ------------------------------------------------------------------------------------------------
+
+    def search(self, queries: npt.ArrayLike, k: SupportsIndex = 10, *, rescore: SupportsIndex = 1,
+               threads: int | None = None) -> tuple[Floats, Ids]:
+        """The k vectors nearest to each query: (scores, ids), the best first.
+
+        queries: numbers of shape (n, dim), or (dim,) for one.  k: 1 to len.  rescore: r above 1 finds the r * k best and
+        picks among them by exact products with the vectors kept.  threads: all cores by default.
+        Returns float32 and int64 of shape (n, k), or (k,) for one query.  Scores are estimates of inner products or
+        cosines, descending, or of squared distances, ascending; with rescore they are exact, up to keep's rounding.
+        The same on every machine and for any number of threads.
+        Raises TBQError for another shape, a NaN, an infinity, a zero query with metric "cosine", an empty index, another
+        k, and rescore without vectors kept.
+        """
+        q = self._rows(queries, "queries")
+        if not self._n:
+            raise TBQError("the index is empty")
+        wanted = check_integer(k, "k", 1, self._n, of=f"; the index has {self._n} vectors")
+        factor = check_integer(rescore, "rescore", 1, 1 << 31)
+        if factor > 1 and not self.keep:
+            raise TBQError("rescore needs the vectors themselves; make the index with keep='float16'")
+        with np.errstate(over="ignore"):
+            q = np.ascontiguousarray(q, np.float32)
+        unit, length = unit_vectors(q, "queries", 0, zero_is_fine=self.metric != "cosine")
+        if self.metric == "cosine":
+            q, length = unit, np.ones(len(q))
+        elif self.metric == "l2" and self._centered:
+            q = q - self._arrays["center"]
+            length = unit_vectors(q, "queries", 0, zero_is_fine=True)[1]
+        n_found, workers = min(wanted * factor, self._n), _threads(threads)
+        if self._centered and self.metric != "l2":
+            e, size = _direction(self._arrays["center"])
+            along = _products(q, e)
+            scores, places = self._scan_apart(q, along, length, e, n_found, workers)
+            if factor > 1:
+                scores, places = self._rescored((q - along[:, None] * e).astype(np.float32), places, wanted, along)
+            scores = (scores + along[:, None] * size).astype(np.float32)
+        else:
+            scores, places = self._scan(q, n_found, workers, self._arrays["add"])
+            if factor > 1:
+                scores, places = self._rescored(q, places, wanted)
+            elif self.metric == "l2":
+                scores = np.maximum(length[:, None]**2 - 2.0 * scores, 0).astype(np.float32)
+        ids = np.where(places < 0, -1, self._arrays["ids"][places])
+        one = np.ndim(queries) == 1
+        return (scores[0], ids[0]) if one else (scores, ids)
+
+    def _scan_apart(self, q: Floats, along: npt.NDArray[np.float64], length: npt.NDArray[np.float64], e: npt.NDArray[np.float64], k: int,
+                    threads: int) -> tuple[Floats, Ids]:
+        """Products with what is quantized, and positions: what queries have along the center meets <e, r>, not its rounding.
+
+        The scan adds <e, r> as it is, so queries are divided by b = <q, e> before; where b < 0 it adds the opposite.
+        along: b.  length: of the queries.
+        """
+        add = self._arrays["add"]
+        sign = np.where(np.abs(along) > _ALONG * length, np.sign(along), 0)
+        scores, places = np.empty((len(q), k), np.float32), np.empty((len(q), k), np.int64)
+        for this in set(sign.tolist()):
+            rows = slice(None) if (sign == this).all() else np.flatnonzero(sign == this)
+            if this:
+                b = along[rows, None]
+                found, places[rows] = self._scan(((q[rows] - b * e) / abs(b)).astype(np.float32), k, threads, add if this > 0 else -add)
+                scores[rows] = found * abs(b)
+            else:
+                scores[rows], places[rows] = self._scan(q[rows], k, threads, None)
+        return scores, places
+
+    def _scan(self, q: Floats, k: int, threads: int, add: Floats | None) -> tuple[Floats, Ids]:
+        """Scores as tbq-scan.h defines them, and positions.  add: none if it is empty, too."""
+        width = self._blocks * BLOCK
+        padded = np.zeros((len(q), width), np.float32)
+        padded[:, :self.dim] = q
+        # d, bias and 64 bytes: tbq_scan_query
+        prepared = np.empty((len(q), self._blocks * ffi.sizeof("tbq_scan_query")), np.uint8)
+        _check(lib.tbq_scan_prepare(_pointer("float[]", padded), _pointer("tbq_scan_query[]", prepared), padded.size))
+        rows = self._scan_rows(add)
+
+        def task(queries: slice, first: int, last: int) -> tuple[Floats, Ids]:
+            part = prepared[queries]
+            scores, places = np.empty((len(part), k), np.float32), np.empty((len(part), k), np.int64)
+            _check(lib.tbq_scan_search(rows[0], first, last, _pointer("tbq_scan_query[]", part), len(part), k,
+                                       _pointer("float[]", scores), _pointer("int64_t[]", places)))
+            return scores, places
+
+        if len(q) * self._n * width < 1 << 22:  # a thread takes longer to start
+            threads = 1
+        if threads == 1 or len(q) >= 8 * threads:  # each task some queries, and eight at once unpack codes once
+            step = max(8, min(64, -(-len(q) // threads + 7) // 8 * 8)) if threads > 1 else max(len(q), 1)
+            parts = _each(lambda at: task(slice(at, at + step), 0, self._n), range(0, len(q), step), threads)
+            if not parts:
+                return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+            return np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts])
+        step = -(-self._n // threads + LANES - 1) // LANES * LANES
+        parts = _each(lambda at: task(slice(None), at, min(at + step, self._n)), range(0, self._n, step), threads)
+        return _best(np.concatenate([s for s, _ in parts], 1), np.concatenate([p for _, p in parts], 1), k)
+
+    def _rescored(self, q: Floats, places: Ids, k: int, along: npt.NDArray[np.float64] | None = None) -> tuple[Floats, Ids]:
+        """Of the vectors at places the k best by <q, r>, or -|q - r|^2, with r as it is kept; along: what to multiply add with."""
+        kept = self._arrays["originals"]
+        scores = np.empty(places.shape, np.float32)
+        step = max(1, _CHUNK // (places.shape[1] * self.dim))
+        for at in range(0, len(q), step):
+            some = kept[places[at:at + step]].astype(np.float32)  # queries, candidates, dim
+            if self.metric == "l2":
+                some -= q[at:at + step, None]
+                scores[at:at + step] = -np.einsum("qcd,qcd->qc", some, some)
+            else:
+                scores[at:at + step] = (some @ q[at:at + step, :, None])[..., 0]
+        if along is not None:
+            scores = (scores + along[:, None] * self._arrays["add"][places]).astype(np.float32)
+        scores, places = _best(np.where(places < 0, -np.inf, scores), places, k)
+        return (-scores if self.metric == "l2" else scores), places
+
+    def reconstruct(self, ids: npt.ArrayLike) -> Floats:
+        """What the vectors of ids became: float32 of shape (n, dim), or (dim,) for one id; unit vectors for cosine.
+
+        Raises TBQError for an id that is not in the index.
+        """
+        places = self._places(as_ids(ids))
+        packed = np.empty((len(places), self._blocks * self._type.block_bytes), np.uint8)
+        arrays = self._arrays
+        status = lib.tbq_scan_get(self._type.id, self._blocks, _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]),
+                                  _pointer("int64_t[]", places), len(places), _pointer("char[]", packed))
+        _check(status)
+        values = blocks.dequantize(packed, self._type.name, (len(places), self._blocks * BLOCK))[:, :self.dim]
+        scaled: Floats = values * arrays["mul"][places, None]
+        if self._centered:
+            scaled += arrays["center"]
+        return scaled[0] if np.ndim(ids) == 0 else scaled
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file whole or not at all: under another name beside it, to the disk, and then renamed.
+
+        What was there before stays until the new file is complete.  An index that was loaded from it keeps reading the old one.
+        """
+        check_little_endian()
+        layout = self._layout(self._n)
+        sections = [self._arrays[name][:shape[0]] for name, (shape, _) in layout.items()]
+        head = FORMATS[VERSION][0].pack(MAGIC, VERSION, FORMAT_VERSION, self.bits, METRICS.index(self.metric),
+                                          ESTIMATORS.index(self.estimator), KEEPS[self.keep], self.dim, self._n, self._next,
+                                          self._centered, self._source)
+        head += b"".join(SUM.pack(zlib.crc32(as_bytes(section))) for section in sections)
+        head += SUM.pack(zlib.crc32(head))
+        write_sections(path, [head, *map(as_bytes, sections)])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Index":
+        """The index of a file, which stays on the disk: pages are read when they are needed, and copied before a change.
+
+        verify: compare the checksums of the sections, which reads the file once; the header and the center are always checked, and
+        every number of the header against the size of the file.  The file must not be changed in place while the index is in use; save()
+        does not.
+        Raises TBQError for a file that is not an index, is truncated or damaged; OSError for one that cannot be read.
+        """
+        check_little_endian()
+        path = pathlib.Path(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise TBQError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            head = file.read(HEADER)
+            index, sums = cls._from_header(head, path)
+            size = os.fstat(file.fileno()).st_size
+            layout = {name: array for name, array in index._layout(index._n).items() if name in sums}
+            expected = section_offsets(layout)
+            if size != expected[-1]:
+                raise TBQError(f"{path} has {size} bytes; an index of {index._n} vectors has {expected[-1]}: it is truncated or damaged")
+            with _files.naming(path):
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for (name, (shape, dtype)), at in zip(layout.items(), expected):
+            array = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
+            if verify and zlib.crc32(as_bytes(array)) != sums[name]:
+                raise TBQError(f"{path} is damaged: the checksum of its section {name!r} is wrong")
+            index._arrays[name] = array
+        if not float(np.linalg.norm(index.center.astype(np.float64))) < LONGEST:
+            raise TBQError(f"{path} is damaged: its center has a NaN or is too far away")
+        if verify:
+            index._verify(path)
+        index._owned = False
+        return index
+
+    @classmethod
+    def _from_header(cls, head: bytes, path: pathlib.Path) -> "tuple[Index, dict[str, int]]":
+        """An index with the properties and the number of vectors of a file, but none of its arrays; and the checksums."""
+        if len(head) < len(MAGIC) or not head.startswith(MAGIC):
+            raise TBQError(f"{path} is not an index of tbq")
+        if len(head) < HEADER:
+            raise TBQError(f"{path} has {len(head)} bytes; its header has {HEADER}: it is truncated")
+        _, version, blocks_version = START.unpack_from(head)
+        if version not in FORMATS or blocks_version != FORMAT_VERSION:
+            raise TBQError(f"{path} has version {version}.{blocks_version}; this tbq reads "
+                           f"{' and '.join(f'{known}.{FORMAT_VERSION}' for known in FORMATS)}")
+        fixed, names = FORMATS[version]
+        at = fixed.size + len(names) * SUM.size
+        if SUM.unpack_from(head, at)[0] != zlib.crc32(head[:at]):
+            raise TBQError(f"{path} is damaged: the checksum of its header is wrong")
+        bits, metric, estimator, keep, dim, n, next_id, centered, source = (*fixed.unpack_from(head)[3:], 0, GIVEN)[:9]
+        kept = next((name for name, size in KEEPS.items() if size == keep), "unknown")
+        if (not 2 <= bits <= 4 or metric >= len(METRICS) or estimator >= len(ESTIMATORS) or kept == "unknown"
+                or not 1 <= dim <= MOST_DIMENSIONS or max(n, next_id) >= 1 << 63 or centered > 1 or source > MEASURING
+                or (source == MEASURING and n >= FIRST) or any(head[at + SUM.size:])):
+            raise TBQError(f"{path} is damaged: its header makes no sense")
+        index = cls(dim, bits, METRICS[metric], estimator=ESTIMATORS[estimator], keep=kept)  # type: ignore[arg-type]
+        index._n, index._next, index._centered, index._source = n, next_id, bool(centered), source
+        return index, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size:at]))}
+
+    def _verify(self, path: pathlib.Path) -> None:
+        """What checksums do not show in a file that somebody made up."""
+        ids = np.sort(self._arrays["ids"])
+        if len(ids) and (ids[0] < 0 or ids[-1] >= self._next or (ids[1:] == ids[:-1]).any()):
+            raise TBQError(f"{path} is damaged: an id is there twice or out of range")
+        if not all(np.isfinite(self._arrays[name]).all() for name in ("d", "mul", "add", "first")):
+            raise TBQError(f"{path} is damaged: it has a NaN or an infinity")
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _layout(self, n: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and dtype of each array for n vectors, in the order of the file."""
+        groups = -(-n // LANES)
+        lanes = groups * LANES
+        return {
+            "center": ((self.dim if self._centered else 0,), np.dtype("<f4")),
+            "d": ((groups, self._blocks, LANES), np.dtype("<f2")),
+            "codes": ((groups, self._blocks, lib.tbq_scan_words(self._type.id), LANES), np.dtype("<u4")),
+            "mul": ((lanes,), np.dtype("<f4")),
+            "add": ((lanes if self.metric == "l2" or self._centered else 0,), np.dtype("<f4")),
+            "ids": ((n,), np.dtype("<i8")),
+            "originals": ((n if self.keep else 0, self.dim), np.dtype(self.keep or np.float16)),
+            "first": ((n if self._source == MEASURING else 0, self.dim), np.dtype("<f4")),
+        }
+
+    def _reserve(self, n: int) -> None:
+        """Arrays of our own with room for n vectors."""
+        room = len(self._arrays["ids"])
+        if self._owned and n <= room:
+            return
+        larger = self._layout(max(n, room + room // 2) if n > room else room)
+        arrays = {}
+        for name, (shape, dtype) in larger.items():
+            arrays[name] = aligned_zeros(shape, dtype)
+            arrays[name][:len(self._arrays[name])] = self._arrays[name]
+        self._arrays, self._owned = arrays, True
+
+    def _used(self) -> list[tuple[str, npt.NDArray[Any]]]:
+        """The arrays that have something for each vector."""
+        return [(name, array) for name, array in self._arrays.items() if array.size and name != "center"]
+
+    def _clear(self, first: int, last: int) -> None:
+        """Nothing stays in places that hold no vector: a file has no trace of what was removed, or not added in the end."""
+        for name, array in self._used():
+            array[places_in(name, np.arange(first, last))] = 0
+
+    def _scan_rows(self, add: Floats | None) -> tuple[Any, list[Any]]:
+        """A tbq_scan_rows, and what it points to."""
+        names = {"d": "uint16_t[]", "codes": "uint32_t[]", "mul": "float[]"}
+        pointers = {name: _pointer(ctype, self._arrays[name]) for name, ctype in names.items()}
+        if add is not None and add.size:
+            pointers["add"] = _pointer("float[]", add)
+        rows = ffi.new("tbq_scan_rows *", {"type": self._type.id, "blocks": self._blocks, "n": self._n, "add": ffi.NULL, **pointers})
+        return rows, list(pointers.values())
+
+    def _rows(self, values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+        """A view of shape (n, dim); numbers that are not floats yet stay what they are."""
+        array = as_numbers(values, what)
+        if array.ndim not in (1, 2) or array.shape[-1] != self.dim:
+            raise TBQError(f"{what} have shape {array.shape}; it must be (n, {self.dim}), or ({self.dim},) for one")
+        return array.reshape(-1, self.dim)
+
+    def _lookup(self) -> dict[int, int]:
+        if self._positions is None:
+            self._positions = dict(zip(self._arrays["ids"][:self._n].tolist(), range(self._n)))
+        return self._positions
+
+    def _places(self, ids: Ids) -> Ids:
+        lookup = self._lookup()
+        try:
+            return np.fromiter((lookup[id] for id in ids.tolist()), np.int64, len(ids))
+        except KeyError as missing:
+            raise TBQError(f"id {missing.args[0]} is not in the index") from None
+
+
+def _products(x: Floats, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of each row of x with y, or with its row of y.  A sum of NumPy's has one order on every machine, einsum and @ do not."""
+    result: npt.NDArray[np.float64] = (x * y).sum(axis=1)
+    return result
+
+
+def _direction(center: Floats) -> tuple[npt.NDArray[np.float64], float]:
+    """A vector of length 1, and the length."""
+    wide = center.astype(np.float64)
+    size = math.sqrt(float((wide * wide).sum()))
+    return wide / size, size
+
+
+def _measured(first: Floats) -> Floats | None:
+    """The center of vectors, in whatever order they are, or None if there is nothing to gain from it.
+
+    In each dimension the mean of the middle half of the values: a few vectors far from the rest do not move it.  There is a gain if
+    three of four vectors lose 2 % of their energy or more with it; by chance they lose about 1/n.
+    """
+    n = len(first)
+    center: Floats = np.sort(first, axis=0)[n // 4:n - n // 4].mean(axis=0, dtype=np.float64).astype(np.float32)
+    left = first - center.astype(np.float64)
+    energy, rest = _products(first, first.astype(np.float64)), (left * left).sum(axis=1)
+    share = np.sort(np.divide(rest, energy, out=np.full(n, np.inf), where=energy > 0))
+    return center if center.any() and share[min(3 * n // 4, n - 1)] <= 1 - _GAIN else None
+
+
+def _threads(threads: int | None) -> int:
+    return cores() if threads is None else check_integer(threads, "threads", 1, 4096)
+
+
+def _each(function: Callable[[int], Any], arguments: Iterable[int], threads: int) -> list[Any]:
+    """[function(a) for a in arguments], by several threads."""
+    todo = list(arguments)
+    if threads == 1 or len(todo) < 2:
+        return [function(a) for a in todo]
+    with concurrent.futures.ThreadPoolExecutor(min(threads, len(todo))) as pool:
+        futures = [pool.submit(function, a) for a in todo]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()  # after an error the rest need not begin
+
+
+def _best(scores: Floats, places: Ids, k: int) -> tuple[Floats, Ids]:
+    """The k highest of each row, of equal scores the lowest place."""
+    order = np.lexsort((places, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+
+
+def _pointer(ctype: str, array: npt.NDArray[Any]) -> Any:
+    # from_buffer refuses read-only memory unless asked not to write; the library writes to results only
+    return ffi.from_buffer(ctype, as_bytes(array))
+
+
+def _check(status: int) -> None:
+    if status != lib.TBQ_OK:
+        raise TBQError(ffi.string(lib.tbq_status_text(status)).decode())

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""A model as far as its cache needs it: context, vocabulary, layers, checksum."""
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbq.errors import TBQError
+from tbq.kv_cache.layers import GLOBAL, CacheShape, read_shape
+from tbq.kv_cache.settings import under
+from tbq.kv_cache.type_pairs import Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What measuring needs of a GGUF file's metadata."""
+
+    path: pathlib.Path
+    context: int  #: tokens that it was trained for, or that RoPE is scaled to; 0 if the file does not say
+    vocab: int  #: tokens of the tokenizer, 0 without one
+    cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
+    cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
+
+    def check_cached(self) -> None:
+        """TBQError if there are no cache types to compare."""
+        if not self.cached:
+            raise TBQError(f"model {str(self.path)!r} keeps no keys and values, so there are no cache types to compare")
+
+
+def read_model(path: pathlib.Path, options: Sequence[str] = ()) -> Model:
+    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged.
+
+    options: llama.cpp's; --override-kv and those of RoPE count.
+    """
+    from tbq.gguf_files.reader import open_gguf
+
+    fields = open_gguf(path).metadata
+    fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
+    settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
+    shape = _shape(settings.fields)
+    return Model(path, settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields), shape is None or shape.cached)
+
+
+def _shape(fields: Mapping[str, Any]) -> CacheShape | None:
+    try:
+        return read_shape(fields)
+    except TBQError:
+        return None
+
+
+def _cache(fields: Mapping[str, Any]) -> Cache | None:
+    shape = _shape(fields)
+    if shape is None:
+        return None
+    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in shape.layers if layer.kind == GLOBAL]
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file; of a split model's parts one after the other, given the first."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    digest, files = hashlib.sha256(), [path]
+    part = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if part:
+        files = [path.with_name(f"{part[1]}-{i:05}-of-{part[2]}.gguf") for i in range(1, int(part[2]) + 1)]
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, desc="sha256", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for file in files:
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 22):
+                    digest.update(piece)
+                    bar.update(len(piece))
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Programs of llama.cpp as child processes that do not outlive the caller, unless it is killed by force."""
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from tbq.programs.paths import program
+from tbq.programs.signals import held
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    status: int  #: below 0: the signal that ended it
+    stdout: str
+    stderr: str
+
+    def error(self) -> str:
+        """The line that says most about a failure."""
+        if self.status < 0:
+            name = signal.Signals(-self.status).name
+            return f"ended by {name}" + (", most likely because memory ran out" if name == "SIGKILL" else "")
+        lines = [line.strip() for line in (self.stderr + self.stdout).splitlines() if line.strip()]
+        for mark in ("llama_init_from_model: ", "error: ", "error loading model: ", " E "):
+            for line in lines:
+                if mark in line:
+                    return line.rpartition(mark)[2]
+        if not self.status:
+            return "it ended without a result"
+        return lines[-1] if lines else f"exit status {self.status}"
+
+
+def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
+        on_output: Callable[[str], None] | None = None, environment: Mapping[str, str] = MappingProxyType({})) -> Done:
+    """Runs a program to its end in a folder; on_output gets all of stdout so far, each time there is more.
+
+    environment: variables for the program, where the user has not set them.
+    """
+    # what a user has set for servers must not change a measurement
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    with tempfile.TemporaryFile(dir=folder) as errors:
+        process = None
+        try:
+            with held():
+                process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
+                                           stdout=subprocess.PIPE, stderr=errors)
+            assert process.stdout is not None
+            output = b""
+            while piece := os.read(process.stdout.fileno(), 1 << 16):
+                output += piece
+                if on_output:
+                    on_output(output.decode(errors="replace"))
+            process.wait()
+        finally:
+            if process is not None:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
+        errors.seek(0)
+        return Done(process.returncode, output.decode(errors="replace"), errors.read().decode(errors="replace"))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""llama-server as an object."""

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""llama-server with a tbq cache: Server for programs, `tbq serve` for the command line."""
+import concurrent.futures
+import contextlib
+import functools
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tbq import _limits
+from tbq._arguments import cores
+from tbq.errors import TBQError
+from tbq.kv_cache.calibrate import Scratch, center_file_for
+from tbq.kv_cache.choose import choose, context_of_a_sequence
+from tbq.programs.child import start
+from tbq.programs.options import (
+    check_files,
+    check_tls,
+    plan_arguments,
+    positive,
+    read_server_options,
+)
+from tbq.programs.paths import paths, program
+from tbq.serving.address import api_key, check_port, free_port, reachable, url
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+F16_BYTES = 2
+_STOP_SECONDS = 10
+_LOG_LINES = 5000
+
+
+def _threads(found: Mapping[str, str]) -> list[str]:
+    """For llama-server, which would take a thread for each of the machine's cores, in a container with the time of half of them or fewer."""
+    few = "threads" not in found and _limits.cpus() is not None and cores() <= (os.cpu_count() or 1) // 2
+    return ["-t", str(cores())] if few else []
+
+
+class Server:
+    """llama-server as a context manager: healthy inside, stopped afterwards whatever happens.
+
+        with tbq.Server("model.gguf", "tbq4_0", options=["-c", "32768"]) as server:
+            server.client().chat.completions.create(...)
+
+    model: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
+    center: whether quantized keys are centred (tbq.center; measured on first use, which a line on stderr says), or a file for it.
+    host, port: where to listen; a free port if None or 0.  options: more of llama-server's, whose --host and --port go first.
+    timeout: seconds to wait until the model is loaded; None for as long as it takes.
+    on_line: is called with each line of the log, from another thread; not again once it raised something.
+    LLAMA_ARG_... variables are not passed on: what is set for other servers must not change this one.
+    Only on Linux the server also ends when this process is killed.
+
+    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types; of a model without a
+    cache f16, and the server is given none.  plan: the tbq.Plan of its cache, or None.  center: the file with the means of the
+    keys, or None; it is gone after stop() where the user's folder for caches cannot be written.
+    log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
+    Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
+    """
+
+    process: "subprocess.Popen[bytes]"
+
+    def __init__(self, model: str | os.PathLike[str], kv: str = "auto", *, center: bool | str | os.PathLike[str] = True,
+                 host: str = "127.0.0.1", port: int | None = None, options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
+        if isinstance(options, str) or not all(isinstance(option, str) for option in options):
+            raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
+        found, others = read_server_options(options)
+        if "types" in found:
+            raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
+        if "model" in found:
+            raise TBQError(f"there are two models, {str(model)!r} and {found['model']!r}; name one, as MODEL")
+        hosts, number = found.get("host", host), found.get("port", str(port or 0))
+        if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
+            raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
+        self._host = reachable(hosts)
+        if "center" in found and not isinstance(center, bool):
+            raise TBQError(f"there are two centers, {str(center)!r} and {found['center']!r}; name one")
+        check_files(others)
+        if {"ssl_key", "ssl_cert"} & found.keys():
+            check_tls(found, paths())
+        shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
+        self.k, self.v, self.plan = choose(model, kv, **shape)
+        self.port = int(number) or free_port(self._host)
+        self._share_port = "reuse_port" in found
+        if not self._share_port:
+            check_port(self.port, self._host)  # before anything is measured
+        others = [*_threads(found), *others]
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
+        self._scratch = Scratch()
+        if center is True and not self._accepts(others):
+            center = False  # nothing is measured for a server that will not start, and say why
+        self.center = None if "center" in found else center_file_for(
+            model, self.k, context_of_a_sequence(model, self.plan, shape, positive(found, "per_slot")), center, others,
+            lambda line: say(f"tbq: {line}", to_stderr=True), self._scratch)
+        self._measured = center is True and self.center is not None
+        self._choose_uncentred = functools.partial(choose, model, kv, **{**shape, "center": False})
+        if kv == "auto" and self.plan and self.plan.center and not self.center and "center" not in found:
+            self.k, self.v, self.plan = self._choose_uncentred()
+        self.url = url(self._host, self.port, found)
+        self.log: list[str] = []
+        self._key = api_key(found, self._environment)
+        self._timeout, self._on_line = timeout, on_line
+        self._capped = "per_slot" in found
+        self._model, self._options = os.fspath(model), ["--host", hosts, "--port", str(self.port), *others]
+        self._stopping = False  # somebody wants it to end
+        self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
+
+    def _accepts(self, options: Sequence[str]) -> bool:
+        """Whether llama-server knows these options and can read their files; --version ends it when it has looked at them."""
+        command = [str(program("llama-server")), *options, "--version"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            return not subprocess.run(command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode
+        return True
+
+    @property
+    def _command(self) -> list[str]:
+        types = ["--cache-type-k", self.k, "--cache-type-v", self.v] if self.plan is None or self.plan.cached else []
+        center = ["--cache-center", str(self.center)] if self.center else []
+        return [str(program("llama-server")), "-m", self._model, *types, *center, *self._options]
+
+    def __enter__(self) -> "Server":
+        try:
+            self.start()
+            self.wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the process and returns at once."""
+        if self._started is not None:
+            raise TBQError("a Server runs once; make another one")
+        self._launch()
+
+    def _launch(self) -> None:
+        if not self._share_port:
+            check_port(self.port, self._host)
+        self._started = concurrent.futures.Future()
+        # On Linux the process ends with the thread that started it, so that is the one that reads the log.
+        self._reader = threading.Thread(target=self._run, args=(self._started,), name="llama-server", daemon=True)
+        self._reader.start()
+        self.process = self._started.result()
+
+    def _run(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
+        try:
+            process = start(self._command, self._environment)
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        on_line = self._on_line
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                self.log.append(line.decode(errors="replace").rstrip())
+                if len(self.log) == 3 * _LOG_LINES:
+                    del self.log[_LOG_LINES:2 * _LOG_LINES]
+                if on_line:
+                    try:
+                        on_line(self.log[-1])
+                    except Exception:  # a full pipe would stop the server
+                        self._on_line = on_line = None
+        process.wait()
+
+    def wait_until_healthy(self) -> None:
+        """Returns when the model is loaded; TBQError if that does not happen."""
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while deadline is None or time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+                with self._open("/health", timeout=2) as answer:
+                    if answer.status == 200 and self.process.poll() is None:  # not another server's
+                        return
+            if self.process.poll() is not None:
+                if not self._starts_uncentred():
+                    raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
+                deadline = None if self._timeout is None else time.monotonic() + self._timeout
+            time.sleep(0.05)
+        raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
+
+    def _starts_uncentred(self) -> bool:
+        """Whether it did, because the server refused the center that was measured for it: too little memory for the context that
+        was planned may give it another, and with it another RoPE."""
+        self._reader.join(5)
+        refusal = next((line.partition("llama_set_cache_center: ")[2] for line in self.log if "llama_set_cache_center: " in line), "")
+        if self._stopping or not self._measured or not refusal:
+            return False
+        before = self.k, self.v
+        self.center, self._measured = None, False
+        self.k, self.v, self.plan = self._choose_uncentred()  # "auto" may take others for large biases
+        types = "" if before == (self.k, self.v) else f"; keys are {self.k} and values {self.v} instead"
+        say(f"tbq: keys are not centred: {refusal}{types}; --no-center saves this attempt", to_stderr=True)
+        self.log.clear()
+        self._launch()
+        if self._stopping:  # meanwhile
+            self.process.terminate()
+        return True
+
+    def _open(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
+        """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
+        import ssl
+
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}".encode().decode("latin-1")} if self._key else {})}
+        return opener.open(urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers), timeout=timeout)
+
+    def _ending(self) -> str:
+        status = self.process.returncode
+        return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+
+    def last_error(self) -> str:
+        """The line of the log that says most about a failure."""
+        if self.process.poll() is not None:
+            self._reader.join(5)
+        for pattern in (r"(?:GGML_ASSERT|error|terminate called)\b.*", r"[\d.]+ E (.*)", r"(.*(?:error|failed|unsupported|invalid).*)"):
+            for line in list(self.log):
+                if match := re.match(pattern, line, re.I if pattern.endswith("*)") else 0):
+                    return match[match.re.groups].strip().removeprefix("error: ")
+        lines = [line for line in self.log if line.strip()]
+        return re.sub(r"^[\d.]+ [A-Z] ", "", lines[-1]) if lines else "it printed nothing"
+
+    def stop(self) -> None:
+        """Ends the process, by force if it does not end within 10 seconds, and removes what was for it alone."""
+        try:
+            self._end()
+        finally:
+            self._scratch.close()
+
+    def _end(self) -> None:
+        try:
+            process = None if self._started is None else self._started.result(_STOP_SECONDS)
+        except Exception:
+            process = None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # also when Ctrl-C ends the wait
+                if process.poll() is None:
+                    process.kill()
+        process.wait()
+
+    def client(self, api_key: str | None = None, **options: Any) -> "OpenAI":
+        """openai.OpenAI for this server; options are its own.  TBQError if the package is not installed.
+
+        api_key: if None, the first that the server was started with.
+        """
+        try:
+            import openai
+        except ImportError:
+            raise TBQError("client() needs the openai package: pip install 'ggml-tbq[openai]'") from None
+        if "http_client" not in options:  # as in _open
+            options["http_client"] = openai.DefaultHttpxClient(trust_env=False, verify=not self.url.startswith("https"))
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=api_key or self._key or "none", **options)
+
+    def chat(self, question: str, **options: Any) -> dict[str, Any]:
+        """The answer of /v1/chat/completions to one question, as the decoded JSON object; options go into the request.
+
+        Waits as long as it takes.  Raises TBQError if the server refuses the request, OSError if it is gone.
+        """
+        if options.get("stream"):
+            raise TBQError("chat() returns whole answers; client() has streams")
+        try:
+            with self._open("/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.HTTPError as error:
+            with error:
+                raise TBQError(f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}") from None
+
+    def cache(self) -> dict[str, Any]:
+        """What the server logged about its cache, with --verbosity 4: types, bytes, and what f16 would take."""
+        text = "\n".join(self.log)
+        size = re.search(r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?"
+                         r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", text)
+        widths = [int(w[1]) for side in "kv" if (w := re.search(rf"n_embd_{side}_gqa += (\d+)", text))]
+        if not size or len(widths) != 2:
+            raise TBQError("llama-server did not log the size of its cache; --verbosity 4 makes it")
+        cells, layers, k_type, k_mib, v_type, v_mib = size.groups()
+        return {"k_type": k_type, "v_type": v_type, "cells": int(cells), "mib": float(k_mib) + float(v_mib),
+                "f16_mib": int(cells) * int(layers) * sum(widths) * F16_BYTES / 2**20}
+
+
+def say(text: str, to_stderr: bool = False) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
+        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
