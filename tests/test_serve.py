@@ -415,7 +415,7 @@ def test_key_file(demo_model, tmp_path):
     (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
 ))
 def test_options_for_the_plan(options, shape):
-    assert tbq.programs.options.plan_arguments(tbq.programs.options.read_server_options(options)[0]) == shape
+    assert tbq.programs.options.plan_arguments(tbq.programs.options.server_options(options)[0]) == shape
 
 
 @linux
@@ -548,6 +548,7 @@ def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
     asked = []
     monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda model, k, context, *rest: asked.append(context))
     server = tbq.Server(demo_model, "tbq4_0", timeout=100, options=[*options, "-t", "2", "--no-warmup"])
+    server.prepare()
     assert asked == [positions]
     server.k = server.v = "tbq2_0"  # less memory for the same slots
     with server:

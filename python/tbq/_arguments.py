@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Values of arguments: what a number of threads may be, and how several failures are told."""
-import argparse
 import math
 import os
 from collections.abc import Mapping
 
 from tbq import _limits
+from tbq.errors import TBQError
 
 
 def cores() -> int:
-    """Those that this process may use, a container's share of their time rounded up."""
+    """Cores that this process may use, a container's share of their time rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(count, math.ceil(_limits.cpus() or count))
 
 
 def at_least_one(text: str) -> int:
-    """For argparse."""
+    """The number in a text; TBQError if there is none of at least 1."""
     if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+        raise TBQError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 

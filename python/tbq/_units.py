@@ -4,6 +4,9 @@ import re
 
 from tbq.errors import TBQError
 
+#: What a help text says about sizes; they mean the same everywhere.
+SIZES = "8G and 8GiB are 8 x 1024^3 bytes, 8GB is 8 x 1000^3"
+
 
 def parse_size(size: int | str) -> int:
     """Bytes of "8G", "512M", "6.5GiB" (powers of 1024), "24GB" (of 1000) or a number of bytes; TBQError for anything else."""

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 from tbq._types import types
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
-from tbq.kv_cache.choose import choose
+from tbq.kv_cache.choose import choose, opened
 from tbq.kv_cache.type_pairs import split_pair
+from tbq.programs.options import from_arguments
 from tbq.programs.paths import paths
 
 _VENDORED = pathlib.Path("_vendor", "llama_cpp")  # beside bin and lib
@@ -145,20 +146,10 @@ def _pair(model: str | os.PathLike[str], kv: str, type_k: str | int | None, type
     return f"{k if type_k is None else type_name(type_k)}/{v if type_v is None else type_name(type_v)}"
 
 
-#: Arguments of llama_cpp.Llama that change the keys or how the model runs, as options of llama.cpp's programs.
-_OPTIONS = {"main_gpu": "-mg", "n_threads_batch": "-t", "rope_freq_base": "--rope-freq-base", "rope_freq_scale": "--rope-freq-scale",
-            "yarn_ext_factor": "--yarn-ext-factor", "yarn_attn_factor": "--yarn-attn-factor", "yarn_beta_fast": "--yarn-beta-fast",
-            "yarn_beta_slow": "--yarn-beta-slow", "yarn_orig_ctx": "--yarn-orig-ctx"}
-
-
 def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
     """As the bindings pass them on, their defaults too: llama.cpp's programs have others."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(_Base.__init__).parameters.items()}
-    yield from ("-ngl", str(arguments.get("n_gpu_layers", defaults.get("n_gpu_layers", 0))))
-    for name, option in _OPTIONS.items():
-        value = arguments.get(name, defaults.get(name))
-        if value is not None and (value != 0 or name.startswith("yarn_ext")):
-            yield from (option, str(value))
+    yield from from_arguments({"n_gpu_layers": 0, **defaults, **arguments})
     scaling = {0: "none", 1: "linear", 2: "yarn"}.get(arguments.get("rope_scaling_type", -1))
     if scaling:
         yield from ("--rope-scaling", scaling)
@@ -176,7 +167,7 @@ class Llama(_Base):  # type: ignore[misc]
     model_path: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V"; type_k and type_v, names or
     GGML's numbers, replace a side of it.  The rest is llama_cpp.Llama's, n_ctx above all: its default is 512 tokens, 0 is what
     the model was trained for.
-    center: whether quantized keys are centred (tbq.center; measured on first use, which a line on stderr says), or a file for it.
+    center: whether quantized keys are centred (measured on first use, which a line on stderr says), or a file for it.
     plan: the tbq.Plan of its cache, or None.  k, v: the cache types.
     Raises TBQError for an unknown type, a pair that llama.cpp refuses for this model, and a model that cannot be loaded.
     """
@@ -191,15 +182,16 @@ class Llama(_Base):  # type: ignore[misc]
         shape: dict[str, Any] = {"center": center is not False, "context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
                                  "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512))}
         options_of_center = list(_as_options(options))
+        model = opened(model_path)
         shape["options"] = options_of_center
-        self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **shape)
+        self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
         def say(line: str) -> None:
             print(f"tbq: {line}", file=sys.stderr, flush=True)
 
         self._scratch = Scratch()
-        self.center = center_file_for(model_path, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
+        self.center = center_file_for(model, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
         if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
-            self.k, self.v, self.plan = choose(model_path, _pair(model_path, kv, type_k, type_v, shape), **{**shape, "center": False})
+            self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **{**shape, "center": False})
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):
             raise TBQError(f"values of {self.v} need flash attention; leave flash_attn=True, or choose {self.k}/f16")

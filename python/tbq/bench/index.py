@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """`tbq bench index`: recall and queries per second of our index beside faiss's, on the same vectors in one run."""
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -46,11 +45,11 @@ class Measured:
 
 
 def spec_names(text: str) -> list[str]:
-    """For argparse: names of indices, separated by commas."""
+    """Names of indices, separated by commas; TBQError for an unknown one."""
     names = list(dict.fromkeys(part for part in text.split(",") if part))
     for name in names:
         if not _SPEC.fullmatch(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, "
+            raise TBQError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, "
                                              "tbq4-unbiased, tbq4+4")
     return names
 

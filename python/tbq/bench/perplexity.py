@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """llama-perplexity: its arguments, its files and what it prints."""
 import dataclasses
-import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 from tbq.errors import TBQError
 from tbq.kv_cache.type_pairs import TypePair
+from tbq.programs import output
 from tbq.programs.process import Done, run
 
 BASE = "f16.logits"  # file of the f16 cache's probabilities, in the folder that the programs run in
@@ -67,35 +66,24 @@ def _common(model: pathlib.Path, context: int, threads: int, options: Sequence[s
             "-t", str(threads), "-tb", str(threads), "-fa", "on"]
 
 
-def _number(text: str) -> float:
-    return float(text.replace("-nan", "nan"))
-
-
-def parse_scores(output: str) -> tuple[Score, float] | None:
+def parse_scores(text: str) -> tuple[Score, float] | None:
     """The Score that llama-perplexity printed, and f16's perplexity; None if a line is missing."""
-    number = r"\s*(-?(?:[\d.]+|nan|inf))"
-
-    def value(label: str, scale: float = 1) -> Value:
-        found = re.search(label + r"\s*:" + number + r"\s*±" + number, output)
-        if not found:
-            raise LookupError(label)
-        return Value(_number(found[1]) / scale, _number(found[2]) / scale)
-
-    percentile = re.search(r"99\.0%\s+KLD:" + number, output)
-    try:
-        score = Score(ppl=value(r"Mean PPL\(Q\)"), ppl_ratio=value(r"Mean PPL\(Q\)/PPL\(base\)"), kld=value(r"Mean\s+KLD"),
-                      kld_99=_number(percentile[1]) if percentile else math.nan,
-                      same_top=value("Same top p", 100), rms_dp=value("RMS Δp", 100))
-        return score, value(r"Mean PPL\(base\)").mean
-    except LookupError:
+    found = output.kl_divergence(text)
+    if found is None:
         return None
+
+    def value(name: str, scale: float = 1) -> Value:
+        return Value(*(number / scale for number in found[name]))
+
+    score = Score(ppl=value("ppl"), ppl_ratio=value("ppl_ratio"), kld=value("kld"), kld_99=found["kld_99"][0],
+                  same_top=value("same_top", 100), rms_dp=value("rms_dp", 100))
+    return score, found["base_ppl"][0]
 
 
 def score_pair(folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None]) -> tuple[Score, float]:
-    rows = re.compile(r"^ +\d+ +\S+ ±.*\n", re.M)
     done = Done(0, "", "")
     for _ in range(ATTEMPTS):
-        done = run("llama-perplexity", command, folder, lambda text: on_chunks(len(rows.findall(text))), QUIET)
+        done = run("llama-perplexity", command, folder, lambda text: on_chunks(output.chunks_compared(text)), QUIET)
         if done.status and not done.error().startswith("exit status"):
             break
         if not done.status and (found := parse_scores(done.stdout)):

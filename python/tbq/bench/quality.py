@@ -31,7 +31,8 @@ from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import calibrate
 from tbq.kv_cache.model import Model
 from tbq.kv_cache.type_pairs import TypePair
-from tbq.programs.options import model_options
+from tbq.programs import output
+from tbq.programs.options import MODEL, ROPE, words_for
 from tbq.programs.process import run
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -62,11 +63,10 @@ class Quality:
 
 def _make_base(report: Quality, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text: str) -> None:
     """Writes BASE; fills in the number of chunks.  text: its name."""
-    done = run("llama-perplexity", command, folder, lambda text: on_chunks(len(re.findall(r"\[\d+\]", text))), QUIET)
+    done = run("llama-perplexity", command, folder, lambda text: on_chunks(output.chunks_read(text)), QUIET)
     file = folder / BASE
-    short = re.search(r"tokenizes to only (\d+) tokens", done.stdout + done.stderr)
-    if short:
-        raise TBQError(f"{text} has {short[1]} tokens; --context {report.context} needs {2 * report.context}")
+    if short := output.tokens_of_short_text(done.text):
+        raise TBQError(f"{text} has {short} tokens; --context {report.context} needs {2 * report.context}")
     with contextlib.suppress(OSError, struct.error):
         with file.open("rb") as stream:
             magic, _, vocab, report.chunks = struct.unpack("<8siii", stream.read(20))
@@ -106,7 +106,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
             uncentered = ""
             if any(pair.centered for pair in pairs):
                 try:
-                    calibrate(model.path, folder / CENTER, context, text=center_text, options=[*model_options(options), "-t", str(threads)])
+                    calibrate(model.opened or model.path, folder / CENTER, context, text=center_text, options=[*words_for(options, MODEL, ROPE), "-t", str(threads)])
                 except TBQError as error:
                     uncentered = str(error)
                     print(f"tbq: warning: no rows with centred keys: {uncentered}", file=sys.stderr)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """A model without knowledge: the layers of a llama, random weights, to measure speed on."""
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+
+from tbq.errors import TBQError
 
 Q8_0 = (32, 34)  # values and bytes of a block: a half, then signed bytes
 
@@ -56,19 +57,19 @@ class RandomModel:
 
 
 def parse_shape(text: str) -> RandomModel:
-    """The Shape of "layers=32,width=4096"; what is not named keeps its default.  For argparse, whose error it raises."""
+    """The shape that "layers=32,width=4096" names; what is not named keeps its default.  TBQError for anything else."""
     fields: dict[str, int] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in RandomModel.__dataclass_fields__ or not value.isascii() or not value.isdigit() or not int(value):
-            raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0")
+            raise TBQError(f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0")
         fields[key] = int(value)
     shape = RandomModel(**fields)
     for key, rule, kept in (("width", "a multiple of 32", shape.width % 32 == 0), ("ff", "a multiple of 32", shape.ff % 32 == 0),
                             ("head_size", "a multiple of 32", shape.head_size % 32 == 0),
                             ("heads", f"a multiple of kv_heads, {shape.kv_heads}", shape.heads % shape.kv_heads == 0)):
         if not kept:
-            raise argparse.ArgumentTypeError(f"{key}={getattr(shape, key)} must be {rule}")
+            raise TBQError(f"{key}={getattr(shape, key)} must be {rule}")
     return shape
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tbq.errors import TBQError
 from tbq.kv_cache.type_pairs import Cache, TypePair
+from tbq.programs import output
 from tbq.programs.process import Done, run
 
 
@@ -78,7 +79,7 @@ def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], thre
     """Tokens per second of each test, all at one depth; and the device.  TBQError with llama.cpp's reason if it fails."""
     arguments = bench_arguments(model, pair, tests, threads, options)
     done = run("llama-bench", arguments)
-    if done.status > 0 and "failed to create context" in done.stderr:
+    if done.status > 0 and output.has_no_context(done.stderr):
         done = run("llama-bench", [*arguments, "-v"])  # only then it says why
     if done.status:
         raise TBQError(_failure(done, tests))
@@ -96,7 +97,7 @@ def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], thre
 def _failure(done: Done, tests: Sequence[Test]) -> str:
     tokens = max(t.depth + t.prompt + t.generate for t in tests)
     reason = done.error()
-    if "failed to allocate" in done.stderr or "out of memory" in done.stderr.lower() or done.status == -9:
+    if output.ran_out_of_memory(done.stderr) or done.status == -9:
         return f"no room for {tokens} tokens ({reason})"
     return reason
 

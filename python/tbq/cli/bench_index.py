@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tbq._arguments import at_least_one, cores
+from tbq._arguments import cores
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._version import __version__
@@ -30,6 +30,7 @@ from tbq.bench.index import (
     split,
     table,
 )
+from tbq.cli._argument import argument, at_least_one
 from tbq.errors import TBQError
 from tbq.index.vectors import read_vectors
 from tbq.programs.signals import interruptible
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "sphere (text,128, or none with --vectors)")
     parser.add_argument("--vectors", type=pathlib.Path, action="append", metavar="FILE.npy",
                         help="a set of your own, of shape (n, dim); may be repeated")
-    parser.add_argument("--indices", type=spec_names, dest="specs", default=DEFAULT, metavar="INDEX,...",
+    parser.add_argument("--indices", type=argument(spec_names), dest="specs", default=DEFAULT, metavar="INDEX,...",
                         help="what to compare (%(default)s)")
     parser.add_argument("--n", type=at_least_one, default=100000, metavar="N", help="vectors of a set at the most (%(default)s)")
     parser.add_argument("--queries", type=at_least_one, default=1000, metavar="N",

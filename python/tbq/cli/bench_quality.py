@@ -8,12 +8,13 @@ import platform
 import sys
 import tempfile
 
-from tbq._arguments import at_least_one, by_reason, cores
+from tbq._arguments import by_reason, cores
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._text import python_text, read_text
 from tbq.bench.perplexity import base_bytes
 from tbq.bench.quality import TYPES, as_json, as_text, check, measure, picture
+from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError
 from tbq.kv_cache.model import read_model, sha256
 from tbq.kv_cache.type_pairs import parse_pairs

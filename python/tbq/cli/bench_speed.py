@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Iterator
 
 from tbq import _files
-from tbq._arguments import at_least_one, by_reason, cores
+from tbq._arguments import by_reason, cores
 from tbq.bench.random_model import RandomModel, parse_shape, write_random_model
 from tbq.bench.speed import Speeds, Test, attention_table, measure, table
+from tbq.cli._argument import argument, at_least_one
 from tbq.errors import TBQError
 from tbq.kv_cache.model import read_model, sha256
 from tbq.kv_cache.type_pairs import Cache, parse_pairs
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured (%(default)s)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="instead of a model of random weights")
-    which.add_argument("--shape", type=parse_shape, default=RandomModel(), metavar="KEY=N,...", help="of the model of random weights (%(default)s)")
+    which.add_argument("--shape", type=argument(parse_shape), default=RandomModel(), metavar="KEY=N,...", help="of the model of random weights (%(default)s)")
     parser.add_argument("--scratch", type=pathlib.Path, metavar="FOLDER", help="for the model of random weights (the system's temporary one)")
     parser.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
     parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama-bench, one value each: -- -ngl 99")

@@ -4,8 +4,9 @@ import argparse
 import pathlib
 import re
 
-from tbq._arguments import at_least_one
+from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError, printable
+from tbq.gguf_files.reader import open_gguf
 from tbq.kv_cache.calibrate import calibrate
 from tbq.kv_cache.center_file import read_center
 from tbq.kv_cache.model import read_model
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def run_command(args: argparse.Namespace) -> int:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        context = args.ctx or read_model(args.model, args.options).context or 8192
+        model = args.model if args.ctx else open_gguf(args.model)
+        context = args.ctx or read_model(model, args.options).context or 8192
         out = args.out or pathlib.Path(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", args.model.name) + ".center.gguf")
         if args.text and out.exists() and out.samefile(args.text):
             raise TBQError(f"{out} is the text itself; name another file to write")
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            shares = calibrate(args.model, out, context, text=args.text, chunks=args.chunks, options=args.options, on_chunk=show)
+            shares = calibrate(model, out, context, text=args.text, chunks=args.chunks, options=args.options, on_chunk=show)
         print(shares)
         center = read_center(out)
         print(f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens")

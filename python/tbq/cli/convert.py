@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`tbq convert`."""
 import argparse
-import re
 
-from tbq._arguments import at_least_one, cores
+from tbq._arguments import cores
+from tbq._units import SIZES, parse_size
+from tbq.cli._argument import argument, at_least_one
 from tbq.gguf_files.convert import convert
 from tbq.gguf_files.rules import FILE_TYPES, FLOATS
 from tbq.programs.signals import interruptible
@@ -14,13 +15,6 @@ def _tensor_option(text: str) -> tuple[str, str]:
     if not equals or not pattern:
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
     return pattern, name
-
-
-def _size_option(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,9})([MG])", text)
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    return int(match[1]) * {"M": 1000 ** 2, "G": 1000 ** 3}[match[2]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +31,8 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
     parser.add_argument("--tensor", action="append", default=[], type=_tensor_option, metavar="PATTERN=TYPE",
                         help="another type for tensors in whose name the regular expression is found; the first that is found counts")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
-    parser.add_argument("--split", type=_size_option, metavar="N(M|G)", help="several files of at most so many bytes of tensors each")
+    parser.add_argument("--split", type=argument(parse_size), metavar="SIZE",
+                        help=f"several files of at most so many bytes of tensors each; {SIZES}")
     parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
 
     def run(args: argparse.Namespace) -> int:

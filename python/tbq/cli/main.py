@@ -14,17 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tbq._version import __version__
-from tbq.cli import (
-    bench_index,
-    bench_quality,
-    bench_speed,
-    calibrate,
-    convert,
-    inspect,
-    plan,
-    search,
-    serve,
-)
+from tbq.cli import bench_index, bench_quality, bench_speed, calibrate, convert, inspect, plan, search, serve
 from tbq.errors import TBQError, one_line
 from tbq.programs.paths import paths
 

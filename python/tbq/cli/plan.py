@@ -12,7 +12,7 @@ import numpy as np
 
 from tbq._files import replace
 from tbq._plots import picture_format
-from tbq._units import amount
+from tbq._units import SIZES, amount
 from tbq.errors import TBQError
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW
 from tbq.kv_cache.plan import CELLS, Plan, padded, plan
@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json")
     parser.add_argument("model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded")
     parser.add_argument("--context", type=int, metavar="N", help="tokens, -c (what the model was trained for, if it fits)")
-    parser.add_argument("--memory", metavar="SIZE", help="for weights, cache and recurrent state: 24G, 512M, 6.5GiB, 24GB")
+    parser.add_argument("--memory", metavar="SIZE", help=f"for weights, cache and recurrent state; {SIZES}")
     parser.add_argument("--cache-only", action="store_true", help="--memory is not for the weights")
     parser.add_argument("--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; one name is for both")
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="sequences, -np (4, llama-server's own)")

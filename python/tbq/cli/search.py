@@ -5,8 +5,9 @@ import json
 import os
 import pathlib
 
-from tbq._arguments import at_least_one, cores
+from tbq._arguments import cores
 from tbq._files import target
+from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError
 from tbq.index.index import Index
 from tbq.index.vectors import read_vectors, room

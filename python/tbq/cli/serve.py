@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import os
 import pathlib
-import re
 import signal
 from collections.abc import Sequence
 from types import FrameType
 
 from tbq.errors import TBQError
+from tbq.programs import output
 from tbq.programs.signals import INTERRUPTIONS, handled, interruptible
 from tbq.serving.server import Server, say
 
@@ -61,12 +61,11 @@ class _Signals:
 
 def _correction(server: Server) -> str | None:
     """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
-    if server._capped:  # n_ctx_slot is less than the cache then
+    if server.context_is_capped:  # n_ctx_slot is less than the cache then
         return None
-    found = re.search(r"n_slots = (\d+), n_ctx_slot = (\d+), kv_unified = '(\w+)'", "\n".join(server.log))
-    if not found or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
+    context = output.server_context(server.log)
+    if context is None or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
         return None
-    context = int(found[2]) * (1 if found[3] == "true" else int(found[1]))
     size = server.plan.bytes_at(server.k, server.v, context)
     if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
         return None
@@ -79,6 +78,7 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
     """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
     with interruptible():
         server = Server(model, kv, center=center, port=8080, options=options, timeout=None, on_line=lambda line: say(line, to_stderr=True))
+        server.prepare()
     for line in summary(server, kv):
         say(f"tbq: {line}")
     if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):

@@ -22,16 +22,7 @@ from tbq._types import types
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
 from tbq.gguf_files.codecs import decoder, encoder
-from tbq.gguf_files.reader import (
-    FORMAT_KEY,
-    GGUFModel,
-    Tensor,
-    as_path,
-    entry,
-    header,
-    open_gguf,
-    pieces,
-)
+from tbq.gguf_files.reader import FORMAT_KEY, GGUFModel, Tensor, as_path, entry, header, open_gguf, pieces
 from tbq.gguf_files.rules import FILE_TYPES, fitting_type, wanted_types
 
 #: Values that a thread takes at a time: a multiple of every type's block.

@@ -111,11 +111,18 @@ class Metadata(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file, or all files of a split."""
+    """A GGUF file, or all files of a split; whatever takes the path of a model takes one of these, and reads no header again."""
 
+    path: pathlib.Path  #: the file that was opened
     files: tuple[pathlib.Path, ...]
     metadata: Metadata  #: of the first file
     tensors: tuple[Tensor, ...]  #: in the order of the files
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
@@ -125,11 +132,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     Raises TBQError for what is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself; OSError
     for what cannot be opened.
     """
+    if isinstance(path, GGUFModel):
+        return path
     path = as_path(path)
     metadata, tensors = _read_file(path)
     count = _split_count(path, metadata)
     if count < 2:
-        return GGUFModel((path,), metadata, tensors)
+        return GGUFModel(path, (path,), metadata, tensors)
     match = _SPLIT_NAME.fullmatch(path.name)
     if not match or int(match[3]) != count:
         raise TBQError(f"{path} is one of {count} files of a split; its name must end in -00001-of-{count:05}.gguf")
@@ -146,7 +155,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     if expected != len(everything):
         raise TBQError(f"{path}: the files of the split have {len(everything)} tensors, not {expected}")
     _check_unique([tensor.name for tensor in everything], path)
-    return GGUFModel(tuple(paths), parts[0][0], everything)
+    return GGUFModel(path, tuple(paths), parts[0][0], everything)
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -13,10 +13,7 @@ cache decodes a layer at a time.
 """
 try:
     from transformers import AttentionInterface
-    from transformers.masking_utils import (
-        ALL_MASK_ATTENTION_FUNCTIONS,
-        AttentionMaskInterface,
-    )
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 except ImportError as _error:
     from tbq.errors import TBQError
 

@@ -31,7 +31,7 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and _takes(query, key, value, softcap, s_aux):
         query = query if query.stride(3) == 1 else query.contiguous()
-        return _backend.of(query.device).attention(query, key.packed, key.bits, value.packed, value.bits, scale, attention_mask, causal,
+        return _backend.backend_for(query.device).attention(query, key.packed, key.bits, value.packed, value.bits, scale, attention_mask, causal,
                                                    softcap or 0.0, s_aux, key.rotary_half), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:
@@ -44,7 +44,7 @@ def _takes(query: torch.Tensor, key: PackedStates, value: PackedStates, softcap:
     """Whether the kernels of this device do: those for CUDA not every head size, and prompts only if torch cannot."""
     if query.device.type == "cpu":
         return True
-    most = _backend.of(query.device).MOST_BLOCKS * 64
+    most = _backend.backend_for(query.device).MOST_BLOCKS * 64
     few = query.shape[1] // key.shape[1] * query.shape[2] <= _MOST_ROWS
     return key.shape[3] <= most and value.shape[3] <= most and (few or bool(softcap) or s_aux is not None)
 

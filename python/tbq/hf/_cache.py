@@ -7,15 +7,11 @@ import warnings
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tbq._key_biases import LARGE_BIAS
 from tbq.errors import TBQError
-from tbq.hf import _backend
+from tbq.hf import _tables
 from tbq.hf._cache_layers import TBQLayer, TBQSlidingLayer
 
 SLIDING = ("keep", "compress")
@@ -49,7 +45,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any = None, k_bits: int | None = 4, v_bits: int | None = 4, *, sliding: str = "keep",
                  pairs: str = "auto") -> None:
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
-            if bits is not None and (isinstance(bits, bool) or bits not in _backend.BLOCK_BYTES):
+            if bits is not None and (isinstance(bits, bool) or bits not in _tables.BLOCK_BYTES):
                 raise TBQError(f"{name} is {bits!r}; it must be 2, 3, 4 or None")
         for name, value, known in (("sliding", sliding, SLIDING), ("pairs", pairs, PAIRS)):
             if value not in known:

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tbq.errors import TBQError
-from tbq.hf import _backend
+from tbq.hf import _backend, _tables
 
 #: Tokens of room that a full layer takes at a time, or 1/64 of its length: 1.6 % of memory at most is not in use.
 _ROOM = 64
@@ -25,7 +25,7 @@ class Side:
             raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None for this model")
         self.bits, self.size, self.dtype = bits, size, states.dtype
         self.half = half if bits and 2 * half <= size else 0
-        self.row = size // 64 * _backend.BLOCK_BYTES[bits] if bits else size
+        self.row = size // 64 * _tables.BLOCK_BYTES[bits] if bits else size
         self.data = torch.empty((batch, 0, heads, self.row), dtype=torch.uint8 if bits else states.dtype, device=states.device)
 
     def make_room(self, start: int, stop: int, room: int) -> None:
@@ -67,7 +67,9 @@ class PackedStates(torch.Tensor):
 
     def decoded(self) -> torch.Tensor:
         """An ordinary tensor."""
-        states: torch.Tensor = _backend.of(self.device).decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype, self.rotary_half)[0]
+        backend = _backend.backend_for(self.device)
+        states, _ = backend.decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype, self.rotary_half)
+        assert states is not None
         return states
 
 
@@ -153,7 +155,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
                 side.make_room(self.start, self.stop, needed + max(_ROOM, needed // 64) if held else needed)
             self.start, self.stop, stop = 0, held, needed
         rows = [side.data[:, self.stop:stop] for side in self.sides]
-        (k_bits, v_bits), backend = self.bits, _backend.of(k.device)
+        (k_bits, v_bits), backend = self.bits, _backend.backend_for(k.device)
         if not k_bits:
             rows[0].copy_(k.transpose(1, 2))
         if not v_bits:
@@ -178,10 +180,10 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.sides
         (k, v), rows = self.sides, (self._rows(0, start), self._rows(1, start))
-        plain = (None, None)
+        plain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if any(self.bits):
-            plain = _backend.of(self.device).decode(rows[0] if k.bits else None, k.bits, k.size, rows[1] if v.bits else None, v.bits, v.size, self.dtype,
-                                                    k.half)
+            backend = _backend.backend_for(self.device)
+            plain = backend.decode(rows[0] if k.bits else None, k.bits, k.size, rows[1] if v.bits else None, v.bits, v.size, self.dtype, k.half)
         keys, values = (rows[i].transpose(1, 2) if states is None else states for i, states in enumerate(plain))
         return keys, values
 
@@ -304,7 +306,7 @@ def _check_states(k: torch.Tensor, v: torch.Tensor) -> None:
         if states.ndim != 4 or states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TBQError(f"{name} are {states.dtype} of shape {tuple(states.shape)}; they must be float32, float16 or bfloat16 of shape "
                            "(batch, heads, tokens, size)")
-    _backend.of(k.device)
+    _backend.backend_for(k.device)
 
 
 def _last_axis_contiguous(states: torch.Tensor) -> torch.Tensor:

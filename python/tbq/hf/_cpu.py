@@ -18,6 +18,8 @@ from tbq.errors import TBQError
 if TYPE_CHECKING:
     pass
 
+#: Blocks of a head that attention() takes: any number.
+MOST_BLOCKS = 1 << 16
 #: Fewer values than this are not worth waking a thread for: some 100 us of encoding, 30 of decoding.
 _ALONE = 1 << 15
 #: Values decoded at a time where a copy follows: they stay in the cache of a core.

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from tbq.hf import _kernels, _tables
-from tbq.hf._backend import BLOCK_BYTES
+from tbq.hf._tables import BLOCK_BYTES
 
 #: Largest head size that `attend` takes, in blocks of 64.
 MOST_BLOCKS = 4

@@ -5,6 +5,9 @@ Q_ONE = 2048
 SHAPE_STEPS = 5
 SHAPE_FLOOR = 0.5
 
+# by bits: bytes of a block, a half and the levels of 64 values
+BLOCK_BYTES = {2: 18, 3: 26, 4: 34}
+
 # by bits: the codebook, ascending; thresholds of the positive half for each scale of the search
 LEVELS = {
     2: (-50, -15, 15, 50),

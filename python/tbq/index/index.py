@@ -62,23 +62,20 @@ Lanes of the last group that have no vector are zero.  The file ends with the la
 """
 import concurrent.futures
 import math
-import mmap
 import os
 import pathlib
-import stat
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from tbq import _files, blocks
+from tbq import blocks
 from tbq._arguments import cores
 from tbq._ffi import ffi, lib
 from tbq._types import BLOCK, types
-from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
+from tbq.index import file
 from tbq.index.checks import (
     LAST_ID,
     as_ids,
@@ -89,24 +86,12 @@ from tbq.index.checks import (
     complain,
     unit_vectors,
 )
-from tbq.index.file import (
-    FORMATS,
-    HEADER,
-    MAGIC,
-    START,
-    SUM,
-    VERSION,
-    check_little_endian,
-    section_offsets,
-    write_sections,
-)
 from tbq.index.layout import (
     ESTIMATORS,
     FIRST,
     GIVEN,
     KEEPS,
     LANES,
-    LONGEST,
     MEASURED,
     MEASURING,
     METRICS,
@@ -115,6 +100,7 @@ from tbq.index.layout import (
     Floats,
     Ids,
     Metric,
+    Properties,
     aligned_zeros,
     as_bytes,
     places_in,
@@ -182,7 +168,7 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes of the vectors, their lengths, ids and originals: what a file has but for its header."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout(self._n).values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._properties.arrays(self._n).values())
 
     # --- changes --------------------------------------------------------------------------------------------------
 
@@ -312,7 +298,7 @@ class Index:
     def _start(self, center: Floats | None, room: int) -> None:
         """New arrays, with room for so many vectors, for a center or none."""
         self._centered = center is not None
-        self._arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in self._layout(room).items()}
+        self._arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in self._properties.arrays(room).items()}
         self._owned = True
         if center is not None:
             self._arrays["center"][:] = center
@@ -504,15 +490,7 @@ class Index:
 
         What was there before stays until the new file is complete.  An index that was loaded from it keeps reading the old one.
         """
-        check_little_endian()
-        layout = self._layout(self._n)
-        sections = [self._arrays[name][:shape[0]] for name, (shape, _) in layout.items()]
-        head = FORMATS[VERSION][0].pack(MAGIC, VERSION, FORMAT_VERSION, self.bits, METRICS.index(self.metric),
-                                          ESTIMATORS.index(self.estimator), KEEPS[self.keep], self.dim, self._n, self._next,
-                                          self._centered, self._source)
-        head += b"".join(SUM.pack(zlib.crc32(as_bytes(section))) for section in sections)
-        head += SUM.pack(zlib.crc32(head))
-        write_sections(path, [head, *map(as_bytes, sections)])
+        file.save(path, self._properties, self._arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Index":
@@ -523,88 +501,26 @@ class Index:
         does not.
         Raises TBQError for a file that is not an index, is truncated or damaged; OSError for one that cannot be read.
         """
-        check_little_endian()
-        path = pathlib.Path(path)
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise TBQError(f"{path} is not a regular file")
-        with path.open("rb") as file:
-            head = file.read(HEADER)
-            index, sums = cls._from_header(head, path)
-            size = os.fstat(file.fileno()).st_size
-            layout = {name: array for name, array in index._layout(index._n).items() if name in sums}
-            expected = section_offsets(layout)
-            if size != expected[-1]:
-                raise TBQError(f"{path} has {size} bytes; an index of {index._n} vectors has {expected[-1]}: it is truncated or damaged")
-            with _files.naming(path):
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        for (name, (shape, dtype)), at in zip(layout.items(), expected):
-            array = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
-            if verify and zlib.crc32(as_bytes(array)) != sums[name]:
-                raise TBQError(f"{path} is damaged: the checksum of its section {name!r} is wrong")
-            index._arrays[name] = array
-        if not float(np.linalg.norm(index.center.astype(np.float64))) < LONGEST:
-            raise TBQError(f"{path} is damaged: its center has a NaN or is too far away")
-        if verify:
-            index._verify(path)
+        properties, arrays = file.load(pathlib.Path(path), verify)
+        p = properties
+        index = cls(p.dim, p.bits, p.metric, estimator=p.estimator, keep=p.keep)  # type: ignore[arg-type]
+        index._n, index._next, index._centered, index._source = p.n, p.next_id, p.centered, p.source
+        index._arrays.update(arrays)
         index._owned = False
         return index
 
-    @classmethod
-    def _from_header(cls, head: bytes, path: pathlib.Path) -> "tuple[Index, dict[str, int]]":
-        """An index with the properties and the number of vectors of a file, but none of its arrays; and the checksums."""
-        if len(head) < len(MAGIC) or not head.startswith(MAGIC):
-            raise TBQError(f"{path} is not an index of tbq")
-        if len(head) < HEADER:
-            raise TBQError(f"{path} has {len(head)} bytes; its header has {HEADER}: it is truncated")
-        _, version, blocks_version = START.unpack_from(head)
-        if version not in FORMATS or blocks_version != FORMAT_VERSION:
-            raise TBQError(f"{path} has version {version}.{blocks_version}; this tbq reads "
-                           f"{' and '.join(f'{known}.{FORMAT_VERSION}' for known in FORMATS)}")
-        fixed, names = FORMATS[version]
-        at = fixed.size + len(names) * SUM.size
-        if SUM.unpack_from(head, at)[0] != zlib.crc32(head[:at]):
-            raise TBQError(f"{path} is damaged: the checksum of its header is wrong")
-        bits, metric, estimator, keep, dim, n, next_id, centered, source = (*fixed.unpack_from(head)[3:], 0, GIVEN)[:9]
-        kept = next((name for name, size in KEEPS.items() if size == keep), "unknown")
-        if (not 2 <= bits <= 4 or metric >= len(METRICS) or estimator >= len(ESTIMATORS) or kept == "unknown"
-                or not 1 <= dim <= MOST_DIMENSIONS or max(n, next_id) >= 1 << 63 or centered > 1 or source > MEASURING
-                or (source == MEASURING and n >= FIRST) or any(head[at + SUM.size:])):
-            raise TBQError(f"{path} is damaged: its header makes no sense")
-        index = cls(dim, bits, METRICS[metric], estimator=ESTIMATORS[estimator], keep=kept)  # type: ignore[arg-type]
-        index._n, index._next, index._centered, index._source = n, next_id, bool(centered), source
-        return index, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size:at]))}
-
-    def _verify(self, path: pathlib.Path) -> None:
-        """What checksums do not show in a file that somebody made up."""
-        ids = np.sort(self._arrays["ids"])
-        if len(ids) and (ids[0] < 0 or ids[-1] >= self._next or (ids[1:] == ids[:-1]).any()):
-            raise TBQError(f"{path} is damaged: an id is there twice or out of range")
-        if not all(np.isfinite(self._arrays[name]).all() for name in ("d", "mul", "add", "first")):
-            raise TBQError(f"{path} is damaged: it has a NaN or an infinity")
-
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _layout(self, n: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype of each array for n vectors, in the order of the file."""
-        groups = -(-n // LANES)
-        lanes = groups * LANES
-        return {
-            "center": ((self.dim if self._centered else 0,), np.dtype("<f4")),
-            "d": ((groups, self._blocks, LANES), np.dtype("<f2")),
-            "codes": ((groups, self._blocks, lib.tbq_scan_words(self._type.id), LANES), np.dtype("<u4")),
-            "mul": ((lanes,), np.dtype("<f4")),
-            "add": ((lanes if self.metric == "l2" or self._centered else 0,), np.dtype("<f4")),
-            "ids": ((n,), np.dtype("<i8")),
-            "originals": ((n if self.keep else 0, self.dim), np.dtype(self.keep or np.float16)),
-            "first": ((n if self._source == MEASURING else 0, self.dim), np.dtype("<f4")),
-        }
+    @property
+    def _properties(self) -> Properties:
+        return Properties(self.dim, self.bits, self.metric, self.estimator, self.keep, self._n, self._next, self._centered, self._source)
 
     def _reserve(self, n: int) -> None:
         """Arrays of our own with room for n vectors."""
         room = len(self._arrays["ids"])
         if self._owned and n <= room:
             return
-        larger = self._layout(max(n, room + room // 2) if n > room else room)
+        larger = self._properties.arrays(max(n, room + room // 2) if n > room else room)
         arrays = {}
         for name, (shape, dtype) in larger.items():
             arrays[name] = aligned_zeros(shape, dtype)

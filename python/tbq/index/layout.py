@@ -2,20 +2,23 @@
 """How the arrays of an index are laid out in memory and in its file."""
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tbq.index.file import ALIGN
+from tbq._ffi import lib
+from tbq._types import types
 
 Metric = Literal["ip", "cosine", "l2"]
 Estimator = Literal["mse", "unbiased"]
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-METRICS = ("ip", "cosine", "l2")
-ESTIMATORS = ("mse", "unbiased")
+METRICS: tuple[Metric, ...] = ("ip", "cosine", "l2")
+ESTIMATORS: tuple[Estimator, ...] = ("mse", "unbiased")
+ALIGN = 64  # bytes: sections of a file, arrays in memory
 KEEPS = {None: 0, "float16": 2, "float32": 4}
 LANES = 16  # vectors of a group, as in tbq-scan.h
 LONGEST = 2.0**60  # of a vector: products and squares then fit floats
@@ -23,6 +26,47 @@ MOST_DIMENSIONS = 1 << 20
 
 FIRST = 256  # vectors that the center is measured from
 GIVEN, MEASURED, MEASURING = 0, 1, 2  # where it is from, as in a file
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What an index is, but for its arrays."""
+
+    dim: int
+    bits: int
+    metric: Metric
+    estimator: Estimator
+    keep: str | None  #: dtype of the originals
+    n: int  #: vectors
+    next_id: int
+    centered: bool
+    source: int  #: of the center: GIVEN, MEASURED or MEASURING
+
+    @property
+    def type_id(self) -> int:
+        """ggml's number of the type of the blocks."""
+        return types[f"tbq{self.bits}_0"].id
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 values of a vector."""
+        return -(-self.dim // 64)
+
+    def arrays(self, n: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and dtype of each array for n vectors, in the order of the file; None: for those that are there."""
+        n = self.n if n is None else n
+        groups = -(-n // LANES)
+        lanes = groups * LANES
+        return {
+            "center": ((self.dim if self.centered else 0,), np.dtype("<f4")),
+            "d": ((groups, self.blocks, LANES), np.dtype("<f2")),
+            "codes": ((groups, self.blocks, lib.tbq_scan_words(self.type_id), LANES), np.dtype("<u4")),
+            "mul": ((lanes,), np.dtype("<f4")),
+            "add": ((lanes if self.metric == "l2" or self.centered else 0,), np.dtype("<f4")),
+            "ids": ((n,), np.dtype("<i8")),
+            "originals": ((n if self.keep else 0, self.dim), np.dtype(self.keep or np.float16)),
+            "first": ((n if self.source == MEASURING else 0, self.dim), np.dtype("<f4")),
+        }
 
 
 def places_in(name: str, places: Ids) -> Any:

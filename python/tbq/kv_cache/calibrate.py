@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Centred keys: the mean of a model's keys, measured once, which llama.cpp subtracts from keys before it stores them; and
+"""Mean-centered keys: the mean of a model's keys, measured once, which llama.cpp subtracts from keys before it stores them; and
 how much its queries have in each channel, which tells the encoder of a tbq type where error costs most.
 
     tbq calibrate model.gguf -o model.center.gguf
@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 import weakref
@@ -26,14 +25,13 @@ from tbq.gguf_files.reader import as_path, open_gguf
 from tbq.kv_cache.center_file import fingerprint, read_center
 from tbq.kv_cache.model import read_model
 from tbq.kv_cache.settings import measured_over
-from tbq.programs.options import ROPE_OPTIONS, model_options, select
-from tbq.programs.process import run
+from tbq.programs import output
+from tbq.programs.options import MODEL, ROPE, values, words_for
+from tbq.programs.process import Done, run
 
 _METHOD = "2"  # of measuring: another number when what is measured changes, so that nothing old is used
 
 _ROOM = 4 << 20  # bytes that measuring needs in its folder: a text and the center
-_ERROR = re.compile(r"^(?:[\d.]+ E )?error: (.*)", re.M)  # with llama.cpp's clock in front
-_CHUNK = re.compile(r"^chunk (\d+)/(\d+)$", re.M)
 
 
 class NothingToCenter(TBQError):
@@ -72,35 +70,44 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
     if out.exists() and any(out.samefile(file) for file in opened.files):
         raise TBQError(f"{out} is the model itself; name another file to write")
 
-    def progress(output: str) -> None:
-        if on_chunk and (found := _CHUNK.findall(output)):
-            on_chunk(int(found[-1][0]), int(found[-1][1]))
+    def progress(text: str) -> None:
+        if on_chunk and (found := output.center_progress(text)):
+            on_chunk(*found)
 
     read, named = _text(text)
+    threads = [] if values(options, "--threads") else ["-t", str(cores())]
+    arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
+                 *(["--chunks", str(chunks)] if chunks else [])]
     with _files.workplace(out) as parts:
         with _files.naming(out):
             (parts / "text").write_bytes(read)
-        threads = [] if "-t" in options or "--threads" in options else ["-t", str(cores())]
-        arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
-                     *(["--chunks", str(chunks)] if chunks else [])]
-        for on_the_cpu in ([], ["-ngl", "0"]):  # a GPU that is too small for the whole model is no reason not to measure
-            done = run("llama-cache-center", [*arguments, *on_the_cpu], parts, progress, {"OMP_WAIT_POLICY": "passive"})
-            reason = _ERROR.search(done.stderr + done.stdout)
-            if not done.status or not reason or not re.search("cannot be loaded$|^no context", reason[1]):
-                break
+        done = _run_on_what_there_is(arguments, parts, progress)
         if done.status or not (parts / "center").is_file():
-            log = done.stderr + done.stdout
-            nothing = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)", log)
-            if nothing:
-                raise NothingToCenter(f"the keys of {model} stay as they are: {nothing[1]}")
-            if re.search("llama_cache_center_stats_save: center", log):  # it knows the name in the workplace only
-                raise TBQError(f"{out} cannot be written; {parts.parent} has {shutil.disk_usage(parts).free} bytes free")
-            if reason and reason[1].startswith("the text has "):
-                raise TBQError(f"{named} is too short: it{reason[1].removeprefix('the text')}")
-            raise TBQError(f"the keys of {model} were not measured: {reason[1] if reason else done.error()}")
+            raise _failure(done, model, out, parts, named)
         read_center(parts / "center")
         _files.put([(parts / "center", out)])
-    return done.stdout[done.stdout.find("share of the keys"):].rstrip()
+    return output.center_shares(done.stdout)
+
+
+def _run_on_what_there_is(arguments: Sequence[str], folder: pathlib.Path, progress: Callable[[str], None]) -> Done:
+    """Runs llama-cache-center; once more on the CPU if the GPU is too small for the whole model, which can still be measured."""
+    environment = {"OMP_WAIT_POLICY": "passive"}
+    done = run("llama-cache-center", arguments, folder, progress, environment)
+    if done.status and output.is_too_large(output.center_error(done.text) or ""):
+        done = run("llama-cache-center", [*arguments, "-ngl", "0"], folder, progress, environment)
+    return done
+
+
+def _failure(done: Done, model: str | os.PathLike[str], out: pathlib.Path, parts: pathlib.Path, named: str) -> TBQError:
+    """The error for a run that wrote no center.  named: what a message calls the text."""
+    if nothing := output.nothing_to_center(done.text):
+        return NothingToCenter(f"the keys of {os.fspath(model)} stay as they are: {nothing}")
+    if output.center_not_written(done.text):  # it knows the name in the workplace only
+        return TBQError(f"{out} cannot be written; {parts.parent} has {shutil.disk_usage(parts).free} bytes free")
+    reason = output.center_error(done.text)
+    if reason and reason.startswith("the text has "):
+        return TBQError(f"{named} is too short: it{reason.removeprefix('the text')}")
+    return TBQError(f"the keys of {os.fspath(model)} were not measured: {reason or done.error()}")
 
 
 class Scratch:
@@ -137,8 +144,8 @@ def centers_folder() -> pathlib.Path | None:
 
 
 def center_file_for(model: str | os.PathLike[str], k: str, context: int, center: "bool | str | os.PathLike[str]", options: Sequence[str],
-              say: Callable[[str], None], scratch: Scratch) -> pathlib.Path | None:
-    """The center that a cache with keys of type k should have, or None: tbq.server and tbq.llama ask here.
+                    say: Callable[[str], None], scratch: Scratch) -> pathlib.Path | None:
+    """The center that a cache with keys of type k should have, or None: tbq.Server and tbq.llama ask here.
 
     center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
     context: tokens, the positions that keys can have.  scratch: for a center that cannot be kept.
@@ -159,14 +166,14 @@ def center_file_for(model: str | os.PathLike[str], k: str, context: int, center:
 
 def center_of_model(model: str | os.PathLike[str], context: int, options: Sequence[str] = (), say: Callable[[str], None] | None = None,
              scratch: Scratch | None = None) -> pathlib.Path:
-    """The center of a model for a context, measured now if it is not in folder() yet.
+    """The center of a model for a context, measured now if it is not in centers_folder() yet.
 
     context: tokens; contexts of like lengths share a center.  options: llama-server's; those of the model and of RoPE count.
     say: gets a line before something is measured.  scratch: where the center goes if it cannot be kept.
     Raises TBQError if the keys cannot be measured, or not be kept and there is no scratch.
     """
-    context = measured_over(context, read_model(pathlib.Path(model), options).context)
-    rope = [text for pair in select(options, ROPE_OPTIONS) for text in pair if text is not None]
+    context = measured_over(context, read_model(model, options).context)
+    rope = words_for(options, ROPE)
     name = hashlib.sha256(" ".join([_METHOD, fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
     what = f"measuring the mean of the keys of {pathlib.Path(model).name}"
     where, why = centers_folder(), "the user has no folder for caches: neither XDG_CACHE_HOME nor HOME is set"
@@ -210,7 +217,7 @@ def _check_writable(where: pathlib.Path) -> None:
 def _measure(model: str | os.PathLike[str], where: pathlib.Path, name: str, context: int, options: Sequence[str]) -> pathlib.Path:
     path = where / f"{name}.gguf"
     try:
-        calibrate(model, path, context, options=model_options(options))
+        calibrate(model, path, context, options=words_for(options, MODEL, ROPE))
     except NothingToCenter as error:  # of a model, whatever the machine: it need not be loaded for that again
         with contextlib.suppress(OSError):
             path.with_suffix(".none").write_text(str(error), encoding="utf-8")

@@ -2,12 +2,14 @@
 """A model as far as its cache needs it: context, vocabulary, layers, checksum."""
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tbq.errors import TBQError
+from tbq.gguf_files.reader import GGUFModel, open_gguf
 from tbq.kv_cache.layers import GLOBAL, CacheShape, read_shape
 from tbq.kv_cache.settings import under
 from tbq.kv_cache.type_pairs import Cache
@@ -22,6 +24,7 @@ class Model:
     vocab: int  #: tokens of the tokenizer, 0 without one
     cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
     cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
+    opened: GGUFModel | None = None
 
     def check_cached(self) -> None:
         """TBQError if there are no cache types to compare."""
@@ -29,18 +32,17 @@ class Model:
             raise TBQError(f"model {str(self.path)!r} keeps no keys and values, so there are no cache types to compare")
 
 
-def read_model(path: pathlib.Path, options: Sequence[str] = ()) -> Model:
+def read_model(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Model:
     """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged.
 
     options: llama.cpp's; --override-kv and those of RoPE count.
     """
-    from tbq.gguf_files.reader import open_gguf
-
-    fields = open_gguf(path).metadata
+    opened = open_gguf(path)
+    fields = opened.metadata
     fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
     settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
     shape = _shape(settings.fields)
-    return Model(path, settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields), shape is None or shape.cached)
+    return Model(pathlib.Path(path), settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields), shape is None or shape.cached, opened)
 
 
 def _shape(fields: Mapping[str, Any]) -> CacheShape | None:

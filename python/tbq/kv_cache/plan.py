@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,10 @@ from tbq._key_biases import LARGE_BIAS
 from tbq._types import BLOCK, block, types
 from tbq._units import parse_size
 from tbq.errors import TBQError, printable
+from tbq.gguf_files.reader import Tensor, open_gguf
 from tbq.kv_cache.key_biases import key_biases, left_by_centering
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW, CacheShape, Layer, read_shape
 from tbq.kv_cache.settings import measured_over, under
-
-if TYPE_CHECKING:
-    from tbq.gguf_files.reader import Tensor
 
 #: What the table shows unless told otherwise.
 PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), ("q8_0", "tbq4_0"), ("tbq4_0", "tbq4_0"),
@@ -234,7 +232,7 @@ def _because(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool
     return "it is the smallest that llama.cpp takes for this model without a large loss"
 
 
-def _weights_read(tensors: Mapping[str, "Tensor"], fields: Mapping[str, Any], architecture: str) -> int:
+def _weights_read(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], architecture: str) -> int:
     """Bytes of weights that a token reads, about: of the experts those that are used; not an embedding that is no output."""
     experts, used = fields.get(f"{architecture}.expert_count", 0), fields.get(f"{architecture}.expert_used_count", 0)
     used = max(used) if isinstance(used, list) and used else used
@@ -262,8 +260,6 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     Raises TBQError for a file that is damaged or whose architecture has an unknown cache, and for arguments out of range;
     OSError for what cannot be opened.
     """
-    from tbq.gguf_files.reader import open_gguf
-
     if not isinstance(model, (str, os.PathLike)):
         raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
     for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):

@@ -12,13 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from tbq.programs.options import ROPE_OPTIONS, select, spelled
+from tbq.programs.options import ROPE, select, values
 
 _MAX_CONTEXT = 2**31 - 1
 
 #: Of --override-kv.
 _KINDS: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
-_FLASH = {"-fa": True, "--flash-attn": True}
 
 #: Contexts of up to so many tokens share one center, so that a saved slot fits them all; then those of up to 4 times as many, and so on.
 _RANGE, _STEP = 8192, 4
@@ -47,16 +46,16 @@ class Settings:
 
 def under(fields: Mapping[str, Any], options: Sequence[str] = ()) -> Settings:
     """A model's Settings.  fields: the metadata of its file.  options: llama.cpp's; those that do not matter here are passed over."""
-    found = {spelled(option): value or "" for option, value in select(options, {**ROPE_OPTIONS, **_FLASH})}
-    changes = dict(_overrides(fields, [value or "" for _, value in select(options, {"--override-kv": True})]))
+    found = {option.names[0]: words[1] if len(words) > 1 else "" for option, words in select(options, ROPE)}
+    changes = dict(_overrides(fields, values(options, "--override-kv")))
     arch = changes.get("general.architecture", fields.get("general.architecture"))
     if base := _float(found.get("--rope-freq-base")):
         changes[f"{arch}.rope.freq_base"] = base
     fields = ChainMap(changes, cast(dict[str, Any], fields)) if changes else fields  # a file's are decoded when asked for
     with np.errstate(all="ignore"):
         trained, reach = _contexts(fields, arch, found, options)
-    flash = {found[name] for name in _FLASH if name in found}
-    return Settings(fields, trained, reach, not flash & {"off", "disabled", "false", "0"})
+    flash = values(options, "-fa")[-1:]
+    return Settings(fields, trained, reach, flash not in (["off"], ["disabled"], ["false"], ["0"]))
 
 
 def _overrides(fields: Mapping[str, Any], values: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -93,9 +92,10 @@ def _contexts(fields: Mapping[str, Any], arch: Any, found: Mapping[str, str], op
     factor = number("rope.scaling.factor") or number("rope.scale_linear")
     own = one / np.float32(factor) if factor else one
     scale = own
-    for option, value in select(options, {"--rope-scale": True, "--rope-freq-scale": True}):  # the last one counts
-        given = np.float32(_float(value))
-        scale = (one / given if spelled(option) == "--rope-scale" else given) if given else own
+    for option, words in select(options, ROPE):
+        if option.names[0] in ("--rope-scale", "--rope-freq-scale"):  # the last one counts
+            given = np.float32(_float(words[-1]))
+            scale = (one / given if option.names[0] == "--rope-scale" else given) if given else own
     kind = found.get("--rope-scaling") or fields.get(f"{arch}.rope.scaling.type", "linear")
     if kind == "none" or scale == own or not context:
         return context, context

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Pairs of cache types, and what one token takes in a model's cache."""
 import dataclasses
-import re
 from collections.abc import Sequence
 
 from tbq._types import block, types
 from tbq.errors import TBQError
+from tbq.programs import output
 from tbq.programs.paths import program
 from tbq.programs.process import run
 
@@ -49,10 +49,9 @@ class TypePair:
 def cache_types() -> list[str]:
     """The cache types that this llama.cpp takes, in the order of its help."""
     done = run("llama-perplexity", ["--help"])
-    found = re.search(r"--cache-type-k TYPE.*?allowed values: (.*?)\(default", done.stdout, re.S)
-    if not found:
+    if not (found := output.cache_types(done.stdout)):
         raise TBQError(f"{program('llama-perplexity')} --help names no cache types; is it the patched one?")
-    return found[1].replace(",", " ").split()
+    return found
 
 
 def split_pair(text: str) -> tuple[str, str]:

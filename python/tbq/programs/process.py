@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from tbq.programs import output
 from tbq.programs.paths import program
 from tbq.programs.signals import held
 
@@ -24,14 +25,13 @@ class Done:
         if self.status < 0:
             name = signal.Signals(-self.status).name
             return f"ended by {name}" + (", most likely because memory ran out" if name == "SIGKILL" else "")
-        lines = [line.strip() for line in (self.stderr + self.stdout).splitlines() if line.strip()]
-        for mark in ("llama_init_from_model: ", "error: ", "error loading model: ", " E "):
-            for line in lines:
-                if mark in line:
-                    return line.rpartition(mark)[2]
-        if not self.status:
-            return "it ended without a result"
-        return lines[-1] if lines else f"exit status {self.status}"
+        if found := output.reason(self.text):
+            return found
+        return (output.last_line(self.text) or f"exit status {self.status}") if self.status else "it ended without a result"
+
+    @property
+    def text(self) -> str:
+        return self.stderr + self.stdout
 
 
 def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
@@ -49,11 +49,11 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
                 process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
                                            stdout=subprocess.PIPE, stderr=errors)
             assert process.stdout is not None
-            output = b""
+            written = b""
             while piece := os.read(process.stdout.fileno(), 1 << 16):
-                output += piece
+                written += piece
                 if on_output:
-                    on_output(output.decode(errors="replace"))
+                    on_output(written.decode(errors="replace"))
             process.wait()
         finally:
             if process is not None:
@@ -63,4 +63,4 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
                 if process.stdout is not None:
                     process.stdout.close()
         errors.seek(0)
-        return Done(process.returncode, output.decode(errors="replace"), errors.read().decode(errors="replace"))
+        return Done(process.returncode, written.decode(errors="replace"), errors.read().decode(errors="replace"))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""llama-server with a tbq cache: Server for programs, `tbq serve` for the command line."""
+"""llama-server with a tbq cache, as an object; the command line is tbq.cli.serve."""
 import concurrent.futures
 import contextlib
-import functools
 import http.client
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -21,15 +21,10 @@ from tbq import _limits
 from tbq._arguments import cores
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
-from tbq.kv_cache.choose import choose, context_of_a_sequence
+from tbq.kv_cache.choose import choose, context_of_a_sequence, opened
+from tbq.programs import output
 from tbq.programs.child import start
-from tbq.programs.options import (
-    check_files,
-    check_tls,
-    plan_arguments,
-    positive,
-    read_server_options,
-)
+from tbq.programs.options import check_files, check_tls, plan_arguments, positive, server_options
 from tbq.programs.paths import paths, program
 from tbq.serving.address import api_key, check_port, free_port, reachable, url
 
@@ -47,6 +42,16 @@ def _threads(found: Mapping[str, str]) -> list[str]:
     return ["-t", str(cores())] if few else []
 
 
+def _check_options(found: Mapping[str, str], model: str | os.PathLike[str], center: bool | str | os.PathLike[str]) -> None:
+    """TBQError for options that say otherwise what the arguments say."""
+    if "types" in found:
+        raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
+    if "model" in found:
+        raise TBQError(f"there are two models, {str(model)!r} and {found['model']!r}; name one, as MODEL")
+    if "center" in found and not isinstance(center, bool):
+        raise TBQError(f"there are two centers, {str(center)!r} and {found['center']!r}; name one")
+
+
 class Server:
     """llama-server as a context manager: healthy inside, stopped afterwards whatever happens.
 
@@ -54,7 +59,7 @@ class Server:
             server.client().chat.completions.create(...)
 
     model: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
-    center: whether quantized keys are centred (tbq.center; measured on first use, which a line on stderr says), or a file for it.
+    center: whether quantized keys are centered (docs: centering; measured by start() on first use, which a line on stderr says), or a file for it.
     host, port: where to listen; a free port if None or 0.  options: more of llama-server's, whose --host and --port go first.
     timeout: seconds to wait until the model is loaded; None for as long as it takes.
     on_line: is called with each line of the log, from another thread; not again once it raised something.
@@ -63,7 +68,7 @@ class Server:
 
     url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types; of a model without a
     cache f16, and the server is given none.  plan: the tbq.Plan of its cache, or None.  center: the file with the means of the
-    keys, or None; it is gone after stop() where the user's folder for caches cannot be written.
+    keys, or None, known after prepare(); it is gone after stop() where the user's folder for caches cannot be written.
     log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
     Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
     """
@@ -74,59 +79,72 @@ class Server:
                  host: str = "127.0.0.1", port: int | None = None, options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
             raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
-        found, others = read_server_options(options)
-        if "types" in found:
-            raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
-        if "model" in found:
-            raise TBQError(f"there are two models, {str(model)!r} and {found['model']!r}; name one, as MODEL")
+        found, others = server_options(options)
+        _check_options(found, model, center)
         hosts, number = found.get("host", host), found.get("port", str(port or 0))
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
         self._host = reachable(hosts)
-        if "center" in found and not isinstance(center, bool):
-            raise TBQError(f"there are two centers, {str(center)!r} and {found['center']!r}; name one")
         check_files(others)
         if {"ssl_key", "ssl_cert"} & found.keys():
             check_tls(found, paths())
-        shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
-        self.k, self.v, self.plan = choose(model, kv, **shape)
+        self._found, self._center, self._kv = found, center, kv
+        self._shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
+        self._model = opened(model)
+        self.k, self.v, self.plan = choose(self._model, kv, **self._shape)
         self.port = int(number) or free_port(self._host)
         self._share_port = "reuse_port" in found
         if not self._share_port:
             check_port(self.port, self._host)  # before anything is measured
-        others = [*_threads(found), *others]
+        self._options = ["--host", hosts, "--port", str(self.port), *_threads(found), *others]
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
-        self._scratch = Scratch()
-        if center is True and not self._accepts(others):
-            center = False  # nothing is measured for a server that will not start, and say why
-        self.center = None if "center" in found else center_file_for(
-            model, self.k, context_of_a_sequence(model, self.plan, shape, positive(found, "per_slot")), center, others,
-            lambda line: say(f"tbq: {line}", to_stderr=True), self._scratch)
-        self._measured = center is True and self.center is not None
-        self._choose_uncentred = functools.partial(choose, model, kv, **{**shape, "center": False})
-        if kv == "auto" and self.plan and self.plan.center and not self.center and "center" not in found:
-            self.k, self.v, self.plan = self._choose_uncentred()
         self.url = url(self._host, self.port, found)
         self.log: list[str] = []
+        self.center: pathlib.Path | None = None
+        self._scratch = Scratch()
         self._key = api_key(found, self._environment)
         self._timeout, self._on_line = timeout, on_line
-        self._capped = "per_slot" in found
-        self._model, self._options = os.fspath(model), ["--host", hosts, "--port", str(self.port), *others]
+        self._prepared = False
         self._stopping = False  # somebody wants it to end
         self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
 
-    def _accepts(self, options: Sequence[str]) -> bool:
-        """Whether llama-server knows these options and can read their files; --version ends it when it has looked at them."""
-        command = [str(program("llama-server")), *options, "--version"]
+    def prepare(self) -> None:
+        """Measures the means of the keys where they are needed and not kept yet, as long as loading the model and a prompt of 1024
+        tokens take.  start() does it; afterwards center, k, v and plan are what the server is started with.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
+        center = self._center
+        if center is True and not self._accepts():
+            center = False  # nothing is measured for a server that will not start, and say why
+        if "center" not in self._found:
+            context = context_of_a_sequence(self._model, self.plan, self._shape, positive(self._found, "per_slot"))
+            self.center = center_file_for(self._model, self.k, context, center, self._shape["options"],
+                                          lambda line: say(f"tbq: {line}", to_stderr=True), self._scratch)
+            if self._kv == "auto" and self.plan and self.plan.center and not self.center:
+                self._choose_uncentered()
+
+    def _choose_uncentered(self) -> None:
+        self.k, self.v, self.plan = choose(self._model, self._kv, **{**self._shape, "center": False})
+
+    def _accepts(self) -> bool:
+        """Whether llama-server knows its options and can read their files; --version ends it when it has looked at them."""
+        command = [str(program("llama-server")), *self._options, "--version"]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return not subprocess.run(command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode
         return True
 
     @property
+    def context_is_capped(self) -> bool:
+        """Whether slots have less context than the cache, so that their length says nothing about it (--kv-unified-per-slot)."""
+        return "per_slot" in self._found
+
+    @property
     def _command(self) -> list[str]:
         types = ["--cache-type-k", self.k, "--cache-type-v", self.v] if self.plan is None or self.plan.cached else []
         center = ["--cache-center", str(self.center)] if self.center else []
-        return [str(program("llama-server")), "-m", self._model, *types, *center, *self._options]
+        return [str(program("llama-server")), "-m", os.fspath(self._model), *types, *center, *self._options]
 
     def __enter__(self) -> "Server":
         try:
@@ -141,9 +159,10 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Starts the process and returns at once."""
+        """Starts the process, after prepare(), and returns without waiting for the model."""
         if self._started is not None:
             raise TBQError("a Server runs once; make another one")
+        self.prepare()
         self._launch()
 
     def _launch(self) -> None:
@@ -185,24 +204,24 @@ class Server:
                     if answer.status == 200 and self.process.poll() is None:  # not another server's
                         return
             if self.process.poll() is not None:
-                if not self._starts_uncentred():
+                if not self._starts_uncentered():
                     raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
                 deadline = None if self._timeout is None else time.monotonic() + self._timeout
             time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
 
-    def _starts_uncentred(self) -> bool:
+    def _starts_uncentered(self) -> bool:
         """Whether it did, because the server refused the center that was measured for it: too little memory for the context that
         was planned may give it another, and with it another RoPE."""
         self._reader.join(5)
-        refusal = next((line.partition("llama_set_cache_center: ")[2] for line in self.log if "llama_set_cache_center: " in line), "")
-        if self._stopping or not self._measured or not refusal:
+        refusal = output.refused_center(self.log)
+        if self._stopping or self._center is not True or self.center is None or not refusal:
             return False
         before = self.k, self.v
-        self.center, self._measured = None, False
-        self.k, self.v, self.plan = self._choose_uncentred()  # "auto" may take others for large biases
+        self.center = None
+        self._choose_uncentered()  # "auto" may take others for large biases
         types = "" if before == (self.k, self.v) else f"; keys are {self.k} and values {self.v} instead"
-        say(f"tbq: keys are not centred: {refusal}{types}; --no-center saves this attempt", to_stderr=True)
+        say(f"tbq: keys are not centered: {refusal}{types}; --no-center saves this attempt", to_stderr=True)
         self.log.clear()
         self._launch()
         if self._stopping:  # meanwhile
@@ -225,12 +244,7 @@ class Server:
         """The line of the log that says most about a failure."""
         if self.process.poll() is not None:
             self._reader.join(5)
-        for pattern in (r"(?:GGML_ASSERT|error|terminate called)\b.*", r"[\d.]+ E (.*)", r"(.*(?:error|failed|unsupported|invalid).*)"):
-            for line in list(self.log):
-                if match := re.match(pattern, line, re.I if pattern.endswith("*)") else 0):
-                    return match[match.re.groups].strip().removeprefix("error: ")
-        lines = [line for line in self.log if line.strip()]
-        return re.sub(r"^[\d.]+ [A-Z] ", "", lines[-1]) if lines else "it printed nothing"
+        return output.server_error(list(self.log)) or "it printed nothing"
 
     def stop(self) -> None:
         """Ends the process, by force if it does not end within 10 seconds, and removes what was for it alone."""
@@ -287,17 +301,15 @@ class Server:
 
     def cache(self) -> dict[str, Any]:
         """What the server logged about its cache, with --verbosity 4: types, bytes, and what f16 would take."""
-        text = "\n".join(self.log)
-        size = re.search(r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?"
-                         r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", text)
-        widths = [int(w[1]) for side in "kv" if (w := re.search(rf"n_embd_{side}_gqa += (\d+)", text))]
-        if not size or len(widths) != 2:
+        found: Any = output.server_cache(list(self.log))
+        if found is None:
             raise TBQError("llama-server did not log the size of its cache; --verbosity 4 makes it")
-        cells, layers, k_type, k_mib, v_type, v_mib = size.groups()
-        return {"k_type": k_type, "v_type": v_type, "cells": int(cells), "mib": float(k_mib) + float(v_mib),
-                "f16_mib": int(cells) * int(layers) * sum(widths) * F16_BYTES / 2**20}
+        f16 = found["cells"] * found["layers"] * (found["k_values"] + found["v_values"]) * F16_BYTES
+        return {"k_type": found["k_type"], "v_type": found["v_type"], "cells": found["cells"], "mib": found["k_mib"] + found["v_mib"],
+                "f16_mib": f16 / 2**20}
 
 
 def say(text: str, to_stderr: bool = False) -> None:
+    """Prints a line, or not where nobody listens any more."""
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)

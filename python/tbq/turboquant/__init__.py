@@ -38,14 +38,7 @@ from tbq.turboquant.codebooks import (
 from tbq.turboquant.mixed import MixedCode, MixedQuantizer, outlier_channels
 from tbq.turboquant.packing import pack, packed_bytes, unpack
 from tbq.turboquant.polar import PolarCode, PolarQuantizer, from_polar, to_polar
-from tbq.turboquant.quantizers import (
-                                   QJL,
-                                   InnerProductCode,
-                                   InnerProductQuantizer,
-                                   MSECode,
-                                   MSEQuantizer,
-                                   QJLCode,
-)
+from tbq.turboquant.quantizers import QJL, InnerProductCode, InnerProductQuantizer, MSECode, MSEQuantizer, QJLCode
 from tbq.turboquant.rotations import HaarRotation, HadamardRotation, Rotation
 
 __all__ = ["Codebook", "HaarRotation", "HadamardRotation", "InnerProductCode", "InnerProductQuantizer", "MSECode", "MSEQuantizer", "MixedCode",

@@ -11,13 +11,7 @@ import numpy as np
 
 from tbq.errors import TBQError
 from tbq.turboquant._checks import integer
-from tbq.turboquant.codebooks import (
-    NODES,
-    WEIGHTS,
-    angle_codebook,
-    angle_nodes,
-    sphere_codebook,
-)
+from tbq.turboquant.codebooks import NODES, WEIGHTS, angle_codebook, angle_nodes, sphere_codebook
 from tbq.turboquant.polar import widths
 
 __all__ = ["inner_product_distortion", "inner_product_lower_bound", "inner_product_upper_bound", "mse_distortion", "mse_lower_bound",

@@ -10,12 +10,7 @@ import numpy.typing as npt
 from tbq.errors import TBQError
 from tbq.turboquant._checks import Floats, floats, integer, stream, vectors
 from tbq.turboquant._checks import seed as check_seed
-from tbq.turboquant.quantizers import (
-    InnerProductCode,
-    InnerProductQuantizer,
-    MSECode,
-    MSEQuantizer,
-)
+from tbq.turboquant.quantizers import InnerProductCode, InnerProductQuantizer, MSECode, MSEQuantizer
 
 __all__ = ["MixedCode", "MixedQuantizer", "outlier_channels"]
 

@@ -9,15 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import (
-    Bytes,
-    Floats,
-    integer,
-    lengths,
-    slices,
-    split,
-    vectors,
-)
+from tbq.turboquant._checks import Bytes, Floats, integer, lengths, slices, split, vectors
 from tbq.turboquant._checks import seed as check_seed
 from tbq.turboquant.codebooks import sphere_codebook
 from tbq.turboquant.packing import pack_unchecked, packed_bytes, unpack
