@@ -179,7 +179,7 @@ def messages():
 
 
 def test_troubleshooting_quotes_messages_that_exist():
-    quotes = re.findall(r"(?m)^\| `(.+?)` \|", read("docs/troubleshooting.md"))
+    quotes = re.findall(r"(?m)^\| `(.+?)` \|", read("docs/guide/troubleshooting.md"))
     assert len(quotes) > 25
     text = messages()
     for quote in quotes:
