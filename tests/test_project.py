@@ -186,3 +186,11 @@ def test_troubleshooting_quotes_messages_that_exist():
         parts = [part for part in quote.split("…") if part]
         assert max(map(len, parts)) >= 12, f"too little of {quote!r} to be found"
         assert re.search("[^\n]*?".join(map(re.escape, parts)), text), f"no message says {quote!r}"
+
+
+def test_readme_repeats_figures_of_their_page():
+    """Every divergence in the README stands on the page that owns it, digit for digit."""
+    found = re.findall(r"\d\.\d{4}", read("README.md"))
+    assert len(found) > 30
+    owned = set(re.findall(r"\d\.\d{4}", read("docs/measurements/quality.md")))
+    assert not [figure for figure in found if figure not in owned]

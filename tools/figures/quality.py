@@ -76,7 +76,10 @@ def main() -> None:
     for label, (pair, offset) in LABELS.items():
         draw(axes, label, points[pair], offset)
     example = points["tbq2_0 / tbq2_0"]
-    for y, what, dy in ((example.plain, "hollow: keys not centered", -8), (example.centered, "filled: keys centered", -3)):
+    for y, what, dy in (
+        (example.plain, "hollow: keys not centered", -8),
+        (example.centered, "filled: keys centered", -3),
+    ):
         axes.annotate(what, (example.bits, y or 0.0), (10, dy), textcoords="offset points", fontsize=9, color="black")
     axes.set(yscale="log", xlim=(1.8, 9), ylim=(0.0025, 1.4), xlabel="bits per value of the KV cache")
     axes.set_ylabel("KL divergence from an f16 cache, nats")
