@@ -560,7 +560,7 @@ def test_texts(demo_model, tmp_path):
 
 
 def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
-    """On a text unlike the calibration's; docs/center.md has the figures of more of it."""
+    """On a text unlike the calibration's; docs/measurements/quality.md has the figures of more of it."""
     text = tmp_path / "text"
     text.write_text("".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").glob("*.md"))))
     divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)

@@ -325,7 +325,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_speed(bin_dir, f16, tmp_path):
-    """Not slower than llama-quantize to q4_0 beyond the start of Python and noise: the figures are in docs/convert.md."""
+    """Not slower than llama-quantize to q4_0 beyond the start of Python and noise: the figures are in docs/measurements/speed.md."""
     def fastest(command):
         times = []
         for _ in range(5):

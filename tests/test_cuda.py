@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels. Without a GPU: that they compile for every architecture, as they should, and that a machine without
-nvcc is told so. With one: tests/cuda/run.sh, which has everything that docs/cuda.md claims."""
+nvcc is told so. With one: tests/cuda/run.sh, which has everything that docs/measurements/cuda.md claims."""
 import os
 import re
 import shutil
@@ -19,7 +19,7 @@ def has_gpu():
     return shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
-needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU; docs/cuda.md has the log of the last run on one")
+needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU; docs/measurements/cuda.md has the log of the last run on one")
 
 
 def compile_for(arch, out):

@@ -125,7 +125,7 @@ def test_neighbour_in_a_shared_buffer(bin_dir, demo_model, tmp_path):
     """A sequence in front of another in one buffer moves the second against the tiles of attention: sums in another
     order, the last digit of a layer's output changes, and the next layers' keys fall on other levels. That draws the
     noise of quantization again, no more: a change of the RoPE frequency by 1e-6 does the same to every quantized
-    cache, q4_0 too (docs/attention.md), and is the measure here. A neighbour that had a say would cost nats."""
+    cache, q4_0 too (docs/measurements/attention.md), and is the measure here. A neighbour that had a say would cost nats."""
     days = "Here is a list of the days of the week, one per line:\nMonday\nTuesday\nWednesday\nThursday\nFriday\n"
     capitals = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. The"
     prompts = [days[:n] for n in range(60, len(days), 4)] + [capitals[:n] for n in range(40, len(capitals), 4)]

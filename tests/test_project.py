@@ -179,10 +179,18 @@ def messages():
 
 
 def test_troubleshooting_quotes_messages_that_exist():
-    quotes = re.findall(r"(?m)^\| `(.+?)` \|", read("docs/troubleshooting.md"))
+    quotes = re.findall(r"(?m)^\| `(.+?)` \|", read("docs/guide/troubleshooting.md"))
     assert len(quotes) > 25
     text = messages()
     for quote in quotes:
         parts = [part for part in quote.split("…") if part]
         assert max(map(len, parts)) >= 12, f"too little of {quote!r} to be found"
         assert re.search("[^\n]*?".join(map(re.escape, parts)), text), f"no message says {quote!r}"
+
+
+def test_readme_repeats_figures_of_their_page():
+    """Every divergence in the README stands on the page that owns it, digit for digit."""
+    found = re.findall(r"\b\d\.\d{4}\b", read("README.md"))
+    assert len(found) > 30
+    owned = set(re.findall(r"\b\d\.\d{4}\b", read("docs/measurements/quality.md")))
+    assert not [figure for figure in found if figure not in owned]

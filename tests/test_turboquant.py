@@ -813,7 +813,7 @@ def test_figures_errors(tmp_path, monkeypatch):
 
 
 def test_documented_figures_are_what_is_computed():
-    """Columns "lower bound", "upper bound" and "expected" of docs/turboquant.md."""
+    """Columns "lower bound", "upper bound" and "expected" of docs/measurements/turboquant.md."""
     found = {"squared": [], "product": []}
     for line in (ROOT / "docs" / "turboquant.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
