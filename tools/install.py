@@ -26,6 +26,8 @@ import subprocess
 import sys
 import time
 
+from _cli import Failure, run_main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOG = ROOT / "build" / "install.log"
 # What is installed: make compares the times of these files with those of the sources.
@@ -37,10 +39,6 @@ WHERE = ROOT / "build" / ".where"
 DISK_BYTES = 1_500_000_000
 # The largest of llama.cpp's sources need 1.2 GB in g++.
 BYTES_PER_JOB = 1_300_000_000
-
-
-class Failure(Exception):
-    """An error whose text is the one line that the user sees."""
 
 
 def check_machine():
@@ -326,11 +324,4 @@ def main(venv, extra):
 
 
 if __name__ == "__main__":
-    try:
-        main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else None)
-    except Failure as failure:
-        sys.exit(f"error: {failure}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nerror: interrupted; the same command goes on from here")
+    run_main(lambda: main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else None))
