@@ -11,8 +11,11 @@ SERVER  := build/.installed-server
 STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find bench cmake ggml_tbq patches python tools -type f -not -name '*.pyc' -not -name '*.md')
 INSTALL := tools/install.py $(VENV)
+# Only what checks the code: it needs neither a compiler nor the package.
+LINT    := .venv-lint
+C_FILES  = $(shell find bench cmake ggml_tbq tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: demo test serve bench install cuda wheel dist clean
+.PHONY: demo test serve bench install cuda wheel dist lint format help clean
 .DEFAULT_GOAL := demo
 
 demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
@@ -40,6 +43,30 @@ wheel: $(SERVER)  # a wheel for machines without a compiler, in dist/; ARCH=aarc
 dist: $(SERVER)  # the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
 	@$(BIN)/python tools/wheel.py --dist
 
+lint: $(LINT)/.installed  # ruff, clang-format, codespell, mypy, and whether generated files are what their script writes
+	@$(LINT)/bin/ruff check --quiet
+	@$(LINT)/bin/ruff format --check --quiet
+	@$(LINT)/bin/clang-format --dry-run -Werror $(C_FILES)
+	@$(LINT)/bin/codespell
+	@$(LINT)/bin/mypy --exclude _vendor --exclude tbq/hf/
+	@$(PYTHON) tools/tables.py --check
+
+format: $(LINT)/.installed  # formats everything, and corrects what ruff can
+	@$(LINT)/bin/ruff check --fix --quiet --exit-zero
+	@$(LINT)/bin/ruff format --quiet
+	@$(LINT)/bin/clang-format -i $(C_FILES)
+
+help:  # these commands
+	@sed -n 's/^\([a-z]*\):.*  # \(.*\)/\1 \2/p' Makefile | while read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+
+# pip knows dependency groups since 25.1
+$(LINT)/.installed: pyproject.toml
+	@echo "Installing what checks the code into $(LINT) (about 350 MB)"
+	@$(PYTHON) -m venv $(LINT)
+	@$(LINT)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=25.1"
+	@$(LINT)/bin/python -m pip install --disable-pip-version-check --quiet --group lint
+	@touch $@
+
 # What was built and installed is written down by install.py, with the time of the start, so that an edit during the build
 # is built by the next make.
 $(SERVER): $(SOURCES)
@@ -63,4 +90,4 @@ ifeq ($(wildcard $(BIN)/tbq),)
 endif
 
 clean:  # everything that was built or downloaded
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(LINT)

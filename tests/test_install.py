@@ -206,7 +206,7 @@ def checkout(tmp_path):
     folder = tmp_path / "before" / "checkout"
     for name in ("bench", "cmake", "ggml_tbq", "patches", "python", "tools", "build"):
         (folder / name).mkdir(parents=True)
-    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml", "tools/install.py"):
+    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml", "tools/install.py", "tools/_cli.py"):
         shutil.copy(ROOT / name, folder / name)
     subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
     shutil.copy(folder / ".venv" / "bin" / "pip", folder / ".venv" / "bin" / "tbq")

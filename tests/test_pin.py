@@ -40,7 +40,8 @@ def project(tmp_path):
     root = tmp_path / "project"
     for folder in ("tools", "patches", "build/downloads"):
         (root / folder).mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "tools")
+    for path in (SCRIPT, SCRIPT.with_name("_cli.py")):
+        shutil.copy(path, root / "tools")
     sdist = root / "build" / "downloads" / "pinned-1.0.tar.gz"
     with tarfile.open(sdist, "w:gz") as tar:
         for name, text in {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE,

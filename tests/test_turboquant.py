@@ -4,7 +4,6 @@
 Seeds are fixed, so a test gives one result; its interval says how often another choice of seeds would have failed: outside
 Z standard errors, once in 150000.
 """
-import importlib.util
 import itertools
 import math
 import re
@@ -15,9 +14,12 @@ import numpy as np
 import pytest
 
 import tbq
-from conftest import ROOT
+from conftest import ROOT, script
 from tbq import turboquant as tq
-from tbq.turboquant import _checks, figures
+from tbq.turboquant import _checks
+
+#: tools/figures/turboquant.py, which draws the pictures of docs/measurements/turboquant.md.
+figures = script("figures/turboquant")
 
 Z = 4.5
 BITS = range(1, 9)
@@ -74,10 +76,7 @@ def adversarial(dim):
 @pytest.fixture(scope="module")
 def tables():
     """tools/tables.py, which makes the codebooks of libtbq."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tables")
 
 
 # --- codebooks --------------------------------------------------------------------------------------------------------
@@ -795,7 +794,7 @@ def test_figures_errors(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'ggml-tbq[plot]'")
 
     def run(*arguments):
-        done = subprocess.run([sys.executable, "-m", "tbq.turboquant.figures", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, figures.__file__, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
         assert not done.stdout and list(tmp_path.iterdir()) == [tmp_path / "file"]
         return done.returncode, done.stderr
 

@@ -7,7 +7,7 @@ import sys
 import cffi
 
 
-def main(cdef, out):
+def main(cdef: str, out: str) -> None:
     ffi = cffi.FFI()
     ffi.cdef(pathlib.Path(cdef).read_text(encoding="utf-8"))
     ffi.set_source("tbq._ffi", '#include "tbq.h"\n#include "tbq-attention.h"\n#include "tbq-scan.h"')

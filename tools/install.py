@@ -12,6 +12,8 @@
 Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
 complete output goes to build/install.log.
 """
+from __future__ import annotations
+
 import ast
 import contextlib
 import fcntl
@@ -25,6 +27,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from types import FrameType, ModuleType
+from typing import TextIO
+
+from _cli import Failure, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOG = ROOT / "build" / "install.log"
@@ -39,11 +46,7 @@ DISK_BYTES = 1_500_000_000
 BYTES_PER_JOB = 1_300_000_000
 
 
-class Failure(Exception):
-    """An error whose text is the one line that the user sees."""
-
-
-def check_machine():
+def check_machine() -> None:
     if sys.version_info < (3, 10):
         raise Failure(f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]} "
                       "(make PYTHON=... names another)")
@@ -58,28 +61,28 @@ def check_machine():
         raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.1f} GB needed")
 
 
-def container():
+def container() -> ModuleType:
     """The package's module that knows a container's limits, which stands alone: the package is not installed yet."""
     spec = importlib.util.spec_from_file_location("limits", ROOT / "python" / "tbq" / "_limits.py")
+    assert spec is not None and spec.loader is not None  # a .py file has both
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def jobs(root=pathlib.Path("/")):
+def jobs(root: pathlib.Path = pathlib.Path("/")) -> int:
     """Compiler processes at once: one a core, fewer if memory is short.  root: of /proc and /sys."""
     limits = container()
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(count, math.ceil(limits.cpus(root) or count))
-    memory = [limits.memory(root)]
-    try:
-        memory.append(int(re.search(r"MemAvailable: +(\d+) kB", (root / "proc" / "meminfo").read_text())[1]) * 1024)
-    except (OSError, TypeError):
-        pass
+    memory: list[int | None] = [limits.memory(root)]
+    with contextlib.suppress(OSError):
+        available = re.search(r"MemAvailable: +(\d+) kB", (root / "proc" / "meminfo").read_text())
+        memory.append(int(available[1]) * 1024 if available else None)
     return max(1, min([count, *(size // BYTES_PER_JOB for size in memory if size)]))
 
 
-def build_dir():
+def build_dir() -> pathlib.Path | None:
     """CMake's folder of the last install, pyproject.toml's build-dir; None before the first one."""
     found = [path.parent for path in ROOT.glob("build/cp*/CMakeCache.txt")]
     return max(found, key=lambda folder: (folder / "CMakeCache.txt").stat().st_mtime, default=None)
@@ -91,12 +94,12 @@ def build_dir():
 class Progress:
     """Shows ninja's [n/m] as a percentage: on a terminal in place, elsewhere a line for each tenth."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
         self.shown = -1
         self.start = time.monotonic()
 
-    def line(self, text):
+    def line(self, text: str) -> None:
         step = re.match(r"\s*\[(\d+)/(\d+)\]", text)
         if not step or int(step[2]) < 20:
             return
@@ -109,12 +112,12 @@ class Progress:
             print(message, flush=True)
         self.shown = percent // 10
 
-    def end(self):
+    def end(self) -> None:
         if self.terminal and self.shown >= 0:
             print(flush=True)
 
 
-def run(command, log, extra=None):
+def run(command: Sequence[str | os.PathLike[str]], log: TextIO, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Runs a command with its output in the log; returns (exit status, output)."""
     log.write(f"\n$ {' '.join(map(str, command))}\n")
     lines = []
@@ -125,6 +128,7 @@ def run(command, log, extra=None):
                                errors="replace", stdin=subprocess.DEVNULL, start_new_session=True,
                                pass_fds=(log.fileno(),),
                                env={**os.environ, **(extra or {})})
+    assert process.stdout is not None  # a pipe
     try:
         for line in process.stdout:
             log.write(line)
@@ -141,7 +145,7 @@ def run(command, log, extra=None):
     return process.wait(), "".join(lines)
 
 
-def explain(output):
+def explain(output: str) -> str:
     """The one line, out of thousands, that says why a build failed."""
     for pattern, text in (
             (r"tbq: (?:CMake )?error: (.+)", "{0}"),
@@ -159,14 +163,14 @@ def explain(output):
     return "it failed"
 
 
-def step(number, text):
+def step(number: int, text: str) -> None:
     print(f"[{number}/3] {text}", flush=True)
 
 
 # --- the three steps --------------------------------------------------------------------------------------------
 
 
-def make_venv(venv, log):
+def make_venv(venv: pathlib.Path, log: TextIO) -> pathlib.Path:
     """Creates the environment, or again if an earlier attempt left half of one."""
     python = venv / "bin" / "python"
     if python.exists() and run([python, "-m", "pip", "--version"], log)[0] == 0:
@@ -180,17 +184,21 @@ def make_venv(venv, log):
     return python
 
 
-def requirements():
+def requirements() -> list[str]:
     """What builds the package: pyproject.toml's list."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return ast.literal_eval(re.search(r"(?m)^requires = (\[.*\])$", text)[1])
+    found = re.search(r"(?m)^requires = (\[.*\])$", text)
+    if not found:
+        raise Failure("pyproject.toml has no list `requires` on one line")
+    names: list[str] = ast.literal_eval(found[1])
+    return names
 
 
-def pip(python, arguments, log, extra=None):
+def pip(python: pathlib.Path, arguments: Sequence[str], log: TextIO, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
     return run([python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"], log, extra)
 
 
-def install_requirements(python, log):
+def install_requirements(python: pathlib.Path, log: TextIO) -> None:
     wanted = requirements()
     if pip(python, ["install", "--quiet", "--no-index", "--dry-run", *wanted], log)[0] == 0:
         return
@@ -200,20 +208,20 @@ def install_requirements(python, log):
         raise Failure(explain(output))
 
 
-def check_cuda():
+def check_cuda() -> None:
     """nvcc is looked for before an hour of work, and where CMake does: $CUDACXX, then $PATH."""
     compiler = os.environ.get("CUDACXX", "nvcc")
     if not shutil.which(compiler):
         raise Failure(f"no CUDA compiler ({compiler}); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
 
 
-def built_tools():
+def built_tools() -> bool:
     """Whether the last build had all programs; a server alone must not take them away."""
     folder = build_dir()
-    return bool(folder) and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+    return folder is not None and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
 
 
-def install_package(python, log, tools, cuda):
+def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) -> None:
     folder = build_dir()
     again = folder and (folder / "bin" / "llama-server").exists()
     what = "llama.cpp" if tools else "llama-server"
@@ -229,7 +237,7 @@ def install_package(python, log, tools, cuda):
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
 
 
-def install_test_requirements(python, log):
+def install_test_requirements(python: pathlib.Path, log: TextIO) -> None:
     """The extra `test` of the package that is installed."""
     wanted = "ggml-tbq[test]"
     if pip(python, ["install", "--quiet", "--no-index", "--dry-run", wanted], log)[0] == 0:
@@ -240,13 +248,13 @@ def install_test_requirements(python, log):
         raise Failure(explain(output))
 
 
-def environment(python):
+def environment(python: pathlib.Path) -> dict[str, str]:
     """CMake and ninja of the virtual environment, and how many compilers run at once."""
     return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
             "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))}
 
 
-def build_target(venv, log, target):
+def build_target(venv: pathlib.Path, log: TextIO, target: str) -> pathlib.Path:
     """Builds more in the folder of the last install; returns that folder."""
     folder = build_dir()
     if not folder:
@@ -258,7 +266,7 @@ def build_target(venv, log, target):
     return folder
 
 
-def mend_paths(venv):
+def mend_paths(venv: pathlib.Path) -> None:
     """Scripts name their Python, and activate its folder, by absolute paths: those of the folder where they were made."""
     before = f"{WHERE.read_text(encoding='utf-8')}/{venv.name}"
     print(f"This checkout was in {before.removesuffix('/' + venv.name)}: mending the paths in {venv.name}", flush=True)
@@ -272,7 +280,7 @@ def mend_paths(venv):
     WHERE.write_text(str(ROOT), encoding="utf-8")
 
 
-def mark(stamps, start):
+def mark(stamps: Sequence[pathlib.Path], start: float) -> None:
     """The time of a stamp is that of the start, so that an edit during the build is built by the next make."""
     for stamp in stamps:
         stamp.touch()
@@ -280,7 +288,7 @@ def mark(stamps, start):
     WHERE.write_text(str(ROOT), encoding="utf-8")
 
 
-def open_log():
+def open_log() -> TextIO:
     """The log, locked: two builds in one folder would break each other, so the second waits for the first."""
     LOG.parent.mkdir(exist_ok=True)
     log = open(LOG, "a", encoding="utf-8")
@@ -293,11 +301,11 @@ def open_log():
     return log
 
 
-def interrupt(*_):
+def interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main(venv, extra):
+def main(venv: pathlib.Path, extra: str | None) -> None:
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     with open_log() as log:
@@ -326,11 +334,4 @@ def main(venv, extra):
 
 
 if __name__ == "__main__":
-    try:
-        main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else None)
-    except Failure as failure:
-        sys.exit(f"error: {failure}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nerror: interrupted; the same command goes on from here")
+    run_main(lambda: main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2] if len(sys.argv) > 2 else None))

@@ -24,6 +24,8 @@ import sys
 import tarfile
 import tempfile
 
+from _cli import Failure, run_main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 DOWNLOADS = ROOT / "build" / "downloads"
@@ -31,10 +33,6 @@ STAMP = ".tbq-stamp"
 NO_FILE = "0" * 40
 # Bump when a change here must rebuild trees that are already prepared.
 LAYOUT = "1"
-
-
-class Failure(Exception):
-    """An error whose text is the one line that the user sees."""
 
 
 def say(text):
@@ -450,11 +448,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failure as failure:
-        sys.exit(f"error: {failure}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; run the same command again to continue")
+    run_main(main)

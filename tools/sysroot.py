@@ -14,8 +14,9 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
+
+from _cli import Failure, run_main
 
 PACKAGES = {
     "bullseye": ["libc6", "libc6-dev", "linux-libc-dev", "libcrypt-dev", "libcrypt1", "libgcc-s1", "libgcc-10-dev", "libstdc++6",
@@ -23,10 +24,6 @@ PACKAGES = {
     "bookworm": ["libssl-dev"],
 }
 STAMP = ".tbq-sysroot"
-
-
-class Failure(Exception):
-    """An error whose text is the one line that the user sees."""
 
 
 def mirror() -> str:
@@ -97,11 +94,8 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--arch", choices=["amd64", "arm64"], default="amd64")
     args = parser.parse_args()
-    try:
-        make(args.folder.absolute(), args.arch)
-    except (Failure, OSError) as error:
-        sys.exit(f"error: {error}")
+    make(args.folder.absolute(), args.arch)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

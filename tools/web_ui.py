@@ -17,13 +17,13 @@ from install import build_dir
 MINUTES = 15
 
 
-def run(command, folder, log, **environment):
+def run(command: list[str], folder: pathlib.Path, log: pathlib.Path, **environment: str) -> None:
     with open(log, "a", encoding="utf-8") as file:
         subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL, stdout=file,
                        stderr=subprocess.STDOUT, timeout=60 * MINUTES, env={**os.environ, **environment})
 
 
-def build(source, target):
+def build(source: pathlib.Path, target: pathlib.Path) -> None:
     """Builds beside target and renames: an interrupted build leaves nothing that looks complete."""
     log = target.parent / "npm.log"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as tmp:
@@ -37,14 +37,18 @@ def build(source, target):
         os.replace(dist, target)
 
 
-def main(folder):
+def main(folder: pathlib.Path) -> None:
     target = folder / "dist"
     if (target / "index.html").is_file():
         return
     if not shutil.which("npm"):
         print("No web UI: npm is not installed.  The API is not affected.", flush=True)
         return
-    source = build_dir() / "llama.cpp-src" / "tools" / "ui"
+    built = build_dir()
+    if built is None:
+        print("No web UI: llama.cpp is not built yet; make demo builds it.  The API is not affected.", flush=True)
+        return
+    source = built / "llama.cpp-src" / "tools" / "ui"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)

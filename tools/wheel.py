@@ -22,6 +22,8 @@ import sys
 import tarfile
 import zipfile
 
+from _cli import Failure, run_main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 DIST = ROOT / "dist"
@@ -34,10 +36,6 @@ CUDA_PACKAGES = ["nvidia-cuda-runtime", "nvidia-cublas"]
 
 _COMPILER_VARIABLES = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS",
                        "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
-
-
-class Failure(Exception):
-    """An error whose text is the one line that the user sees."""
 
 
 def say(text: str) -> None:
@@ -186,17 +184,14 @@ def main() -> None:
     parser.add_argument("--cuda", metavar="ARCHITECTURES", help="80;90, for example")
     parser.add_argument("--dist", action="store_true")
     args = parser.parse_args()
-    try:
-        pip("install", "--quiet", *TOOLS)
-        if args.dist:
-            dist()
-        elif args.cuda is not None:
-            cuda_wheel(args.cuda)
-        else:
-            cpu_wheel(args.arch)
-    except (Failure, OSError) as error:
-        sys.exit(f"error: {error}")
+    pip("install", "--quiet", *TOOLS)
+    if args.dist:
+        dist()
+    elif args.cuda is not None:
+        cuda_wheel(args.cuda)
+    else:
+        cpu_wheel(args.arch)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

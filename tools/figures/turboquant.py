@@ -1,7 +1,8 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Measures the distortions of TurboQuant and draws them beside the bounds: python -m tbq.turboquant.figures FOLDER.
+"""Measures the distortions of TurboQuant and draws them with the bounds: python tools/figures/turboquant.py FOLDER.
 
-The figures of the paper's section of experiments, of docs/turboquant.md.
+The figures of the paper's section of experiments, of docs/measurements/turboquant.md.
 """
 import argparse
 import io
@@ -17,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq import turboquant as tq
-from tbq._arguments import at_least_one
-from tbq._pictures import replace
+from tbq._files import replace
+from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError, one_line
 from tbq.programs.signals import interruptible
 from tbq.turboquant._checks import stream
@@ -265,8 +266,8 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tbq.turboquant.figures", description="measures distortions and draws them beside the bounds",
-                                     epilog="example: python -m tbq.turboquant.figures docs --model model.gguf")
+    parser = argparse.ArgumentParser(prog="turboquant.py", description="measures distortions and draws them with the bounds",
+                                     epilog="example: python tools/figures/turboquant.py docs --model model.gguf")
     parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="where turboquant-distortion.png and turboquant-bias.png go")
     parser.add_argument("--dim", type=at_least_one, default=1536, metavar="N", help="values of a vector (%(default)s; with --model, the model's)")
     parser.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="also measure on its token embeddings")
