@@ -5,20 +5,24 @@ SPEC: model; center: a file, or null; measure: a file to write the means to, or 
 first tokens and move the others forward before the last batch; context: fields of llama_context_params.
 OUT: float32 (tokens of the last batch, vocabulary).  Ends with status 3 if llama.cpp refuses the center.
 """
+
 import ctypes
 import json
 import sys
 
 import numpy as np
+from llama_cpp import llama_cpp as api
 
 import tbq.llama
-from llama_cpp import llama_cpp as api
 
 spec = json.load(open(sys.argv[1], encoding="utf-8"))
 rng = np.random.default_rng(7)
 lib = api._lib
 lib.llama_set_cache_center.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-lib.llama_cache_center_stats_init.argtypes, lib.llama_cache_center_stats_init.restype = [ctypes.c_void_p], ctypes.c_void_p
+lib.llama_cache_center_stats_init.argtypes, lib.llama_cache_center_stats_init.restype = (
+    [ctypes.c_void_p],
+    ctypes.c_void_p,
+)
 lib.llama_cache_center_stats_add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
 lib.llama_cache_center_stats_save.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p]
 
@@ -33,7 +37,10 @@ counting = ctypes.c_void_p()
 parameters = api.llama_context_default_params()
 parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 512 * sequences, 512, 512
 parameters.n_seq_max, parameters.kv_unified = sequences, spec.get("unified", True)
-parameters.type_k, parameters.type_v = tbq.llama.type_id(spec.get("type_k", "f32")), tbq.llama.type_id(spec.get("type_v", "f32"))
+parameters.type_k, parameters.type_v = (
+    tbq.llama.type_id(spec.get("type_k", "f32")),
+    tbq.llama.type_id(spec.get("type_v", "f32")),
+)
 parameters.flash_attn_type = 1 if spec.get("flash", True) else 0
 parameters.n_threads = parameters.n_threads_batch = 2
 for name, value in spec.get("context", {}).items():
@@ -54,9 +61,17 @@ def decode(tokens, start):
     for s in range(sequences):
         for i, token in enumerate(tokens):
             j = s * len(tokens) + i
-            batch.token[j], batch.pos[j], batch.n_seq_id[j], batch.seq_id[j][0], batch.logits[j] = (token + s) % n_vocab, start + i, 1, s, 1
+            batch.token[j], batch.pos[j], batch.n_seq_id[j], batch.seq_id[j][0], batch.logits[j] = (
+                (token + s) % n_vocab,
+                start + i,
+                1,
+                s,
+                1,
+            )
     assert api.llama_decode(context, batch) == 0, "decoding failed"
-    rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(context, i), (n_vocab,)).copy() for i in range(batch.n_tokens)]
+    rows = [
+        np.ctypeslib.as_array(api.llama_get_logits_ith(context, i), (n_vocab,)).copy() for i in range(batch.n_tokens)
+    ]
     api.llama_batch_free(batch)
     return np.stack(rows)
 

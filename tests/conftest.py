@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What several test files need.  Everything runs against the package that is installed, never against python/."""
+
 import importlib.util
 import json
 import os
@@ -34,8 +35,12 @@ install = script("install")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--model-d128", type=pathlib.Path, metavar="GGUF",
-                     help="a second model, with head size 128 and K biases; its tests are skipped without")
+    parser.addoption(
+        "--model-d128",
+        type=pathlib.Path,
+        metavar="GGUF",
+        help="a second model, with head size 128 and K biases; its tests are skipped without",
+    )
 
 
 def pytest_configure(config):

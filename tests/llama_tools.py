@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Run the patched llama.cpp's own programs and read what they print. Real processes only."""
+
 import json
 import os
 import re
@@ -15,8 +16,13 @@ TBQ = ("tbq4_0", "tbq3_0", "tbq2_0")
 
 # ggml type -> (values per block, bytes per block)
 BLOCK = {
-    "f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18),
-    "tbq4_0": (64, 34), "tbq3_0": (64, 26), "tbq2_0": (64, 18),
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "q8_0": (32, 34),
+    "q4_0": (32, 18),
+    "tbq4_0": (64, 34),
+    "tbq3_0": (64, 26),
+    "tbq2_0": (64, 18),
 }
 
 # SmolLM2-135M-Instruct
@@ -45,7 +51,16 @@ def cache_mib(type_name, n_ctx, layers=LAYERS, kv_heads=KV_HEADS, head=HEAD):
 def run(program, *args, ok=True, timeout=180, cwd=None):
     """Run to the end; stdout and stderr apart. With ok, a status other than 0 is a failure."""
     cmd = [str(program), *map(str, args)]
-    done = subprocess.run(cmd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, cwd=cwd, env=ENV)
+    done = subprocess.run(
+        cmd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        cwd=cwd,
+        env=ENV,
+    )
     if ok and done.returncode != 0:
         raise AssertionError(f"status {done.returncode}: {' '.join(cmd)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
@@ -60,32 +75,66 @@ def number(label, text):
 
 def complete(bin_dir, model, prompt, *args, n=16, n_ctx=256, **kw):
     """llama-completion on a raw prompt: (generated text, log). Level 4 shows libllama's own lines."""
-    done = run(Path(bin_dir) / "llama-completion", "-m", model, "-p", prompt, "-n", n, "-c", n_ctx,
-               "-no-cnv", "--no-display-prompt", "-lv", 4, *THREADS, *GREEDY, *args, **kw)
+    done = run(
+        Path(bin_dir) / "llama-completion",
+        "-m",
+        model,
+        "-p",
+        prompt,
+        "-n",
+        n,
+        "-c",
+        n_ctx,
+        "-no-cnv",
+        "--no-display-prompt",
+        "-lv",
+        4,
+        *THREADS,
+        *GREEDY,
+        *args,
+        **kw,
+    )
     return done.stdout.strip(), done.stderr + done.stdout
 
 
 def cache_line(log):
     """The start-up line about the cache, as a dict."""
-    m = re.search(r"llama_kv_cache: size = *([\d.]+) MiB \( *(\d+) cells, *(\d+) layers.*"
-                  r"K \((\w+)\): *([\d.]+) MiB, V \((\w+)\): *([\d.]+) MiB", log)
+    m = re.search(
+        r"llama_kv_cache: size = *([\d.]+) MiB \( *(\d+) cells, *(\d+) layers.*"
+        r"K \((\w+)\): *([\d.]+) MiB, V \((\w+)\): *([\d.]+) MiB",
+        log,
+    )
     assert m, f"no cache line in the log:\n{log[-3000:]}"
     size, cells, layers, k, k_mib, v, v_mib = m.groups()
-    return {"mib": float(size), "cells": int(cells), "layers": int(layers),
-            "k": k, "k_mib": float(k_mib), "v": v, "v_mib": float(v_mib)}
+    return {
+        "mib": float(size),
+        "cells": int(cells),
+        "layers": int(layers),
+        "k": k,
+        "k_mib": float(k_mib),
+        "v": v,
+        "v_mib": float(v_mib),
+    }
 
 
 def flash_attention_on(log):
     """Whether `-fa auto` ended at on. A quantized V decides it at once; otherwise the scheduler's probe does."""
-    return bool(re.search(r"enabling flash_attn since it is required for quantized V cache"
-                          r"|resolve_fused_ops: Flash Attention enabled", log))
+    return bool(
+        re.search(
+            r"enabling flash_attn since it is required for quantized V cache"
+            r"|resolve_fused_ops: Flash Attention enabled",
+            log,
+        )
+    )
 
 
 # -- perplexity ---------------------------------------------------------------------------------
 
+
 def python_text(path):
     """A text that every CPython carries: the language reference's topics, in alphabetical order."""
     from pydoc_data.topics import topics
+
     Path(path).write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
     return path
 
@@ -102,17 +151,27 @@ class Divergence:
         self.base_ppl = number("Final estimate: PPL", self._run(model, "-f", text, *args))
 
     def _run(self, model, *args):
-        done = run(self.program, "-m", model, "--kl-divergence-base", self.base, *self.size, *THREADS, *args, timeout=300)
+        done = run(
+            self.program, "-m", model, "--kl-divergence-base", self.base, *self.size, *THREADS, *args, timeout=300
+        )
         return done.stdout + done.stderr
 
     def __call__(self, k="f16", v="f16", *args, model=None):
         """Statistics of one K/V pair, or of another file of the same model: kld, kld_max, ppl, same_top (percent)."""
         out = self._run(model or self.model, "--kl-divergence", "-ctk", k, "-ctv", v, *args)
-        return {key: number(label, out) for key, label in (
-            ("kld", r"Mean +KLD"), ("kld_max", r"Maximum KLD"), ("ppl", r"Mean PPL\(Q\)"), ("same_top", r"Same top p"))}
+        return {
+            key: number(label, out)
+            for key, label in (
+                ("kld", r"Mean +KLD"),
+                ("kld_max", r"Maximum KLD"),
+                ("ppl", r"Mean PPL\(Q\)"),
+                ("same_top", r"Same top p"),
+            )
+        }
 
 
 # -- server -------------------------------------------------------------------------------------
+
 
 def free_port():
     with socket.socket() as s:
@@ -126,9 +185,31 @@ class Server:
     def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1):
         self.port, self.log_path = free_port(), Path(log)
         # No prompt cache in RAM and no batch-dependent reuse: what the test saves and restores is all there is.
-        self.cmd = [str(x) for x in (
-            Path(bin_dir) / "llama-server", "-m", model, "--host", "127.0.0.1", "--port", self.port, "-c", n_ctx,
-            "-np", slots, "--no-ui", "--no-warmup", "--cache-ram", 0, "-lv", 4, *THREADS, *GREEDY, *args)]
+        self.cmd = [
+            str(x)
+            for x in (
+                Path(bin_dir) / "llama-server",
+                "-m",
+                model,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                self.port,
+                "-c",
+                n_ctx,
+                "-np",
+                slots,
+                "--no-ui",
+                "--no-warmup",
+                "--cache-ram",
+                0,
+                "-lv",
+                4,
+                *THREADS,
+                *GREEDY,
+                *args,
+            )
+        ]
 
     def __enter__(self):
         self.out = open(self.log_path, "wb")
@@ -168,9 +249,11 @@ class Server:
 
     def request(self, path, body=None):
         """(status, parsed answer), whatever the status."""
-        req = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}",
-                                     None if body is None else json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+        req = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         try:
             with urllib.request.urlopen(req, timeout=120) as answer:
                 return answer.status, json.load(answer)
@@ -182,7 +265,9 @@ class Server:
 
     def complete(self, prompt, n=24, **body):
         """The answer of /completion; fails unless it is 200."""
-        status, answer = self.request("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "seed": 1, **body})
+        status, answer = self.request(
+            "/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "seed": 1, **body}
+        )
         assert status == 200, answer
         return answer
 
@@ -191,6 +276,7 @@ class Server:
 
 
 # -- tiny models ---------------------------------------------------------------------------------
+
 
 def write_gguf(path, fields, tensors):
     """A GGUF file. fields: {key: bool, int (u32), float (f32), str, or a list of str, float or int (i32)};
@@ -205,8 +291,12 @@ def write_gguf(path, fields, tensors):
         if isinstance(value, list):
             kind = 5 if isinstance(value[0], int) else kind_and_bytes(value[0])[0]
             return 9, struct.pack("<IQ", kind, len(value)) + b"".join(kind_and_bytes(x)[1] for x in value)
-        for of, kind, pack in ((bool, 7, lambda v: struct.pack("<B", v)), (int, 4, lambda v: struct.pack("<I", v)),
-                               (float, 6, lambda v: struct.pack("<f", v)), (str, 8, text)):
+        for of, kind, pack in (
+            (bool, 7, lambda v: struct.pack("<B", v)),
+            (int, 4, lambda v: struct.pack("<I", v)),
+            (float, 6, lambda v: struct.pack("<f", v)),
+            (str, 8, text),
+        ):
             if isinstance(value, of):
                 return kind, pack(value)
         raise TypeError(value)
@@ -216,7 +306,9 @@ def write_gguf(path, fields, tensors):
         kind, packed = kind_and_bytes(value)
         head.append(text(key) + struct.pack("<I", kind) + packed)
     for name, tensor in tensors.items():
-        kind, shape, raw = tensor if isinstance(tensor, tuple) else (0, tensor.shape, np.ascontiguousarray(tensor, "<f4").tobytes())
+        kind, shape, raw = (
+            tensor if isinstance(tensor, tuple) else (0, tensor.shape, np.ascontiguousarray(tensor, "<f4").tobytes())
+        )
         head.append(text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, len(data)))
         data += raw + bytes(-len(raw) % 32)
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(fields)) + b"".join(head)
@@ -229,20 +321,34 @@ def byte_tokenizer():
     llama-perplexity misreads its own file of logits when the vocabulary is odd."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "<unused>"]
     prefix = "tokenizer.ggml."
-    return {prefix + "model": "llama", prefix + "tokens": tokens, prefix + "scores": [0.0] * len(tokens),
-            prefix + "token_type": [2, 3, 3, *[6] * 256, 5],  # unknown, control, control, bytes, unused
-            prefix + "unknown_token_id": 0, prefix + "bos_token_id": 1, prefix + "eos_token_id": 2,
-            prefix + "add_space_prefix": False}
+    return {
+        prefix + "model": "llama",
+        prefix + "tokens": tokens,
+        prefix + "scores": [0.0] * len(tokens),
+        prefix + "token_type": [2, 3, 3, *[6] * 256, 5],  # unknown, control, control, bytes, unused
+        prefix + "unknown_token_id": 0,
+        prefix + "bos_token_id": 1,
+        prefix + "eos_token_id": 2,
+        prefix + "add_space_prefix": False,
+    }
 
 
 def write_random(path, arch, fields, layer, layers, embd, ff, seed):
     """A model of Gaussian float32 weights over the byte tokenizer; layer(add, ones, prefix) adds a block's attention
     and, unless it returns True, leaves a plain feed-forward network to us."""
     import numpy as np
+
     rng, tensors, tokenizer = np.random.default_rng(seed), {}, byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
-    fields = {"context_length": 2048, "embedding_length": embd, "block_count": layers, "feed_forward_length": ff,
-              "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5, **fields}
+    fields = {
+        "context_length": 2048,
+        "embedding_length": embd,
+        "block_count": layers,
+        "feed_forward_length": ff,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.layer_norm_epsilon": 1e-5,
+        **fields,
+    }
 
     def add(name, *shape, scale=1.0):
         tensors[f"{name}.weight"] = (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype("f4")
@@ -250,7 +356,7 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
     def ones(name, n=embd):
         tensors[f"{name}.weight"] = np.ones(n, "f4")
 
-    add("token_embd", vocab, embd, scale=embd ** 0.5)
+    add("token_embd", vocab, embd, scale=embd**0.5)
     add("output", vocab, embd, scale=3)
     ones("output_norm")
     if arch == "stablelm":
@@ -261,7 +367,9 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
             tensors[f"{b}.attn_norm.bias"] = tensors[f"{b}.ffn_norm.bias"] = np.zeros(embd, "f4")
         if not layer(add, ones, b):
             add(f"{b}.ffn_gate", ff, embd), add(f"{b}.ffn_up", ff, embd), add(f"{b}.ffn_down", embd, ff)
-    return write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, tensors)
+    return write_gguf(
+        path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in fields.items()}, **tokenizer}, tensors
+    )
 
 
 def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, experts=0, seed=1, arch="llama", rope=None):
@@ -270,9 +378,14 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
     The scales make attention matter: logits of a few units before the softmax and values that the residual stream
     does not drown, so that a cache read wrongly shows in the output.
     """
-    fields = {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "attention.key_length": head,
-              "attention.value_length": head, "rope.dimension_count": rope or head,
-              **({"expert_count": experts, "expert_used_count": 2} if experts else {})}
+    fields = {
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.dimension_count": rope or head,
+        **({"expert_count": experts, "expert_used_count": 2} if experts else {}),
+    }
 
     def layer(add, ones, b):
         add(f"{b}.attn_q", heads * head, embd, scale=2)
@@ -291,10 +404,20 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
 def tiny_mla(path, heads=4, layers=2, embd=256, ff=512, seed=1):
     """A random deepseek2 with latent attention: one KV head, keys of 576, the first 512 of which are the values."""
     lora_q, lora_kv, rope, k_mla, v_mla = 128, 512, 64, 192, 128
-    fields = {"attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": lora_kv + rope,
-              "attention.value_length": lora_kv, "attention.key_length_mla": k_mla, "attention.value_length_mla": v_mla,
-              "attention.q_lora_rank": lora_q, "attention.kv_lora_rank": lora_kv, "rope.dimension_count": rope,
-              "leading_dense_block_count": layers, "expert_feed_forward_length": ff, "expert_shared_count": 1}
+    fields = {
+        "attention.head_count": heads,
+        "attention.head_count_kv": 1,
+        "attention.key_length": lora_kv + rope,
+        "attention.value_length": lora_kv,
+        "attention.key_length_mla": k_mla,
+        "attention.value_length_mla": v_mla,
+        "attention.q_lora_rank": lora_q,
+        "attention.kv_lora_rank": lora_kv,
+        "rope.dimension_count": rope,
+        "leading_dense_block_count": layers,
+        "expert_feed_forward_length": ff,
+        "expert_shared_count": 1,
+    }
 
     def layer(add, ones, b):
         add(f"{b}.attn_q_a", lora_q, embd), ones(f"{b}.attn_q_a_norm", lora_q)

@@ -19,7 +19,13 @@ ROOT = HERE.parent
 @pytest.mark.parametrize("level", ["-O2", "-O3"])
 def test_tile_configuration_survives_optimization(build_dir, tmp_path, level):
     ggml = build_dir / "llama.cpp-src" / "ggml"
-    includes = [ggml / "src", ggml / "include", ggml / "src" / "ggml-cpu", ROOT / "ggml_tbq/include", ROOT / "ggml_tbq/ggml"]
+    includes = [
+        ggml / "src",
+        ggml / "include",
+        ggml / "src" / "ggml-cpu",
+        ROOT / "ggml_tbq/include",
+        ROOT / "ggml_tbq/ggml",
+    ]
     program = tmp_path / "tile_config"
     # the functions that the test does not reach may stay without the rest of ggml
     subprocess.run(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """llama-cpp-python, unchanged, on our libraries: one pin serves both."""
+
 import json
 import os
 import shutil
@@ -28,17 +29,24 @@ def bindings():
         shutil.rmtree(folder, ignore_errors=True)
         pin = script("patch_series")
         sdist = pin.fetch_sdist(pin.read_pin())
-        result = subprocess.run([sys.executable, "-m", "pip", "install", "--no-build-isolation", "--target", folder,
-                                 sdist], capture_output=True, text=True,
-                                env={**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
+        result = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--target", folder, sdist],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"},
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         (folder / "complete").touch()
     return folder
 
 
 def test_bindings(bindings, lib_dir, demo_model):
-    result = subprocess.run([sys.executable, "-c", SCRIPT, demo_model], capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(bindings), "LLAMA_CPP_LIB_PATH": str(lib_dir)})
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, demo_model],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(bindings), "LLAMA_CPP_LIB_PATH": str(lib_dir)},
+    )
     assert result.returncode == 0, result.stderr
     assert "K (tbq4_0):" in result.stderr and "V (tbq3_0):" in result.stderr
     assert "Paris" in json.loads(result.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Quantize and dequantize: against the NumPy oracle bit for bit, against the golden bytes, and every error."""
+
 import re
 import subprocess
 import sys
@@ -8,9 +9,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy_reference as reference
 import pytest
 
+import numpy_reference as reference
 import tbq
 from conftest import ROOT
 from tbq._ffi import ffi, lib
@@ -75,7 +76,12 @@ def quantize_centered(x, name, mean, weight):
     packed = np.empty((len(x), tbq.row_bytes(x.shape[1], name)), np.uint8)
     given = [ffi.NULL if a is None else ffi.cast("float *", ffi.from_buffer(a)) for a in (mean, weight)]
     for row, out in zip(x, packed):
-        assert lib.tbq_quantize_kv_centered(tbq.types[name].id, ffi.cast("float *", ffi.from_buffer(row)), *given, ffi.from_buffer(out), len(row)) == 0
+        assert (
+            lib.tbq_quantize_kv_centered(
+                tbq.types[name].id, ffi.cast("float *", ffi.from_buffer(row)), *given, ffi.from_buffer(out), len(row)
+            )
+            == 0
+        )
     return packed
 
 
@@ -83,15 +89,22 @@ def quantize_centered(x, name, mean, weight):
 def test_centered(name):
     """Keys less their mean, with weights for the channels: the oracle's bytes, and error where the weights are small."""
     rng = np.random.default_rng(3)
-    x, mean = rng.standard_normal((2, 600, 128)).astype(np.float32)[0], np.float32(3) * rng.standard_normal(128).astype(np.float32)
+    x, mean = (
+        rng.standard_normal((2, 600, 128)).astype(np.float32)[0],
+        np.float32(3) * rng.standard_normal(128).astype(np.float32),
+    )
     weight = np.repeat(np.exp(rng.standard_normal(64)).astype(np.float32), 2)
     for m, w in ((mean, weight), (mean, None), (None, weight)):
         packed = quantize_centered(x, name, m, w)
         np.testing.assert_array_equal(packed, reference.quantize(x, bits_of(name), True, m, w))
     np.testing.assert_array_equal(quantize_centered(x, name, None, None), tbq.quantize(x, name, kv=True))
-    np.testing.assert_array_equal(quantize_centered(x, name, None, weight), quantize_centered(x, name, None, 8 * weight))
-    error = {kind: np.square(tbq.dequantize(quantize_centered(x + mean, name, mean, w), name, x.shape) - x).mean(0)
-             for kind, w in (("even", np.ones(128, np.float32)), ("weighted", weight))}
+    np.testing.assert_array_equal(
+        quantize_centered(x, name, None, weight), quantize_centered(x, name, None, 8 * weight)
+    )
+    error = {
+        kind: np.square(tbq.dequantize(quantize_centered(x + mean, name, mean, w), name, x.shape) - x).mean(0)
+        for kind, w in (("even", np.ones(128, np.float32)), ("weighted", weight))
+    }
     assert (weight * error["weighted"]).sum() < 0.9 * (weight * error["even"]).sum()
 
 
@@ -123,8 +136,9 @@ def test_golden_bytes(name):
     golden = dict(line.rsplit(" ", 1) for line in reference.GOLDEN.read_text(encoding="utf-8").splitlines()[1:])
     for case, x in reference.golden_inputs().items():
         for encoder in ("plain", "kv"):
-            assert tbq.quantize(x, name, kv=encoder == "kv").tobytes().hex() == golden[f"{name} {encoder} {case}"], \
+            assert tbq.quantize(x, name, kv=encoder == "kv").tobytes().hex() == golden[f"{name} {encoder} {case}"], (
                 f"{case}, {encoder}; if the encoder was meant to change: python tests/numpy_reference.py"
+            )
 
 
 def test_golden_file_is_what_the_reference_writes():
@@ -145,7 +159,10 @@ def test_generated_header_is_current():
 
 def test_types():
     assert [(t.name, t.id, t.bits, t.bits_per_value, t.block_bytes) for t in tbq.types.values()] == [
-        ("tbq2_0", 642, 2, 2.25, 18), ("tbq3_0", 643, 3, 3.25, 26), ("tbq4_0", 644, 4, 4.25, 34)]
+        ("tbq2_0", 642, 2, 2.25, 18),
+        ("tbq3_0", 643, 3, 3.25, 26),
+        ("tbq4_0", 644, 4, 4.25, 34),
+    ]
     with pytest.raises(TypeError):
         tbq.types["tbq5_0"] = None
 
@@ -153,7 +170,9 @@ def test_types():
 @pytest.mark.parametrize("name", NAMES)
 def test_distortion_of_a_gaussian(name):
     x = np.random.default_rng(3).standard_normal((2000, 256)).astype(np.float32)
-    plain, kv = (np.mean((x - tbq.dequantize(tbq.quantize(x, name, kv=kv), name, x.shape)) ** 2) for kv in (False, True))
+    plain, kv = (
+        np.mean((x - tbq.dequantize(tbq.quantize(x, name, kv=kv), name, x.shape)) ** 2) for kv in (False, True)
+    )
     # The search fits the scale to each block and wins 5 to 27 % on the fixed quantizer.
     assert 0.7 * MAX_1960[name] < plain < 0.96 * MAX_1960[name]
     # Shaped error is larger in sum: 6 to 9 % were measured.
@@ -192,10 +211,18 @@ def test_dot(name):
         row = tbq.quantize(x, name)
         act = np.empty(lib.tbq_row_bytes(lib.TBQ_TYPE_TBQ8_ACT, values), np.uint8)
         result = ffi.new("float *")
-        assert lib.tbq_quantize(lib.TBQ_TYPE_TBQ8_ACT, ffi.from_buffer("float[]", y),
-                                ffi.from_buffer("char[]", act), values) == lib.TBQ_OK
-        assert lib.tbq_dot(tbq.types[name].id, ffi.from_buffer("char[]", row), ffi.from_buffer("char[]", act), values,
-                           result) == lib.TBQ_OK
+        assert (
+            lib.tbq_quantize(
+                lib.TBQ_TYPE_TBQ8_ACT, ffi.from_buffer("float[]", y), ffi.from_buffer("char[]", act), values
+            )
+            == lib.TBQ_OK
+        )
+        assert (
+            lib.tbq_dot(
+                tbq.types[name].id, ffi.from_buffer("char[]", row), ffi.from_buffer("char[]", act), values, result
+            )
+            == lib.TBQ_OK
+        )
         assert result[0] == reference.dot(row, bits_of(name), reference.quantize_act(y))
 
 
@@ -217,7 +244,7 @@ def test_shapes(name):
 def test_float16(name):
     # every finite half, in random order, blocks of one magnitude and blocks of all
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    every = every[np.isfinite(every)][:63488 // 64 * 64]
+    every = every[np.isfinite(every)][: 63488 // 64 * 64]
     for x in (every, np.random.default_rng(5).permutation(every), np.float16(np.nan) * every):
         packed = tbq.quantize(x, name)
         assert np.array_equal(packed, tbq.quantize(x.astype(np.float32), name))
@@ -253,6 +280,7 @@ def test_misaligned_bytes_and_read_only_memory():
 def test_nothing_is_copied():
     """The pointer that the library gets is the array's own."""
     from tbq import blocks
+
     x = np.zeros((2, 64), np.float32)
     assert int(ffi.cast("uintptr_t", blocks._pointer("float[]", x))) == x.ctypes.data
     data = b"\0" * 34
@@ -289,13 +317,20 @@ ERRORS = [
     (lambda: tbq.quantize(X.astype(">f4"), "tbq4_0"), "array has dtype >f4; it must be float32 or float16"),
     (lambda: tbq.quantize([[1, 2]], "tbq4_0"), "array has dtype int64; it must be float32 or float16"),
     (lambda: tbq.quantize(np.float32(1), "tbq4_0"), "array has no axis; its last axis must be a multiple of 64"),
-    (lambda: tbq.quantize(np.zeros((2, 80), np.float32), "tbq4_0"),
-     "array has shape (2, 80): its last axis is 80; it must be a multiple of 64"),
+    (
+        lambda: tbq.quantize(np.zeros((2, 80), np.float32), "tbq4_0"),
+        "array has shape (2, 80): its last axis is 80; it must be a multiple of 64",
+    ),
     (lambda: tbq.dequantize(PACKED, "tbq1_0", (2, 64)), "type 'tbq1_0' is not one of tbq2_0, tbq3_0, tbq4_0"),
     (lambda: tbq.dequantize(PACKED, "tbq4_0", (2, 64), np.float64), "dtype is float64; it must be float32 or float16"),
-    (lambda: tbq.dequantize(PACKED, "tbq4_0", (2, 80)),
-     "shape is (2, 80): its last axis is 80; it must be a multiple of 64"),
-    (lambda: tbq.dequantize(PACKED, "tbq4_0", (2, -64)), "shape is (2, -64); it must have at least one axis and none below 0"),
+    (
+        lambda: tbq.dequantize(PACKED, "tbq4_0", (2, 80)),
+        "shape is (2, 80): its last axis is 80; it must be a multiple of 64",
+    ),
+    (
+        lambda: tbq.dequantize(PACKED, "tbq4_0", (2, -64)),
+        "shape is (2, -64); it must have at least one axis and none below 0",
+    ),
     (lambda: tbq.dequantize(PACKED, "tbq4_0", ()), "shape is (); it must have at least one axis and none below 0"),
     (lambda: tbq.dequantize(PACKED, "tbq4_0", (2.0, 64)), "shape is (2.0, 64); it must be a tuple of integers"),
     (lambda: tbq.dequantize(PACKED, "tbq4_0", None), "shape is None; it must be a tuple of integers"),
@@ -323,8 +358,9 @@ def test_error(call, message):
 
 
 def exported(path, *options):
-    out = subprocess.run(["nm", *options, "--extern-only", "--defined-only", str(path)], check=True,
-                         capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["nm", *options, "--extern-only", "--defined-only", str(path)], check=True, capture_output=True, text=True
+    ).stdout
     return {line.split()[-1] for line in out.splitlines() if len(line.split()) == 3}
 
 
@@ -351,4 +387,5 @@ def test_symbols_have_our_prefix(build_dir):
 @pytest.mark.skipif(sys.platform != "linux", reason="nm -D is about ELF")
 def test_module_exports_one_symbol():
     import tbq._ffi
+
     assert exported(tbq._ffi.__file__, "-D") == {"PyInit__ffi"}

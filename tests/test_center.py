@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Centred keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
+
 import json
 import math
 import re
@@ -14,10 +15,10 @@ import pytest
 
 import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
-from tbq.kv_cache.settings import measured_over
-from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
 from tbq.kv_cache.calibrate import Scratch, calibrate, center_file_for, center_of_model
-from test_plan import POST, attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, qwen2, write_model
+from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
+from tbq.kv_cache.settings import measured_over
+from test_plan import attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, write_model
 
 HERE = Path(__file__).parent
 
@@ -28,8 +29,19 @@ HERE = Path(__file__).parent
 def biased(path, arch="qwen2", size=64, **fields):
     """Keys with biases as large as the keys: their mean is large whatever RoPE does to slow channels."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", 2), ("k", 1), ("v", 1))}
-    write_model(path, arch, 2, lambda i: attention(2, 1, size, 2 * size) | biases, embd=2 * size, heads=2, kv_heads=1, size=size, **fields)
+    write_model(
+        path,
+        arch,
+        2,
+        lambda i: attention(2, 1, size, 2 * size) | biases,
+        embd=2 * size,
+        heads=2,
+        kv_heads=1,
+        size=size,
+        **fields,
+    )
     import gguf
+
     reader = gguf.GGUFReader(path, "r+")
     for tensor in reader.tensors:
         if tensor.name.endswith("attn_k.bias"):
@@ -44,27 +56,63 @@ def partial_rope(path):
 
 
 def yarn(path):
-    return biased(path, rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=64)
+    return biased(
+        path, rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=64
+    )
 
 
 def no_rope(path):
     """Positions are added to the embeddings, as in gpt2."""
-    def layer(i):
-        return {"attn_norm.bias": (128,), "attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,), "attn_output.weight": (128, 128), "attn_output.bias": (128,),
-                "ffn_norm.bias": (128,), "ffn_up.bias": (64,), "ffn_down.bias": (128,), "ffn_gate.weight": None}
 
-    return write_model(path, "gpt2", 2, layer, tied=True, more={"position_embd.weight": (4096, 128), "output_norm.bias": (128,)},
-                       attention__layer_norm_epsilon=1e-5)
+    def layer(i):
+        return {
+            "attn_norm.bias": (128,),
+            "attn_qkv.weight": (384, 128),
+            "attn_qkv.bias": (384,),
+            "attn_output.weight": (128, 128),
+            "attn_output.bias": (128,),
+            "ffn_norm.bias": (128,),
+            "ffn_up.bias": (64,),
+            "ffn_down.bias": (128,),
+            "ffn_gate.weight": None,
+        }
+
+    return write_model(
+        path,
+        "gpt2",
+        2,
+        layer,
+        tied=True,
+        more={"position_embd.weight": (4096, 128), "output_norm.bias": (128,)},
+        attention__layer_norm_epsilon=1e-5,
+    )
 
 
 def alibi(path):
     """bloom: biases by distance instead of RoPE."""
-    def layer(i):
-        return {"attn_norm.bias": (128,), "attn_qkv.weight": (384, 128), "attn_qkv.bias": (384,), "attn_output.weight": (128, 128), "attn_output.bias": (128,),
-                "ffn_norm.bias": (128,), "ffn_up.bias": (64,), "ffn_down.bias": (128,), "ffn_gate.weight": None}
 
-    return write_model(path, "bloom", 2, layer, tied=True, more={"token_embd_norm.weight": (128,), "token_embd_norm.bias": (128,), "output_norm.bias": (128,)},
-                       attention__layer_norm_epsilon=1e-5)
+    def layer(i):
+        return {
+            "attn_norm.bias": (128,),
+            "attn_qkv.weight": (384, 128),
+            "attn_qkv.bias": (384,),
+            "attn_output.weight": (128, 128),
+            "attn_output.bias": (128,),
+            "ffn_norm.bias": (128,),
+            "ffn_up.bias": (64,),
+            "ffn_down.bias": (128,),
+            "ffn_gate.weight": None,
+        }
+
+    return write_model(
+        path,
+        "bloom",
+        2,
+        layer,
+        tied=True,
+        more={"token_embd_norm.weight": (128,), "token_embd_norm.bias": (128,), "output_norm.bias": (128,)},
+        attention__layer_norm_epsilon=1e-5,
+    )
 
 
 def m_rope(path):
@@ -72,9 +120,18 @@ def m_rope(path):
 
 
 EXACT = {
-    "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2), "llama-h80": lambda path: tiny_llama(path, 80),
-    "K biases": biased, "partial RoPE": partial_rope, "YaRN": yarn, "no RoPE": no_rope, "ALiBi": alibi, "M-RoPE": m_rope,
-    "windows": gemma3, "windows of other heads, shared caches": gemma4, "layers without a cache": gemma3n, "convolutions": lfm2,
+    "llama": lambda path: tiny_llama(path, 64, heads=4, kv_heads=2),
+    "llama-h80": lambda path: tiny_llama(path, 80),
+    "K biases": biased,
+    "partial RoPE": partial_rope,
+    "YaRN": yarn,
+    "no RoPE": no_rope,
+    "ALiBi": alibi,
+    "M-RoPE": m_rope,
+    "windows": gemma3,
+    "windows of other heads, shared caches": gemma4,
+    "layers without a cache": gemma3n,
+    "convolutions": lfm2,
     "heads by layer": openelm,
 }
 
@@ -99,8 +156,12 @@ class Logits:
     def __call__(self, model, status=0, **spec):
         self.count += 1
         wish, out = self.folder / f"{self.count}.json", self.folder / f"{self.count}.npy"
-        wish.write_text(json.dumps({"model": str(model), **{k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}}))
-        done = subprocess.run([sys.executable, HERE / "center_logits.py", wish, out], capture_output=True, text=True, env=ENV, timeout=180)
+        wish.write_text(
+            json.dumps({"model": str(model), **{k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}})
+        )
+        done = subprocess.run(
+            [sys.executable, HERE / "center_logits.py", wish, out], capture_output=True, text=True, env=ENV, timeout=180
+        )
         assert done.returncode == status, done.stderr[-3000:]
         self.log = done.stderr
         return np.load(out) if out.exists() else None
@@ -129,6 +190,7 @@ def nudge(model):
     path = model.with_suffix(".nudged.gguf")
     if not path.exists():
         import gguf
+
         shutil.copy(model, path)
         reader, rng = gguf.GGUFReader(path, "r+"), np.random.default_rng(5)
         for tensor in reader.tensors:
@@ -148,7 +210,9 @@ def test_attention_does_not_notice(kind, made, logits, tmp_path):
     assert "keys are stored less their means" in logits.log
     # and it is subtracted: keys of 4 bits are others
     if "h80" not in kind:
-        assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(plain, nudged)
+        assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(
+            plain, nudged
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "K biases", "partial RoPE", "YaRN", "windows", "no RoPE"])
@@ -172,7 +236,9 @@ def test_shift_of_quantized_keys(made, logits, tmp_path):
     logits(model, measure=center)
     exact = logits(model, shift=16)
     for type_k in ("tbq4_0", "q4_0", "q8_0"):
-        plain, centered = (difference(exact[96:], logits(model, shift=16, type_k=type_k, center=c)[96:]) for c in (None, center))
+        plain, centered = (
+            difference(exact[96:], logits(model, shift=16, type_k=type_k, center=c)[96:]) for c in (None, center)
+        )
         assert centered < plain
 
 
@@ -214,8 +280,24 @@ def demo_center(demo_model, tmp_path_factory):
 
 
 def refused(bin_dir, model, center, *args):
-    done = run(bin_dir / "llama-perplexity", "-m", model, "-f", __file__, "-c", 256, "--cache-center", center, "-ctk", "tbq4_0", "-ctv", "tbq4_0", *THREADS,
-               *args, ok=False)
+    done = run(
+        bin_dir / "llama-perplexity",
+        "-m",
+        model,
+        "-f",
+        __file__,
+        "-c",
+        256,
+        "--cache-center",
+        center,
+        "-ctk",
+        "tbq4_0",
+        "-ctv",
+        "tbq4_0",
+        *THREADS,
+        *args,
+        ok=False,
+    )
     assert done.returncode == 1
     return done.stdout + done.stderr
 
@@ -224,7 +306,11 @@ def test_another_model_or_rope(bin_dir, demo_model, demo_center, made, logits):
     model = made(biased, "K biases")
     logits(model, center=demo_center, status=3)
     assert "was measured on another model (llama, tensors" in logits.log and "this one is qwen2" in logits.log
-    for options in (("--rope-freq-base", 50000), ("--rope-freq-scale", 0.5), ("--rope-scaling", "yarn", "--rope-scale", 2)):
+    for options in (
+        ("--rope-freq-base", 50000),
+        ("--rope-freq-scale", 0.5),
+        ("--rope-scaling", "yarn", "--rope-scale", 2),
+    ):
         assert "was measured with another RoPE" in refused(bin_dir, demo_model, demo_center, *options)
 
 
@@ -257,16 +343,28 @@ def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, demo_cent
 def rewrite(source, target, change, rehash=True):
     """A center with its entries and tensors changed, and with the hash of that unless it is to stay."""
     import gguf
+
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "none")
-    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith(("cache_center", "general.type"))}
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(("cache_center", "general.type"))
+    }
     tensors = {t.name: np.array(t.data) for t in reader.tensors}
     change(fields, tensors)
     if rehash:
         layers = fields["cache_center.layers"]
-        means, energies = ({il: np.atleast_2d(tensors[f"blk.{il}.{what}"]) for il in layers if f"blk.{il}.{what}" in tensors} for what in ("attn_k.center", "attn_q.energy"))
-        center = Center(*(fields[f"cache_center.{key}"] for key in ("model", "architecture", "n_ctx", "n_tokens", "hash")), means, energies,
-                        dict(zip(layers, fields["cache_center.share"])))
+        means, energies = (
+            {il: np.atleast_2d(tensors[f"blk.{il}.{what}"]) for il in layers if f"blk.{il}.{what}" in tensors}
+            for what in ("attn_k.center", "attn_q.energy")
+        )
+        center = Center(
+            *(fields[f"cache_center.{key}"] for key in ("model", "architecture", "n_ctx", "n_tokens", "hash")),
+            means,
+            energies,
+            dict(zip(layers, fields["cache_center.share"])),
+        )
         fields["cache_center.hash"] = _hash(center, fields["cache_center.rope"], fields["cache_center.rope_factors"])
     for name, value in fields.items():
         if isinstance(value, str):
@@ -299,7 +397,7 @@ def test_damage(made, logits, tmp_path):
     for i in range(400):
         broken = bytearray(data)
         if i % 4 == 0:
-            broken = broken[:rng.integers(0, len(data))]
+            broken = broken[: rng.integers(0, len(data))]
         else:
             broken[rng.integers(0, len(data))] ^= 1 << rng.integers(0, 8)
         bad.write_bytes(broken)
@@ -322,11 +420,16 @@ def logits_status(path):
 
 
 REFUSED = {
-    "tensor missing": (False, "the means of layer 1 are missing"), "hash": (False, "its contents have another hash"),
-    "version": (False, "is of a newer version"), "key": (False, r"\(cache_center.rope is missing\)"),
-    "layer missing": (True, "has no means for layer 1"), "layer too many": (True, "has means for 3 layers, the cache 2"),
-    "heads": (True, "layer 1 has 2 heads of 32 there and 1 of 64 here"), "nan": (True, "the means of layer 1 are not finite"),
-    "negative energy": (True, "the means of layer 1 are not finite"), "rope": (True, "was measured with another RoPE"),
+    "tensor missing": (False, "the means of layer 1 are missing"),
+    "hash": (False, "its contents have another hash"),
+    "version": (False, "is of a newer version"),
+    "key": (False, r"\(cache_center.rope is missing\)"),
+    "layer missing": (True, "has no means for layer 1"),
+    "layer too many": (True, "has means for 3 layers, the cache 2"),
+    "heads": (True, "layer 1 has 2 heads of 32 there and 1 of 64 here"),
+    "nan": (True, "the means of layer 1 are not finite"),
+    "negative energy": (True, "the means of layer 1 are not finite"),
+    "rope": (True, "was measured with another RoPE"),
     "model": (True, "was measured on another model"),
 }
 
@@ -377,13 +480,14 @@ def test_named_refusals(what, made, logits, tmp_path):
 def test_sizes_that_no_memory_holds(made, logits, tmp_path):
     """A shape that a flipped bit makes huge: refused before memory is asked for."""
     import gguf
+
     model, center, bad = made(biased, "K biases"), tmp_path / "center.gguf", tmp_path / "bad.gguf"
     logits(model, measure=center)
     data = bytearray(center.read_bytes())
     at = data.index(b"blk.1.attn_k.center") + len("blk.1.attn_k.center") + 4
-    assert int.from_bytes(data[at:at + 8], "little") == 64
+    assert int.from_bytes(data[at : at + 8], "little") == 64
     for bit in (20, 36, 44):
-        data[at:at + 8] = (64 | 1 << bit).to_bytes(8, "little")
+        data[at : at + 8] = (64 | 1 << bit).to_bytes(8, "little")
         bad.write_bytes(data)
         logits(model, center=bad, status=3)
         with pytest.raises(tbq.TBQError):
@@ -405,7 +509,9 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
     calibrate(demo_model, other, 2048, chunks=2)
     hashes = {}
     for name, center in (("none", None), ("a", demo_center), ("b", other)):
-        with Server(bin_dir, demo_model, tmp_path / "log", *args, *(["--cache-center", center] if center else [])) as server:
+        with Server(
+            bin_dir, demo_model, tmp_path / "log", *args, *(["--cache-center", center] if center else [])
+        ) as server:
             server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=4)
             assert server.slot("save", f"{name}.bin")[0] == 200
             hashes[name] = read_center(center).hash[:12] if center else "none"
@@ -413,16 +519,20 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
                 status, answer = server.slot("restore", f"{there}.bin")
                 assert status == (200 if there == name else 400), answer
                 if there != name:  # the answer says it, not only the log
-                    assert answer["error"]["message"].endswith("this state was saved with a different calibration file "
-                                                               f"(hash {saved}; this context: {hashes[name]})")
+                    assert answer["error"]["message"].endswith(
+                        "this state was saved with a different calibration file "
+                        f"(hash {saved}; this context: {hashes[name]})"
+                    )
     # a hash that is none does not reach an answer
     data = bytearray((tmp_path / "b.bin").read_bytes())
     at = data.index(read_center(other).hash.encode())
-    data[at:at + 4] = b"\xff\n\0\x80"
+    data[at : at + 4] = b"\xff\n\0\x80"
     (tmp_path / "b.bin").write_bytes(data)
     with Server(bin_dir, demo_model, tmp_path / "log", *args, "--cache-center", other) as server:
         status, answer = server.slot("restore", "b.bin")
-        assert status == 400 and answer["error"]["message"].endswith("the hash of the calibration file that this state names is corrupt")
+        assert status == 400 and answer["error"]["message"].endswith(
+            "the hash of the calibration file that this state names is corrupt"
+        )
 
 
 def fall_asleep(server, times):
@@ -442,7 +552,9 @@ def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center,
     args = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--cache-center", file, "--sleep-idle-seconds", 1)
     with Server(bin_dir, demo_model, tmp_path / "log", *args) as server:
         first = server.complete(prompt, n=8)["content"]
-        for times, change in enumerate((lambda: other.replace(file), file.unlink, lambda: file.write_bytes(b"GGUF")), 1):
+        for times, change in enumerate(
+            (lambda: other.replace(file), file.unlink, lambda: file.write_bytes(b"GGUF")), 1
+        ):
             fall_asleep(server, times)
             change()
             assert server.complete(prompt, n=8)["content"] == first
@@ -468,12 +580,29 @@ def test_a_full_disk_costs_no_center(demo_model, bin_dir, demo_center, tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
     size = -(-demo_center.stat().st_size * 3 // 2 // 4096) * 4096
-    if (done := subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)).returncode != 0:
+    if (
+        done := subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True
+        )
+    ).returncode != 0:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
     try:
         shutil.copyfile(demo_center, disk / "center.gguf")
-        done = run(bin_dir / "llama-cache-center", "-m", demo_model, "-f", python_text(tmp_path / "text"), "-c", 512, "--chunks", 1,
-                   "-o", disk / "center.gguf", *THREADS, ok=False)
+        done = run(
+            bin_dir / "llama-cache-center",
+            "-m",
+            demo_model,
+            "-f",
+            python_text(tmp_path / "text"),
+            "-c",
+            512,
+            "--chunks",
+            1,
+            "-o",
+            disk / "center.gguf",
+            *THREADS,
+            ok=False,
+        )
         assert done.returncode == 1 and f"error: {disk / 'center.gguf'} was not written" in done.stderr
         assert [p.name for p in disk.iterdir()] == ["center.gguf"]
         assert (disk / "center.gguf").read_bytes() == demo_center.read_bytes()
@@ -491,11 +620,18 @@ def test_calibration_is_deterministic(demo_model, demo_center, tmp_path):
 
 def test_what_it_says(demo_model, tmp_path):
     """The command: a table by layer and length, a file of a few KB for the model, and nothing else in the folder."""
-    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "2048", "--chunks", "8"], cwd=tmp_path, capture_output=True,
-                          text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "2048", "--chunks", "8"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert done.returncode == 0, done.stderr
     rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines() if re.match(r" +\d+ +\d", line)]
-    assert len(rows) == 30 and all(len(row) == 5 and 0 < row[4] < row[1] < 1 for row in rows)  # longer contexts average more away
+    assert len(rows) == 30 and all(
+        len(row) == 5 and 0 < row[4] < row[1] < 1 for row in rows
+    )  # longer contexts average more away
     assert [p.name for p in tmp_path.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.center.gguf"]
     center = read_center(next(tmp_path.iterdir()))
     assert (center.architecture, center.context, len(center.means)) == ("llama", 2048, 30)
@@ -507,6 +643,7 @@ def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
     """Of a model whose keys are their biases: nothing else is left of them, and the slow channels' stay."""
     model = made(lambda path: biased(path, rope__freq_base=1e12), "slow")
     import gguf
+
     reader = gguf.GGUFReader(model, "r+")
     for tensor in reader.tensors:
         if tensor.name.endswith("attn_k.weight"):
@@ -519,18 +656,34 @@ def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
     np.testing.assert_allclose(mean[slow], bias[slow], atol=0.1)
 
 
-@pytest.mark.parametrize("arguments,why", [
-    (["missing.gguf"], "missing.gguf"), (["MODEL", "--ctx", "0"], "at least 1"), (["MODEL", "--ctx", "4"], "too short"), (["MODEL", "--text", "short.txt"], "tokens"),
-    (["MODEL", "-o", "MODEL"], "is the model itself"), (["MODEL", "--text", "short.txt", "-o", "short.txt"], "is the text itself"),
-    (["MODEL", "-o", "none/x.gguf"], "not a folder"), (["MODEL", "-o", "."], "is a folder"), (["short.txt"], "short.txt"), (["MODEL", "--text", "none.txt"], "none.txt"), (["MODEL", "--text", "short.txt"], "text 'short.txt' is too short: it has 2 tokens, a chunk takes 128"),
-    (["MODEL", "--text", "empty.txt"], "text 'empty.txt' is empty"), (["MODEL", "--text", "blank.txt"], "text 'blank.txt' is empty"),
-    (["MODEL", "--text", "latin.txt"], "text 'latin.txt' is not UTF-8 (byte 3)"), (["MODEL", "--text", "."], "text '.' cannot be read (Is a directory)")])
+@pytest.mark.parametrize(
+    "arguments,why",
+    [
+        (["missing.gguf"], "missing.gguf"),
+        (["MODEL", "--ctx", "0"], "at least 1"),
+        (["MODEL", "--ctx", "4"], "too short"),
+        (["MODEL", "--text", "short.txt"], "tokens"),
+        (["MODEL", "-o", "MODEL"], "is the model itself"),
+        (["MODEL", "--text", "short.txt", "-o", "short.txt"], "is the text itself"),
+        (["MODEL", "-o", "none/x.gguf"], "not a folder"),
+        (["MODEL", "-o", "."], "is a folder"),
+        (["short.txt"], "short.txt"),
+        (["MODEL", "--text", "none.txt"], "none.txt"),
+        (["MODEL", "--text", "short.txt"], "text 'short.txt' is too short: it has 2 tokens, a chunk takes 128"),
+        (["MODEL", "--text", "empty.txt"], "text 'empty.txt' is empty"),
+        (["MODEL", "--text", "blank.txt"], "text 'blank.txt' is empty"),
+        (["MODEL", "--text", "latin.txt"], "text 'latin.txt' is not UTF-8 (byte 3)"),
+        (["MODEL", "--text", "."], "text '.' cannot be read (Is a directory)"),
+    ],
+)
 def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
     texts = {"short.txt": b"too short", "empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": b"caf\xe9"}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text)
     command = [str(demo_model) if a == "MODEL" else a for a in arguments]
-    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", *command], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-m", "tbq", "calibrate", *command], cwd=tmp_path, capture_output=True, text=True, env=ENV
+    )
     assert done.returncode == 2 and not done.stdout
     line = done.stderr.strip().splitlines()[-1]
     assert "error: " in line and why in line, done.stderr
@@ -539,8 +692,28 @@ def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
 
 def test_options_after_others(demo_model, tmp_path):
     """-- and options of llama.cpp, behind ours."""
-    done = subprocess.run([sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "1024", "--chunks", "1", "-o", "out.gguf", "--", "--rope-freq-base", "5000"],
-                          cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tbq",
+            "calibrate",
+            demo_model,
+            "--ctx",
+            "1024",
+            "--chunks",
+            "1",
+            "-o",
+            "out.gguf",
+            "--",
+            "--rope-freq-base",
+            "5000",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert done.returncode == 0, done.stderr
     calibrate(demo_model, tmp_path / "same.gguf", 1024, chunks=1, options=["--rope-freq-base", "5000"])
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
@@ -549,7 +722,11 @@ def test_options_after_others(demo_model, tmp_path):
 def test_texts(demo_model, tmp_path):
     """Of bytes or of a file."""
     (tmp_path / "text").write_bytes(b"Words and numbers, 123. " * 100)
-    for name, text in (("a", tmp_path / "text"), ("b", str(tmp_path / "text")), ("c", (tmp_path / "text").read_bytes())):
+    for name, text in (
+        ("a", tmp_path / "text"),
+        ("b", str(tmp_path / "text")),
+        ("c", (tmp_path / "text").read_bytes()),
+    ):
         calibrate(demo_model, tmp_path / name, 512, text=text, chunks=1)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
     with pytest.raises(tbq.TBQError, match="the text is empty"):
@@ -562,7 +739,11 @@ def test_texts(demo_model, tmp_path):
 def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
     """On a text unlike the calibration's; docs/measurements/quality.md has the figures of more of it."""
     text = tmp_path / "text"
-    text.write_text("".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").glob("*.md"))))
+    text.write_text(
+        "".join(
+            path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").glob("*.md"))
+        )
+    )
     divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)
     for k in ("tbq4_0", "tbq2_0", "q4_0"):
         plain, centered = (divergence(k, "f16", *args)["kld"] for args in ((), ("--cache-center", demo_center)))
@@ -575,7 +756,9 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
 def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
     """One measuring for a model and a length; a damaged file is measured again; a folder that cannot be written is no center."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)  # byte by byte, the whole takes half a minute
+    monkeypatch.setattr(
+        "tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400
+    )  # byte by byte, the whole takes half a minute
     model, said = made(biased, "K biases"), []
     first = center_of_model(model, 1000, say=said.append)
     assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]
@@ -583,7 +766,10 @@ def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
     assert center_of_model(model, 2048, say=said.append) == first and len(said) == 1  # one for a range of contexts
     longer = ["--rope-scaling", "yarn", "--rope-scale", "4"]  # 4096 tokens are 16384 then
     assert center_of_model(model, 16384, say=said.append) == first and len(said) == 1
-    assert read_center(center_of_model(model, 16384, longer, said.append)).context > read_center(first).context and len(said) == 2
+    assert (
+        read_center(center_of_model(model, 16384, longer, said.append)).context > read_center(first).context
+        and len(said) == 2
+    )
     assert center_of_model(model, 1024, ["--rope-freq-base", "123"], said.append) != first and len(said) == 3
     good = first.read_bytes()
     first.write_bytes(good[:-1])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The command tbq, and what `tbq paths` promises about the installation."""
+
 import json
 import pathlib
 import subprocess
@@ -66,8 +67,9 @@ def test_nothing_points_into_the_build_folder(bin_dir, lib_dir):
         out = subprocess.run(["ldd", path], capture_output=True, text=True).stdout
         assert "not found" not in out, f"{path.name}: {out}"
         assert str(ROOT / "build") not in out, f"{path.name}: {out}"
-        assert str(ROOT / "build").encode() not in subprocess.run(
-            ["readelf", "-d", path], capture_output=True).stdout, path.name
+        assert (
+            str(ROOT / "build").encode() not in subprocess.run(["readelf", "-d", path], capture_output=True).stdout
+        ), path.name
 
 
 def test_libraries_for_the_bindings(lib_dir):
@@ -87,8 +89,12 @@ def test_unknown_program():
 
 def test_demo(demo_model):
     """What `make demo` prints after the build."""
-    out = subprocess.run([sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent], capture_output=True,
-                         text=True, timeout=300)
+    out = subprocess.run(
+        [sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     assert "Paris" in out.stdout
     assert "K tbq4_0, V tbq4_0" in out.stdout
@@ -97,26 +103,35 @@ def test_demo(demo_model):
 
 def test_demo_port_taken(demo_model):
     import socket
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         port = s.getsockname()[1]
-        out = subprocess.run([sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent, "--serve", "--port",
-                              str(port)], capture_output=True, text=True, timeout=60)
+        out = subprocess.run(
+            [sys.executable, "-m", "tbq.cli.demo", "--cache", demo_model.parent, "--serve", "--port", str(port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert out.returncode != 0 and out.stdout == ""
-    assert out.stderr.strip() == f"error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"
+    assert (
+        out.stderr.strip()
+        == f"error: port {port} of 127.0.0.1 cannot be used (Address already in use); name another one"
+    )
 
 
 def test_server_is_stopped_after_an_error(demo_model):
     with pytest.raises(tbq.TBQError, match="llama-server ended with status"):
         with tbq.Server(demo_model, "tbq4_0", options=["--no-such-option"]):
             pass
-    with pytest.raises(RuntimeError):
-        with tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
-            raise RuntimeError
+    with pytest.raises(RuntimeError), tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
+        raise RuntimeError
     assert server.process.poll() is not None
 
 
 def test_nobody_reads_the_rest(demo_model):
-    done = subprocess.run(f'"{sys.executable}" -m tbq inspect "{demo_model}" | head -1', shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f'"{sys.executable}" -m tbq inspect "{demo_model}" | head -1', shell=True, capture_output=True, text=True
+    )
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq convert` and tbq.convert(), beside llama-quantize on the same files: the same bytes in every tensor."""
+
 import re
 import resource
 import signal
@@ -14,14 +15,17 @@ import pytest
 import tbq
 from llama_tools import ENV, TBQ, number, python_text, tiny_llama, write_gguf
 from llama_tools import run as run_program
-from tbq.gguf_files import codecs, rules as type_rules
+from tbq.gguf_files import codecs
+from tbq.gguf_files import rules as type_rules
 from tbq.gguf_files.reader import FORMAT_KEY, open_gguf
 
 GGML = gguf.GGMLQuantizationType
 
 
 def cli(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "tbq", "convert", *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "tbq", "convert", *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 def refused(done, message):
@@ -72,17 +76,36 @@ def test_real_model(bin_dir, f16, tmp_path):
     """Bytes, and so perplexity; and what the metadata becomes."""
     done = cli(f16, tmp_path / "ours.gguf", "--type", "tbq4_0")
     assert done.returncode == 0, done.stderr
-    assert "token_embd.weight has q8_0, because 256 does not divide its rows of 576\n" in done.stdout and "before" not in done.stdout
+    assert (
+        "token_embd.weight has q8_0, because 256 does not divide its rows of 576\n" in done.stdout
+        and "before" not in done.stdout
+    )
     theirs = llama_quantize(bin_dir, f16, tmp_path / "theirs.gguf", "tbq4_0")
     same(tmp_path / "ours.gguf", theirs)
     ours, source = open_gguf(tmp_path / "ours.gguf").metadata, open_gguf(f16).metadata
     assert ours.raw == {**open_gguf(theirs).metadata.raw, FORMAT_KEY: ours.raw[FORMAT_KEY]}
     assert {k: v for k, v in ours.items() if source.get(k) != v} == {
-        FORMAT_KEY: tbq.FORMAT_VERSION, "general.file_type": 644}
+        FORMAT_KEY: tbq.FORMAT_VERSION,
+        "general.file_type": 644,
+    }
     text = python_text(tmp_path / "text")
     perplexity = []
     for name in ("ours.gguf", "theirs.gguf"):
-        done = run_program(bin_dir / "llama-perplexity", "-m", tmp_path / name, "-f", text, "-c", 256, "-b", 256, "--chunks", 2, "-t", 2)
+        done = run_program(
+            bin_dir / "llama-perplexity",
+            "-m",
+            tmp_path / name,
+            "-f",
+            text,
+            "-c",
+            256,
+            "-b",
+            256,
+            "--chunks",
+            2,
+            "-t",
+            2,
+        )
         perplexity.append(number("Final estimate: PPL", done.stdout + done.stderr))
     assert perplexity[0] == perplexity[1]
 
@@ -127,7 +150,9 @@ def test_every_type_decodes_as_in_gguf():
                 raise tbq.TBQError
             data = codecs.encoder(kind)(values)
         except tbq.TBQError:
-            data = np.random.default_rng(1).integers(0, 60, 1024 // block * block_bytes, np.uint8)  # no NaN: exponents are small
+            data = np.random.default_rng(1).integers(
+                0, 60, 1024 // block * block_bytes, np.uint8
+            )  # no NaN: exponents are small
         try:
             expected = gguf.dequantize(data, kind).reshape(-1)
         except NotImplementedError:
@@ -142,8 +167,18 @@ def test_every_type_decodes_as_in_gguf():
 
 
 def test_patterns(tiny, tmp_path):
-    done = cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", "--tensor", r"blk\.1\.ffn_.*=tbq2_0", "--tensor", "ffn_|output.weight=tbq3_0",
-               "--tensor", "token_embd=q5_K")
+    done = cli(
+        tiny,
+        tmp_path / "o.gguf",
+        "--type",
+        "tbq4_0",
+        "--tensor",
+        r"blk\.1\.ffn_.*=tbq2_0",
+        "--tensor",
+        "ffn_|output.weight=tbq3_0",
+        "--tensor",
+        "token_embd=q5_K",
+    )
     assert done.returncode == 0, done.stderr
     found = kinds(tmp_path / "o.gguf")
     assert found["blk.1.ffn_up.weight"] == found["blk.1.ffn_down.weight"] == "tbq2_0"
@@ -152,21 +187,33 @@ def test_patterns(tiny, tmp_path):
     assert " f32 -> tbq2_0\n" in done.stdout and "because" not in done.stdout and "before" not in done.stdout
 
 
-@pytest.mark.parametrize("option,message", [
-    ("blk.9.=tbq2_0", r"--tensor 'blk.9.' is not found in the name of any tensor"),
-    ("norm=tbq2_0", r"--tensor 'norm' is not found"),
-    ("(=tbq2_0", r"pattern '\(' is not a regular expression"),
-    ("ffn=tbq5_0", r"type 'tbq5_0' is not one of f32, f16"),
-    ("ffn=iq2_xs", r"type iq2_xs needs an importance matrix"),
-    ("ffn=q8_k", r"type q8_k is not one that weights can have"),
-    ("ffn=i32", r"type i32 is not one that weights can have"),
-])
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("blk.9.=tbq2_0", r"--tensor 'blk.9.' is not found in the name of any tensor"),
+        ("norm=tbq2_0", r"--tensor 'norm' is not found"),
+        ("(=tbq2_0", r"pattern '\(' is not a regular expression"),
+        ("ffn=tbq5_0", r"type 'tbq5_0' is not one of f32, f16"),
+        ("ffn=iq2_xs", r"type iq2_xs needs an importance matrix"),
+        ("ffn=q8_k", r"type q8_k is not one that weights can have"),
+        ("ffn=i32", r"type i32 is not one that weights can have"),
+    ],
+)
 def test_bad_patterns(tiny, tmp_path, option, message):
     refused(cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", "--tensor", option), message)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [("--type", "tbq5_0"), ("--type", "f16", "--tensor", "x"), ("--type", "f16", "--split", "0M"), ("--type", "f16", "--threads", "0"), ()])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--type", "tbq5_0"),
+        ("--type", "f16", "--tensor", "x"),
+        ("--type", "f16", "--split", "0M"),
+        ("--type", "f16", "--threads", "0"),
+        (),
+    ],
+)
 def test_bad_usage(tiny, tmp_path, arguments):
     done = cli(tiny, tmp_path / "o.gguf", *arguments)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
@@ -174,27 +221,48 @@ def test_bad_usage(tiny, tmp_path, arguments):
 
 def test_rows_that_do_not_fit_are_kept(tmp_path):
     rng = np.random.default_rng(0)
-    source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {
-        "blk.0.ffn_up.weight": rng.standard_normal((64, 96)).astype("f4"), "blk.0.ffn_down.weight": rng.standard_normal((96, 64)).astype("f4"),
-        "blk.0.ffn_gate.weight": (26, (4, 64), np.arange(256, dtype="<i4").tobytes())})
+    source = write_gguf(
+        tmp_path / "in.gguf",
+        {"general.architecture": "llama"},
+        {
+            "blk.0.ffn_up.weight": rng.standard_normal((64, 96)).astype("f4"),
+            "blk.0.ffn_down.weight": rng.standard_normal((96, 64)).astype("f4"),
+            "blk.0.ffn_gate.weight": (26, (4, 64), np.arange(256, dtype="<i4").tobytes()),
+        },
+    )
     report = tbq.convert(source, tmp_path / "out.gguf")
-    assert report.notes == {"blk.0.ffn_up.weight": "f32, because 64 does not divide its rows of 96",
-                            "blk.0.ffn_gate.weight": "i32, because gguf cannot decode type i32"}
+    assert report.notes == {
+        "blk.0.ffn_up.weight": "f32, because 64 does not divide its rows of 96",
+        "blk.0.ffn_gate.weight": "i32, because gguf cannot decode type i32",
+    }
     ours, original = contents(tmp_path / "out.gguf"), contents(source)
-    assert ours["blk.0.ffn_up.weight"] == original["blk.0.ffn_up.weight"] and ours["blk.0.ffn_gate.weight"] == original["blk.0.ffn_gate.weight"]
+    assert (
+        ours["blk.0.ffn_up.weight"] == original["blk.0.ffn_up.weight"]
+        and ours["blk.0.ffn_gate.weight"] == original["blk.0.ffn_gate.weight"]
+    )
     assert ours["blk.0.ffn_down.weight"][0] == "tbq4_0"
-    assert "blk.0.ffn_up.weight has f32, because 64 does not divide its rows of 96\n" in cli(source, tmp_path / "2.gguf", "--type", "tbq2_0").stdout
+    assert (
+        "blk.0.ffn_up.weight has f32, because 64 does not divide its rows of 96\n"
+        in cli(source, tmp_path / "2.gguf", "--type", "tbq2_0").stdout
+    )
 
 
 def test_back_to_f16(bin_dir, tiny, tmp_path):
     """No tbq tensor is left, whatever it is; nor is the version of our format."""
     tbq.convert(tiny, tmp_path / "tbq.gguf", "tbq4_0", tensors=[(".", "tbq3_0")])
     tbq.convert(tmp_path / "tbq.gguf", tmp_path / "back.gguf", "f16")
-    assert set(kinds(tmp_path / "back.gguf").values()) == {"f16", "f32"} and FORMAT_KEY not in open_gguf(tmp_path / "back.gguf").metadata
+    assert (
+        set(kinds(tmp_path / "back.gguf").values()) == {"f16", "f32"}
+        and FORMAT_KEY not in open_gguf(tmp_path / "back.gguf").metadata
+    )
     same(tmp_path / "back.gguf", llama_quantize(bin_dir, tmp_path / "tbq.gguf", tmp_path / "theirs.gguf", "f16"))
-    odd = {"x_norm.weight": (644, (2, 64), tbq.quantize(np.ones((2, 64), "f4"), "tbq4_0").tobytes()),
-           "x.bias": (642, (64,), tbq.quantize(np.ones(64, "f4"), "tbq2_0").tobytes())}
-    tbq.convert(write_gguf(tmp_path / "odd.gguf", {"general.architecture": "llama"}, odd), tmp_path / "even.gguf", "f16")
+    odd = {
+        "x_norm.weight": (644, (2, 64), tbq.quantize(np.ones((2, 64), "f4"), "tbq4_0").tobytes()),
+        "x.bias": (642, (64,), tbq.quantize(np.ones(64, "f4"), "tbq2_0").tobytes()),
+    }
+    tbq.convert(
+        write_gguf(tmp_path / "odd.gguf", {"general.architecture": "llama"}, odd), tmp_path / "even.gguf", "f16"
+    )
     assert kinds(tmp_path / "even.gguf") == {"x_norm.weight": "f16", "x.bias": "f32"}
 
 
@@ -217,12 +285,16 @@ def test_without_llama_cpp(tiny, tmp_path, monkeypatch):
 def test_splits(bin_dir, tiny, tmp_path):
     """Ours are read by llama.cpp, llama.cpp's by us; from any file of them."""
     report = tbq.convert(tiny, tmp_path / "ours.gguf", "tbq4_0", split_bytes=200_000)
-    assert [path.name for path in report.files] == [f"ours-{i + 1:05}-of-{len(report.files):05}.gguf" for i in range(len(report.files))]
+    assert [path.name for path in report.files] == [
+        f"ours-{i + 1:05}-of-{len(report.files):05}.gguf" for i in range(len(report.files))
+    ]
     assert len(report.files) >= 3 and not (tmp_path / "ours.gguf").exists()
     run_program(bin_dir / "llama-gguf-split", "--merge", report.files[0], tmp_path / "merged.gguf")
     tbq.convert(tiny, tmp_path / "whole.gguf", "tbq4_0")
     same(tmp_path / "merged.gguf", tmp_path / "whole.gguf")
-    run_program(bin_dir / "llama-gguf-split", "--split", "--split-max-tensors", 5, tmp_path / "whole.gguf", tmp_path / "theirs")
+    run_program(
+        bin_dir / "llama-gguf-split", "--split", "--split-max-tensors", 5, tmp_path / "whole.gguf", tmp_path / "theirs"
+    )
     theirs = sorted(tmp_path.glob("theirs-*"))
     assert len(theirs) > 3
     for first in (theirs[0], theirs[2]):
@@ -249,10 +321,23 @@ def test_refusals(tiny, tmp_path):
     assert cli(tiny, out, "--type", "tbq4_0", "--force").returncode == 0 and "blk.0.ffn_up.weight" in contents(out)
 
 
-@pytest.mark.parametrize("arguments", [
-    (3, "o.gguf"), ("i\0.gguf", "o.gguf"), (None, "o.gguf"), ("in.gguf", "o\0.gguf"), ("in.gguf", None), ("in.gguf", "o.gguf", 5), ("in.gguf", "o.gguf", ["f16"]),
-    ("in.gguf", "o.gguf", "f16", {"ffn": "f16"}), ("in.gguf", "o.gguf", "f16", [(1, "f16")]), ("in.gguf", "o.gguf", "f16", [("ffn", None)]),
-    ("in.gguf", "o.gguf", "f16", (), "2"), ("in.gguf", "o.gguf", "f16", (), 0)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (3, "o.gguf"),
+        ("i\0.gguf", "o.gguf"),
+        (None, "o.gguf"),
+        ("in.gguf", "o\0.gguf"),
+        ("in.gguf", None),
+        ("in.gguf", "o.gguf", 5),
+        ("in.gguf", "o.gguf", ["f16"]),
+        ("in.gguf", "o.gguf", "f16", {"ffn": "f16"}),
+        ("in.gguf", "o.gguf", "f16", [(1, "f16")]),
+        ("in.gguf", "o.gguf", "f16", [("ffn", None)]),
+        ("in.gguf", "o.gguf", "f16", (), "2"),
+        ("in.gguf", "o.gguf", "f16", (), 0),
+    ],
+)
 def test_wrong_types_in_python(tiny, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.gguf").symlink_to(tiny)
@@ -271,7 +356,10 @@ def test_values_that_are_not_numbers(tmp_path):
     weights = np.ones((64, 64), "f4")
     weights[5, 7] = np.nan
     source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": weights})
-    refused(cli(source, tmp_path / "o.gguf", "--type", "tbq4_0"), "tensor blk.0.ffn_up.weight has values that are not finite")
+    refused(
+        cli(source, tmp_path / "o.gguf", "--type", "tbq4_0"),
+        "tensor blk.0.ffn_up.weight has values that are not finite",
+    )
     weights[5, 7] = -1e5
     source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": weights})
     refused(cli(source, tmp_path / "o.gguf", "--type", "f16"), "beyond 65504")
@@ -284,24 +372,47 @@ def test_values_that_no_scale_can_hold(tmp_path, kind):
     weights = np.ones((64, 64), "f4")
     weights[5] = 1e9
     source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": weights})
-    refused(cli(source, tmp_path / "o.gguf", "--type", kind), f"blk.0.ffn_up.weight has values beyond the range of {kind}; f32 can hold them")
+    refused(
+        cli(source, tmp_path / "o.gguf", "--type", kind),
+        f"blk.0.ffn_up.weight has values beyond the range of {kind}; f32 can hold them",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 def test_full_disk(tiny, tmp_path):
     """A write that fails, here at a limit on the size of files, is a line and leaves nothing."""
+
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    refused(cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", preexec_fn=limit), "o.gguf cannot be written: File too large")
+
+    refused(
+        cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", preexec_fn=limit), "o.gguf cannot be written: File too large"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_leaves_nothing(f16, tmp_path, sent):
-    process = subprocess.Popen([sys.executable, "-m", "tbq", "convert", f16, tmp_path / "o.gguf", "--type", "tbq4_0", "--threads", "1",
-                                "--tensor", "token_embd|attn|ffn=q5_1"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tbq",
+            "convert",
+            f16,
+            tmp_path / "o.gguf",
+            "--type",
+            "tbq4_0",
+            "--threads",
+            "1",
+            "--tensor",
+            "token_embd|attn|ffn=q5_1",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and not any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".tbq-*/*")):
         time.sleep(0.005)
     process.send_signal(sent)
@@ -317,15 +428,23 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     write_gguf(source, {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": (1, (300_000, 2048), b"")})
     with open(source, "r+b") as file:
         file.truncate(source.stat().st_size + 300_000 * 2048 * 2)
-    code = ("import sys, tbq; tbq.convert(*sys.argv[1:]); "
-            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
-    done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out.gguf", "tbq2_0"], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, tbq; tbq.convert(*sys.argv[1:]); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, tmp_path / "out.gguf", "tbq2_0"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) < 300_000, "KiB"
     assert open_gguf(tmp_path / "out.gguf").tensors[0].n_bytes == tbq.row_bytes(300_000 * 2048, "tbq2_0")
 
 
 def test_speed(bin_dir, f16, tmp_path):
     """Not slower than llama-quantize to q4_0 beyond the start of Python and noise: the figures are in docs/measurements/speed.md."""
+
     def fastest(command):
         times = []
         for _ in range(5):
@@ -335,7 +454,21 @@ def test_speed(bin_dir, f16, tmp_path):
         return min(times)
 
     theirs = fastest([bin_dir / "llama-quantize", f16, tmp_path / "q4_0.gguf", "q4_0", "2"])
-    ours = fastest([sys.executable, "-m", "tbq", "convert", f16, tmp_path / "o.gguf", "--type", "tbq4_0", "--force", "--threads", "2"])
+    ours = fastest(
+        [
+            sys.executable,
+            "-m",
+            "tbq",
+            "convert",
+            f16,
+            tmp_path / "o.gguf",
+            "--type",
+            "tbq4_0",
+            "--force",
+            "--threads",
+            "2",
+        ]
+    )
     start = fastest([sys.executable, "-m", "tbq", "--version"])
     assert ours - start < 1.5 * theirs, (ours, start, theirs)
 
@@ -358,7 +491,7 @@ def test_alignment_is_kept(tmp_path):
 def test_rules_are_those_of_the_pin(build_dir):
     """The names that stay are those of llama-quant.cpp; a new one there shows here."""
     text = (build_dir / "llama.cpp-src" / "src" / "llama-quant.cpp").read_text(encoding="utf-8")
-    rules = text[text.index("static bool tensor_allows_quantization"):text.index("// tensor type selection")]
+    rules = text[text.index("static bool tensor_allows_quantization") : text.index("// tensor type selection")]
     general, special = re.split(r"if \(arch == LLM_ARCH_GLM5_NEXT\) \{", rules)
     special, rest = special.split("}", 1)
     for pattern, part in ((type_rules._KEPT, general + rest), (type_rules._KEPT_IN_GLM5_NEXT, special)):

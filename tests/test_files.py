@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Files appear whole or not at all: names of any length, full disks, killed writers, several writers, links and modes."""
+
 import contextlib
 import errno
 import os
@@ -39,15 +40,19 @@ def model(tmp_path_factory):
 
 
 def command(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "tbq", *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "tbq", *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 def writes(folder, index, model):
     """What writes a file, by name: (its file, a function that writes it and returns an error's line or None)."""
+
     def run(*arguments):
         def act():
             done = command(*arguments)
             return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
         return act
 
     def save():
@@ -57,16 +62,27 @@ def writes(folder, index, model):
             return str(error)
 
     np.save(model.parent / "x.npy", np.ones((3000, 256), np.float32) * np.arange(1, 3001, dtype=np.float32)[:, None])
-    return {"save": (folder / "i.tbqi", save),
-            "build": (folder / "b.tbqi", run("search", "build", model.parent / "x.npy", folder / "b.tbqi", "--keep", "float32")),
-            "convert": (folder / "o.gguf", run("convert", model, folder / "o.gguf", "--type", "f32")),
-            "calibrate": (folder / "c.gguf", run("calibrate", model, "-o", folder / "c.gguf", "--ctx", "256", "--chunks", "1"))}
+    return {
+        "save": (folder / "i.tbqi", save),
+        "build": (
+            folder / "b.tbqi",
+            run("search", "build", model.parent / "x.npy", folder / "b.tbqi", "--keep", "float32"),
+        ),
+        "convert": (folder / "o.gguf", run("convert", model, folder / "o.gguf", "--type", "f32")),
+        "calibrate": (
+            folder / "c.gguf",
+            run("calibrate", model, "-o", folder / "c.gguf", "--ctx", "256", "--chunks", "1"),
+        ),
+    }
 
 
 # --- names and folders --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("n" * 250, "n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127, "\N{SNOWMAN}" * 85, ".tbq-", "new\nline", "-x"))
+@pytest.mark.parametrize(
+    "name",
+    ("n" * 250, "n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127, "\N{SNOWMAN}" * 85, ".tbq-", "new\nline", "-x"),
+)
 def test_any_legal_name(name, tmp_path, model):
     tbq.convert(model, tmp_path / name)
     tbq.convert(model, tmp_path / name, force=True)
@@ -96,7 +112,11 @@ def test_places_that_are_none(tmp_path):
     for name in (tmp_path, tmp_path / "pipe", "/dev/null", "/dev"):
         with pytest.raises(TBQError, match=f"^{name} is not a file that can be replaced$"):
             _files.replace(name, b"x")
-    for name, kind in ((tmp_path / "no" / "x", FileNotFoundError), (tmp_path / "file" / "x", NotADirectoryError), (tmp_path / "loop", OSError)):
+    for name, kind in (
+        (tmp_path / "no" / "x", FileNotFoundError),
+        (tmp_path / "file" / "x", NotADirectoryError),
+        (tmp_path / "loop", OSError),
+    ):
         with pytest.raises(kind) as error:
             _files.replace(name, b"x")
         assert error.value.filename == str(name)
@@ -143,7 +163,13 @@ def test_split_through_links_to_another_disk(tmp_path, model):
     first = tmp_path / "o-00001-of-00002.gguf"
     first.symlink_to(part)
     try:
-        report = tbq.convert(model, tmp_path / "o.gguf", "f32", split_bytes=sum(t.n_bytes for t in tbq.open_gguf(model).tensors) * 2 // 3, force=True)
+        report = tbq.convert(
+            model,
+            tmp_path / "o.gguf",
+            "f32",
+            split_bytes=sum(t.n_bytes for t in tbq.open_gguf(model).tensors) * 2 // 3,
+            force=True,
+        )
         assert report.files[0] == first and first.is_symlink() and part.read_bytes()[:4] == b"GGUF"
         assert len(tbq.open_gguf(first).files) == 2
     finally:
@@ -167,7 +193,11 @@ def test_folders_that_cannot_be_flushed(number, tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", some)
-    with contextlib.nullcontext() if number != errno.EIO else pytest.raises(OSError, match=f"{os.strerror(errno.EIO)}: '{tmp_path / 'x'}'"):
+    with (
+        contextlib.nullcontext()
+        if number != errno.EIO
+        else pytest.raises(OSError, match=f"{os.strerror(errno.EIO)}: '{tmp_path / 'x'}'")
+    ):
         Index(8).save(tmp_path / "x")
     assert folders and len(Index.load(tmp_path / "x")) == 0 and os.listdir(tmp_path) == ["x"]
 
@@ -242,7 +272,10 @@ def test_full_disk_and_pictures(full, model):
     (full / "filler").write_bytes(bytes(2 * 2**20 - 2 * 4096))
     for arguments in (("plan", model, "--memory", "64M"), ("inspect", model, "--against", model)):
         done = command(*arguments, "--plot", full / "p.png")
-        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == f"tbq: error: No space left on device: {full / 'p.png'}"
+        assert (
+            done.returncode == 2
+            and done.stderr.strip().splitlines()[-1] == f"tbq: error: No space left on device: {full / 'p.png'}"
+        )
     assert os.listdir(full) == ["filler"]
 
 
@@ -257,6 +290,7 @@ def test_standard_output_on_a_full_disk():
 @pytest.mark.parametrize("at", ("mkdir", "write", "close", "replace"))
 def test_errors_name_the_file(at, tmp_path, monkeypatch):
     """Whatever fails, on whatever file of ours: the name is the one that was asked for, and nothing is left."""
+
     def fails(*_, **__):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "another")
 
@@ -283,10 +317,17 @@ def fails_as(file, fails):
 def test_inputs_are_named(tmp_path, capsys):
     (tmp_path / "x.npy").write_bytes(b"")
     np.save(tmp_path / "q.npy", np.ones((2, 8)))
-    for arguments in (("search", "build", tmp_path / "no.npy", tmp_path / "o"), ("search", "build", tmp_path / "x.npy", tmp_path / "o"),
-                      ("search", "query", tmp_path / "no", tmp_path / "q.npy"), ("search", "query", tmp_path, tmp_path / "q.npy"),
-                      ("convert", tmp_path / "no.gguf", tmp_path / "o", "--type", "f16"), ("inspect", tmp_path / "no.gguf"), ("inspect", tmp_path),
-                      ("plan", tmp_path / "no.gguf"), ("calibrate", tmp_path / "no.gguf", "-o", str(tmp_path / "o"))):
+    for arguments in (
+        ("search", "build", tmp_path / "no.npy", tmp_path / "o"),
+        ("search", "build", tmp_path / "x.npy", tmp_path / "o"),
+        ("search", "query", tmp_path / "no", tmp_path / "q.npy"),
+        ("search", "query", tmp_path, tmp_path / "q.npy"),
+        ("convert", tmp_path / "no.gguf", tmp_path / "o", "--type", "f16"),
+        ("inspect", tmp_path / "no.gguf"),
+        ("inspect", tmp_path),
+        ("plan", tmp_path / "no.gguf"),
+        ("calibrate", tmp_path / "no.gguf", "-o", str(tmp_path / "o")),
+    ):
         assert main.main([*map(str, arguments)]) == 2
         assert next(str(a) for a in arguments[1:] if isinstance(a, pathlib.Path)) in capsys.readouterr().err
 
@@ -310,7 +351,9 @@ print("done", flush=True)
 
 def writer(path, text):
     """A process that has written all of a file, and waits for a line before it flushes and renames it."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, path, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, path, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "written\n"
     return process
 
@@ -378,7 +421,10 @@ def test_many_writers_of_one_name_killed_at_any_moment(tmp_path):
     path, rng = tmp_path / "index", random.Random(0)
     Index(64).save(path)
     for turn in range(4):
-        writers = [subprocess.Popen([sys.executable, "-c", STRESS, path, str(number)], stdout=subprocess.PIPE) for number in (1, 2, 3)]
+        writers = [
+            subprocess.Popen([sys.executable, "-c", STRESS, path, str(number)], stdout=subprocess.PIPE)
+            for number in (1, 2, 3)
+        ]
         try:
             for process in writers:
                 assert process.stdout.readline() == b"ready\n"
@@ -417,8 +463,21 @@ def sizes(folder):
 @posix
 @pytest.mark.parametrize("options", ((), ("--split", "20M")), ids=("one", "split"))
 def test_killed_convert(options, demo_model, tmp_path):
-    arguments = [sys.executable, "-m", "tbq", "convert", demo_model, tmp_path / "o.gguf", "--type", "tbq4_0", "--threads", "1"]
-    process = subprocess.Popen([*arguments, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    arguments = [
+        sys.executable,
+        "-m",
+        "tbq",
+        "convert",
+        demo_model,
+        tmp_path / "o.gguf",
+        "--type",
+        "tbq4_0",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(
+        [*arguments, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     kill_when(process, lambda: sum(sizes(tmp_path).values()) > 30 << 20)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tbq-")
@@ -428,7 +487,19 @@ def test_killed_convert(options, demo_model, tmp_path):
 
 @posix
 def test_killed_calibrate(demo_model, tmp_path):
-    arguments = [sys.executable, "-m", "tbq", "calibrate", demo_model, "-o", tmp_path / "c.gguf", "--ctx", "512", "--chunks", "2"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "tbq",
+        "calibrate",
+        demo_model,
+        "-o",
+        tmp_path / "c.gguf",
+        "--ctx",
+        "512",
+        "--chunks",
+        "2",
+    ]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     kill_when(process, lambda: sizes(tmp_path).get("text"))
     assert len(list(tmp_path.iterdir())) == 1

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The package gguf after `import tbq`."""
+
 import importlib
 import subprocess
 import sys
@@ -59,8 +60,22 @@ def test_written_and_read(first, tmp_path):
 @pytest.mark.parametrize("release", ["0.17.*", "0.18.*", "0.19.*"])
 def test_releases(release, tmp_path):
     target = tmp_path / "site"
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", target,
-                           f"gguf=={release}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--target",
+            target,
+            f"gguf=={release}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"gguf {release} cannot be installed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     assert round_trip("tbq", tmp_path, target).startswith(str(target))
@@ -69,10 +84,14 @@ def test_releases(release, tmp_path):
 def test_numbers():
     for name, info in tbq.types.items():
         member = gguf.GGMLQuantizationType[name.upper()]
-        assert member == info.id and member is gguf.GGMLQuantizationType(info.id) is getattr(gguf.GGMLQuantizationType, name.upper())
+        assert member == info.id and member is gguf.GGMLQuantizationType(info.id) is getattr(
+            gguf.GGMLQuantizationType, name.upper()
+        )
         assert gguf.GGML_QUANT_SIZES[member] == (64, info.block_bytes)
         assert gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] == info.id
-        assert repr(member) == f"<GGMLQuantizationType.{name.upper()}: {info.id}>" and isinstance(member, gguf.GGMLQuantizationType)
+        assert repr(member) == f"<GGMLQuantizationType.{name.upper()}: {info.id}>" and isinstance(
+            member, gguf.GGMLQuantizationType
+        )
     assert list(gguf.GGMLQuantizationType)[-3:] == [info.id for info in tbq.types.values()]
 
 
@@ -104,10 +123,14 @@ def test_a_file_of_the_writer_runs(bin_dir, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "tbq.gguf", "llama")
     for name, field in source.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+            )
     for tensor in source.tensors:
         matrix = tensor.name.startswith("blk") and "norm" not in tensor.name
-        writer.add_tensor(tensor.name, gguf.quantize(tensor.data, kind) if matrix else tensor.data, raw_dtype=kind if matrix else None)
+        writer.add_tensor(
+            tensor.name, gguf.quantize(tensor.data, kind) if matrix else tensor.data, raw_dtype=kind if matrix else None
+        )
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     text, _ = complete(bin_dir, tmp_path / "tbq.gguf", "The quick", n=8)
     assert text

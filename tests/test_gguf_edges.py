@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The edges of what is legal in a GGUF file: what llama.cpp reads is read, converted and inspected, and what is written it reads."""
+
 import json
 import re
 import struct
@@ -46,7 +47,9 @@ def llama_cpp(lib_dir):
     library = next(path for path in sorted(lib_dir.glob("*ggml-base.*")) if path.suffix in (".so", ".dylib", ".dll"))
 
     def read(*paths):
-        done = subprocess.run([sys.executable, "-c", LLAMA_CPP, str(library), *map(str, paths)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", LLAMA_CPP, str(library), *map(str, paths)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         found = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(found) == len(paths)
@@ -57,7 +60,9 @@ def llama_cpp(lib_dir):
 
 def as_llama_cpp(model):
     """An opened model in the same form."""
-    return len(model.metadata), [(t.name, int(t.type), [*reversed(t.shape), 1, 1, 1][:4], t.n_bytes, t.offset) for t in model.tensors]
+    return len(model.metadata), [
+        (t.name, int(t.type), [*reversed(t.shape), 1, 1, 1][:4], t.n_bytes, t.offset) for t in model.tensors
+    ]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -73,7 +78,9 @@ def file(*tensors, entries=(ARCH,), alignment=32, version=3, order="<", padded=T
     head, data = b"", b""
     for i, (name, shape, kind, values) in enumerate(tensors):
         name = name if isinstance(name, bytes) else name.encode()
-        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, len(data) if offsets is None else offsets[i])
+        head += text(name) + struct.pack(
+            f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, len(data) if offsets is None else offsets[i]
+        )
         data += values + bytes(-len(values) % alignment if padded or i + 1 < len(tensors) else 0)
     head = struct.pack(f"{order}4sIQQ", b"GGUF", version, len(tensors), len(entries)) + b"".join(entries) + head
     return head + bytes(-len(head) % alignment if tensors else 0) + data
@@ -85,8 +92,13 @@ def beside(shape, kind, values=b"", name="edge.weight"):
 
 
 def aligned(value, kind=4, pack="<I"):
-    return file(ORDINARY, ("b.weight", (1, 1), F32, VALUES[:4]), ("c.weight", (64,), F32, VALUES), alignment=value or 32,
-                entries=(ARCH, entry(b"general.alignment", kind, struct.pack(pack, value))))
+    return file(
+        ORDINARY,
+        ("b.weight", (1, 1), F32, VALUES[:4]),
+        ("c.weight", (64,), F32, VALUES),
+        alignment=value or 32,
+        entries=(ARCH, entry(b"general.alignment", kind, struct.pack(pack, value))),
+    )
 
 
 def with_entry(key, kind, value):
@@ -99,9 +111,14 @@ def array(kind, count=0, values=b""):
 
 #: Read by llama.cpp and by tbq.
 LEGAL = {
-    **{f"{kind} of shape {shape}": beside(shape, number) for kind, number in (("f32", F32), ("f16", F16), ("q8_0", Q8_0), ("i32", I32), ("tbq4_0", TBQ4))
-       for shape in ((0,), (0, 64), (4, 0), (2, 0, 64), (2, 3, 0), (0, 0, 0, 0))},
-    "nothing but empty tensors": file(("a.weight", (0,), F32, b""), ("b.weight", (4, 0), F32, b""), ("c.weight", (0, 64), TBQ4, b"")),
+    **{
+        f"{kind} of shape {shape}": beside(shape, number)
+        for kind, number in (("f32", F32), ("f16", F16), ("q8_0", Q8_0), ("i32", I32), ("tbq4_0", TBQ4))
+        for shape in ((0,), (0, 64), (4, 0), (2, 0, 64), (2, 3, 0), (0, 0, 0, 0))
+    },
+    "nothing but empty tensors": file(
+        ("a.weight", (0,), F32, b""), ("b.weight", (4, 0), F32, b""), ("c.weight", (0, 64), TBQ4, b"")
+    ),
     "empty first and last": file(("a.weight", (4, 0), F32, b""), ORDINARY, ("z.weight", (0, 64), F32, b"")),
     "scalar of no axis": beside((), F32, VALUES[:4]),
     "scalar of one axis": beside((1,), F32, VALUES[:4]),
@@ -132,17 +149,29 @@ ILLEGAL = {
     "rows that 64 does not divide": (beside((0, 63), TBQ4), "is tbq4_0 in rows of 63; 64 must divide them"),
     "axis of 2^63 beside 0": (beside((2**63, 0), F32), r"must multiply to less than 2\^60"),
     "empty tensor where another one is": (file(ORDINARY, ("b.weight", (0, 64), F32, b""), offsets=(0, 32)), "overlap"),
-    "empty tensor beyond the end": (file(ORDINARY, ("b.weight", (0, 64), F32, b""), offsets=(0, 4096)), "has 0 bytes at"),
+    "empty tensor beyond the end": (
+        file(ORDINARY, ("b.weight", (0, 64), F32, b""), offsets=(0, 4096)),
+        "has 0 bytes at",
+    ),
     "alignment 0": (aligned(0), "general.alignment is 0; it must be a power of two"),
     "alignment 24": (aligned(24), "general.alignment is 24; it must be a power of two"),
     "alignment of 16 bits": (aligned(32, 2, "<H"), "general.alignment is '32' of type uint16; it must be a uint32"),
     "alignment of 64 bits": (aligned(32, 10, "<Q"), "general.alignment is '32' of type uint64; it must be a uint32"),
     "alignment with a sign": (aligned(32, 5, "<i"), "general.alignment is '32' of type int32; it must be a uint32"),
-    "array of arrays": (with_entry(b"k", 9, array(9, 1, array(4, 1, bytes(4)))), "metadata k is an array of arrays, which llama.cpp does not read either"),
+    "array of arrays": (
+        with_entry(b"k", 9, array(9, 1, array(4, 1, bytes(4)))),
+        "metadata k is an array of arrays, which llama.cpp does not read either",
+    ),
     "array of a type that is not there": (with_entry(b"k", 9, array(13)), "metadata k is an array of type 13"),
     "key of no bytes": (with_entry(b"", 4, bytes(4)), "key 1 of the metadata is ''"),
-    "long key twice": (file(ORDINARY, entries=[entry(b"k" * 65535, 4, bytes(4))] * 2), r"metadata k{80}\.\.\. is there twice"),
-    "long key, its value cut": (file(entries=[text(b"k" * 65535) + struct.pack("<IQ", 8, 99)]), r"metadata k{80}\.\.\. would end at byte"),
+    "long key twice": (
+        file(ORDINARY, entries=[entry(b"k" * 65535, 4, bytes(4))] * 2),
+        r"metadata k{80}\.\.\. is there twice",
+    ),
+    "long key, its value cut": (
+        file(entries=[text(b"k" * 65535) + struct.pack("<IQ", 8, 99)]),
+        r"metadata k{80}\.\.\. would end at byte",
+    ),
     "name of 64 bytes": (beside((1, 64), F32, VALUES, "n" * 64), "has a name of 64 bytes or more"),
     "name twice": (file(ORDINARY, ORDINARY), "tensor first.weight is there twice"),
     "no name twice": (file(("", *ORDINARY[1:]), ("", *ORDINARY[1:])), "tensor  is there twice"),
@@ -152,13 +181,27 @@ ILLEGAL = {
 
 #: Where the two differ: (bytes, whether llama.cpp reads it, whether tbq does, and why).
 DIFFERENT = {
-    "tensors in another order": (file(ORDINARY, ("b.weight", (1, 64), F32, VALUES), offsets=(256, 0)), False, True, "nothing is lost"),
-    "a gap between tensors": (file(ORDINARY, ("b.weight", (1, 64), F32, bytes(32) + VALUES), offsets=(0, 288)), False, True, "nothing is lost"),
+    "tensors in another order": (
+        file(ORDINARY, ("b.weight", (1, 64), F32, VALUES), offsets=(256, 0)),
+        False,
+        True,
+        "nothing is lost",
+    ),
+    "a gap between tensors": (
+        file(ORDINARY, ("b.weight", (1, 64), F32, bytes(32) + VALUES), offsets=(0, 288)),
+        False,
+        True,
+        "nothing is lost",
+    ),
     "alignment of a megabyte": (aligned(1 << 20), True, False, "padding is copied, and a page is enough"),
     "name of two lines": (beside((1, 64), F32, VALUES, "a\nb"), True, False, "names are printed"),
     "key of two lines": (with_entry(b"a\nb", 4, bytes(4)), True, False, "keys are printed"),
-    "empty tensor after one without padding": (file(("a.weight", (1,), F32, VALUES[:4]), ("b.weight", (0,), F32, b""), padded=False)[:-28], True, False,
-                                               "llama.cpp's loader of models refuses it too, by the end of the file"),
+    "empty tensor after one without padding": (
+        file(("a.weight", (1,), F32, VALUES[:4]), ("b.weight", (0,), F32, b""), padded=False)[:-28],
+        True,
+        False,
+        "llama.cpp's loader of models refuses it too, by the end of the file",
+    ),
 }
 
 
@@ -199,7 +242,7 @@ def test_where_the_two_differ(llama_cpp, tmp_path):
 
 
 def tensor_bytes(path):
-    return {t.name: path.read_bytes()[t.offset:t.offset + t.n_bytes] for t in open_gguf(path).tensors}
+    return {t.name: path.read_bytes()[t.offset : t.offset + t.n_bytes] for t in open_gguf(path).tensors}
 
 
 @pytest.mark.parametrize("kind", ["tbq4_0", "f16"])
@@ -218,7 +261,9 @@ def test_converted_and_back(llama_cpp, tmp_path, kind):
             converted, after = open_gguf(target), tensor_bytes(target)
             assert [(t.name, t.shape) for t in converted.tensors] == [(t.name, t.shape) for t in source.tensors], name
             assert {k: v for k, v in source.metadata.raw.items()}.items() <= converted.metadata.raw.items(), name
-            assert all(after[t.name] == values[s.name] for s, t in zip(source.tensors, converted.tensors) if s.type == t.type), name
+            assert all(
+                after[t.name] == values[s.name] for s, t in zip(source.tensors, converted.tensors) if s.type == t.type
+            ), name
             assert len(target.read_bytes()) % converted.metadata.alignment == 0, name
 
 
@@ -247,10 +292,26 @@ def test_inspected(tmp_path):
             assert re.search(r" +- +-$", lines[0]) and re.search(r"0\.00000 1\.000000$", lines[1]), name
 
 
-@pytest.mark.parametrize("command", [("inspect", "in.gguf", "--against", "in.gguf"), ("inspect", "--json", "in.gguf"), ("convert", "in.gguf", "out.gguf", "--type", "tbq3_0")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "in.gguf", "--against", "in.gguf"),
+        ("inspect", "--json", "in.gguf"),
+        ("convert", "in.gguf", "out.gguf", "--type", "tbq3_0"),
+    ],
+)
 def test_commands(tmp_path, command):
-    (tmp_path / "in.gguf").write_bytes(file(ORDINARY, *((f"{i}.weight", shape, kind, b"") for i, (shape, kind) in enumerate(
-        (shape, kind) for shape in ((0,), (0, 64), (4, 0)) for kind in (F32, Q8_0, TBQ3, TBQ4)))))
+    (tmp_path / "in.gguf").write_bytes(
+        file(
+            ORDINARY,
+            *(
+                (f"{i}.weight", shape, kind, b"")
+                for i, (shape, kind) in enumerate(
+                    (shape, kind) for shape in ((0,), (0, 64), (4, 0)) for kind in (F32, Q8_0, TBQ3, TBQ4)
+                )
+            ),
+        )
+    )
     done = subprocess.run([sys.executable, "-m", "tbq", *command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "nan" not in done.stdout.lower()
@@ -266,9 +327,24 @@ def test_nothing_but_empty_tbq_tensors(tmp_path):
 
 def test_planned(tmp_path):
     """A norm without values beside keys with biases: how large they are is not known, and the plan says so."""
-    fields = {"general.architecture": "qwen2", **{f"qwen2.{key}": value for key, value in {
-        "block_count": 1, "context_length": 4096, "embedding_length": 128, "attention.head_count": 2, "attention.head_count_kv": 1}.items()}}
-    tensors = {"blk.0.attn_k.weight": np.ones((64, 128), "f4"), "blk.0.attn_k.bias": np.ones(64, "f4"), "blk.0.attn_norm.weight": np.ones(0, "f4")}
+    fields = {
+        "general.architecture": "qwen2",
+        **{
+            f"qwen2.{key}": value
+            for key, value in {
+                "block_count": 1,
+                "context_length": 4096,
+                "embedding_length": 128,
+                "attention.head_count": 2,
+                "attention.head_count_kv": 1,
+            }.items()
+        },
+    }
+    tensors = {
+        "blk.0.attn_k.weight": np.ones((64, 128), "f4"),
+        "blk.0.attn_k.bias": np.ones(64, "f4"),
+        "blk.0.attn_norm.weight": np.ones(0, "f4"),
+    }
     plan = tbq.plan(write_gguf(tmp_path / "in.gguf", fields, tensors))
     assert any("whether the key biases are large is unknown" in warning for warning in plan.warnings)
 
@@ -280,10 +356,14 @@ def model_with(path, shape):
     """A random llama with one tensor more, which no architecture knows."""
     source = tiny_llama(path.with_name("plain.gguf"), 64)
     opened, data = open_gguf(source), source.read_bytes()
-    tensors = {t.name: (int(t.type), t.shape, data[t.offset:t.offset + t.n_bytes]) for t in opened.tensors}
+    tensors = {t.name: (int(t.type), t.shape, data[t.offset : t.offset + t.n_bytes]) for t in opened.tensors}
     middle = len(tensors) // 2
     names = list(tensors)
-    ordered = {name: tensors[name] for name in names[:middle]} | {"edge.weight": (F32, shape, b"")} | {name: tensors[name] for name in names[middle:]}
+    ordered = (
+        {name: tensors[name] for name in names[:middle]}
+        | {"edge.weight": (F32, shape, b"")}
+        | {name: tensors[name] for name in names[middle:]}
+    )
     return write_gguf(path, dict(opened.metadata), ordered)
 
 
@@ -293,7 +373,9 @@ def test_llama_quantize_writes_the_same(bin_dir, llama_cpp, tmp_path):
     run(bin_dir / "llama-quantize", source, tmp_path / "theirs.gguf", "tbq4_0", 2)
     tbq.convert(source, tmp_path / "ours.gguf", "tbq4_0")
     ours, theirs = open_gguf(tmp_path / "ours.gguf"), open_gguf(tmp_path / "theirs.gguf")
-    assert {(t.name, t.type, t.shape) for t in ours.tensors} == {(t.name, t.type, t.shape) for t in theirs.tensors}  # it sorts them
+    assert {(t.name, t.type, t.shape) for t in ours.tensors} == {
+        (t.name, t.type, t.shape) for t in theirs.tensors
+    }  # it sorts them
     assert next(t.type.name for t in ours.tensors if t.name == "edge.weight") == "TBQ4_0"
     assert tensor_bytes(tmp_path / "ours.gguf") == tensor_bytes(tmp_path / "theirs.gguf")
 
@@ -303,7 +385,15 @@ def test_llama_cpps_programs_read_what_is_written(bin_dir, tmp_path, shape):
     """llama-gguf-split opens the file, and the loader of models finds every tensor inside it, which llama-tokenize needs."""
     source = model_with(tmp_path / "in.gguf", shape)
     tbq.convert(source, tmp_path / "ours.gguf", "tbq4_0")
-    run(bin_dir / "llama-gguf-split", "--split", "--split-max-tensors", 300, "--dry-run", tmp_path / "ours.gguf", tmp_path / "part")
+    run(
+        bin_dir / "llama-gguf-split",
+        "--split",
+        "--split-max-tensors",
+        300,
+        "--dry-run",
+        tmp_path / "ours.gguf",
+        tmp_path / "part",
+    )
     tokens = run(bin_dir / "llama-tokenize", "-m", tmp_path / "ours.gguf", "-p", "a", "--ids").stdout
     assert tokens.splitlines()[-1] == f"[1, {3 + ord('a')}]"
 
@@ -311,7 +401,15 @@ def test_llama_cpps_programs_read_what_is_written(bin_dir, tmp_path, shape):
 def test_first_file_of_a_split_without_tensors(bin_dir, tmp_path):
     """As llama-gguf-split writes it, read and written again."""
     source = tiny_llama(tmp_path / "in.gguf", 64)
-    run(bin_dir / "llama-gguf-split", "--split", "--split-max-tensors", 15, "--no-tensor-first-split", source, tmp_path / "part")
+    run(
+        bin_dir / "llama-gguf-split",
+        "--split",
+        "--split-max-tensors",
+        15,
+        "--no-tensor-first-split",
+        source,
+        tmp_path / "part",
+    )
     first = tmp_path / "part-00001-of-00003.gguf"
     assert {t.path.name for t in open_gguf(first).tensors} == {"part-00002-of-00003.gguf", "part-00003-of-00003.gguf"}
     for path in (first, tmp_path / "part-00003-of-00003.gguf"):
@@ -333,7 +431,9 @@ def test_the_package_gguf(tmp_path, shape, kind):
     if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
         writer.add_tensor("edge.weight", np.zeros(shape, np.float32 if kind == 0 else np.float16))
     else:
-        writer.add_tensor("edge.weight", np.zeros(gguf.quant_shape_to_byte_shape(shape, kind), np.uint8), raw_dtype=kind)
+        writer.add_tensor(
+            "edge.weight", np.zeros(gguf.quant_shape_to_byte_shape(shape, kind), np.uint8), raw_dtype=kind
+        )
     writer.add_tensor("last.weight", np.ones((2, 64), np.float32))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     assert [(t.name, t.type, t.shape, t.n_bytes) for t in open_gguf(path).tensors][0] == ("edge.weight", kind, shape, 0)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Damaged and hostile GGUF files: one line, status 2, nothing left, nothing allocated that the file does not have."""
+
 import os
 import re
 import struct
@@ -17,15 +18,27 @@ from tbq.cli.inspect import as_text
 from tbq.gguf_files.inspect import inspect
 from tbq.gguf_files.reader import FORMAT_KEY, MAX_COUNT, open_gguf
 
-FIELDS = {"general.architecture": "llama", "general.alignment": 32, "llama.expert_count": 0, "a.flag": True, "a.float": 0.5,
-          "a.strings": ["one", "", "three"], "a.numbers": [1, 2, 3], "a.floats": [0.5, 2.0]}
+FIELDS = {
+    "general.architecture": "llama",
+    "general.alignment": 32,
+    "llama.expert_count": 0,
+    "a.flag": True,
+    "a.float": 0.5,
+    "a.strings": ["one", "", "three"],
+    "a.numbers": [1, 2, 3],
+    "a.floats": [0.5, 2.0],
+}
 
 
 def tensors():
     rng = np.random.default_rng(0)
     packed = tbq.quantize(rng.standard_normal((2, 64), dtype=np.float32), "tbq4_0")
-    return {"token_embd.weight": rng.standard_normal((4, 64)).astype("f4"), "blk.0.ffn_up.weight": rng.standard_normal((2, 128)).astype("f4"),
-            "blk.0.ffn_down.weight": (644, (2, 64), packed.tobytes()), "blk.0.ffn_norm.weight": np.ones(64, "f4")}
+    return {
+        "token_embd.weight": rng.standard_normal((4, 64)).astype("f4"),
+        "blk.0.ffn_up.weight": rng.standard_normal((2, 128)).astype("f4"),
+        "blk.0.ffn_down.weight": (644, (2, 64), packed.tobytes()),
+        "blk.0.ffn_norm.weight": np.ones(64, "f4"),
+    }
 
 
 @pytest.fixture
@@ -98,10 +111,12 @@ def test_weights_flipped(tmp_path, good):
     for _ in range(60):
         changed = bytearray(data)
         for place in rng.integers(start, len(data), 3):
-            changed[place] = 0xff
+            changed[place] = 0xFF
         seen.add(re.sub(r"tensor \S+", "tensor", attempt(tmp_path, bytes(changed)) or ""))
-    assert seen - {"tensor has values beyond the range of q8_0; f32 can hold them", "tensor has values beyond the range of tbq4_0; f32 can hold them"} \
-        == {"", "tensor has values that are not finite; the file is damaged"}
+    assert seen - {
+        "tensor has values beyond the range of q8_0; f32 can hold them",
+        "tensor has values beyond the range of tbq4_0; f32 can hold them",
+    } == {"", "tensor has values that are not finite; the file is damaged"}
 
 
 def header(n_tensors=1, n_entries=0, version=3, magic=b"GGUF"):
@@ -138,26 +153,62 @@ HOSTILE = {
     "key twice": (header(0, 2) + entry(b"k", 4, bytes(4)) * 2 + bytes(99), "metadata k is there twice"),
     "type of an entry": (header(0, 1) + entry(b"k", 13, bytes(4)) + bytes(99), "metadata k has type 13"),
     "string": (header(0, 1) + entry(b"k", 8, text(b"v", 2**40)) + bytes(99), "metadata k would end at byte"),
-    "array": (header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 4, 2**62)) + bytes(99), r"metadata k, 4611686018427387904 elements, would end"),
-    "array of strings": (header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 8, 2**61)) + bytes(99), "elements, would end"),
+    "array": (
+        header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 4, 2**62)) + bytes(99),
+        r"metadata k, 4611686018427387904 elements, would end",
+    ),
+    "array of strings": (
+        header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 8, 2**61)) + bytes(99),
+        "elements, would end",
+    ),
     "array of bytes": (header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 0, U64)) + bytes(99), "elements, would end"),
-    "array of arrays": (header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 9, 1) * 20) + bytes(99), "is an array of arrays, which llama.cpp does not read either"),
-    "array of nothing": (header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 77, 1)) + bytes(99), "is an array of type 77"),
+    "array of arrays": (
+        header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 9, 1) * 20) + bytes(99),
+        "is an array of arrays, which llama.cpp does not read either",
+    ),
+    "array of nothing": (
+        header(0, 1) + entry(b"k", 9, struct.pack("<IQ", 77, 1)) + bytes(99),
+        "is an array of type 77",
+    ),
     "alignment 0": (header(0, 1) + entry(b"general.alignment", 4, bytes(4)) + bytes(99), "general.alignment is 0"),
-    "alignment 48": (header(0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 48)) + bytes(99), "must be a power of two"),
-    "alignment 2 GB": (header(0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 1 << 31)) + bytes(99), "up to 65536"),
-    "alignment text": (header(0, 1) + entry(b"general.alignment", 8, text(b"x")) + bytes(99), "general.alignment is 'x'"),
-    "format": (header(0, 1) + entry(FORMAT_KEY.encode(), 4, struct.pack("<I", 9)) + bytes(99), f"{FORMAT_KEY} is '9'; this tbq reads 1"),
-    "split": (header(0, 1) + entry(b"split.count", 2, struct.pack("<H", 65535)) + bytes(99), "one of 65535 files of a split; its name"),
-    "split text": (header(0, 1) + entry(b"split.count", 8, text(b"2")) + bytes(99), "split.count is '2'; it must be an integer"),
+    "alignment 48": (
+        header(0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 48)) + bytes(99),
+        "must be a power of two",
+    ),
+    "alignment 2 GB": (
+        header(0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 1 << 31)) + bytes(99),
+        "up to 65536",
+    ),
+    "alignment text": (
+        header(0, 1) + entry(b"general.alignment", 8, text(b"x")) + bytes(99),
+        "general.alignment is 'x'",
+    ),
+    "format": (
+        header(0, 1) + entry(FORMAT_KEY.encode(), 4, struct.pack("<I", 9)) + bytes(99),
+        f"{FORMAT_KEY} is '9'; this tbq reads 1",
+    ),
+    "split": (
+        header(0, 1) + entry(b"split.count", 2, struct.pack("<H", 65535)) + bytes(99),
+        "one of 65535 files of a split; its name",
+    ),
+    "split text": (
+        header(0, 1) + entry(b"split.count", 8, text(b"2")) + bytes(99),
+        "split.count is '2'; it must be an integer",
+    ),
     "dimensions": (header() + tensor(n_dims=2**32 - 1) + bytes(999), "has 4294967295 dimensions"),
     "no dimension": (header() + tensor(dims=()), "has 4 bytes at"),
     "empty tensor": (header() + tensor(dims=(64, 0), offset=2**32) + bytes(999), "has 0 bytes at"),
     "empty and huge": (header() + tensor(dims=(U64, 0)) + bytes(999), r"must multiply to less than 2\^60"),
-    "empty inside another": (header(2) + tensor() + tensor(b"b.weight", (64, 0), offset=64) + bytes(999), "tensors a.weight and b.weight overlap"),
+    "empty inside another": (
+        header(2) + tensor() + tensor(b"b.weight", (64, 0), offset=64) + bytes(999),
+        "tensors a.weight and b.weight overlap",
+    ),
     "overflow": (header() + tensor(dims=(2**32, 2**32)) + bytes(999), "has 73786976294838206464 bytes"),
     "huge": (header() + tensor(dims=(U64,) * 4) + bytes(999), "bytes at"),
-    "too long": (header() + tensor(dims=(64, 1000)) + bytes(999), "is truncated or damaged: tensor a.weight has 256000 bytes"),
+    "too long": (
+        header() + tensor(dims=(64, 1000)) + bytes(999),
+        "is truncated or damaged: tensor a.weight has 256000 bytes",
+    ),
     "rows": (header() + tensor(dims=(63,), kind=644) + bytes(999), "is tbq4_0 in rows of 63; 64 must divide them"),
     "unknown type": (header() + tensor(kind=36) + bytes(999), "has type 36, which the installed gguf does not know"),
     "activation type": (header() + tensor(kind=648) + bytes(999), "has type 648"),
@@ -167,8 +218,12 @@ HOSTILE = {
     "same name": (header(2) + tensor() + tensor(offset=256) + bytes(999), "tensor a.weight is there twice"),
     "long name": (header() + tensor(b"a" * 64) + bytes(999), "has a name of 64 bytes or more"),
     "name of lines": (header() + tensor(b"a\n\x1b[31mb") + bytes(999), r"the name of tensor 0 is 'a\\n"),
-    "experts": (header(0, 2) + entry(b"general.architecture", 8, text(b"llama")) + entry(b"llama.expert_count", 8, text(b"x" * 999)),
-                "llama.expert_count is 'x{40}'; it must be an integer"),
+    "experts": (
+        header(0, 2)
+        + entry(b"general.architecture", 8, text(b"llama"))
+        + entry(b"llama.expert_count", 8, text(b"x" * 999)),
+        "llama.expert_count is 'x{40}'; it must be an integer",
+    ),
 }
 
 
@@ -182,8 +237,12 @@ def test_hostile(tmp_path, name):
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_command_line(tmp_path, name, command):
     (tmp_path / "in.gguf").write_bytes(HOSTILE[name][0])
-    arguments = ["convert", "in.gguf", "out.gguf", "--type", "tbq4_0"] if command == "convert" else ["inspect", "in.gguf"]
-    done = subprocess.run([sys.executable, "-m", "tbq", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    arguments = (
+        ["convert", "in.gguf", "out.gguf", "--type", "tbq4_0"] if command == "convert" else ["inspect", "in.gguf"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tbq", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("tbq: error: in.gguf")
     assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr
     assert os.listdir(tmp_path) == ["in.gguf"]
@@ -192,7 +251,11 @@ def test_command_line(tmp_path, name, command):
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files")
 def test_hostile_lengths_that_the_file_has(tmp_path):
     """40 GB of zeros on no disk: a string of 30 GB, a list of a billion strings, are inside the file and still refused."""
-    for value in (entry(b"k", 8, text(b"", 30 << 30)), entry(b"k", 9, struct.pack("<IQ", 8, 10**9)), entry(b"k", 9, struct.pack("<IQ", 0, 30 << 30))):
+    for value in (
+        entry(b"k", 8, text(b"", 30 << 30)),
+        entry(b"k", 9, struct.pack("<IQ", 8, 10**9)),
+        entry(b"k", 9, struct.pack("<IQ", 0, 30 << 30)),
+    ):
         path = tmp_path / "big.gguf"
         path.write_bytes(header(0, 1) + value)
         os.truncate(path, 40 << 30)
@@ -232,7 +295,11 @@ def test_splits_that_contradict_themselves(tmp_path):
 
     first, second = part(1, 0), part(2, 1, name="b.weight")
     assert [t.path for t in open_gguf(second).tensors] == [first, second]
-    for change, message in ((dict(no=0), "is not file 2 of 2"), (dict(no=1, count=3), "is not file 2 of 2"), (dict(no=1, name="a.weight"), "there twice")):
+    for change, message in (
+        (dict(no=0), "is not file 2 of 2"),
+        (dict(no=1, count=3), "is not file 2 of 2"),
+        (dict(no=1, name="a.weight"), "there twice"),
+    ):
         part(2, **change)
         with pytest.raises(tbq.TBQError, match=message):
             open_gguf(first)

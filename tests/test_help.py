@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The help and the completion of every command: nothing without an explanation, no command without an example."""
+
 import argparse
 import shutil
 import subprocess
@@ -20,7 +21,15 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def test_commands_are_found():
-    assert {"tbq", "tbq bench", "tbq bench speed", "tbq completion", "tbq paths", "tbq plan", "tbq serve"} <= COMMANDS.keys()
+    assert {
+        "tbq",
+        "tbq bench",
+        "tbq bench speed",
+        "tbq completion",
+        "tbq paths",
+        "tbq plan",
+        "tbq serve",
+    } <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -59,7 +68,9 @@ def test_bash_completes(tmp_path, capsys):
     (tmp_path / "model.gguf").touch()
 
     def complete(*words):
-        done = subprocess.run(["bash", "--norc", "-c", COMPLETE, "bash", script, *words], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            ["bash", "--norc", "-c", COMPLETE, "bash", script, *words], capture_output=True, text=True, cwd=tmp_path
+        )
         return done.stdout.split()
 
     assert complete("tbq", "ser") == ["serve"]

@@ -4,6 +4,7 @@
 The oracle is a DynamicCache that sends all it gets through tbq.quantize and tbq.dequantize: TBQCache has to agree with it
 exactly, whatever generate() does; attention from blocks, which rounds queries and weights, closely.
 """
+
 import copy
 import inspect
 import os
@@ -25,14 +26,24 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
-from tbq.kv_cache.layers import GLOBAL, Layer  # noqa: E402
+from tbq._key_biases import LARGE_BIAS  # noqa: E402
 from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
-from tbq._key_biases import LARGE_BIAS  # noqa: E402
 from tbq.kv_cache.key_biases import key_biases  # noqa: E402
+from tbq.kv_cache.layers import GLOBAL, Layer  # noqa: E402
 
-BASE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+BASE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 300,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +64,35 @@ def there_and_back(x, bits, half=0):
     if bits and 2 * half <= x.shape[3] and half:
         stored = order(x.shape[3], half)
         return there_and_back(x[..., stored], bits)[..., np.argsort(stored)]
-    name, values = f"tbq{bits}_0", x.detach().contiguous().to(torch.float16 if x.dtype == torch.float16 else torch.float32).numpy()
-    return torch.from_numpy(tbq.dequantize(tbq.quantize(values, name, kv=True), name, values.shape, values.dtype)).to(x.dtype) if bits else x
+    name, values = (
+        f"tbq{bits}_0",
+        x.detach().contiguous().to(torch.float16 if x.dtype == torch.float16 else torch.float32).numpy(),
+    )
+    return (
+        torch.from_numpy(tbq.dequantize(tbq.quantize(values, name, kv=True), name, values.shape, values.dtype)).to(
+            x.dtype
+        )
+        if bits
+        else x
+    )
 
 
 class OracleLayer(DynamicLayer):
     bits, half = (4, 4), 0
 
     def update(self, k, v, *args, **kwargs):
-        return super().update(there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs)
+        return super().update(
+            there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs
+        )
 
 
 class OracleSlidingLayer(DynamicSlidingWindowLayer):
     bits, half = (4, 4), 0
 
     def update(self, k, v, *args, **kwargs):
-        return super().update(there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs)
+        return super().update(
+            there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs
+        )
 
 
 class Oracle(DynamicCache):
@@ -113,8 +137,15 @@ def prompt(batch=2, tokens=40, pad=0, seed=1):
 def generate(model, cache, implementation="sdpa", n=16, inputs=None, **options):
     model.set_attn_implementation(implementation)
     with torch.no_grad():
-        out = model.generate(**(prompt(pad=7) if inputs is None else inputs), past_key_values=cache, max_new_tokens=n,
-                             do_sample=False, return_dict_in_generate=True, output_logits=True, **options)
+        out = model.generate(
+            **(prompt(pad=7) if inputs is None else inputs),
+            past_key_values=cache,
+            max_new_tokens=n,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
     return out.sequences, torch.stack(out.logits)
 
 
@@ -137,7 +168,10 @@ def states(batch=2, heads=2, tokens=5, size=128, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("batch", (1, 3))
 def test_a_row_is_what_the_library_makes_of_it(dtype, bits, batch):
     layer = TBQLayer(*bits)
-    parts = [(states(batch, tokens=n, dtype=dtype, seed=n), states(batch, tokens=n, size=64, dtype=dtype, seed=n + 50)) for n in (5, 1, 70, 1)]
+    parts = [
+        (states(batch, tokens=n, dtype=dtype, seed=n), states(batch, tokens=n, size=64, dtype=dtype, seed=n + 50))
+        for n in (5, 1, 70, 1)
+    ]
     for k, v in parts:
         got = layer.update(k, v)
     for packed, decoded, side in zip(layer.packed, got, (0, 1)):
@@ -195,7 +229,9 @@ def test_a_damaged_state_stays_where_it_is():
     v[0, 0, 5, 3] = torch.inf
     layer = TBQLayer()
     keys, values = layer.update(k, v)
-    assert keys[0, 0].isnan().any(1).tolist() == [i == 4 for i in range(6)] and values[0, 0].isnan().any(1).tolist() == [i == 5 for i in range(6)]
+    assert keys[0, 0].isnan().any(1).tolist() == [i == 4 for i in range(6)] and values[0, 0].isnan().any(
+        1
+    ).tolist() == [i == 5 for i in range(6)]
     q = states(1, 1, 6, 64, seed=2)
     out = _cpu.attention(q, layer.packed[0], 4, layer.packed[1], 4, 0.125, causal=True)
     assert out[0, :, 0].isnan().any(1).tolist() == [False] * 4 + [True] * 2
@@ -213,21 +249,65 @@ def of_kind(name):
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**BASE)),
         "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256})),
         "mistral, windows only": lambda: t.MistralForCausalLM(t.MistralConfig(**BASE, sliding_window=24)),
-        "gemma2, windows and soft-cap": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**four, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)),
-        "gemma3n, shared layers": lambda: t.Gemma3nForCausalLM(t.Gemma3nTextConfig(
-            **{**four, "num_hidden_layers": 6, "intermediate_size": [256] * 6, "layer_types": sliding["layer_types"] + sliding["layer_types"][:2]},
-            num_kv_shared_layers=2, vocab_size_per_layer_input=300, hidden_size_per_layer_input=32, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6)),
-        "gpt-oss, sinks": lambda: t.GptOssForCausalLM(t.GptOssConfig(**four, num_local_experts=4, num_experts_per_tok=2)),
-        "deepseek, two sizes": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(
-            **{**wide, "num_key_value_heads": 4}, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
-            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2)),
-        "gemma4, two sizes and shared layers": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(
-            **{**four, "num_hidden_layers": 6, "layer_types": sliding["layer_types"] + sliding["layer_types"][:2]}, global_head_dim=128,
-            num_kv_shared_layers=2, vocab_size_per_layer_input=300, hidden_size_per_layer_input=32)),
-        "qwen3-next, hybrid": lambda: t.Qwen3NextForCausalLM(t.Qwen3NextConfig(
-            **{**BASE, "num_hidden_layers": 2}, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2,
-            linear_key_head_dim=32, linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
-            shared_expert_intermediate_size=64)),
+        "gemma2, windows and soft-cap": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**four, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)
+        ),
+        "gemma3n, shared layers": lambda: t.Gemma3nForCausalLM(
+            t.Gemma3nTextConfig(
+                **{
+                    **four,
+                    "num_hidden_layers": 6,
+                    "intermediate_size": [256] * 6,
+                    "layer_types": sliding["layer_types"] + sliding["layer_types"][:2],
+                },
+                num_kv_shared_layers=2,
+                vocab_size_per_layer_input=300,
+                hidden_size_per_layer_input=32,
+                laurel_rank=8,
+                activation_sparsity_pattern=[0.0] * 6,
+            )
+        ),
+        "gpt-oss, sinks": lambda: t.GptOssForCausalLM(
+            t.GptOssConfig(**four, num_local_experts=4, num_experts_per_tok=2)
+        ),
+        "deepseek, two sizes": lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(
+                **{**wide, "num_key_value_heads": 4},
+                q_lora_rank=32,
+                kv_lora_rank=64,
+                qk_nope_head_dim=64,
+                qk_rope_head_dim=64,
+                v_head_dim=64,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_group=1,
+                topk_group=1,
+                first_k_dense_replace=2,
+            )
+        ),
+        "gemma4, two sizes and shared layers": lambda: t.Gemma4ForCausalLM(
+            t.Gemma4TextConfig(
+                **{**four, "num_hidden_layers": 6, "layer_types": sliding["layer_types"] + sliding["layer_types"][:2]},
+                global_head_dim=128,
+                num_kv_shared_layers=2,
+                vocab_size_per_layer_input=300,
+                hidden_size_per_layer_input=32,
+            )
+        ),
+        "qwen3-next, hybrid": lambda: t.Qwen3NextForCausalLM(
+            t.Qwen3NextConfig(
+                **{**BASE, "num_hidden_layers": 2},
+                layer_types=["linear_attention", "full_attention"],
+                linear_num_value_heads=2,
+                linear_num_key_heads=2,
+                linear_key_head_dim=32,
+                linear_value_head_dim=32,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                shared_expert_intermediate_size=64,
+            )
+        ),
     }[name]
     if name.startswith("gemma4") and not hasattr(t, "Gemma4ForCausalLM"):
         pytest.skip(f"transformers {t.__version__} has no Gemma 4")
@@ -237,8 +317,17 @@ def of_kind(name):
     return sharpened(build())
 
 
-KINDS = ("llama", "qwen2, biases", "mistral, windows only", "gemma2, windows and soft-cap", "gemma3n, shared layers", "gpt-oss, sinks",
-         "deepseek, two sizes", "gemma4, two sizes and shared layers", "qwen3-next, hybrid")
+KINDS = (
+    "llama",
+    "qwen2, biases",
+    "mistral, windows only",
+    "gemma2, windows and soft-cap",
+    "gemma3n, shared layers",
+    "gpt-oss, sinks",
+    "deepseek, two sizes",
+    "gemma4, two sizes and shared layers",
+    "qwen3-next, hybrid",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,24 +340,37 @@ def test_models(kind):
         wanted = generate(model, Oracle(model.config, sliding=sliding), usual)
         cache = TBQCache(model.config, sliding=sliding)
         tokens, logits = generate(model, cache, usual)
-        assert torch.equal(tokens, wanted[0]) and torch.allclose(logits, wanted[1], rtol=1e-4, atol=1e-4)  # strides may change an order of sums
+        assert torch.equal(tokens, wanted[0]) and torch.allclose(
+            logits, wanted[1], rtol=1e-4, atol=1e-4
+        )  # strides may change an order of sums
         packed = sum(type(layer) in (TBQLayer, TBQSlidingLayer) for layer in cache.layers)
-        assert cache.stats()["packed_layers"] == packed and (packed > 0 or sliding == "keep" and kind.startswith("mistral"))
+        assert cache.stats()["packed_layers"] == packed and (
+            packed > 0 or sliding == "keep" and kind.startswith("mistral")
+        )
         fused = generate(model, TBQCache(model.config, sliding=sliding), "tbq", 4)[1][0]
         assert (fused - wanted[1][0]).norm() <= 0.9 * (wanted[1][0] - exact).norm() + 1e-4
 
 
 def test_pairs():
     """Which channels the models turn into each other, by what their embedding does to one of them."""
+
     def halves(kind, head=64, **more):
         model = of_kind(kind)
         return [layer.half for layer in TBQCache(model.config, **more).layers if isinstance(layer, TBQLayer)]
 
-    assert halves("llama") == [32, 32] and halves("llama", pairs="neighbours") == [0, 0] and halves("deepseek, two sizes") == [0, 0]
-    assert halves("qwen2, biases") == [32, 32] and halves("gemma2, windows and soft-cap", sliding="compress") == [32] * 4
+    assert (
+        halves("llama") == [32, 32]
+        and halves("llama", pairs="neighbours") == [0, 0]
+        and halves("deepseek, two sizes") == [0, 0]
+    )
+    assert (
+        halves("qwen2, biases") == [32, 32] and halves("gemma2, windows and soft-cap", sliding="compress") == [32] * 4
+    )
     wide = transformers.LlamaConfig(**{**BASE, "head_dim": 192})
     assert TBQCache(wide).layers[0].half == 96
-    part = transformers.PhiConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=1, partial_rotary_factor=0.5)
+    part = transformers.PhiConfig(
+        hidden_size=256, num_attention_heads=2, num_hidden_layers=1, partial_rotary_factor=0.5
+    )
     transformers.PhiForCausalLM  # its code is there
     assert TBQCache(part).layers[0].half == 32
     near = transformers.CohereConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=1)
@@ -354,7 +456,21 @@ def test_windows_are_cropped_as_transformers_does():
     ours, theirs = TBQSlidingLayer(16, None, None), DynamicSlidingWindowLayer(sliding_window=16)
     if not hasattr(theirs, "activate_past_recording"):
         pytest.skip(f"transformers {transformers.__version__} does not crop windows")
-    for n, crop in ((10, -2), (3, -1), (30, -5), (1, 0), (4, -4), (1, -1), (70, -9), (20, None), (20, None), (3, -10), (150, 0), (1, 0), (6, -6)):
+    for n, crop in (
+        (10, -2),
+        (3, -1),
+        (30, -5),
+        (1, 0),
+        (4, -4),
+        (1, -1),
+        (70, -9),
+        (20, None),
+        (20, None),
+        (3, -10),
+        (150, 0),
+        (1, 0),
+        (6, -6),
+    ):
         k, v = states(1, 1, n, 64, seed=n), states(1, 1, n, 64, seed=n + 1)
         for layer in (ours, theirs):
             layer.activate_past_recording()
@@ -401,7 +517,13 @@ def test_sizes(model):
     assert (cache.nbytes, cache.baseline_nbytes) == (tokens * sides, tokens * 2 * 64 * 4)
     stats = cache.stats()
     assert stats["ratio"] == pytest.approx(32 / 3.25) and stats["tokens"] == 40 and len(stats["layers"]) == 2
-    assert stats["layers"][0] == {"kind": "TBQLayer", "k_bits": 4, "v_bits": 2, "nbytes": cache.nbytes // 2, "baseline_nbytes": cache.baseline_nbytes // 2}
+    assert stats["layers"][0] == {
+        "kind": "TBQLayer",
+        "k_bits": 4,
+        "v_bits": 2,
+        "nbytes": cache.nbytes // 2,
+        "baseline_nbytes": cache.baseline_nbytes // 2,
+    }
     assert "tokens=40" in repr(cache)
 
 
@@ -425,12 +547,28 @@ def attention_reference(q, k, v, scale, mask=None, causal=False, softcap=0.0, si
         s = s.masked_fill(~torch.ones(s.shape[2:], dtype=torch.bool).tril(s.shape[3] - s.shape[2]), -torch.inf)
     if sinks is not None:
         s = torch.cat([s, sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)], dim=3)
-    return (s.softmax(3).nan_to_num(0)[..., :k.shape[2]] @ v).transpose(1, 2)
+    return (s.softmax(3).nan_to_num(0)[..., : k.shape[2]] @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("options", ({}, {"mask": "bool"}, {"mask": "addend"}, {"mask": "one for all"}, {"causal": True}, {"softcap": 3.0, "causal": True},
-                                     {"sinks": True}, {"mask": "bool", "causal": True}), ids=str)
-@pytest.mark.parametrize("shape", ((4, 4, 1, 8, 2, 700, 1, 64, 64), (3, 2, 2, 4, 4, 300, 300, 128, 64), (2, 4, 3, 6, 2, 70, 9, 192, 128)), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"mask": "bool"},
+        {"mask": "addend"},
+        {"mask": "one for all"},
+        {"causal": True},
+        {"softcap": 3.0, "causal": True},
+        {"sinks": True},
+        {"mask": "bool", "causal": True},
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    ((4, 4, 1, 8, 2, 700, 1, 64, 64), (3, 2, 2, 4, 4, 300, 300, 128, 64), (2, 4, 3, 6, 2, 70, 9, 192, 128)),
+    ids=str,
+)
 def test_attention(shape, options):
     k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size = shape
     q = states(batch, heads, tokens, k_size)
@@ -439,7 +577,9 @@ def test_attention(shape, options):
     generator = torch.Generator().manual_seed(3)
     rest = {key: value for key, value in options.items() if key in ("causal", "softcap")}
     if options.get("mask") == "bool":
-        rest["mask"] = torch.rand(batch, 1, tokens, n_kv + 3, generator=generator)[..., :n_kv] < 0.7  # rows further apart than long
+        rest["mask"] = (
+            torch.rand(batch, 1, tokens, n_kv + 3, generator=generator)[..., :n_kv] < 0.7
+        )  # rows further apart than long
         rest["mask"][-1, :, -1] = False  # sees nothing
     elif options.get("mask") == "addend":
         rest["mask"] = torch.randn(batch, heads, tokens, n_kv, generator=generator)
@@ -493,20 +633,25 @@ def test_plain_attention(softcap, sinks):
     module = torch.nn.Module()
     module.num_key_value_groups = 2
     got, _ = _attention.attention(module, q, k, v, torch.rand(2, 1, 9, 12) < 2, softcap=softcap, s_aux=logits)
-    assert torch.allclose(got.double(), attention_reference(q, k, v, 0.125, softcap=softcap or 0.0, sinks=logits), atol=1e-5)
+    assert torch.allclose(
+        got.double(), attention_reference(q, k, v, 0.125, softcap=softcap or 0.0, sinks=logits), atol=1e-5
+    )
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, message", (
-    ({"k_bits": 5}, "k_bits is 5; it must be 2, 3, 4 or None"),
-    ({"v_bits": "4"}, "v_bits is '4'; it must be 2, 3, 4 or None"),
-    ({"k_bits": True}, "k_bits is True; it must be 2, 3, 4 or None"),
-    ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, halves, neighbours"),
-    ({"sliding": "drop"}, "sliding is 'drop'; it must be one of keep, compress"),
-    ({"config": "llama"}, "config is a str; it must be a model's config, or the model"),
-))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        ({"k_bits": 5}, "k_bits is 5; it must be 2, 3, 4 or None"),
+        ({"v_bits": "4"}, "v_bits is '4'; it must be 2, 3, 4 or None"),
+        ({"k_bits": True}, "k_bits is True; it must be 2, 3, 4 or None"),
+        ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, halves, neighbours"),
+        ({"sliding": "drop"}, "sliding is 'drop'; it must be one of keep, compress"),
+        ({"config": "llama"}, "config is a str; it must be a model's config, or the model"),
+    ),
+)
 def test_wrong_arguments(model, arguments, message):
     with pytest.raises(tbq.TBQError) as error:
         TBQCache(**{"config": model.config, **arguments})
@@ -515,20 +660,32 @@ def test_wrong_arguments(model, arguments, message):
 
 def test_head_sizes_that_64_does_not_divide():
     config = transformers.LlamaConfig(**{**BASE, "head_dim": 80})
-    with pytest.raises(tbq.TBQError, match="^head size 80 is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache$"):
+    with pytest.raises(
+        tbq.TBQError,
+        match="^head size 80 is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache$",
+    ):
         TBQCache(config)
     TBQCache(config, None, None)
     with pytest.raises(tbq.TBQError, match="head size 80 is not a multiple of 64"):
         TBQCache().update(states(size=80), states(size=80), 0)
 
 
-@pytest.mark.parametrize("change, message", (
-    (lambda k, v: (k[:1], v[:1]), "do not fit a cache of batch 2, 2 heads, sizes 128 and 128 in torch.float32 on cpu"),
-    (lambda k, v: (k[..., :64], v), "do not fit a cache"),
-    (lambda k, v: (k[0], v), "do not fit a cache"),
-    (lambda k, v: (k, v[:, :, :2]), "do not fit a cache"),
-    (lambda k, v: (k.half(), v.half()), "keys .2, 2, 5, 128. and values .2, 2, 5, 128. in torch.float16 on cpu do not fit a cache"),
-))
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (
+            lambda k, v: (k[:1], v[:1]),
+            "do not fit a cache of batch 2, 2 heads, sizes 128 and 128 in torch.float32 on cpu",
+        ),
+        (lambda k, v: (k[..., :64], v), "do not fit a cache"),
+        (lambda k, v: (k[0], v), "do not fit a cache"),
+        (lambda k, v: (k, v[:, :, :2]), "do not fit a cache"),
+        (
+            lambda k, v: (k.half(), v.half()),
+            "keys .2, 2, 5, 128. and values .2, 2, 5, 128. in torch.float16 on cpu do not fit a cache",
+        ),
+    ),
+)
 @pytest.mark.parametrize("kind", (TBQLayer, lambda: TBQSlidingLayer(32)), ids=("full", "window"))
 def test_states_that_do_not_fit_change_nothing(kind, change, message):
     layer, k = kind(), states()
@@ -539,8 +696,11 @@ def test_states_that_do_not_fit_change_nothing(kind, change, message):
     assert torch.equal(layer.keys, before) and layer.get_seq_length() == 5
 
 
-@pytest.mark.parametrize("wrong", (torch.ones(2, 2, 5, 64, dtype=torch.int32), torch.ones(2, 5, 64), torch.ones(2, 2, 5, 64, dtype=torch.float64)),
-                         ids=("int32", "three axes", "float64"))
+@pytest.mark.parametrize(
+    "wrong",
+    (torch.ones(2, 2, 5, 64, dtype=torch.int32), torch.ones(2, 5, 64), torch.ones(2, 2, 5, 64, dtype=torch.float64)),
+    ids=("int32", "three axes", "float64"),
+)
 def test_states_of_another_kind(wrong):
     layer = TBQLayer()
     with pytest.raises(tbq.TBQError, match="they must be float32, float16 or bfloat16 of shape"):
@@ -595,9 +755,17 @@ def test_large_key_biases_are_warned_of(implementation):
     """Once, by the planner's rule: which layers, how much, and what to do."""
     model = biased([0, 16, 0.5 * LARGE_BIAS, 2 * LARGE_BIAS])
     cache = TBQCache(model.config)
-    message, = warned(lambda: [generate(model, cache, implementation, inputs=prompt(pad=7)), generate(model, cache, implementation, 2, prompt(tokens=80, seed=2))])
-    found = re.fullmatch(r"llama has large key biases in 2 of 4 layers \(layer 1: (\d+) times the rest of the key\): "
-                         r"keys of 4 bits lose much; TBQCache\(..., k_bits=None\) keeps them as they are", message)
+    (message,) = warned(
+        lambda: [
+            generate(model, cache, implementation, inputs=prompt(pad=7)),
+            generate(model, cache, implementation, 2, prompt(tokens=80, seed=2)),
+        ]
+    )
+    found = re.fullmatch(
+        r"llama has large key biases in 2 of 4 layers \(layer 1: (\d+) times the rest of the key\): "
+        r"keys of 4 bits lose much; TBQCache\(..., k_bits=None\) keeps them as they are",
+        message,
+    )
     assert found and 16 <= int(found[1]) <= 24  # what the keys have in common besides is counted too
     for cache in (TBQCache(model.config, k_bits=None), DynamicCache(config=model.config)):
         assert warned(lambda: generate(model, cache, implementation)) == []
@@ -609,7 +777,7 @@ def test_a_forward_pass_is_enough_and_one_head_too():
     assert len(warned(lambda: forward(model, ids, TBQCache(model.config, 3, 3)))) == 1
     assert len(warned(lambda: forward(model, ids, TBQCache(model)))) == 1
     cache = TBQCache()  # does not know which layer is the last
-    message, = warned(lambda: [forward(model, ids, cache), forward(model, ids[:, :1], cache)])
+    (message,) = warned(lambda: [forward(model, ids, cache), forward(model, ids[:, :1], cache)])
     assert message.startswith("this model has large key biases in 1 of 2 layers (layer 1: ")
     cache = TBQCache(model.config)  # a prompt too short to tell, then a longer one
     assert warned(lambda: forward(model, ids[:, :5], cache)) == []
@@ -617,13 +785,27 @@ def test_a_forward_pass_is_enough_and_one_head_too():
     assert warned(lambda: forward(model, ids, cache)) == []
 
 
-@pytest.mark.parametrize("name, ids", {
-    "text": prompt()["input_ids"], "short": prompt(tokens=5)["input_ids"], "one word": torch.full((2, 64), 7),
-    "mostly padding": torch.cat([torch.zeros(1, 200, dtype=torch.long), prompt(1, 24)["input_ids"]], 1)}.items(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name, ids",
+    {
+        "text": prompt()["input_ids"],
+        "short": prompt(tokens=5)["input_ids"],
+        "one word": torch.full((2, 64), 7),
+        "mostly padding": torch.cat([torch.zeros(1, 200, dtype=torch.long), prompt(1, 24)["input_ids"]], 1),
+    }.items(),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_keys_without_large_biases_are_not_warned_of(name, ids):
     """Alike tokens have alike keys, which is no bias."""
     model = biased([0, 0.5 * LARGE_BIAS])
-    assert warned(lambda: generate(model, TBQCache(model.config), inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})) == []
+    assert (
+        warned(
+            lambda: generate(
+                model, TBQCache(model.config), inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            )
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("pad", (0, 100))
@@ -632,17 +814,29 @@ def test_the_measured_bias_is_the_planners(tmp_path, pad):
     ratios = [2.0, LARGE_BIAS, 16.0, 60.0]
     model = biased(ratios)
     blocks = [(f"blk.{i}", block) for i, block in enumerate(model.model.layers)]
-    path = llama_tools.write_gguf(tmp_path / "k.gguf", {"general.architecture": "llama"}, {
-        **{f"{name}.attn_k.weight": block.self_attn.k_proj.weight.detach().numpy() for name, block in blocks},
-        **{f"{name}.attn_k.bias": block.self_attn.k_proj.bias.detach().numpy() for name, block in blocks},
-        **{f"{name}.attn_norm.weight": block.input_layernorm.weight.detach().numpy() for name, block in blocks}})
-    planned = key_biases({tensor.name: tensor for tensor in tbq.open_gguf(path).tensors}, [Layer(i, GLOBAL, 2, 64, 64) for i in range(4)])
+    path = llama_tools.write_gguf(
+        tmp_path / "k.gguf",
+        {"general.architecture": "llama"},
+        {
+            **{f"{name}.attn_k.weight": block.self_attn.k_proj.weight.detach().numpy() for name, block in blocks},
+            **{f"{name}.attn_k.bias": block.self_attn.k_proj.bias.detach().numpy() for name, block in blocks},
+            **{f"{name}.attn_norm.weight": block.input_layernorm.weight.detach().numpy() for name, block in blocks},
+        },
+    )
+    planned = key_biases(
+        {tensor.name: tensor for tensor in tbq.open_gguf(path).tensors}, [Layer(i, GLOBAL, 2, 64, 64) for i in range(4)]
+    )
     cache = DynamicCache(config=model.config)
     ids = prompt(1, 96)["input_ids"]
     forward(model, torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], 1), cache)
     measured = [constant_part(layer.keys, layer.values).item() for layer in cache.layers]
-    for layer, ratio in enumerate(ratios):  # what the keys have in common besides is counted as bias: more in deep layers
-        assert planned[layer] == pytest.approx(ratio, rel=0.15) and 0.9 * planned[layer] < measured[layer] < 2 * planned[layer], (planned, measured)
+    for layer, ratio in enumerate(
+        ratios
+    ):  # what the keys have in common besides is counted as bias: more in deep layers
+        assert (
+            planned[layer] == pytest.approx(ratio, rel=0.15)
+            and 0.9 * planned[layer] < measured[layer] < 2 * planned[layer]
+        ), (planned, measured)
 
 
 def test_a_bias_cannot_be_seen_in_what_is_alike():
@@ -657,9 +851,16 @@ def test_a_bias_cannot_be_seen_in_what_is_alike():
 
 def test_import_without_transformers(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('none here')\n")
-    done = subprocess.run([sys.executable, "-c", "import tbq.hf"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.stderr.strip().splitlines()[-1] == ("tbq.errors.TBQError: tbq.hf needs transformers 4.57 or newer, and torch: "
-                                                    "pip install 'ggml-tbq[hf]' (none here)")
+    done = subprocess.run(
+        [sys.executable, "-c", "import tbq.hf"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stderr.strip().splitlines()[-1] == (
+        "tbq.errors.TBQError: tbq.hf needs transformers 4.57 or newer, and torch: "
+        "pip install 'ggml-tbq[hf]' (none here)"
+    )
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------
@@ -670,29 +871,66 @@ def test_triton_kernels_in_the_interpreter():
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with this NumPy")
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "cuda" / "hf_bench.py"), "--tiny", "--only", "checks"], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "cuda" / "hf_bench.py"), "--tiny", "--only", "checks"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0 and done.stdout.strip().endswith("all checks passed"), done.stdout + done.stderr
 
 
-TRITON_POINTERS = {"q": "*bf16", "k": "*u8", "v": "*u8", "k_tables": "*fp32", "v_tables": "*fp32", "mask": "*u8", "partial": "*fp32",
-                   "arrived": "*i32", "out": "*bf16", "sinks": "*bf16", "k_target": "*u8", "v_target": "*u8", "k_transform": "*bf16",
-                   "k_transforms": "*fp16", "v_transforms": "*fp16"}
+TRITON_POINTERS = {
+    "q": "*bf16",
+    "k": "*u8",
+    "v": "*u8",
+    "k_tables": "*fp32",
+    "v_tables": "*fp32",
+    "mask": "*u8",
+    "partial": "*fp32",
+    "arrived": "*i32",
+    "out": "*bf16",
+    "sinks": "*bf16",
+    "k_target": "*u8",
+    "v_target": "*u8",
+    "k_transform": "*bf16",
+    "k_transforms": "*fp16",
+    "v_transforms": "*fp16",
+}
 
 
 ATTEND = dict(MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, HALF=32)
 
 
-@pytest.mark.parametrize("name, constants", [
-    ("attend", dict(ATTEND, K_BITS=4, V_BITS=4, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
-    ("attend", dict(ATTEND, K_BITS=2, V_BITS=4, K_BLOCKS=2, V_BLOCKS=2, GROUP=1, R=1, MASK=2)),
-    ("attend", dict(ATTEND, K_BITS=4, V_BITS=3, K_BLOCKS=2, V_BLOCKS=2, GROUP=8, CAUSAL=True, R=32)),
-    ("attend", dict(ATTEND, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0, R=32)),
-    ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
-    ("encode", dict(K_BITS=2, V_BITS=0, K_PER_HEAD=1, V_PER_HEAD=1, HALF=0, N=1)),
-    ("decode", dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=32, N=64)),
-    ("decode", dict(K_BITS=4, V_BITS=0, K_PER_HEAD=2, V_PER_HEAD=1, HALF=48, N=64)),
-])
+@pytest.mark.parametrize(
+    "name, constants",
+    [
+        ("attend", dict(ATTEND, K_BITS=4, V_BITS=4, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
+        ("attend", dict(ATTEND, K_BITS=2, V_BITS=4, K_BLOCKS=2, V_BLOCKS=2, GROUP=1, R=1, MASK=2)),
+        ("attend", dict(ATTEND, K_BITS=4, V_BITS=3, K_BLOCKS=2, V_BLOCKS=2, GROUP=8, CAUSAL=True, R=32)),
+        (
+            "attend",
+            dict(
+                ATTEND,
+                K_BITS=3,
+                V_BITS=2,
+                K_BLOCKS=4,
+                V_BLOCKS=3,
+                GROUP=8,
+                MASK=1,
+                CAUSAL=True,
+                SOFTCAP=True,
+                SINKS=True,
+                HALF=0,
+                R=32,
+            ),
+        ),
+        ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
+        ("encode", dict(K_BITS=2, V_BITS=0, K_PER_HEAD=1, V_PER_HEAD=1, HALF=0, N=1)),
+        ("decode", dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=32, N=64)),
+        ("decode", dict(K_BITS=4, V_BITS=0, K_PER_HEAD=2, V_PER_HEAD=1, HALF=48, N=64)),
+    ],
+)
 def test_triton_kernels_compile(name, constants):
     """For sm_90, without a GPU: the interpreter takes what the compiler refuses, and never sees the PTX of look_up()."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -707,18 +945,34 @@ def test_triton_kernels_compile(name, constants):
         constants = {**constants, "M": m, "BN": keys}
     for side in "KV":
         bits = constants[f"{side}_BITS"]
-        constants = {**constants, f"{side}_BYTES": 2 + 8 * bits, f"{side}_SCALES": len(_tables.THRESHOLDS.get(bits, ()))}
+        constants = {
+            **constants,
+            f"{side}_BYTES": 2 + 8 * bits,
+            f"{side}_SCALES": len(_tables.THRESHOLDS.get(bits, ())),
+        }
     constants |= {} if constants.get("MASK") else {"mask": None}
     constants |= {} if constants.get("SINKS") else {"sinks": None}
     kernel = getattr(_kernels, name)
-    pointers = {**TRITON_POINTERS, **({"k": "*bf16", "v": "*bf16"} if name == "encode" else {"k_target": "*bf16", "v_target": "*bf16"}),
-                "mask": "*fp32" if constants.get("MASK") == 2 else "*u8"}
+    pointers = {
+        **TRITON_POINTERS,
+        **({"k": "*bf16", "v": "*bf16"} if name == "encode" else {"k_target": "*bf16", "v_target": "*bf16"}),
+        "mask": "*fp32" if constants.get("MASK") == 2 else "*u8",
+    }
     names = list(inspect.signature(kernel.fn).parameters)
-    types = {n: "constexpr" if n in constants else pointers.get(n) or {"scale": "fp32", "softcap": "fp32"}.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if i not in kernel.do_not_specialize and n not in kernel.do_not_specialize
-               and n not in constants}
-    compiled = compile(ASTSource(kernel, types, {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned), target=GPUTarget("cuda", 90, 32),
-                       options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": name != "encode"})
+    types = {
+        n: "constexpr" if n in constants else pointers.get(n) or {"scale": "fp32", "softcap": "fp32"}.get(n, "i32")
+        for n in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if i not in kernel.do_not_specialize and n not in kernel.do_not_specialize and n not in constants
+    }
+    compiled = compile(
+        ASTSource(kernel, types, {(i,): constants[n] for i, n in enumerate(names) if n in constants}, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": name != "encode"},
+    )
     assert compiled.asm["cubin"]
     assert (".reg .b32 f, g" in compiled.asm["ptx"]) == (name != "encode")  # look_up()'s
 
@@ -733,7 +987,11 @@ def demo():
 
     path = pathlib.Path(fetch_model(ROOT / "build" / "models"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return path, tokenizer, transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return (
+        path,
+        tokenizer,
+        transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval(),
+    )
 
 
 PAIR_BITS = ((4, 4), (3, 3))
@@ -752,7 +1010,9 @@ def of_llama_cpp(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("hf")
     text = llama_tools.python_text(folder / "text")
-    measure = llama_tools.Divergence(bin_dir, fetch_model(ROOT / "build" / "models"), text, folder / "base", n_ctx=256, chunks=2)
+    measure = llama_tools.Divergence(
+        bin_dir, fetch_model(ROOT / "build" / "models"), text, folder / "base", n_ctx=256, chunks=2
+    )
     return text, measure.base_ppl, {(k, v): measure(f"tbq{k}_0", f"tbq{v}_0") for k, v in PAIR_BITS}
 
 
@@ -775,7 +1035,9 @@ def test_divergence_is_that_of_llama_cpp(demo, of_llama_cpp):
         for bits in PAIR_BITS:
             ours = scores(TBQCache(model.config, *bits), implementation)
             kld = float((base.exp() * (base - ours)).sum(-1).mean())
-            print(f"{implementation} {bits}: KLD {kld:.4f}, llama.cpp {theirs[bits]['kld']:.4f}; PPL {perplexity(ours):.2f}, {theirs[bits]['ppl']:.2f}")
+            print(
+                f"{implementation} {bits}: KLD {kld:.4f}, llama.cpp {theirs[bits]['kld']:.4f}; PPL {perplexity(ours):.2f}, {theirs[bits]['ppl']:.2f}"
+            )
             assert 0.6 * theirs[bits]["kld"] < kld < 1.25 * theirs[bits]["kld"]  # 254 scores
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
 
@@ -793,7 +1055,7 @@ def test_biases_of_the_demo_model(demo):
             bias = torch.zeros(3, 64)
             bias[:, [31, 63]] = 16 * layer.keys.square().mean().sqrt()
             proj.bias = torch.nn.Parameter(bias.reshape(-1), requires_grad=False)
-        message, = warned(lambda: forward(model, ids, TBQCache(model.config)))
+        (message,) = warned(lambda: forward(model, ids, TBQCache(model.config)))
     finally:
         for proj in projections:
             proj.bias = None
@@ -806,13 +1068,19 @@ def test_greedy_text_is_that_of_llama_cpp(demo):
     from tbq import Server
 
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    inputs = {"input_ids": tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]}
+    inputs = {
+        "input_ids": tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    }
     torch.set_num_threads(2)
     for k, v in ((4, 4), (4, 3)):
         with Server(path, kv=f"tbq{k}_0/tbq{v}_0", options=["-c", "512", "-t", "2"]) as server:
-            theirs = server.chat(question[0]["content"], temperature=0, max_tokens=8)["choices"][0]["message"]["content"]
+            theirs = server.chat(question[0]["content"], temperature=0, max_tokens=8)["choices"][0]["message"][
+                "content"
+            ]
         for implementation in ("sdpa", "tbq"):
             tokens, _ = generate(model, TBQCache(model.config, k, v), implementation, 8, inputs)
-            ours = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            ours = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             print(f"{k}/{v} {implementation}: {ours!r}, llama.cpp {theirs!r}")
             assert ours.strip() == theirs.strip()

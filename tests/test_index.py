@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The vector index: what it finds, its errors, its files, its commands."""
+
 import importlib.util
 import json
 import math
@@ -88,7 +89,9 @@ def test_scores_are_products_with_what_is_reconstructed(metric, estimator, dim):
     queries = unit(q) if metric == "cosine" else q
     product = np.einsum("qd,qnd->qn", queries, decoded)
     if metric == "l2":
-        product = np.maximum((q.astype(np.float64) ** 2).sum(-1)[:, None] + (x[ids].astype(np.float64) ** 2).sum(-1) - 2 * product, 0)
+        product = np.maximum(
+            (q.astype(np.float64) ** 2).sum(-1)[:, None] + (x[ids].astype(np.float64) ** 2).sum(-1) - 2 * product, 0
+        )
     # 127 levels: a rotated value is off by 1/254 of the largest, at most 8 times their rms
     size = np.linalg.norm(queries, axis=-1)[:, None] * np.linalg.norm(decoded, axis=-1)
     assert (np.abs(scores - product) < (2 if metric == "l2" else 1) * size * 0.03 + 1e-6).all()
@@ -103,7 +106,9 @@ def test_reconstruct():
     scaled = (unit(x) * math.sqrt(128)).astype(np.float32)
     expected = tbq.dequantize(tbq.quantize(scaled, "tbq3_0"), "tbq3_0", scaled.shape) / math.sqrt(128)
     got = index.reconstruct(np.arange(40))
-    assert np.mean((got - expected) ** 2) < 1e-3 * np.mean((got - unit(x)) ** 2)  # a level may differ where scaling rounds otherwise
+    assert np.mean((got - expected) ** 2) < 1e-3 * np.mean(
+        (got - unit(x)) ** 2
+    )  # a level may differ where scaling rounds otherwise
     assert index.reconstruct(7).shape == (128,) and (index.reconstruct(7) == got[7]).all()
     assert index.reconstruct([]).shape == (0, 128)
 
@@ -147,7 +152,15 @@ def test_lengths_of_any_size():
 def test_input_types():
     x = np.arange(1, 13).reshape(3, 4)
     expected = None
-    for values in (x, x.tolist(), x.astype(np.float16), x.astype(np.float64), np.asfortranarray(x), x.astype(np.uint8), x[:, ::-1][:, ::-1]):
+    for values in (
+        x,
+        x.tolist(),
+        x.astype(np.float16),
+        x.astype(np.float64),
+        np.asfortranarray(x),
+        x.astype(np.uint8),
+        x[:, ::-1][:, ::-1],
+    ):
         index = Index(4)
         index.add(values)
         scores, ids = index.search(values, 2)
@@ -179,7 +192,9 @@ def test_threads_do_not_matter(queries):
 # --- changes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric, estimator, keep", (("ip", "mse", None), ("l2", "unbiased", "float32"), ("cosine", "mse", "float16")))
+@pytest.mark.parametrize(
+    "metric, estimator, keep", (("ip", "mse", None), ("l2", "unbiased", "float32"), ("cosine", "mse", "float16"))
+)
 def test_changes(metric, estimator, keep, tmp_path):
     """Against a new index of the same vectors, after each of many random changes."""
     rng = np.random.default_rng(5)
@@ -214,7 +229,9 @@ def test_changes(metric, estimator, keep, tmp_path):
             fresh.add_with_ids(x[list(held.values())], list(held))
             k = min(7, len(held))
             for rescore in (1, 3) if keep else (1,):
-                np.testing.assert_array_equal(index.search(q, k, rescore=rescore)[0], fresh.search(q, k, rescore=rescore)[0])
+                np.testing.assert_array_equal(
+                    index.search(q, k, rescore=rescore)[0], fresh.search(q, k, rescore=rescore)[0]
+                )
             some = list(held)[:5]
             np.testing.assert_array_equal(index.reconstruct(some), fresh.reconstruct(some))
     assert used > 100
@@ -264,7 +281,9 @@ def test_data_that_is_not_centered(metric, c):
 def test_queries_that_are_not_like_the_vectors(metric):
     """On the other side of 0, around 0, and short: each finds its neighbors among the others."""
     x = normal(3000, 64, 5)
-    q = np.concatenate([normal(100, 64, -5, 1), normal(100, 64, 0, 2), normal(100, 64, 5, 3) * np.float32(1e-3)])[np.random.default_rng(0).permutation(300)]
+    q = np.concatenate([normal(100, 64, -5, 1), normal(100, 64, 0, 2), normal(100, 64, 5, 3) * np.float32(1e-3)])[
+        np.random.default_rng(0).permutation(300)
+    ]
     index = Index(64, 4, metric)
     index.add(x)
     scores, ids = index.search(q, 10)
@@ -282,7 +301,7 @@ def test_how_vectors_are_cut_does_not_matter(metric, keep, n, tmp_path):
     for step in (1, 7, 100, 300):
         index = Index(70, 4, metric, keep=keep)
         for turn, start in enumerate(range(0, n, step)):
-            index.add(x[start:start + step], threads=1 + turn % 2)
+            index.add(x[start : start + step], threads=1 + turn % 2)
             if turn % 10 == 1:
                 index.save(path)
                 index = Index.load(path)
@@ -316,7 +335,9 @@ def test_removed_vectors_have_no_part_in_a_center_that_is_being_measured(tmp_pat
     other = Index(20)
     other.add_with_ids(x[1::2], np.arange(1, 200, 2))
     assert (index.center == other.center).all()
-    assert (index.search(x, 10)[0] == other.search(x, 10)[0]).all() and (index.reconstruct([1, 99]) == other.reconstruct([1, 99])).all()
+    assert (index.search(x, 10)[0] == other.search(x, 10)[0]).all() and (
+        index.reconstruct([1, 99]) == other.reconstruct([1, 99])
+    ).all()
 
 
 def test_centers_of_the_caller(tmp_path):
@@ -345,7 +366,9 @@ def test_vectors_that_are_all_equal(metric, n):
     index.add(x)
     for rescore in (1, 2):
         scores, ids = index.search(q, n, rescore=rescore)
-        np.testing.assert_allclose(scores, np.abs(exact(metric, q, x)) if metric == "l2" else exact(metric, q, x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            scores, np.abs(exact(metric, q, x)) if metric == "l2" else exact(metric, q, x), rtol=1e-5, atol=1e-6
+        )
         assert (ids == np.arange(n)).all()
     assert np.abs(index.reconstruct(0) - (unit(x[0]) if metric == "cosine" else x[0])).max() < 1e-6
 
@@ -389,35 +412,59 @@ WRONG = {
     "objects": (lambda i: i.add(np.array([None] * 8)), "vectors have dtype object; it must be a real number's"),
     "ragged": (lambda i: i.add([[1, 2], [3]]), "vectors are ragged; rows must have one length"),
     "nan": (lambda i: i.add(np.vstack([np.ones((2, 8)), NAN])), "vectors[2] holds a NaN or an infinity"),
-    "nan far": (lambda i: i.add(np.vstack([np.ones((300000, 8), np.float32), NAN])), "vectors[300000] holds a NaN or an infinity"),
+    "nan far": (
+        lambda i: i.add(np.vstack([np.ones((300000, 8), np.float32), NAN])),
+        "vectors[300000] holds a NaN or an infinity",
+    ),
     "inf": (lambda i: i.add(INF), "vectors[0] holds a NaN or an infinity"),
     "huge": (lambda i: i.add(HUGE), "vectors[0] holds a NaN or an infinity"),
     "long": (lambda i: i.add(np.full(8, 1e18)), "vectors[0] has a length of 2^60 or more"),
     "zero": (lambda i: Index(8, 4, "cosine").add(np.zeros(8)), "vectors[0] is zero, which has no cosine with anything"),
-    "half": (lambda i: Index(8, keep="float16", center=np.zeros(8)).add(np.full(8, 1e5)), "vectors[0] holds a value that float16 cannot; keep 'float32' can"),
-    "far": (lambda i: Index(8, keep="float16", center=np.ones(8)).add(np.full(8, 1e5)), "vectors[0] is too far from the center for float16; keep 'float32' can hold it"),
+    "half": (
+        lambda i: Index(8, keep="float16", center=np.zeros(8)).add(np.full(8, 1e5)),
+        "vectors[0] holds a value that float16 cannot; keep 'float32' can",
+    ),
+    "far": (
+        lambda i: Index(8, keep="float16", center=np.ones(8)).add(np.full(8, 1e5)),
+        "vectors[0] is too far from the center for float16; keep 'float32' can hold it",
+    ),
     "center shape": (lambda i: Index(8, center=np.ones(9)), "center has shape (9,); it must be (8,)"),
     "center nan": (lambda i: Index(8, center=NAN[0]), "center[0] holds a NaN or an infinity"),
     "center text": (lambda i: Index(8, center="no"), "center have dtype <U2; it must be a real number's"),
     "id twice": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 9]), "id 9 is there twice"),
     "id taken": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 2]), "id 2 is in the index already"),
     "id count": (lambda i: i.add_with_ids(np.ones((2, 8)), [9]), "there are 2 vectors and 1 ids"),
-    "id float": (lambda i: i.add_with_ids(np.ones(8), [1.5]), "ids have shape (1,) and dtype float64; they must be integers of shape (n,)"),
-    "id axes": (lambda i: i.add_with_ids(np.ones(8), [[1]]), "ids have shape (1, 1) and dtype int64; they must be integers of shape (n,)"),
+    "id float": (
+        lambda i: i.add_with_ids(np.ones(8), [1.5]),
+        "ids have shape (1,) and dtype float64; they must be integers of shape (n,)",
+    ),
+    "id axes": (
+        lambda i: i.add_with_ids(np.ones(8), [[1]]),
+        "ids have shape (1, 1) and dtype int64; they must be integers of shape (n,)",
+    ),
     "id negative": (lambda i: i.add_with_ids(np.ones(8), -1), "id -1 is not from 0 to 2^63 - 2"),
-    "id large": (lambda i: i.add_with_ids(np.ones(8), np.uint64(1 << 63)), "id 9223372036854775808 is not from 0 to 2^63 - 2"),
+    "id large": (
+        lambda i: i.add_with_ids(np.ones(8), np.uint64(1 << 63)),
+        "id 9223372036854775808 is not from 0 to 2^63 - 2",
+    ),
     "remove": (lambda i: i.remove([1, 77]), "id 77 is not in the index"),
     "remove twice": (lambda i: i.remove([1, 2, 1]), "id 1 is there twice"),
     "reconstruct": (lambda i: i.reconstruct(-1), "id -1 is not from 0 to 2^63 - 2"),
     "reconstruct missing": (lambda i: i.reconstruct(5), "id 5 is not in the index"),
     "query shape": (lambda i: i.search(np.ones(9), 1), "queries have shape (9,); it must be (n, 8), or (8,) for one"),
     "query nan": (lambda i: i.search(NAN, 1), "queries[0] holds a NaN or an infinity"),
-    "query zero": (lambda i: _one("cosine").search(np.zeros(8), 1), "queries[0] is zero, which has no cosine with anything"),
+    "query zero": (
+        lambda i: _one("cosine").search(np.zeros(8), 1),
+        "queries[0] is zero, which has no cosine with anything",
+    ),
     "empty": (lambda i: Index(8).search(np.ones(8), 1), "the index is empty"),
     "k large": (lambda i: i.search(np.ones(8), 6), "k is 6; it must be from 1 to 5; the index has 5 vectors"),
     "k": (lambda i: i.search(np.ones(8), 0), "k is 0; it must be from 1 to 5; the index has 5 vectors"),
     "k float": (lambda i: i.search(np.ones(8), 1.0), "k is 1.0; it must be an integer from 1 to 5"),
-    "rescore": (lambda i: i.search(np.ones(8), 1, rescore=2), "rescore needs the vectors themselves; make the index with keep='float16'"),
+    "rescore": (
+        lambda i: i.search(np.ones(8), 1, rescore=2),
+        "rescore needs the vectors themselves; make the index with keep='float16'",
+    ),
     "threads": (lambda i: i.search(np.ones(8), 1, threads=0), "threads is 0; it must be from 1 to 4096"),
 }
 
@@ -453,7 +500,10 @@ def test_ids_end(tmp_path):
     for n, ids in ((4, None), (3, [LAST - 2, LAST - 1, LAST]), (1, None)):
         before = index.ids.tolist(), index.nbytes, index.search(x, 1)[0].tolist()
         if ids is None:
-            with pytest.raises(TBQError, match=f"{n} vectors would get ids from .*, but 2\\^63 - 2 is the last; add_with_ids takes others"):
+            with pytest.raises(
+                TBQError,
+                match=f"{n} vectors would get ids from .*, but 2\\^63 - 2 is the last; add_with_ids takes others",
+            ):
                 index.add(x[:n])
             assert (index.ids.tolist(), index.nbytes, index.search(x, 1)[0].tolist()) == before
         else:
@@ -470,14 +520,28 @@ def test_ids_end(tmp_path):
     assert LAST in index and LAST + 1 not in index and 2**70 not in index and -1 not in index
 
 
-@pytest.mark.parametrize("ids, message", (
-    ([2**63 - 1], "id 9223372036854775807 is not from 0 to"), (np.array([2**64 - 1], np.uint64), "id 18446744073709551615 is not from 0 to"),
-    ([2**70], "must be integers of shape"), ([-2**63], "id -9223372036854775808 is not from 0 to"), (np.array([-1], np.int8), "id -1 is not from 0 to"),
-    ([2.0], "must be integers of shape"), ([2**63, -1], "must be integers of shape"), ([True], "must be integers of shape")), ids=str)
+@pytest.mark.parametrize(
+    "ids, message",
+    (
+        ([2**63 - 1], "id 9223372036854775807 is not from 0 to"),
+        (np.array([2**64 - 1], np.uint64), "id 18446744073709551615 is not from 0 to"),
+        ([2**70], "must be integers of shape"),
+        ([-(2**63)], "id -9223372036854775808 is not from 0 to"),
+        (np.array([-1], np.int8), "id -1 is not from 0 to"),
+        ([2.0], "must be integers of shape"),
+        ([2**63, -1], "must be integers of shape"),
+        ([True], "must be integers of shape"),
+    ),
+    ids=str,
+)
 def test_ids_that_are_none(ids, message):
     index = Index(8)
     index.add(vectors(2, 8))
-    for act in (lambda: index.add_with_ids(vectors(len(ids), 8), ids), lambda: index.remove(ids), lambda: index.reconstruct(ids)):
+    for act in (
+        lambda: index.add_with_ids(vectors(len(ids), 8), ids),
+        lambda: index.remove(ids),
+        lambda: index.reconstruct(ids),
+    ):
         with pytest.raises(TBQError, match=message):
             act()
     assert index.ids.tolist() == [0, 1]
@@ -500,7 +564,12 @@ def test_ids_of_any_layout():
 def test_large_numbers(number):
     index = Index(8)
     index.add(vectors(2, 8))
-    for act in (lambda: index.search(np.ones(8), number), lambda: index.search(np.ones(8), 1, threads=number), lambda: Index(number), lambda: Index(8, number)):
+    for act in (
+        lambda: index.search(np.ones(8), number),
+        lambda: index.search(np.ones(8), 1, threads=number),
+        lambda: Index(number),
+        lambda: Index(8, number),
+    ):
         with pytest.raises(TBQError, match=f"is {number}; it must be from"):
             act()
 
@@ -601,7 +670,7 @@ def test_truncated(saved, tmp_path):
     _, path = saved
     data = path.read_bytes()
     cut = tmp_path / "cut"
-    for size in [*range(0, 140), *range(140, len(data), 97), len(data) - 1]:
+    for size in [*range(140), *range(140, len(data), 97), len(data) - 1]:
         cut.write_bytes(data[:size])
         with pytest.raises(TBQError, match="is not an index of tbq|truncated"):
             Index.load(cut)
@@ -638,15 +707,53 @@ def test_tampered(saved, tmp_path):
 
 def _forged(data, **fields):
     """A file with other numbers in its header and valid checksums."""
-    names = ("magic", "version", "format", "bits", "metric", "estimator", "keep", "dim", "n", "next", "center", "source")
+    names = (
+        "magic",
+        "version",
+        "format",
+        "bits",
+        "metric",
+        "estimator",
+        "keep",
+        "dim",
+        "n",
+        "next",
+        "center",
+        "source",
+    )
     values = dict(zip(names, struct.unpack_from("<8s6I3Q2I", data))) | fields
     head = struct.pack("<8s6I3Q2I", *values.values()) + data[64:96]
     return head + struct.pack("<I", zlib.crc32(head)) + data[100:]
 
 
-@pytest.mark.parametrize("fields", ({"n": 1 << 62}, {"n": 38}, {"n": 48}, {"dim": 1 << 19}, {"dim": 0}, {"dim": 1 << 40}, {"bits": 9}, {"bits": 4},
-                                    {"metric": 7}, {"keep": 4}, {"keep": 3}, {"estimator": 2}, {"next": 3}, {"next": 1 << 63}, {"version": 1}, {"version": 3}, {"format": 2},
-                                    {"center": 0}, {"center": 2}, {"source": 0}, {"source": 3}, {"n": 256}), ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"n": 1 << 62},
+        {"n": 38},
+        {"n": 48},
+        {"dim": 1 << 19},
+        {"dim": 0},
+        {"dim": 1 << 40},
+        {"bits": 9},
+        {"bits": 4},
+        {"metric": 7},
+        {"keep": 4},
+        {"keep": 3},
+        {"estimator": 2},
+        {"next": 3},
+        {"next": 1 << 63},
+        {"version": 1},
+        {"version": 3},
+        {"format": 2},
+        {"center": 0},
+        {"center": 2},
+        {"source": 0},
+        {"source": 3},
+        {"n": 256},
+    ),
+    ids=str,
+)
 def test_forged(saved, tmp_path, fields):
     """Numbers that do not fit the file's size: refused before memory is taken for them."""
     _, path = saved
@@ -747,7 +854,9 @@ def test_crash_while_saving(saved):
 
 
 def command(folder, *arguments, **options):
-    return subprocess.run([sys.executable, "-m", "tbq", *map(str, arguments)], cwd=folder, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "tbq", *map(str, arguments)], cwd=folder, capture_output=True, text=True, **options
+    )
 
 
 @pytest.fixture
@@ -772,7 +881,12 @@ def test_build_and_query(folder):
     assert len(rows) == 2 and len(rows[0]["ids"]) == 300 and rows[0]["ids"][0] == 1005
     done = command(folder, "search", "build", "x.npy", "x.tbqi")
     assert done.returncode == 2 and done.stderr == "tbq: error: x.tbqi exists; --force replaces it\n"
-    assert command(folder, "search", "build", "x.npy", "x.tbqi", "--force", "--bits", "2", "--metric", "l2", "--unbiased").returncode == 0
+    assert (
+        command(
+            folder, "search", "build", "x.npy", "x.tbqi", "--force", "--bits", "2", "--metric", "l2", "--unbiased"
+        ).returncode
+        == 0
+    )
     index = Index.load(folder / "x.tbqi")
     assert (index.bits, index.metric, index.estimator, index.keep) == (2, "l2", "unbiased", None)
     assert sorted(os.listdir(folder)) == ["ids.npy", "q.npy", "x.npy", "x.tbqi"]
@@ -786,8 +900,14 @@ WRONG_FILES = {
     "truncated": (("build", "cut.npy", "o"), "cut.npy is not a .npy file of numbers, or is truncated"),
     "objects": (("build", "objects.npy", "o"), "objects.npy is not a .npy file of numbers"),
     "archive": (("build", "z.npz", "o"), "z.npz is an archive; save one array with numpy.save"),
-    "axes": (("build", "ids.npy", "o"), "ids.npy has shape (300,) and dtype int64; it must be numbers of shape (n, dim)"),
-    "ids": (("build", "x.npy", "o", "--ids", "q.npy"), "q.npy has shape (2, 24) and dtype float32; it must be numbers of shape (n,)"),
+    "axes": (
+        ("build", "ids.npy", "o"),
+        "ids.npy has shape (300,) and dtype int64; it must be numbers of shape (n, dim)",
+    ),
+    "ids": (
+        ("build", "x.npy", "o", "--ids", "q.npy"),
+        "q.npy has shape (2, 24) and dtype float32; it must be numbers of shape (n,)",
+    ),
     "few ids": (("build", "q.npy", "o", "--ids", "ids.npy"), "there are 2 vectors and 300 ids"),
     "nan": (("build", "nan.npy", "o"), "vectors[299] holds a NaN or an infinity"),
     "no columns": (("build", "thin.npy", "o"), "dim is 0; it must be from 1 to 1048576"),
@@ -795,7 +915,10 @@ WRONG_FILES = {
     "itself": (("build", "x.npy", "x.npy", "--force"), "x.npy is what the index would be made of; name another file"),
     "index": (("query", "x.npy", "q.npy"), "x.npy is not an index of tbq"),
     "no index": (("query", "nothing", "q.npy"), "No such file or directory: nothing"),
-    "wrong width": (("query", "x.tbqi", "wide.npy"), "queries have shape (2, 25); it must be (n, 24), or (24,) for one"),
+    "wrong width": (
+        ("query", "x.tbqi", "wide.npy"),
+        "queries have shape (2, 25); it must be (n, 24), or (24,) for one",
+    ),
     "rescore": (("query", "x.tbqi", "q.npy", "--rescore", "2"), "rescore needs the vectors themselves"),
     "empty index": (("query", "empty.tbqi", "q.npy"), "the index is empty"),
 }
@@ -826,12 +949,20 @@ def test_wrong_files(folder, what, monkeypatch, capsys):
     assert sorted(os.listdir(folder)) == before
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="cannot tell when the work has begun: no /proc")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/maps").exists(), reason="cannot tell when the work has begun: no /proc"
+)
 def test_interrupted(folder):
     """Ctrl-C in the middle: no traceback, and nothing new in the folder."""
     np.save(folder / "large.npy", np.ones((400000, 384), np.float16))
     before = sorted(os.listdir(folder))
-    process = subprocess.Popen([sys.executable, "-m", "tbq", "search", "build", "large.npy", "o"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbq", "search", "build", "large.npy", "o"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     maps = pathlib.Path(f"/proc/{process.pid}/maps")
     while process.poll() is None and "large.npy" not in maps.read_text():
         time.sleep(0.02)
@@ -851,8 +982,23 @@ def test_bench(tmp_path, capsys):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ggml-tbq[bench]'")
     picture = tmp_path / "recall.png"
-    arguments = ["bench", "index", "--sets", "64", "--n", "10000", "--queries", "100", "--indices", "flat,sq4,pqs,tbq4,tbq4+4",
-                 "--threads", "1", "--cpu-time", "--train", "1000"]
+    arguments = [
+        "bench",
+        "index",
+        "--sets",
+        "64",
+        "--n",
+        "10000",
+        "--queries",
+        "100",
+        "--indices",
+        "flat,sq4,pqs,tbq4,tbq4+4",
+        "--threads",
+        "1",
+        "--cpu-time",
+        "--train",
+        "1000",
+    ]
     assert main.main([*arguments, "--json", "--plot", str(picture)]) == 0
     result = json.loads(capsys.readouterr().out)
     found = result["sets"]["sphere 64"]["indices"]
@@ -886,10 +1032,12 @@ def test_bench_wrong(tmp_path, capsys, monkeypatch):
     if importlib.util.find_spec("faiss"):
         np.save(tmp_path / "x.npy", np.ones((100, 5)))
         arguments = ["bench", "index", "--vectors", str(tmp_path / "x.npy"), "--queries"]
-        for more, message in ((["60"], "x has 100 vectors; 60 queries need twice as many"),
-                              (["10", "--indices", "pq"], "pq needs an even number of dimensions, not 5; leave it out of --indices"),
-                              (["10", "--k", "91", "--indices", "tbq4"], "k is 91; it must be from 1 to 90; the index has 90 vectors"),
-                              (["10", "--cpu-time", "--threads", "2"], "--cpu-time needs --threads 1")):
+        for more, message in (
+            (["60"], "x has 100 vectors; 60 queries need twice as many"),
+            (["10", "--indices", "pq"], "pq needs an even number of dimensions, not 5; leave it out of --indices"),
+            (["10", "--k", "91", "--indices", "tbq4"], "k is 91; it must be from 1 to 90; the index has 90 vectors"),
+            (["10", "--cpu-time", "--threads", "2"], "--cpu-time needs --threads 1"),
+        ):
             assert main.main([*arguments, *more]) == 2
             assert f"tbq: error: {message}" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq inspect`."""
+
 import json
 import re
 import subprocess
@@ -16,7 +17,9 @@ from tbq.gguf_files.inspect import ERROR_BINS, inspect
 
 
 def cli(*arguments):
-    return subprocess.run([sys.executable, "-m", "tbq", "inspect", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "tbq", "inspect", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def refused(done, message):
@@ -30,7 +33,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
     tiny_llama(folder / "f32.gguf", 64)
     for kind in (*TBQ, "f16"):
-        tbq.convert(folder / "f32.gguf", folder / f"{kind}.gguf", kind, tensors=[("ffn_up", "tbq2_0")] if kind == "tbq4_0" else [])
+        tbq.convert(
+            folder / "f32.gguf",
+            folder / f"{kind}.gguf",
+            kind,
+            tensors=[("ffn_up", "tbq2_0")] if kind == "tbq4_0" else [],
+        )
     return folder
 
 
@@ -47,7 +55,10 @@ def test_scales_and_use(folder, kind):
         index, d = numpy_reference.unpack(bits, read[entry.tensor.name].data.reshape(-1, tbq.types[kind].block_bytes))
         d = d.view(np.float16).astype(np.float32)
         assert entry.blocks.use.tolist() == np.bincount(index.reshape(-1), minlength=2**bits).tolist()
-        assert entry.blocks.scales == (d.min(), np.median(d), d.max()) and (entry.blocks.zero, entry.blocks.damaged) == (0, 0)
+        assert entry.blocks.scales == (d.min(), np.median(d), d.max()) and (
+            entry.blocks.zero,
+            entry.blocks.damaged,
+        ) == (0, 0)
         assert entry.blocks.histogram.sum() == len(d)
         assert bits - 0.35 < entry.blocks.entropy < bits
         total += index.size
@@ -57,17 +68,24 @@ def test_scales_and_use(folder, kind):
 def test_errors(folder):
     """Against the reader's and gguf's values; a Gaussian's distortion at four bits is 0.0069."""
     report = inspect(folder / "tbq4_0.gguf", folder / "f32.gguf")
-    new, old = ({t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float64) for t in gguf.GGUFReader(folder / f"{name}.gguf").tensors}
-                for name in ("tbq4_0", "f32"))
+    new, old = (
+        {
+            t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float64)
+            for t in gguf.GGUFReader(folder / f"{name}.gguf").tensors
+        }
+        for name in ("tbq4_0", "f32")
+    )
     for entry in report.entries:
         x, y = new[entry.tensor.name].reshape(-1), old[entry.tensor.name].reshape(-1)
         assert entry.error == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y), rel=1e-4, abs=1e-9)
         assert entry.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
         if entry.tensor.type.name == "TBQ4_0":
-            assert entry.error ** 2 == pytest.approx(0.0069, rel=0.03)
-    assert report.errors["tbq4_0"].sum() == sum(e.tensor.n_values for e in report.entries if e.tensor.type.name == "TBQ4_0")
+            assert entry.error**2 == pytest.approx(0.0069, rel=0.03)
+    assert report.errors["tbq4_0"].sum() == sum(
+        e.tensor.n_values for e in report.entries if e.tensor.type.name == "TBQ4_0"
+    )
     center = np.arange(ERROR_BINS) / ERROR_BINS * 2 - 1 + 1 / ERROR_BINS
-    spread = np.sqrt((report.errors["tbq4_0"] * center ** 2).sum() / report.errors["tbq4_0"].sum())
+    spread = np.sqrt((report.errors["tbq4_0"] * center**2).sum() / report.errors["tbq4_0"].sum())
     assert spread == pytest.approx(0.083, rel=0.03)
 
 
@@ -79,10 +97,14 @@ def test_text(folder):
     model = tbq.open_gguf(folder / "tbq4_0.gguf")
     rows = {line.split()[0]: line.split() for line in lines if line}
     assert rows["all"][1:3] == [str(len(model.tensors)), str(sum(t.n_values for t in model.tensors))]
-    assert float(rows["all"][4]) == pytest.approx(8 * sum(t.n_bytes for t in model.tensors) / sum(t.n_values for t in model.tensors), abs=0.005)
+    assert float(rows["all"][4]) == pytest.approx(
+        8 * sum(t.n_bytes for t in model.tensors) / sum(t.n_values for t in model.tensors), abs=0.005
+    )
     assert rows["tbq4_0"][4] == "4.25" or rows["tbq4_0"][0] == "tbq4_0"
     assert re.search(r"tbq4_0: an index carries 3\.8\d\d of 4 bits; 0 blocks are zero", done.stdout)
-    assert [int(x) for x in re.findall(r"level (.*)", done.stdout)[0].split()] in [list(tbq.types[t].levels) for t in TBQ]
+    assert [int(x) for x in re.findall(r"level (.*)", done.stdout)[0].split()] in [
+        list(tbq.types[t].levels) for t in TBQ
+    ]
     assert rows["blk.0.ffn_up.weight"][1:6] == ["512", "x", "256", "tbq2_0", "2.25"]
     error, cosine = map(float, rows["blk.0.attn_q.weight"][-2:])
     assert error == pytest.approx(0.083, abs=0.002) and cosine == pytest.approx(0.9965, abs=0.0005)
@@ -119,7 +141,9 @@ def test_damaged_and_zero_blocks(tmp_path):
     packed = tbq.quantize(np.random.default_rng(0).standard_normal((4, 64), dtype=np.float32), "tbq4_0")
     packed[0, :2] = 0
     packed[1, :2] = 255
-    path = write_gguf(tmp_path / "a.gguf", {"general.architecture": "llama"}, {"a.weight": (644, (4, 64), packed.tobytes())})
+    path = write_gguf(
+        tmp_path / "a.gguf", {"general.architecture": "llama"}, {"a.weight": (644, (4, 64), packed.tobytes())}
+    )
     done = cli(path)
     assert "1 blocks are zero, 1 ARE DAMAGED (scale NaN or infinite)" in done.stdout and done.stderr == ""
     assert json.loads(cli(path, "--json", "--against", path).stdout)["tensors"][0]["error"] is None
@@ -132,9 +156,13 @@ def test_a_file_without_our_types(folder):
 
 def test_errors_of_use(folder, tmp_path):
     other = write_gguf(tmp_path / "other.gguf", {"general.architecture": "llama"}, {"a.weight": np.ones((2, 64), "f4")})
-    wrong = write_gguf(tmp_path / "wrong.gguf", {"general.architecture": "llama"}, {"output_norm.weight": np.ones(64, "f4")})
+    wrong = write_gguf(
+        tmp_path / "wrong.gguf", {"general.architecture": "llama"}, {"output_norm.weight": np.ones(64, "f4")}
+    )
     refused(cli(folder / "f16.gguf", "--against", other), "have no tensor in common")
-    refused(cli(folder / "f16.gguf", "--against", wrong), r"was not made from .*: output_norm.weight is \[256\] and \[64\]")
+    refused(
+        cli(folder / "f16.gguf", "--against", wrong), r"was not made from .*: output_norm.weight is \[256\] and \[64\]"
+    )
     refused(cli(tmp_path / "no.gguf"), "No such file or directory: .*no.gguf")
     refused(cli(folder / "f16.gguf", "--header", "--against", other), "--header reads no weights")
     refused(cli("/dev/null"), "is not a regular file")
@@ -151,7 +179,10 @@ def test_errors_of_pictures(folder, tmp_path):
 
 def test_a_name_for_the_terminal(tmp_path):
     """What a file says may be anything, escape sequences too."""
-    source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama", "general.name": "\x1b]0;boo\x07"},
-                        {"blk.0.ffn_up.weight": np.ones((4, 64), "f4")})
+    source = write_gguf(
+        tmp_path / "in.gguf",
+        {"general.architecture": "llama", "general.name": "\x1b]0;boo\x07"},
+        {"blk.0.ffn_up.weight": np.ones((4, 64), "f4")},
+    )
     done = cli(source)
     assert done.returncode == 0 and "\x1b" not in done.stdout and "?]0;boo?" in done.stdout

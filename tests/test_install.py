@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The commands of the Makefile: what they check first, and the one line that a failure comes down to."""
+
 import math
 import os
 import pathlib
@@ -14,21 +15,33 @@ from conftest import ROOT, install
 from tbq import _arguments, _limits
 
 
-@pytest.mark.parametrize("output, line", [
-    ("x\n  CMake Error at cmake/llama.cmake:14 (message):\n   tbq: error: patch 0001-a.patch does not apply to b\n\n"
-     "  *** CMake configuration failed\nERROR: Failed building wheel", "patch 0001-a.patch does not apply to b"),
-    ("a.cpp:1:2: warning: w\ncc1plus: fatal error: x.o: No space left on device\n", "no disk space left"),
-    ("  g++: fatal error: Killed signal terminated program cc1plus\n",
-     "the compiler was killed, probably for memory: Killed signal terminated program cc1plus"),
-    ("WARNING: Retrying (Retry(total=0 ...\nERROR: Could not find a version that satisfies the requirement cmake\n"
-     "ERROR: No matching distribution found for cmake>=3.21\n",
-     "cmake>=3.21 is not in the configured package index, or the index cannot be reached"),
-    ("[3/9] Building\n  src/a.cpp:10:3: error: expected ';'\n  more\nERROR: Failed building wheel\n",
-     "src/a.cpp:10:3: error: expected ';'"),
-    ("  CMake Error at CMakeLists.txt:3 (find_package):\n    By not providing ...\n", "By not providing ..."),
-    ("ERROR: something of pip\n", "something of pip"),
-    ("nothing that helps\n", "it failed"),
-])
+@pytest.mark.parametrize(
+    "output, line",
+    [
+        (
+            "x\n  CMake Error at cmake/llama.cmake:14 (message):\n   tbq: error: patch 0001-a.patch does not apply to b\n\n"
+            "  *** CMake configuration failed\nERROR: Failed building wheel",
+            "patch 0001-a.patch does not apply to b",
+        ),
+        ("a.cpp:1:2: warning: w\ncc1plus: fatal error: x.o: No space left on device\n", "no disk space left"),
+        (
+            "  g++: fatal error: Killed signal terminated program cc1plus\n",
+            "the compiler was killed, probably for memory: Killed signal terminated program cc1plus",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=0 ...\nERROR: Could not find a version that satisfies the requirement cmake\n"
+            "ERROR: No matching distribution found for cmake>=3.21\n",
+            "cmake>=3.21 is not in the configured package index, or the index cannot be reached",
+        ),
+        (
+            "[3/9] Building\n  src/a.cpp:10:3: error: expected ';'\n  more\nERROR: Failed building wheel\n",
+            "src/a.cpp:10:3: error: expected ';'",
+        ),
+        ("  CMake Error at CMakeLists.txt:3 (find_package):\n    By not providing ...\n", "By not providing ..."),
+        ("ERROR: something of pip\n", "something of pip"),
+        ("nothing that helps\n", "it failed"),
+    ],
+)
 def test_explain(output, line):
     assert install.explain(output) == line
 
@@ -45,8 +58,13 @@ def machine(root, groups, mounts, files, memory="MemAvailable:   16000000 kB"):
     (root / "proc" / "self").mkdir(parents=True)
     (root / "proc" / "meminfo").write_text(f"MemTotal:   32000000 kB\n{memory}\n")
     (root / "proc" / "self" / "cgroup").write_text(groups)
-    (root / "proc" / "self" / "mountinfo").write_text("30 1 0:5 / / rw - ext4 /dev/sda rw\n" + "".join(
-        f"{31 + i} 30 0:{9 + i} {top} {where} rw,nosuid shared:9 - {kind} {kind} {options}\n" for i, (top, where, kind, options) in enumerate(mounts)))
+    (root / "proc" / "self" / "mountinfo").write_text(
+        "30 1 0:5 / / rw - ext4 /dev/sda rw\n"
+        + "".join(
+            f"{31 + i} 30 0:{9 + i} {top} {where} rw,nosuid shared:9 - {kind} {kind} {options}\n"
+            for i, (top, where, kind, options) in enumerate(mounts)
+        )
+    )
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -54,27 +72,98 @@ def machine(root, groups, mounts, files, memory="MemAvailable:   16000000 kB"):
 
 
 SECOND = [("/", "/sys/fs/cgroup", "cgroup2", "rw")]
-FIRST = [("/", "/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct"), ("/", "/sys/fs/cgroup/memory", "cgroup", "rw,memory")]
+FIRST = [
+    ("/", "/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct"),
+    ("/", "/sys/fs/cgroup/memory", "cgroup", "rw,memory"),
+]
 DOCKER = [(top.replace("/", "/docker/a"), where, kind, options) for top, where, kind, options in FIRST]
 IN = "5:cpu,cpuacct:{0}\n4:memory:{0}\n1:name=systemd:{0}\n"
 
 CONTAINERS = {
-    "version 2": ("0::/\n", SECOND, {"sys/fs/cgroup/cpu.max": "150000 100000\n", "sys/fs/cgroup/memory.max": "3000000000\n"}, 1.5, 3_000_000_000),
-    "no limits": ("0::/a\n", SECOND, {"sys/fs/cgroup/a/cpu.max": "max 100000\n", "sys/fs/cgroup/a/memory.max": "max\n"}, None, None),
-    "of a group above": ("0::/a/b\n", SECOND, {"sys/fs/cgroup/a/b/cpu.max": "max 100000\n", "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
-                                              "sys/fs/cgroup/a/b/memory.max": "4000000000\n", "sys/fs/cgroup/a/memory.max": "5000000000\n"}, 0.5, 4_000_000_000),
-    "outside of its namespace": ("0::/../b\n", SECOND, {"sys/fs/cgroup/cpu.max": "200000 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 2.0, None),
-    "version 1": (IN.format("/a"), FIRST, {"sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n", "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
-                                          "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "2800000000\n"}, 2.5, 2_800_000_000),
-    "version 1, unlimited": (IN.format("/"), FIRST, {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
-                                                    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None, 9223372036854771712),
-    "version 1, its group at the top": (IN.format("/docker/a"), DOCKER, {
-        "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "100000\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "50000\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "1400000000\n"}, 2.0, 1_400_000_000),
-    "both": ("4:memory:/a\n0::/b\n", [*FIRST[1:], ("/", "/sys/fs/cgroup/unified", "cgroup2", "rw")], {
-        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1300000000\n", "sys/fs/cgroup/unified/b/cpu.max": "300000 100000\n"}, 3.0, 1_300_000_000),
+    "version 2": (
+        "0::/\n",
+        SECOND,
+        {"sys/fs/cgroup/cpu.max": "150000 100000\n", "sys/fs/cgroup/memory.max": "3000000000\n"},
+        1.5,
+        3_000_000_000,
+    ),
+    "no limits": (
+        "0::/a\n",
+        SECOND,
+        {"sys/fs/cgroup/a/cpu.max": "max 100000\n", "sys/fs/cgroup/a/memory.max": "max\n"},
+        None,
+        None,
+    ),
+    "of a group above": (
+        "0::/a/b\n",
+        SECOND,
+        {
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+            "sys/fs/cgroup/a/b/memory.max": "4000000000\n",
+            "sys/fs/cgroup/a/memory.max": "5000000000\n",
+        },
+        0.5,
+        4_000_000_000,
+    ),
+    "outside of its namespace": (
+        "0::/../b\n",
+        SECOND,
+        {"sys/fs/cgroup/cpu.max": "200000 100000\n", "sys/fs/cgroup/memory.max": "max\n"},
+        2.0,
+        None,
+    ),
+    "version 1": (
+        IN.format("/a"),
+        FIRST,
+        {
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n",
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "2800000000\n",
+        },
+        2.5,
+        2_800_000_000,
+    ),
+    "version 1, unlimited": (
+        IN.format("/"),
+        FIRST,
+        {
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+        None,
+        9223372036854771712,
+    ),
+    "version 1, its group at the top": (
+        IN.format("/docker/a"),
+        DOCKER,
+        {
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "50000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "1400000000\n",
+        },
+        2.0,
+        1_400_000_000,
+    ),
+    "both": (
+        "4:memory:/a\n0::/b\n",
+        [*FIRST[1:], ("/", "/sys/fs/cgroup/unified", "cgroup2", "rw")],
+        {
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1300000000\n",
+            "sys/fs/cgroup/unified/b/cpu.max": "300000 100000\n",
+        },
+        3.0,
+        1_300_000_000,
+    ),
     "nothing mounted": ("0::/\n", [], {}, None, None),
-    "nonsense": ("0::/\nx\n", SECOND, {"sys/fs/cgroup/cpu.max": "lots\n", "sys/fs/cgroup/memory.max": "\n"}, None, None),
+    "nonsense": (
+        "0::/\nx\n",
+        SECOND,
+        {"sys/fs/cgroup/cpu.max": "lots\n", "sys/fs/cgroup/memory.max": "\n"},
+        None,
+        None,
+    ),
 }
 
 
@@ -84,7 +173,9 @@ def test_limits_of_a_container(name, tmp_path, monkeypatch):
     root = machine(tmp_path, groups, mounts, files)
     assert (_limits.cpus(root), _limits.memory(root)) == (cpus, memory)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert install.jobs(root) == min(math.ceil(cpus or 8), (memory or 1 << 60) // install.BYTES_PER_JOB, 16_384_000_000 // install.BYTES_PER_JOB)
+    assert install.jobs(root) == min(
+        math.ceil(cpus or 8), (memory or 1 << 60) // install.BYTES_PER_JOB, 16_384_000_000 // install.BYTES_PER_JOB
+    )
     monkeypatch.setattr(_limits, "cpus", lambda: cpus)
     assert _arguments.cores() == math.ceil(cpus or 8)
 
@@ -174,21 +265,33 @@ def test_cmake_without_a_compiler(tmp_path):
     for tool in ("cmake", "ninja"):
         os.symlink(tools / tool, path / tool)
     environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
-    result = subprocess.run([path / "cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", "-DTBQ_LLAMA=OFF",
-                             "-DTBQ_PYTHON=OFF"], capture_output=True, text=True, env={**environment, "PATH": str(path)})
+    result = subprocess.run(
+        [path / "cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", "-DTBQ_LLAMA=OFF", "-DTBQ_PYTHON=OFF"],
+        capture_output=True,
+        text=True,
+        env={**environment, "PATH": str(path)},
+    )
     assert result.returncode != 0
-    assert "tbq: error: no C compiler found; install one (Debian: apt install g++) or name it in $CC and $CXX\n" \
+    assert (
+        "tbq: error: no C compiler found; install one (Debian: apt install g++) or name it in $CC and $CXX\n"
         in result.stderr
+    )
 
 
 def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
     """A terminal's Ctrl-C reaches pip's, CMake's and ninja's processes as one."""
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import install, signal\n"
-              "signal.signal(signal.SIGTERM, install.interrupt)\n"
-              "print('started', flush=True)\n"
-              "install.run(['sh', '-c', 'sleep 77.5 & wait'], open(sys.argv[2], 'w'))")
-    process = subprocess.Popen([sys.executable, "-c", script, str(ROOT / "tools"), str(tmp_path / "log")],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import install, signal\n"
+        "signal.signal(signal.SIGTERM, install.interrupt)\n"
+        "print('started', flush=True)\n"
+        "install.run(['sh', '-c', 'sleep 77.5 & wait'], open(sys.argv[2], 'w'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT / "tools"), str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     process.stdout.readline()
     time.sleep(0.5)
     process.terminate()
@@ -218,7 +321,9 @@ def checkout(tmp_path):
 
 def make(folder, *arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 def test_moved_checkout(checkout, tmp_path):
@@ -230,9 +335,13 @@ def test_moved_checkout(checkout, tmp_path):
     with pytest.raises(FileNotFoundError):
         subprocess.run([script, "--version"], check=False)
     done = make(moved, "install")
-    assert done.returncode == 0 and done.stdout == f"This checkout was in {checkout}: mending the paths in .venv\n", done.stderr
+    assert done.returncode == 0 and done.stdout == f"This checkout was in {checkout}: mending the paths in .venv\n", (
+        done.stderr
+    )
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout.startswith("pip ")
-    activated = subprocess.run(["sh", "-c", '. "$0"/bin/activate && echo "$VIRTUAL_ENV"', moved / ".venv"], capture_output=True, text=True)
+    activated = subprocess.run(
+        ["sh", "-c", '. "$0"/bin/activate && echo "$VIRTUAL_ENV"', moved / ".venv"], capture_output=True, text=True
+    )
     assert activated.stdout.strip() == str(moved / ".venv")
     assert make(moved, "install").stdout == "make: Nothing to be done for 'install'.\n"
 
@@ -268,15 +377,35 @@ def test_editable_install(tmp_path, build_dir):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     python = venv / "bin" / "python"
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip()
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     ours = [path for path in sys.path if path.endswith("site-packages")]
     pathlib.Path(site, "ours.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
     environment = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", ROOT,
-                           "--disable-pip-version-check"], capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-build-isolation",
+            "--ignore-installed",
+            "-e",
+            ROOT,
+            "--disable-pip-version-check",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    code = ("import json, pathlib, tbq; from tbq.programs.paths import program\n"
-            "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths(), str(program('llama-server'))]))")
+    code = (
+        "import json, pathlib, tbq; from tbq.programs.paths import program\n"
+        "print(json.dumps([str(pathlib.Path(tbq.__file__).parent), tbq.paths(), str(program('llama-server'))]))"
+    )
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     import json

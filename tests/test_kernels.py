@@ -89,13 +89,21 @@ def test_arm(tmp_path):
         assert "neon" in attention(folder / "attention", problems=200)
         assert "neon" in scan(folder / "scan", problems=400)
         return
-    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    compiler, emulator = (
+        shutil.which("aarch64-linux-gnu-gcc"),
+        shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"),
+    )
     if not compiler or not emulator:
-        pytest.skip("NEON not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
+        pytest.skip(
+            "NEON not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)"
+        )
     options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_C_COMPILER={compiler}"]
     folder = build(tmp_path, *options)
     # an old core has no dot product instructions, a new one does
-    for cpu, blocks, problems, expected in (("cortex-a53", "200", 8, {"neon"}), ("max", "1000", 16, {"neon", "neon-dotprod"})):
+    for cpu, blocks, problems, expected in (
+        ("cortex-a53", "200", 8, {"neon"}),
+        ("max", "1000", 16, {"neon", "neon-dotprod"}),
+    ):
         assert set(fuzz(emulator, "-cpu", cpu, folder / "fuzz", blocks)) == expected
         assert attention(emulator, "-cpu", cpu, folder / "attention", problems=problems, seed=4) == expected
         assert scan(emulator, "-cpu", cpu, folder / "scan", problems=4 * problems, seed=4) == expected

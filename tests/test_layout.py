@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The layout of the package: what may import what, and what is read or measured when."""
+
 import ast
 import pathlib
 import time
@@ -14,14 +15,25 @@ from tbq.kv_cache import calibrate
 
 PACKAGE = ROOT / "python" / "tbq"
 #: From the ground up: a module imports from its own floor and those below.
-FLOORS = (("_ffi", "_limits", "_key_biases", "errors"), ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks"),
-          ("programs", "gguf_files", "turboquant", "hf"), ("kv_cache", "index"), ("serving", "bench"), ("demo", "llama"), ("cli",), ("__main__", "__init__"))
+FLOORS = (
+    ("_ffi", "_limits", "_key_biases", "errors"),
+    ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks"),
+    ("programs", "gguf_files", "turboquant", "hf"),
+    ("kv_cache", "index"),
+    ("serving", "bench"),
+    ("demo", "llama"),
+    ("cli",),
+    ("__main__", "__init__"),
+)
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 
 def modules():
-    return {path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-            for path in PACKAGE.rglob("*.py") if "_vendor" not in path.parts}
+    return {
+        path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in PACKAGE.rglob("*.py")
+        if "_vendor" not in path.parts
+    }
 
 
 def imported(tree, of_package=True):
@@ -32,23 +44,40 @@ def imported(tree, of_package=True):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             below = PACKAGE.joinpath(*node.module.split(".")[1:])
-            names |= {f"{node.module}.{alias.name}" if (below / f"{alias.name}.py").exists() or alias.name == "_ffi" else node.module for alias in node.names}
-    return {name.removeprefix("tbq.") for name in names if name.startswith("tbq.")} if of_package else {name for name in names if not name.startswith("tbq")}
+            names |= {
+                f"{node.module}.{alias.name}"
+                if (below / f"{alias.name}.py").exists() or alias.name == "_ffi"
+                else node.module
+                for alias in node.names
+            }
+    return (
+        {name.removeprefix("tbq.") for name in names if name.startswith("tbq.")}
+        if of_package
+        else {name for name in names if not name.startswith("tbq")}
+    )
 
 
 def test_nothing_imports_upwards():
-    wrong = [f"{name} imports {other}" for name, tree in modules().items() for other in imported(tree)
-             if FLOOR[other.split(".")[0]] > FLOOR[name.split("/")[0]]]
+    wrong = [
+        f"{name} imports {other}"
+        for name, tree in modules().items()
+        for other in imported(tree)
+        if FLOOR[other.split(".")[0]] > FLOOR[name.split("/")[0]]
+    ]
     assert not wrong
 
 
 def test_no_circles():
     """Between wings of one floor, and between modules."""
-    arrows = {name.replace("/", "."): {other for other in imported(tree)} for name, tree in modules().items() if not name.endswith("__init__")}
+    arrows = {
+        name.replace("/", "."): {other for other in imported(tree)}
+        for name, tree in modules().items()
+        if not name.endswith("__init__")
+    }
     done = set()
 
     def visit(name, path):
-        assert name not in path, f"a circle of imports: {' -> '.join([*path[path.index(name):], name])}"
+        assert name not in path, f"a circle of imports: {' -> '.join([*path[path.index(name) :], name])}"
         if name not in done:
             for other in sorted(arrows.get(name, ())):
                 visit(other, [*path, name])
@@ -60,7 +89,9 @@ def test_no_circles():
 
 
 def test_only_the_command_line_knows_argparse():
-    assert {name.split("/")[0] for name, tree in modules().items() if "argparse" in imported(tree, of_package=False)} == {"cli"}
+    assert {
+        name.split("/")[0] for name, tree in modules().items() if "argparse" in imported(tree, of_package=False)
+    } == {"cli"}
 
 
 def test_no_name_hides_a_module():
@@ -86,8 +117,12 @@ def test_a_model_is_opened_once(demo_model, headers, tmp_path, capsys):
     server = tbq.Server(demo_model, "tbq4_0", options=["-c", "512"])
     server.prepare()
     assert server.center and headers.count(demo_model.name) == 1
-    for arguments in (["plan", demo_model], ["calibrate", demo_model, "-o", tmp_path / "center.gguf"], ["inspect", demo_model],
-                      ["convert", demo_model, tmp_path / "out.gguf", "--type", "q8_0", "--threads", "2"]):
+    for arguments in (
+        ["plan", demo_model],
+        ["calibrate", demo_model, "-o", tmp_path / "center.gguf"],
+        ["inspect", demo_model],
+        ["convert", demo_model, tmp_path / "out.gguf", "--type", "q8_0", "--threads", "2"],
+    ):
         headers.clear()
         assert main.main([str(argument) for argument in arguments]) == 0
         assert headers.count(demo_model.name) == 1, arguments

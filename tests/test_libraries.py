@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Another llama.cpp on the machine, in $LD_LIBRARY_PATH, in the current folder or in the process: ours finds its own libraries."""
+
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ import pytest
 from llama_tools import ENV
 from tbq.demo import QUESTION
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RPATH and LD_LIBRARY_PATH are of ELF systems")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="RPATH and LD_LIBRARY_PATH are of ELF systems"
+)
 #: The names of llama.cpp's own libraries, as packages of it have them.
 STOCK = ("llama", "ggml", "ggml-base", "ggml-cpu", "llama-common", "mtmd")
 
@@ -24,9 +27,15 @@ def stock(tmp_path_factory, lib_dir):
         pytest.skip("no C compiler for libraries without symbols")
     folder = tmp_path_factory.mktemp("stock")
     (folder / "empty.c").write_text("int stock_llama_cpp;\n", encoding="utf-8")
-    names = {f"lib{name}.so" for name in STOCK} | {f"lib{name}.so.0" for name in STOCK} | {path.name for path in lib_dir.glob("*.so")}
+    names = (
+        {f"lib{name}.so" for name in STOCK}
+        | {f"lib{name}.so.0" for name in STOCK}
+        | {path.name for path in lib_dir.glob("*.so")}
+    )
     for name in sorted(names):
-        subprocess.run([compiler, "-shared", f"-Wl,-soname,{name}", "-o", folder / name, folder / "empty.c"], check=True)
+        subprocess.run(
+            [compiler, "-shared", f"-Wl,-soname,{name}", "-o", folder / name, folder / "empty.c"], check=True
+        )
     return folder
 
 
@@ -39,7 +48,9 @@ def test_programs_with_others_in_the_library_path(bin_dir, stock):
         if path.name in ("llama-results",):  # a comparison of two files, without help
             continue
         done = run([path, "--help"], env={**ENV, "LD_LIBRARY_PATH": str(stock)})
-        assert "undefined symbol" not in done.stderr and "usage" in (done.stdout + done.stderr).lower(), f"{path.name}: {done.stderr}"
+        assert "undefined symbol" not in done.stderr and "usage" in (done.stdout + done.stderr).lower(), (
+            f"{path.name}: {done.stderr}"
+        )
 
 
 ASK = """
@@ -62,7 +73,11 @@ def test_bindings_with_others(where, demo_model, stock, lib_dir, tmp_path):
         pytest.importorskip(dependency, reason=f"{dependency} is not installed: pip install 'ggml-tbq[llama]'")
     loaded = [str(stock / f"lib{name}.so") for name in STOCK] if where == "process" else []
     environment = {**ENV, **({"LD_LIBRARY_PATH": str(stock)} if where == "library path" else {})}
-    done = run([sys.executable, "-c", ASK, str(demo_model), *loaded], env=environment, cwd=stock if where == "current folder" else tmp_path)
+    done = run(
+        [sys.executable, "-c", ASK, str(demo_model), *loaded],
+        env=environment,
+        cwd=stock if where == "current folder" else tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     text, files = json.loads(done.stdout.splitlines()[-1])
     assert "Paris" in text

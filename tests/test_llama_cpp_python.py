@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """tbq.llama: llama-cpp-python's bindings on our libraries, in processes of their own because a process loads them once."""
+
 import json
 import pathlib
 import re
@@ -23,9 +24,17 @@ for dependency in ("diskcache", "jinja2", "typing_extensions"):
 
 def python(code, *arguments, path=None, cwd=None, **variables):
     """Runs code in a new process."""
-    env = {k: v for k, v in {**ENV, **variables}.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB", "PYTHONPATH")}
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd,
-                          env={**env, **({"PYTHONPATH": str(path)} if path else {})})
+    env = {
+        k: v for k, v in {**ENV, **variables}.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB", "PYTHONPATH")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env={**env, **({"PYTHONPATH": str(path)} if path else {})},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,13 @@ def test_generates(installed_too, demo_model, lib_dir, other):
         assert "Paris" in found[name]["answer"], name
     assert found["sides"]["types"] == ["q8_0", "tbq3_0"] and found["auto keys"]["types"] == ["tbq4_0", "f16"]
     caches = re.findall(r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", done.stderr)
-    assert [(k, v) for k, _, v, _ in caches] == [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq4_0"), ("q8_0", "tbq3_0"), ("tbq4_0", "f16"), ("f16", "f16")]
+    assert [(k, v) for k, _, v, _ in caches] == [
+        ("tbq4_0", "tbq4_0"),
+        ("tbq4_0", "tbq4_0"),
+        ("q8_0", "tbq3_0"),
+        ("tbq4_0", "f16"),
+        ("f16", "f16"),
+    ]
     assert float(caches[0][1]) + float(caches[0][3]) == pytest.approx(found["ours"]["plan"] / 2**20, abs=0.011)
     # 30 layers, keys and values of 3 heads of 64: 34 bytes a head instead of 128
     saved = 2 * 30 * 3 * (128 - 34)
@@ -137,8 +152,10 @@ except ValueError as error:
 
 def test_imported_before_with_other_libraries(other, lib_dir):
     lines = python(IMPORT.format(first="llama_cpp"), path=other).stdout.splitlines()
-    assert lines[0] == (f"TBQError llama_cpp was imported before, with the libraries in {other / 'llama_cpp' / 'lib'} instead of {lib_dir}; "
-                        "import tbq.llama before anything that imports llama_cpp, in a new process")
+    assert lines[0] == (
+        f"TBQError llama_cpp was imported before, with the libraries in {other / 'llama_cpp' / 'lib'} instead of {lib_dir}; "
+        "import tbq.llama before anything that imports llama_cpp, in a new process"
+    )
 
 
 @pytest.mark.parametrize("first", ("llama_cpp", "sys"))
@@ -149,7 +166,10 @@ def test_another_release(first, line, release, tmp_path):
     (tmp_path / "llama_cpp" / "__init__.py").write_text(line)
     lines = python(IMPORT.format(first=first), path=tmp_path).stdout.splitlines()
     assert lines[0].startswith(f"TBQError llama-cpp-python {release} (") and str(tmp_path) in lines[0]
-    assert "does not fit these libraries, which are of llama-cpp-python==" in lines[0] and "pip uninstall llama-cpp-python" in lines[0]
+    assert (
+        "does not fit these libraries, which are of llama-cpp-python==" in lines[0]
+        and "pip uninstall llama-cpp-python" in lines[0]
+    )
     assert lines[1] == ("[]" if first == "sys" else "")
 
 
@@ -192,9 +212,13 @@ def test_bindings_are_the_pin_s(sdist, tmp_path):
     (tmp_path / ".bindings-tmp-killed").mkdir()
     subprocess.run(command, check=True, capture_output=True)
     with tarfile.open(sdist) as tar:
-        wanted = {path.name: tar.extractfile(member).read() for member in tar if member.isfile()
-                  for path in [pathlib.PurePosixPath(*pathlib.PurePosixPath(member.name).parts[1:])]
-                  if str(path.parent) == "llama_cpp" or str(path) == "LICENSE.md"}
+        wanted = {
+            path.name: tar.extractfile(member).read()
+            for member in tar
+            if member.isfile()
+            for path in [pathlib.PurePosixPath(*pathlib.PurePosixPath(member.name).parts[1:])]
+            if str(path.parent) == "llama_cpp" or str(path) == "LICENSE.md"
+        }
     found = {path.name: path.read_bytes() for path in (tmp_path / "bindings").iterdir() if path.name != ".tbq-stamp"}
     assert found == wanted and "llama_cpp.py" in found and b"MIT License" in found["LICENSE.md"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "bindings").iterdir()}
@@ -205,7 +229,11 @@ def test_bindings_are_the_pin_s(sdist, tmp_path):
 
 def test_the_wheel_s_bindings_are_complete(sdist):
     with tarfile.open(sdist) as tar:
-        names = {pathlib.PurePosixPath(member.name).name for member in tar if re.fullmatch(r"[^/]+/(llama_cpp/\w+\.py|LICENSE\.md)", member.name)}
+        names = {
+            pathlib.PurePosixPath(member.name).name
+            for member in tar
+            if re.fullmatch(r"[^/]+/(llama_cpp/\w+\.py|LICENSE\.md)", member.name)
+        }
     assert names <= {path.name for path in VENDORED.iterdir()}
 
 
@@ -267,7 +295,10 @@ def test_centred_keys(demo_model):
     done = python(CENTERED, demo_model, ROOT / "README.md")
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
     assert done.stderr.count("tbq: measuring the mean of the keys") <= 1
-    assert "this state was saved with a different calibration file" in done.stderr and "the cache holds keys already" in done.stderr
+    assert (
+        "this state was saved with a different calibration file" in done.stderr
+        and "the cache holds keys already" in done.stderr
+    )
 
 
 OTHERS = """
@@ -291,6 +322,7 @@ print("done")
 def test_no_folder_other_rope_no_cache(demo_model, tmp_path):
     """The center is measured each time where it cannot be kept, with the RoPE that the arguments make; a model without a cache needs no types."""
     from test_plan import mamba
+
     (tmp_path / "file").write_text("")
     done = python(OTHERS, demo_model, mamba(tmp_path / "mamba.gguf"), XDG_CACHE_HOME=str(tmp_path / "file"))
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]

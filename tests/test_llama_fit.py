@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What is said about memory is what is used; and the draft model's cache."""
+
 import re
 
 import pytest
@@ -26,8 +27,12 @@ def test_allocated_bytes(bin_dir, demo_model, k, v):
 
 def test_share_of_f16(bin_dir, demo_model):
     """4.25 of 16 bits: 26.6 %."""
-    mib = {t: cache_line(complete(bin_dir, demo_model, "a", "-ctk", t, "-ctv", t, "--no-warmup", n=1, n_ctx=MANY)[1])["mib"]
-           for t in ("f16", *TBQ)}
+    mib = {
+        t: cache_line(complete(bin_dir, demo_model, "a", "-ctk", t, "-ctv", t, "--no-warmup", n=1, n_ctx=MANY)[1])[
+            "mib"
+        ]
+        for t in ("f16", *TBQ)
+    }
     assert [round(100 * mib[t] / mib["f16"], 1) for t in TBQ] == [26.6, 20.3, 14.1]
 
 
@@ -68,8 +73,22 @@ def test_draft_cache(bin_dir, demo_model, tmp_path, k, v):
     types = ("-ctk", "tbq4_0", "-ctv", "tbq4_0")
     with Server(bin_dir, demo_model, tmp_path / "1.log", *types) as server:
         plain = server.complete(PROMPT, n=40)["content"]
-    with Server(bin_dir, demo_model, tmp_path / "2.log", *types, "-md", demo_model, "--spec-type", "draft-simple",
-                "--spec-draft-n-max", 4, "-ctkd", k, "-ctvd", v) as server:
+    with Server(
+        bin_dir,
+        demo_model,
+        tmp_path / "2.log",
+        *types,
+        "-md",
+        demo_model,
+        "--spec-type",
+        "draft-simple",
+        "--spec-draft-n-max",
+        4,
+        "-ctkd",
+        k,
+        "-ctvd",
+        v,
+    ) as server:
         drafted = server.complete(PROMPT, n=40)
         log = server.log
     lines = [cache_line(x) for x in log.splitlines() if "llama_kv_cache: size" in x]

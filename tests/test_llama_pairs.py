@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Every pair of cache types that a user can ask for, on the real model, with the flags a user would give."""
+
 import json
 import re
 import threading
 
 import pytest
 
-from llama_tools import (TBQ, THREADS, Divergence, Server, cache_line, cache_mib, complete, flash_attention_on,
-                         python_text, run, tiny_llama, tiny_mla)
+from llama_tools import (
+    TBQ,
+    THREADS,
+    Divergence,
+    Server,
+    cache_line,
+    cache_mib,
+    complete,
+    flash_attention_on,
+    python_text,
+    run,
+    tiny_llama,
+    tiny_mla,
+)
 
 PAIRS = [(k, v) for k in TBQ for v in TBQ] + [
-    pair for tbq in TBQ for other in ("f16", "q8_0") for pair in ((tbq, other), (other, tbq))]
+    pair for tbq in TBQ for other in ("f16", "q8_0") for pair in ((tbq, other), (other, tbq))
+]
 
 # The easiest thing that a model of 135M parameters does: f16 goes on with " 8, 9, 10, 11,". A cache of 4.25 bits or
 # more keeps all of it; at three bits, and with values of two, the model still counts on from 8 but may leave a number
@@ -60,7 +74,13 @@ def test_fact(bin_dir, demo_model, capital, k, v):
 # side, measured here; q4_0 0.045 and 0.010 in the same run. A pair costs about the sum; the bound is twice that.
 # What mistakes cost was tried on a cache of three bits: signs, rotation or order wrong 5 to 9 nats; the scale off by
 # two 1 to 5; half the values lost 2.6 and 3.5; one wrong sign in 32 still 0.95 on K and 0.22 on V.
-SIDE = {"f16": (0.0, 0.0), "q8_0": (0.004, 0.004), "tbq4_0": (0.034, 0.009), "tbq3_0": (0.10, 0.027), "tbq2_0": (0.68, 0.10)}
+SIDE = {
+    "f16": (0.0, 0.0),
+    "q8_0": (0.004, 0.004),
+    "tbq4_0": (0.034, 0.009),
+    "tbq3_0": (0.10, 0.027),
+    "tbq2_0": (0.68, 0.10),
+}
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +94,9 @@ def test_divergence(divergence, k, v):
     assert divergence(k, v)["kld"] <= 2 * (SIDE[k][0] + SIDE[v][1])
 
 
-@pytest.mark.parametrize("k,v,both", [("tbq4_0", "q4_0", 0.034 + 0.010), ("iq4_nl", "tbq4_0", 0.045 + 0.009), ("bf16", "tbq3_0", 0.027)])
+@pytest.mark.parametrize(
+    "k,v,both", [("tbq4_0", "q4_0", 0.034 + 0.010), ("iq4_nl", "tbq4_0", 0.045 + 0.009), ("bf16", "tbq3_0", 0.027)]
+)
 def test_beside_types_of_the_generic_path(divergence, k, v, both):
     """What attention over packed blocks does not take goes another way, with the same result."""
     assert divergence(k, v)["kld"] <= 2 * both
@@ -132,7 +154,9 @@ def test_neighbour_in_a_shared_buffer(bin_dir, demo_model, tmp_path):
 
     def likely(name, *args, neighbour=False):
         """For each prompt the three likeliest tokens and their log-probabilities."""
-        with Server(bin_dir, demo_model, tmp_path / name, "-ctk", "tbq4_0", "-ctv", "tbq4_0", "--kv-unified", *args, slots=2) as server:
+        with Server(
+            bin_dir, demo_model, tmp_path / name, "-ctk", "tbq4_0", "-ctv", "tbq4_0", "--kv-unified", *args, slots=2
+        ) as server:
             if neighbour:  # 53 cells: the other sequence lies across a tile's end
                 server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=20, id_slot=0, cache_prompt=False)
             answers = [server.complete(p, n=1, n_probs=3, id_slot=1, cache_prompt=False) for p in prompts]
@@ -188,8 +212,27 @@ def test_second_model(bin_dir, model_d128, tmp_path):
 
 def test_bench(bin_dir, demo_model):
     """llama-bench keeps its own list of type names."""
-    out = run(bin_dir / "llama-bench", "-m", demo_model, "-ctk", "tbq4_0", "-ctv", "tbq3_0,tbq2_0", "-fa", "auto",
-              "-p", 16, "-n", 4, "-r", 1, "-t", 2, "-o", "jsonl").stdout
+    out = run(
+        bin_dir / "llama-bench",
+        "-m",
+        demo_model,
+        "-ctk",
+        "tbq4_0",
+        "-ctv",
+        "tbq3_0,tbq2_0",
+        "-fa",
+        "auto",
+        "-p",
+        16,
+        "-n",
+        4,
+        "-r",
+        1,
+        "-t",
+        2,
+        "-o",
+        "jsonl",
+    ).stdout
     rows = [json.loads(line) for line in out.splitlines()]
     assert {(r["type_k"], r["type_v"]) for r in rows} == {("tbq4_0", "tbq3_0"), ("tbq4_0", "tbq2_0")}
     assert len(rows) == 4 and all(r["avg_ts"] > 0 for r in rows)
@@ -197,15 +240,49 @@ def test_bench(bin_dir, demo_model):
 
 def test_batched_bench(bin_dir, demo_model):
     """Several sequences on a shared prompt, which llama-batched-bench copies from sequence to sequence."""
-    out = run(bin_dir / "llama-batched-bench", "-m", demo_model, "-c", 512, "-npp", 32, "-ntg", 4, "-npl", "1,3", "-pps",
-              "-ctk", "tbq4_0", "-ctv", "tbq4_0", *THREADS).stdout
+    out = run(
+        bin_dir / "llama-batched-bench",
+        "-m",
+        demo_model,
+        "-c",
+        512,
+        "-npp",
+        32,
+        "-ntg",
+        4,
+        "-npl",
+        "1,3",
+        "-pps",
+        "-ctk",
+        "tbq4_0",
+        "-ctv",
+        "tbq4_0",
+        *THREADS,
+    ).stdout
     assert len(re.findall(r"^\| *32 \| *4 \| *[13] \|", out, re.M)) == 2
 
 
 def test_cli(bin_dir, demo_model):
     """The chat program: one turn, then the end."""
-    out = run(bin_dir / "llama-cli", "-m", demo_model, "-c", 512, "-ctk", "tbq4_0", "-ctv", "tbq4_0", "-st", "-n", 24,
-              "-p", "What is the opposite of hot?", "--temp", 0, *THREADS).stdout
+    out = run(
+        bin_dir / "llama-cli",
+        "-m",
+        demo_model,
+        "-c",
+        512,
+        "-ctk",
+        "tbq4_0",
+        "-ctv",
+        "tbq4_0",
+        "-st",
+        "-n",
+        24,
+        "-p",
+        "What is the opposite of hot?",
+        "--temp",
+        0,
+        *THREADS,
+    ).stdout
     assert "The opposite of hot is cold" in out
 
 
@@ -216,15 +293,17 @@ def test_every_program_knows_the_names(bin_dir):
     for program in sorted(bin_dir.glob("llama-*")):
         text = run(program, "--help", ok=False, timeout=20).stdout
         for option in options & set(re.findall(r"--[\w-]+", text)):
-            help_text = re.split(r"\n-", text[text.index(f"{option} TYPE"):])[0] if f"{option} TYPE" in text else ""
+            help_text = re.split(r"\n-", text[text.index(f"{option} TYPE") :])[0] if f"{option} TYPE" in text else ""
             if "allowed values" in help_text:  # llama-bench has no list, and test_bench is for it
                 seen.add(option)
                 assert set(TBQ) <= set(re.findall(r"\w+", help_text)), (program.name, option)
     assert seen == options
 
 
-@pytest.mark.parametrize("k,v,unified", [("tbq4_0", "tbq4_0", "--kv-unified"), ("tbq4_0", "tbq4_0", "--no-kv-unified"),
-                                         ("q8_0", "tbq3_0", "--kv-unified")])
+@pytest.mark.parametrize(
+    "k,v,unified",
+    [("tbq4_0", "tbq4_0", "--kv-unified"), ("tbq4_0", "tbq4_0", "--no-kv-unified"), ("q8_0", "tbq3_0", "--kv-unified")],
+)
 def test_four_slots_at_different_depths(bin_dir, demo_model, tmp_path, k, v, unified):
     """Some 40, 80, 250 and 500 tokens in the cache, all generating at once: attention then has four query rows, each
     with a part of the cache of its own (unified), or four caches of which each row sees the beginning."""

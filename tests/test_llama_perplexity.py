@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the cache costs in KL divergence on the real model, beside upstream's types, in one run."""
+
 import math
 
 import pytest
@@ -78,7 +79,9 @@ def test_perplexity_follows(kld):
     assert kld.base.base_ppl < three < two < 10 * kld.base.base_ppl
 
 
-@pytest.mark.parametrize("k,v", [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq3_0"), ("tbq2_0", "f16"), ("f16", "tbq2_0"), ("q8_0", "tbq4_0")])
+@pytest.mark.parametrize(
+    "k,v", [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq3_0"), ("tbq2_0", "f16"), ("f16", "tbq2_0"), ("q8_0", "tbq4_0")]
+)
 def test_batch_size_does_not_matter(bin_dir, demo_model, text, tmp_path, k, v):
     """Attention has other paths for one query row than for many: with micro-batches of 1 and 4 the whole text goes
     through them, as generated tokens do. Upstream's quantized types give the same number to the last digit; its two

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """tbq as the type of weights: llama-quantize writes them, every program runs them (MUL_MAT, MUL_MAT_ID, GET_ROWS)."""
+
 import pytest
 
 from llama_tools import TBQ, Divergence, complete, n_bytes, python_text, run, tiny_llama
@@ -61,7 +62,9 @@ def test_default_mixture(bin_dir, f16, pure, folder):
 
 def test_one_tensor_by_name(bin_dir, f16, folder):
     """--tensor-type and --token-embedding-type read the names of tensor types."""
-    path, log = quantize(bin_dir, f16, folder / "some.gguf", "q8_0", "--token-embedding-type", "tbq4_0", "--tensor-type", "ffn_up=tbq3_0")
+    path, log = quantize(
+        bin_dir, f16, folder / "some.gguf", "q8_0", "--token-embedding-type", "tbq4_0", "--tensor-type", "ffn_up=tbq3_0"
+    )
     assert log.count("converting to tbq3_0") == 30 and log.count("converting to tbq4_0") == 1
     text, _ = complete(bin_dir, path, "1, 2, 3, 4, 5, 6, 7,", n=10)
     assert text.startswith("8, 9, 10,")
@@ -103,7 +106,7 @@ def test_damaged_weights_are_found(bin_dir, pure, folder):
     """--check-tensors looks at the scales (ggml_validate_row_data)."""
     path = folder / "damaged.gguf"
     raw = bytearray(pure("tbq4_0").read_bytes())
-    raw[-34 * 100:] = b"\xff" * 34 * 100  # NaN as the scale of the last hundred blocks
+    raw[-34 * 100 :] = b"\xff" * 34 * 100  # NaN as the scale of the last hundred blocks
     path.write_bytes(raw)
     done = run(bin_dir / "llama-completion", "-m", path, "--check-tensors", "-p", "a", "-n", 1, "-no-cnv", ok=False)
     assert done.returncode not in (0, -6, -11) and "invalid data" in done.stderr, done.stderr

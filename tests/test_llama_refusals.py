@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What cannot work is refused at once, in one line that says what would."""
+
 import re
 import subprocess
 import time
@@ -23,7 +24,9 @@ def models(tmp_path_factory):
 
 
 def attempt(bin_dir, model, *args):
-    return run(bin_dir / "llama-completion", "-m", model, "-p", "abc", "-n", 2, "-c", 256, "-no-cnv", *THREADS, *args, ok=False)
+    return run(
+        bin_dir / "llama-completion", "-m", model, "-p", "abc", "-n", 2, "-c", 256, "-no-cnv", *THREADS, *args, ok=False
+    )
 
 
 def refused(bin_dir, model, *args):
@@ -56,7 +59,21 @@ def test_head_size_without_flash_attention(bin_dir, models, head):
 
 
 def test_server_refuses_too(bin_dir, models):
-    done = run(bin_dir / "llama-server", "-m", models(80), "--port", 0, "-c", 256, "-ctk", "tbq4_0", "-ctv", "tbq4_0", ok=False, timeout=60)
+    done = run(
+        bin_dir / "llama-server",
+        "-m",
+        models(80),
+        "--port",
+        0,
+        "-c",
+        256,
+        "-ctk",
+        "tbq4_0",
+        "-ctv",
+        "tbq4_0",
+        ok=False,
+        timeout=60,
+    )
     assert done.returncode not in (0, -6, -11)
     assert re.search(r"tbq4_0.*\b80\b|\b80\b.*tbq4_0", done.stderr), done.stderr
 
@@ -96,17 +113,23 @@ def test_activation_type_is_no_cache_type(bin_dir, demo_model):
 
 
 def test_quantized_values_want_flash_attention(bin_dir, demo_model):
-    done = run(bin_dir / "llama-completion", "-m", demo_model, "-ctv", "tbq4_0", "-fa", "off", "-c", 256, ok=False, timeout=60)
+    done = run(
+        bin_dir / "llama-completion", "-m", demo_model, "-ctv", "tbq4_0", "-fa", "off", "-c", 256, ok=False, timeout=60
+    )
     assert done.returncode not in (0, -6, -11)
     assert "quantized V cache requires flash_attn" in done.stderr
 
 
 # -- files --------------------------------------------------------------------------------------
 
+
 def one_tensor_file(path, type_id):
     """A file whose only tensor says that it is of the type with this number."""
-    return write_gguf(path, {"general.architecture": "llama", "llama.block_count": 1, **byte_tokenizer()},
-                      {"token_embd.weight": (type_id, (4, 256), bytes(4 * 256 * 4))})
+    return write_gguf(
+        path,
+        {"general.architecture": "llama", "llama.block_count": 1, **byte_tokenizer()},
+        {"token_embd.weight": (type_id, (4, 256), bytes(4 * 256 * 4))},
+    )
 
 
 @pytest.mark.parametrize("type_id", [43, 100, 641, 645, 647, 649, 700, 2**31 - 1])
@@ -119,15 +142,22 @@ def test_unknown_type_in_a_file(bin_dir, tmp_path, type_id):
 @pytest.mark.parametrize("type_id,name", [(648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
 def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
     """These are made of activations on the fly and have no way back to float: weights of such a type are damage."""
-    assert re.search(rf"token_embd\.weight.*\b{name}\b", refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id)))
+    assert re.search(
+        rf"token_embd\.weight.*\b{name}\b", refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id))
+    )
 
 
 # -- programs that end early --------------------------------------------------------------------
 
-@pytest.mark.parametrize("program,arguments,last", [
-    ("llama-completion", ("-p", "x", "-no-cnv"), "error: unable to create context"),
-    ("llama-perplexity", ("-f", __file__), "unable to load model"),
-    ("llama-server", ("--port", 0), "exiting due to model loading error")])
+
+@pytest.mark.parametrize(
+    "program,arguments,last",
+    [
+        ("llama-completion", ("-p", "x", "-no-cnv"), "error: unable to create context"),
+        ("llama-perplexity", ("-f", __file__), "unable to load model"),
+        ("llama-server", ("--port", 0), "exiting due to model loading error"),
+    ],
+)
 def test_the_last_line_is_printed(bin_dir, tmp_path, program, arguments, last):
     """The logger prints from a thread of its own, which the end of the process cut off: the first two lost it in two of
     three runs."""
@@ -138,8 +168,26 @@ def test_the_last_line_is_printed(bin_dir, tmp_path, program, arguments, last):
 
 def test_a_reader_that_takes_its_time_gets_every_line(bin_dir, demo_model):
     """More lines than the logger's queue and the pipe hold, read after the program would have ended."""
-    with subprocess.Popen([bin_dir / "llama-completion", "-m", demo_model, "-p", "a", "-n", "1", "-c", "256", "-no-cnv", "-lv", "5", *THREADS],
-                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [
+            bin_dir / "llama-completion",
+            "-m",
+            demo_model,
+            "-p",
+            "a",
+            "-n",
+            "1",
+            "-c",
+            "256",
+            "-no-cnv",
+            "-lv",
+            "5",
+            *THREADS,
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
         time.sleep(5)
         lines = process.stderr.read().decode(errors="replace").splitlines()
         assert process.wait() == 0

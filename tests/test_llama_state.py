@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The cache as something that is saved, restored, copied and shifted, on the real model."""
+
 import re
 import struct
 import subprocess
@@ -41,7 +42,12 @@ def test_state_of_another_type_is_refused(bin_dir, demo_model, tmp_path):
     with Server(bin_dir, demo_model, tmp_path / "1.log", *types("tbq4_0", "tbq4_0"), *path) as server:
         server.complete(PROMPT, n=4)
         assert server.slot("save", "slot.bin")[0] == 200
-    for k, v, side in (("tbq3_0", "tbq4_0", "key"), ("tbq4_0", "tbq3_0", "value"), ("f16", "f16", "key"), ("q4_1", "q4_1", "key")):
+    for k, v, side in (
+        ("tbq3_0", "tbq4_0", "key"),
+        ("tbq4_0", "tbq3_0", "value"),
+        ("f16", "f16", "key"),
+        ("q4_1", "q4_1", "key"),
+    ):
         with Server(bin_dir, demo_model, tmp_path / "2.log", *types(k, v), *path) as server:
             before = server.complete(PROMPT, n=12, cache_prompt=False)["content"]
             status, answer = server.slot("restore", "slot.bin")
@@ -69,8 +75,23 @@ def test_prompt_cache_file(bin_dir, demo_model, tmp_path, k, v):
 def test_prompt_cache_of_another_type(bin_dir, demo_model, tmp_path):
     file = tmp_path / "prompt.bin"
     complete(bin_dir, demo_model, PROMPT, *types("tbq4_0", "tbq4_0"), "--prompt-cache", file, n=2)
-    done = run(bin_dir / "llama-completion", "-m", demo_model, "-p", PROMPT, "-n", 2, "-c", 256, "-no-cnv", *types("tbq3_0", "tbq3_0"),
-               "--prompt-cache", file, *THREADS, ok=False)
+    done = run(
+        bin_dir / "llama-completion",
+        "-m",
+        demo_model,
+        "-p",
+        PROMPT,
+        "-n",
+        2,
+        "-c",
+        256,
+        "-no-cnv",
+        *types("tbq3_0", "tbq3_0"),
+        "--prompt-cache",
+        file,
+        *THREADS,
+        ok=False,
+    )
     assert done.returncode not in (0, -6, -11) and "mismatched key type" in done.stderr
 
 
@@ -88,7 +109,9 @@ class SlotFile:
     def __init__(self, data, parts):
         self.data, self.at, self.fields = data, 0, {}
         self.take("magic", "<I"), self.take("version", "<I")
-        for i in range(self.take("n_tokens", "<I")):  # the server's own list: a mark, its version, a count, the tokens, no media
+        for i in range(
+            self.take("n_tokens", "<I")
+        ):  # the server's own list: a mark, its version, a count, the tokens, no media
             self.take(f"tokens[{i}]", "<i")
         for i, part in enumerate(parts):
             getattr(self, part)(f"{part}{i}.")
@@ -122,7 +145,7 @@ class SlotFile:
 
     def changed(self, name, value):
         at, fmt = self.fields[name]
-        return self.data[:at] + struct.pack(fmt, value) + self.data[at + struct.calcsize(fmt):]
+        return self.data[:at] + struct.pack(fmt, value) + self.data[at + struct.calcsize(fmt) :]
 
     def value(self, name):
         at, fmt = self.fields[name]
@@ -149,7 +172,11 @@ def wrong_values(file):
             low = -limit if limit == 2**31 else 0
             values = {low, limit - 1, 0, 1, file.value(name) - 1, file.value(name) + 1, 1 << 20}
             if kind == "tokens":
-                values = {low, limit - 1, 1 << 20} if name not in ("tokens[0]", "tokens[1]", "tokens[2]") else values - {1 << 20}
+                values = (
+                    {low, limit - 1, 1 << 20}
+                    if name not in ("tokens[0]", "tokens[1]", "tokens[2]")
+                    else values - {1 << 20}
+                )
             elif kind.endswith(".seq"):
                 values = {low, -1, 256, limit - 1}
             for value in sorted(values - {file.value(name)}):
@@ -161,8 +188,12 @@ def tiny(path):
     return tiny_llama(path, 64)
 
 
-MEMORIES = {"f16": ("f16", ["attention"], tiny), "tbq4_0": ("tbq4_0", ["attention"], tiny),
-            "windows": ("tbq4_0", ["attention", "attention"], gemma3), "hybrid": ("tbq4_0", ["attention", "recurrent"], lfm2)}
+MEMORIES = {
+    "f16": ("f16", ["attention"], tiny),
+    "tbq4_0": ("tbq4_0", ["attention"], tiny),
+    "windows": ("tbq4_0", ["attention", "attention"], gemma3),
+    "hybrid": ("tbq4_0", ["attention", "recurrent"], lfm2),
+}
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -179,9 +210,16 @@ def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
         if memory != "hybrid":
             assert file.at == size  # every number of it is known
 
-        sizes = {0, *(file.fields[name][0] + n for name in some(file.fields, 24) for n in (0, 1)), *(size * i // 16 for i in range(16)), size - 1}
+        sizes = {
+            0,
+            *(file.fields[name][0] + n for name in some(file.fields, 24) for n in (0, 1)),
+            *(size * i // 16 for i in range(16)),
+            size - 1,
+        }
         cases = [(f"cut off at {n} of {size}", file.data[:n]) for n in sorted(sizes)]
-        cases += [(f"{name} {file.value(name)} -> {value}", file.changed(name, value)) for name, value in wrong_values(file)]
+        cases += [
+            (f"{name} {file.value(name)} -> {value}", file.changed(name, value)) for name, value in wrong_values(file)
+        ]
         assert len(cases) > 120
         for i, (what, data) in enumerate(cases):
             (tmp_path / "bad.bin").write_bytes(data)
@@ -196,7 +234,9 @@ def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
         status, restored = server.slot("restore", "good.bin")
         assert status == 200 and restored["n_restored"] == file.value("tokens[2]")
         after = server.complete(SHORT, n=4)
-        assert after["content"] == content and (after["timings"]["cache_n"] > 8 or make is not tiny)  # other memories do not go back
+        assert after["content"] == content and (
+            after["timings"]["cache_n"] > 8 or make is not tiny
+        )  # other memories do not go back
 
 
 def test_the_answer_says_why_a_slot_is_not_restored(bin_dir, demo_model, tmp_path):
@@ -206,7 +246,12 @@ def test_the_answer_says_why_a_slot_is_not_restored(bin_dir, demo_model, tmp_pat
         assert server.slot("save", "slot.bin")[0] == 200
     (tmp_path / "short.bin").write_bytes((tmp_path / "slot.bin").read_bytes()[:-1])
     (tmp_path / "other.bin").write_bytes(b"GGUF" * 100)
-    reasons = {"slot.bin": "mismatched key type", "short.bin": "", "other.bin": "unknown (magic, version)", "none.bin": "failed to open"}
+    reasons = {
+        "slot.bin": "mismatched key type",
+        "short.bin": "",
+        "other.bin": "unknown (magic, version)",
+        "none.bin": "failed to open",
+    }
     with Server(bin_dir, demo_model, tmp_path / "2.log", *types("tbq3_0", "tbq4_0"), *path) as server:
         for name, reason in reasons.items():
             status, answer = server.slot("restore", name)
@@ -216,7 +261,9 @@ def test_the_answer_says_why_a_slot_is_not_restored(bin_dir, demo_model, tmp_pat
         assert status == 400 and "unexpectedly reached end of file" in answer["error"]["message"], answer
     with Server(bin_dir, demo_model, tmp_path / "4.log", *types("tbq4_0", "tbq4_0"), *path, n_ctx=256) as server:
         status, answer = server.slot("restore", "slot.bin")
-        assert status == 400 and re.search(r"does not fit in the slot context|not enough cells", answer["error"]["message"]), answer
+        assert status == 400 and re.search(
+            r"does not fit in the slot context|not enough cells", answer["error"]["message"]
+        ), answer
 
 
 @pytest.mark.parametrize("kind", ["f16", "tbq4_0"])
@@ -226,24 +273,57 @@ def test_corrupt_prompt_cache_files_are_refused(bin_dir, tmp_path, kind):
     good, bad = tmp_path / "good.bin", tmp_path / "bad.bin"
     complete(bin_dir, model, SHORT, *types(kind, kind), "--prompt-cache", good, n=2)
     data = good.read_bytes()
-    n_tokens, = struct.unpack_from("<I", data, 8)
+    (n_tokens,) = struct.unpack_from("<I", data, 8)
     cells = 12 + 4 * n_tokens + 4 + len("llama") + 4  # tokens, the architecture, the number of streams
     n_cells, pos, n_seq, seq = struct.unpack_from("<IiIi", data, cells)
     assert (n_cells, pos, n_seq, seq) == (n_tokens - 1, 0, 1, 0)
-    changes = [data[:n] for n in (1, 7, 11, 12 + 2 * n_tokens, cells, cells + 30, len(data) // 2, len(data) - 1)] + [data + b"more"]
-    for at, value in [(8, n_tokens + 1), (8, 2**32 - 1), (12 + 4 * n_tokens, 2**32 - 1), (cells - 4, 7), (cells, n_cells + 1), (cells, 2**32 - 1),
-                      (cells + 4, 2**32 - 1), (cells + 4, 2**31 - 1), (cells + 8, 0), (cells + 8, 2**32 - 1), (cells + 12, 1), (cells + 12, 2**32 - 1)]:
-        changes.append(data[:at] + struct.pack("<I", value) + data[at + 4:])
-    changes.append(data[:cells + 8] + struct.pack("<Iii", 2, 0, 0) + data[cells + 16:])  # the same sequence twice
+    changes = [data[:n] for n in (1, 7, 11, 12 + 2 * n_tokens, cells, cells + 30, len(data) // 2, len(data) - 1)] + [
+        data + b"more"
+    ]
+    for at, value in [
+        (8, n_tokens + 1),
+        (8, 2**32 - 1),
+        (12 + 4 * n_tokens, 2**32 - 1),
+        (cells - 4, 7),
+        (cells, n_cells + 1),
+        (cells, 2**32 - 1),
+        (cells + 4, 2**32 - 1),
+        (cells + 4, 2**31 - 1),
+        (cells + 8, 0),
+        (cells + 8, 2**32 - 1),
+        (cells + 12, 1),
+        (cells + 12, 2**32 - 1),
+    ]:
+        changes.append(data[:at] + struct.pack("<I", value) + data[at + 4 :])
+    changes.append(data[: cells + 8] + struct.pack("<Iii", 2, 0, 0) + data[cells + 16 :])  # the same sequence twice
     for i, changed in enumerate(changes):
         bad.write_bytes(changed)
-        done = run(bin_dir / "llama-completion", "-m", model, "-p", SHORT, "-n", 2, "-c", 256, "-no-cnv", *types(kind, kind),
-                   "--prompt-cache", bad, *THREADS, ok=False)
+        done = run(
+            bin_dir / "llama-completion",
+            "-m",
+            model,
+            "-p",
+            SHORT,
+            "-n",
+            2,
+            "-c",
+            256,
+            "-no-cnv",
+            *types(kind, kind),
+            "--prompt-cache",
+            bad,
+            *THREADS,
+            ok=False,
+        )
         assert done.returncode == 1, (i, done.returncode, done.stderr[-2000:])
-        assert re.search("error loading session file|failed to load session file", done.stderr), (i, done.stderr[-2000:])
+        assert re.search("error loading session file|failed to load session file", done.stderr), (
+            i,
+            done.stderr[-2000:],
+        )
 
 
 # -- files that are replaced --------------------------------------------------------------------
+
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -259,7 +339,9 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_costs_no_slot(bin_dir, demo_model, tmp_path, small_disk):
     """The old file stays until the new one is complete, and nothing else is left in the folder."""
-    with Server(bin_dir, demo_model, tmp_path / "log", *types("tbq4_0", "tbq4_0"), "--slot-save-path", small_disk, n_ctx=2048) as server:
+    with Server(
+        bin_dir, demo_model, tmp_path / "log", *types("tbq4_0", "tbq4_0"), "--slot-save-path", small_disk, n_ctx=2048
+    ) as server:
         server.complete(PROMPT, n=4)
         assert server.slot("save", "slot.bin")[0] == 200
         good = (small_disk / "slot.bin").read_bytes()
@@ -299,6 +381,7 @@ def test_a_slot_of_a_long_name(bin_dir, demo_model, tmp_path):
 
 
 # -- copies of a sequence -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("unified", ["--kv-unified", "--no-kv-unified"])
 @pytest.mark.parametrize("k,v", PAIRS)
@@ -350,8 +433,16 @@ def test_upstream_save_load_other_architectures(build_dir, tmp_path):
     run(next(build_dir.rglob("bin/test-llama-archs")), "-o", models, "-a", f"^({names})$")
     made = sorted(m.stem for m in models.glob("*.gguf"))
     assert len(made) >= 12, made
-    done = run(next(build_dir.rglob("bin/test-save-load-state")), "--models", models, *types("tbq4_0", "tbq4_0"), "-t", 2,
-               ok=False, cwd=tmp_path)
+    done = run(
+        next(build_dir.rglob("bin/test-save-load-state")),
+        "--models",
+        models,
+        *types("tbq4_0", "tbq4_0"),
+        "-t",
+        2,
+        ok=False,
+        cwd=tmp_path,
+    )
     table = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
     for name in made:
         # the ninth column is the part that turns flash attention off
@@ -367,24 +458,52 @@ def test_upstream_restore_into_a_fragmented_cache(build_dir, demo_model, tmp_pat
 
 # -- context shift ------------------------------------------------------------------------------
 
+
 def count_on(bin_dir, model, k, v, prompt=PROMPT):
     """Count from 12 for longer than the context: the numbers written, the log. The first four cells stay, as the
     model leans on them; the rest of the keys are turned to their new positions (dequantized, turned, quantized)."""
-    done = run(bin_dir / "llama-completion", "-m", model, "-p", prompt, "-n", 340, "-c", 256, "--keep", 4, "--context-shift",
-               "--ignore-eos", "-no-cnv", "--no-display-prompt", "-lv", 5, *types(k, v), *THREADS, *GREEDY)
+    done = run(
+        bin_dir / "llama-completion",
+        "-m",
+        model,
+        "-p",
+        prompt,
+        "-n",
+        340,
+        "-c",
+        256,
+        "--keep",
+        4,
+        "--context-shift",
+        "--ignore-eos",
+        "-no-cnv",
+        "--no-display-prompt",
+        "-lv",
+        5,
+        *types(k, v),
+        *THREADS,
+        *GREEDY,
+    )
     assert "applying K-shift" in done.stderr, "the context never filled"
     assert re.search(r"n_ctx_seq += 256", done.stderr)
     return [int(n) for n in re.findall(r"\d+", done.stdout)], done.stdout
 
 
-@pytest.mark.parametrize("k,v,share,last", [
-    ("f16", "f16", 0.98, 90), ("tbq4_0", "tbq4_0", 0.9, 90), ("tbq4_0", "f16", 0.9, 90), ("tbq3_0", "tbq3_0", 0.75, 0)])
+@pytest.mark.parametrize(
+    "k,v,share,last",
+    [
+        ("f16", "f16", 0.98, 90),
+        ("tbq4_0", "tbq4_0", 0.9, 90),
+        ("tbq4_0", "f16", 0.9, 90),
+        ("tbq3_0", "tbq3_0", 0.75, 0),
+    ],
+)
 def test_context_shift(bin_dir, demo_model, k, v, share, last):
     """Before and after the shift the model counts: nearly each number is one more than the last (a coarser cache
     skips or repeats one now and then, and at three bits starts again from 9 once). f16 is the yardstick: it writes
     13 to 97."""
     numbers, text = count_on(bin_dir, demo_model, k, v)
-    shifted = numbers[numbers.index(67):] if 67 in numbers else numbers[len(numbers) * 2 // 3:]
+    shifted = numbers[numbers.index(67) :] if 67 in numbers else numbers[len(numbers) * 2 // 3 :]
     for part in (numbers, shifted):
         steps = [b - a for a, b in zip(part, part[1:])]
         assert len(steps) >= 20, text

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """llama.cpp's own tests on the patched tree."""
+
 import re
 import shutil
 import subprocess
@@ -12,16 +13,17 @@ from llama_tools import ENV, TBQ, run
 
 # What ctest registers at this pin and cannot pass without a network; the unpatched pin fails these in the same way.
 NETWORK = {
-    "test-download-model",            # fetches stories15M
-    "test-thread-safety",             # runs on it; on the demo model below
+    "test-download-model",  # fetches stories15M
+    "test-thread-safety",  # runs on it; on the demo model below
     "test-state-restore-fragmented",  # runs on it; on the demo model in test_llama_state.py
-    "test-arg-parser",                # its last part downloads a file
-    "test-tokenizers-ggml-vocabs",    # clones vocabularies, and passes when it cannot
+    "test-arg-parser",  # its last part downloads a file
+    "test-tokenizers-ggml-vocabs",  # clones vocabularies, and passes when it cannot
 }
 # Pass at once when given no model, which says nothing.
 WANT_A_MODEL = {
-    "test-model-load-cancel", "test-autorelease",  # on the demo model below
-    "test-backend-sampler",                        # aborts on the demo model, unpatched too: wants stories15M's vocabulary
+    "test-model-load-cancel",
+    "test-autorelease",  # on the demo model below
+    "test-backend-sampler",  # aborts on the demo model, unpatched too: wants stories15M's vocabulary
 }
 # jinja-py: the template engine against Python's jinja2, a minute of nothing that the patches touch.
 # quantize-fns: below, where its lines are read too.
@@ -47,9 +49,26 @@ def ctest_program(build_dir):
 def ctest(build_dir):
     """(results by test name, output) of one run of everything that can pass here."""
     skip = "|".join(f"^{name}$" for name in sorted(NETWORK | ELSEWHERE | WANT_A_MODEL))
-    done = subprocess.run([ctest_program(build_dir), "--test-dir", str(build_dir), "-E", skip, "--timeout", "240", "--no-tests=error", "-j2"],
-                          capture_output=True, text=True, timeout=540, env=ENV)
-    results = dict(re.findall(r"Test +#\d+: (\S+) \.*(?: |\*\*\*)*(Passed|Failed|Not Run|Skipped|Timeout|Exception)", done.stdout))
+    done = subprocess.run(
+        [
+            ctest_program(build_dir),
+            "--test-dir",
+            str(build_dir),
+            "-E",
+            skip,
+            "--timeout",
+            "240",
+            "--no-tests=error",
+            "-j2",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=ENV,
+    )
+    results = dict(
+        re.findall(r"Test +#\d+: (\S+) \.*(?: |\*\*\*)*(Passed|Failed|Not Run|Skipped|Timeout|Exception)", done.stdout)
+    )
     return results, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -57,8 +76,18 @@ def test_everything_that_needs_no_network(ctest):
     results, out = ctest
     assert {name: r for name, r in results.items() if r != "Passed"} == {}, out
     # The ones that walk over all types or all kinds of operation must be there.
-    must = {"test-quantize-perf", "test-barrier", "test-rope", "test-alloc", "test-gguf", "test-opt",
-            "test-generate-models", "test-save-load-state", "test-recurrent-state-rollback", "test-tiled-mulmat"}
+    must = {
+        "test-quantize-perf",
+        "test-barrier",
+        "test-rope",
+        "test-alloc",
+        "test-gguf",
+        "test-opt",
+        "test-generate-models",
+        "test-save-load-state",
+        "test-recurrent-state-rollback",
+        "test-tiled-mulmat",
+    }
     assert must <= set(results), must - set(results)
 
 
@@ -77,8 +106,27 @@ def test_with_the_demo_model(build_dir, demo_model, name):
 @pytest.mark.parametrize("kind", TBQ)
 def test_thread_safety(build_dir, demo_model, kind):
     """Two models with four contexts each, all generating at once."""
-    done = run(program(build_dir, "test-thread-safety"), "-m", demo_model, "-p", "The meaning of life is", "-n", 12, "-c", 256,
-               "-ub", 32, "-np", 4, "-t", 1, "-ctk", kind, "-ctv", kind)
+    done = run(
+        program(build_dir, "test-thread-safety"),
+        "-m",
+        demo_model,
+        "-p",
+        "The meaning of life is",
+        "-n",
+        12,
+        "-c",
+        256,
+        "-ub",
+        32,
+        "-np",
+        4,
+        "-t",
+        1,
+        "-ctk",
+        kind,
+        "-ctv",
+        kind,
+    )
     assert "All threads finished without errors" in done.stdout + done.stderr
 
 
@@ -103,7 +151,9 @@ def backend_ops(build_dir, op, pattern):
     return int(m[1]), int(m[2])
 
 
-@pytest.mark.parametrize("op", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "SET_ROWS", "CENTER_SET_ROWS", "CPY", "FLASH_ATTN_EXT"])
+@pytest.mark.parametrize(
+    "op", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "SET_ROWS", "CENTER_SET_ROWS", "CPY", "FLASH_ATTN_EXT"]
+)
 def test_backend_ops(build_dir, op):
     passed, total = backend_ops(build_dir, op, "tbq[234]_0")
     assert passed == total

@@ -4,6 +4,7 @@
 After a new llama.cpp, record a file again where its test fails: run the program as the name says, on the demo model, in a
 folder of its own so that no path gets in, and keep the lines around what is looked for.
 """
+
 import pytest
 
 from conftest import ROOT
@@ -18,7 +19,11 @@ def sample(name):
 
 SHARES = "share of the keys' energy in their mean, by the tokens of context that it is taken over\nlayer      128"
 EXPECTED = [
-    (output.cache_types, "help", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "tbq2_0", "tbq3_0", "tbq4_0"]),
+    (
+        output.cache_types,
+        "help",
+        ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "tbq2_0", "tbq3_0", "tbq4_0"],
+    ),
     (output.cache_types, "server", None),
     (output.reason, "bench-no-context", "failed to create context with model 'model.gguf'"),
     (output.reason, "server-unknown-option", "invalid argument: --nosuch"),
@@ -41,14 +46,34 @@ EXPECTED = [
 ]
 LOGS = [
     (output.server_error, "server-unknown-option", "invalid argument: --nosuch"),
-    (output.server_error, "server-not-gguf", "gguf_init_from_reader: invalid magic characters: 'The ', expected 'GGUF'"),
-    (output.refused_center, "server-refused-center", "center.gguf was measured with another RoPE (layer 0: base 100000, scale 1, factors none; "
-     "here 77, 1, none); measure again with the same options"),
+    (
+        output.server_error,
+        "server-not-gguf",
+        "gguf_init_from_reader: invalid magic characters: 'The ', expected 'GGUF'",
+    ),
+    (
+        output.refused_center,
+        "server-refused-center",
+        "center.gguf was measured with another RoPE (layer 0: base 100000, scale 1, factors none; "
+        "here 77, 1, none); measure again with the same options",
+    ),
     (output.refused_center, "server", None),
     (output.server_context, "server", 512),
     (output.server_context, "server-not-gguf", None),
-    (output.server_cache, "server", {"cells": 512, "layers": 30, "k_type": "tbq4_0", "k_mib": 1.49, "v_type": "tbq4_0", "v_mib": 1.49,
-                                     "k_values": 192, "v_values": 192}),
+    (
+        output.server_cache,
+        "server",
+        {
+            "cells": 512,
+            "layers": 30,
+            "k_type": "tbq4_0",
+            "k_mib": 1.49,
+            "v_type": "tbq4_0",
+            "v_mib": 1.49,
+            "k_values": 192,
+            "v_values": 192,
+        },
+    ),
     (output.server_cache, "server-unknown-option", None),
 ]
 
@@ -66,9 +91,15 @@ def test_logs(function, name, value):
 def test_kl_divergence():
     """Every figure, and none where the program was cut off before it had all of them."""
     text = sample("perplexity-kl-divergence")
-    assert output.kl_divergence(text) == {"ppl": (16.089257, 2.686495), "ppl_ratio": (1.039842, 0.018947), "kld": (0.0369, 0.003095),
-                                          "same_top": (87.795, 2.058), "rms_dp": (5.605, 0.745), "base_ppl": (15.472797, 2.603443),
-                                          "kld_99": (0.258207, 0.0)}
+    assert output.kl_divergence(text) == {
+        "ppl": (16.089257, 2.686495),
+        "ppl_ratio": (1.039842, 0.018947),
+        "kld": (0.0369, 0.003095),
+        "same_top": (87.795, 2.058),
+        "rms_dp": (5.605, 0.745),
+        "base_ppl": (15.472797, 2.603443),
+        "kld_99": (0.258207, 0.0),
+    }
     for missing in ("Mean PPL(Q)/PPL(base)", "Same top p", "Mean    KLD"):
         assert output.kl_divergence(text.partition(missing)[0]) is None
 
@@ -79,8 +110,12 @@ def test_shares():
 
 
 def test_a_gpu_that_is_too_small():
-    assert output.is_too_large("model.gguf cannot be loaded") and not output.is_too_large("the text has 2 tokens, a chunk takes 128")
-    assert output.ran_out_of_memory("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 1 MiB on device 0: cudaMalloc failed: out of memory")
+    assert output.is_too_large("model.gguf cannot be loaded") and not output.is_too_large(
+        "the text has 2 tokens, a chunk takes 128"
+    )
+    assert output.ran_out_of_memory(
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 1 MiB on device 0: cudaMalloc failed: out of memory"
+    )
 
 
 def test_nothing_to_center():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What surrounds the code: licenses, notices, one version everywhere, documents that quote what exists."""
+
 import importlib.metadata
 import pathlib
 import re
@@ -56,7 +57,7 @@ def test_installed_package_has_the_license():
 def test_no_extra_is_empty():
     package = importlib.metadata.distribution("ggml-tbq")
     for extra in package.metadata.get_all("Provides-Extra"):
-        assert any(f"extra == \"{extra}\"" in line or f"extra == '{extra}'" in line for line in package.requires), extra
+        assert any(f'extra == "{extra}"' in line or f"extra == '{extra}'" in line for line in package.requires), extra
 
 
 # --- the notices ------------------------------------------------------------------------------------------------------
@@ -88,19 +89,27 @@ def rows():
     found = {}
     for line in re.findall(r"(?m)^\| (.+) \|$", NOTICES)[1:]:
         software, version, _, sources, _ = [cell.strip() for cell in line.split("|")]
-        found.update({source: (software, version) for source in re.findall(r"`([^`]+)`", sources)})
+        found.update(dict.fromkeys(re.findall(r"`([^`]+)`", sources), (software, version)))
     return found
 
 
 def test_notices_name_every_vendored_library(tree, rows):
-    vendored = {path.parent.relative_to(tree).as_posix() for path in (tree / "vendor").rglob("*")
-                if path.suffix in (".c", ".cpp", ".h", ".hpp")}
+    vendored = {
+        path.parent.relative_to(tree).as_posix()
+        for path in (tree / "vendor").rglob("*")
+        if path.suffix in (".c", ".cpp", ".h", ".hpp")
+    }
     assert len(vendored) > 5
     assert vendored - OWN == {source for source in rows if source.startswith("vendor/")}
 
 
 def test_notices_have_every_license_file(tree, build_dir):
-    files = [path for pattern in ("LICEN[CS]E*", "COPYING*") for folder in ("vendor", "licenses") for path in (tree / folder).rglob(pattern)]
+    files = [
+        path
+        for pattern in ("LICEN[CS]E*", "COPYING*")
+        for folder in ("vendor", "licenses")
+        for path in (tree / folder).rglob(pattern)
+    ]
     assert len(files) >= 5
     for path in (tree / "LICENSE", build_dir / "bindings" / "LICENSE.md", *files):
         assert words(path.read_text(encoding="utf-8")) in words(NOTICES), path
@@ -108,9 +117,13 @@ def test_notices_have_every_license_file(tree, build_dir):
 
 def test_notices_have_the_licenses_inside_sources(tree):
     """Of libraries that are one file: what stands in the notices stands there."""
-    for section, name in (("stb_image", "vendor/stb/stb_image.h"), ("miniaudio", "vendor/miniaudio/miniaudio.h"),
-                          ("subprocess.h", "vendor/sheredom/subprocess.h"), ("base64.hpp", "common/base64.hpp"),
-                          ("llamafile's matrix product", "ggml/src/ggml-cpu/llamafile/sgemm.cpp")):
+    for section, name in (
+        ("stb_image", "vendor/stb/stb_image.h"),
+        ("miniaudio", "vendor/miniaudio/miniaudio.h"),
+        ("subprocess.h", "vendor/sheredom/subprocess.h"),
+        ("base64.hpp", "common/base64.hpp"),
+        ("llamafile's matrix product", "ggml/src/ggml-cpu/llamafile/sgemm.cpp"),
+    ):
         text = re.search(rf"## {re.escape(section)}\n\n```text\n(.*?)```", NOTICES, re.S)[1]
         assert len(text) > 800
         assert words(text) in words((tree / name).read_text(encoding="utf-8")), name
@@ -128,12 +141,22 @@ def test_notices_have_the_versions(tree, rows):
 def test_notices_name_every_copyright(tree):
     """Of what is compiled; a holder whose code llama.cpp takes over into files of its own is found here."""
     folders = ("ggml/src/ggml-cpu", "ggml/src/ggml-cuda", "src", "common", "tools", "vendor")
-    sources = [*(tree / "ggml" / "src").glob("*.*"), *(path for folder in folders for path in (tree / folder).rglob("*"))]
+    sources = [
+        *(tree / "ggml" / "src").glob("*.*"),
+        *(path for folder in folders for path in (tree / folder).rglob("*")),
+    ]
     holders = set()
     for path in sources:
-        if path.suffix in (".c", ".cpp", ".cu", ".cuh", ".h", ".hpp") and "kleidiai" not in path.parts:  # an option that is off
-            holders.update(re.findall(r"(?:Copyright(?: \(c\))?|SPDX-FileCopyrightText:) *\d{4}[\d ,-]* ([^<.\n]+)",
-                                      path.read_text(encoding="utf-8", errors="replace"), re.I))
+        if (
+            path.suffix in (".c", ".cpp", ".cu", ".cuh", ".h", ".hpp") and "kleidiai" not in path.parts
+        ):  # an option that is off
+            holders.update(
+                re.findall(
+                    r"(?:Copyright(?: \(c\))?|SPDX-FileCopyrightText:) *\d{4}[\d ,-]* ([^<.\n]+)",
+                    path.read_text(encoding="utf-8", errors="replace"),
+                    re.I,
+                )
+            )
     assert {"Mozilla Foundation", "Yann Collet"} <= {holder.strip() for holder in holders}
     assert not [holder for holder in holders if holder.strip() not in NOTICES]
 
@@ -143,7 +166,9 @@ def test_notices_name_every_copyright(tree):
 
 def test_one_version():
     header = read("ggml_tbq/include/tbq.h")
-    version = ".".join(re.search(rf"#define TBQ_VERSION_{part} +(\d+)", header)[1] for part in ("MAJOR", "MINOR", "PATCH"))
+    version = ".".join(
+        re.search(rf"#define TBQ_VERSION_{part} +(\d+)", header)[1] for part in ("MAJOR", "MINOR", "PATCH")
+    )
     assert tbq.__version__ == version, "the library that is installed; make install"
     assert importlib.metadata.version("ggml-tbq") == version
     assert re.search(r"(?m)^version: (.+)$", read("CITATION.cff"))[1] == version
@@ -173,7 +198,13 @@ def test_links_lead_to_files(tracked):
 
 def messages():
     """Every text of the build, the commands and the patches, literals that follow each other joined."""
-    names = [ROOT / "CMakeLists.txt", *ROOT.glob("cmake/*.*"), *ROOT.glob("tools/*.py"), *ROOT.rglob("python/tbq/**/*.py"), *ROOT.glob("patches/*.patch")]
+    names = [
+        ROOT / "CMakeLists.txt",
+        *ROOT.glob("cmake/*.*"),
+        *ROOT.glob("tools/*.py"),
+        *ROOT.rglob("python/tbq/**/*.py"),
+        *ROOT.glob("patches/*.patch"),
+    ]
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in names)
     return re.sub(r'"\s*\n[+\s]*f?"', "", text)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq bench quality`: real runs of llama-perplexity on the smallest text that gives results, 254 scores."""
+
 import contextlib
 import hashlib
 import json
@@ -15,19 +16,21 @@ import time
 import pytest
 
 import tbq
+from llama_tools import ENV, cache_line, complete, number, tiny_llama
 from tbq import _text
 from tbq.bench import perplexity, quality
 from tbq.kv_cache.model import Model, _cache, read_model, sha256
 from tbq.kv_cache.type_pairs import TypePair
-from llama_tools import ENV, cache_line, complete, number, tiny_llama
 
 SMALL = ("--context", "256", "--chunks", "2", "--threads", "2")
 TYPES = ("f16", "q4_0", "tbq4_0", "tbq4_0/tbq3_0", "tbq2_0")
-ROWS = tuple(row for name in TYPES for row in (name, f"{name} centred")[:1 + (name != "f16")])
+ROWS = tuple(row for name in TYPES for row in (name, f"{name} centred")[: 1 + (name != "f16")])
 
 
 def run(*arguments, **more):
-    return subprocess.run([sys.executable, "-m", "tbq", "bench", "quality", *map(str, arguments)], capture_output=True, text=True, **more)
+    return subprocess.run(
+        [sys.executable, "-m", "tbq", "bench", "quality", *map(str, arguments)], capture_output=True, text=True, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,17 @@ def table(demo_model, folder):
     """What is printed, and quality.png in the folder."""
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     (folder / "scratch").mkdir()
-    done = run("--model", demo_model, *SMALL, "--types", ",".join(TYPES), "--plot", folder / "quality.png", "--scratch", folder / "scratch")
+    done = run(
+        "--model",
+        demo_model,
+        *SMALL,
+        "--types",
+        ",".join(TYPES),
+        "--plot",
+        folder / "quality.png",
+        "--scratch",
+        folder / "scratch",
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"tbq: 25 MB of probabilities of the f16 cache go to .*scratch while this runs", done.stderr)
     assert not list((folder / "scratch").iterdir())
@@ -62,13 +75,21 @@ def rows(table):
 
 def test_two_runs_agree(table, found):
     """To the last digit that is printed."""
+
     def text(value, digits, scale=1):
         return perplexity.Value(**value).text(digits, scale)
 
     for row, (name, pair) in zip(rows(table), found["pairs"].items(), strict=True):
-        assert row == [name, f"{(pair['bits_k'] + pair['bits_v']) / 2:g}", str(pair["bytes_per_token"]), text(pair["ppl"], 3),
-                       text(pair["ppl_ratio"], 4), text(pair["kld"], 5).replace("-0.00000", "0.00000"), f"{pair['kld_99']:.4f}",
-                       text(pair["same_top"], 2, 100)]
+        assert row == [
+            name,
+            f"{(pair['bits_k'] + pair['bits_v']) / 2:g}",
+            str(pair["bytes_per_token"]),
+            text(pair["ppl"], 3),
+            text(pair["ppl_ratio"], 4),
+            text(pair["kld"], 5).replace("-0.00000", "0.00000"),
+            f"{pair['kld_99']:.4f}",
+            text(pair["same_top"], 2, 100),
+        ]
 
 
 def test_figures(found):
@@ -82,7 +103,13 @@ def test_figures(found):
     for pair in pairs.values():
         assert pair["ppl"]["mean"] / found["base_ppl"] == pytest.approx(pair["ppl_ratio"]["mean"], rel=1e-3)
         assert 0 <= pair["kld"]["error"] < 0.1 and 0 <= pair["rms_dp"]["mean"] < 1
-    assert [(pairs[name]["bits_k"], pairs[name]["bits_v"]) for name in TYPES] == [(16, 16), (4.5, 4.5), (4.25, 4.25), (4.25, 3.25), (2.25, 2.25)]
+    assert [(pairs[name]["bits_k"], pairs[name]["bits_v"]) for name in TYPES] == [
+        (16, 16),
+        (4.5, 4.5),
+        (4.25, 4.25),
+        (4.25, 3.25),
+        (2.25, 2.25),
+    ]
     # 254 scores do not tell small gains from noise; where there is much to gain, it shows
     assert kld["tbq2_0 centred"] < 0.8 * kld["tbq2_0"]
 
@@ -99,7 +126,9 @@ def test_what_is_needed_to_measure_the_same(table, found, demo_model, installed)
     text = hashlib.sha256(_text.python_text()).hexdigest()
     assert (found["model_sha256"], found["text_sha256"], found["scored"]) == (digest, text, 254)
     assert (found["llama_cpp_commit"], found["tbq"]) == (installed["llama_cpp_commit"], tbq.__version__)
-    assert all(x in table for x in (digest, text, "254 tokens", installed["llama_cpp_commit"], f"tbq {tbq.__version__}"))
+    assert all(
+        x in table for x in (digest, text, "254 tokens", installed["llama_cpp_commit"], f"tbq {tbq.__version__}")
+    )
 
 
 def test_commands_give_the_same(found, bin_dir, tmp_path):
@@ -109,11 +138,18 @@ def test_commands_give_the_same(found, bin_dir, tmp_path):
     program = bin_dir / base[0]
     subprocess.run([program, *base[1:]], cwd=tmp_path, env=ENV, check=True, capture_output=True)
     for _ in range(12):  # the last lines can be lost
-        out = subprocess.run([program, *pairs[ROWS.index("tbq4_0")][1:]], cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [program, *pairs[ROWS.index("tbq4_0")][1:]],
+            cwd=tmp_path,
+            env=ENV,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         if perplexity.parse_scores(out):
             break
     assert number(r"Mean +KLD", out) == found["pairs"]["tbq4_0"]["kld"]["mean"]
-    cut = out[:out.index("Same top p:")]
+    cut = out[: out.index("Same top p:")]
     assert perplexity.parse_scores(out) and not perplexity.parse_scores(cut)  # what was lost is not read as a result
 
 
@@ -129,7 +165,9 @@ def test_picture_has_both_series_and_every_label():
     report = quality.Quality(model, 256)
     some = perplexity.Value(1.0, 0.1)
     for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):  # two of the same bits
-        report.scores[TypePair(name, name)] = perplexity.Score(some, some, perplexity.Value(0.01 * i, 0.001), 1, some, some)
+        report.scores[TypePair(name, name)] = perplexity.Score(
+            some, some, perplexity.Value(0.01 * i, 0.001), 1, some, some
+        )
     svg = quality.picture(report, "a title", "svg").decode()
     for said in ("a title", "llama.cpp's types", "with tbq types", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0"):
         assert svg.count(f"<!-- {said} -->") == 1
@@ -138,12 +176,17 @@ def test_picture_has_both_series_and_every_label():
 
 def test_without_centring(demo_model):
     done = run("--model", demo_model, *SMALL, "--types", "f16,tbq4_0", "--no-center")
-    assert done.returncode == 0 and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"] and "center" not in done.stdout
+    assert (
+        done.returncode == 0
+        and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"]
+        and "center" not in done.stdout
+    )
 
 
 def test_keys_that_cannot_be_centred(tmp_path):
     """One warning, and the rows that were asked for."""
     from test_plan import gemma2
+
     done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,tbq4_0")
     assert done.returncode == 0 and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"], done.stderr
     assert done.stderr.count("tbq: warning: no rows with centred keys: ") == 1 and "soft-cap" in done.stderr
@@ -158,8 +201,10 @@ def test_text_of_the_user(demo_model, tmp_path):
     assert done.returncode == 2
     assert [row[0] for row in rows(done.stdout)] == ["f16", "bf16"]
     assert f"text   a text.txt, sha256 {hashlib.sha256(text.read_bytes()).hexdigest()}" in done.stdout
-    assert done.stderr.splitlines()[-1] == ("tbq: error: tbq4_0, tbq4_0 centred: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
-                                            "types that do: f16, bf16")
+    assert done.stderr.splitlines()[-1] == (
+        "tbq: error: tbq4_0, tbq4_0 centred: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
+        "types that do: f16, bf16"
+    )
 
 
 @pytest.fixture
@@ -176,25 +221,37 @@ def wrong(tmp_path, demo_model):
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (("--model", "nowhere.gguf"), r"No such file or directory: nowhere.gguf"),
-    (("--model", "cut.gguf"), r"cut.gguf is truncated or not GGUF: .*"),
-    (("--model", "halved.gguf"), r"halved.gguf is truncated or damaged: .*"),
-    (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
-    (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
-    (("--text", "short.txt"), r"text 'short.txt' has \d+ tokens; --context 256 needs 512"),
-    (("--text", "empty.txt"), r"text 'empty.txt' is empty; name one that the model can read"),
-    (("--text", "blank.txt"), r"text 'blank.txt' is empty; .*"),
-    (("--text", "."), r"text '\.' cannot be read \(Is a directory\)"),
-    (("--types", "tbq4"), r"cache type 'tbq4' is not one of .*"),
-    (("--chunks", "1", "--context", "128"), r"--chunks 1 of --context 128 score 63 tokens; at least 100 are needed"),
-    (("--context", "8193"), r"--context 8193 is more than the 8192 tokens that the model was trained for"),
-    (("--chunks", "100000000"), r"the probabilities of the f16 cache take \d+\.\d\d GB, .* has \d+\.\d\d GB; name another folder .*"),
-    (("--plot", "quality"), r"--plot 'quality' must end in one of .*\.png.*"),
-    (("--plot", "nowhere/quality.png"), r"--plot 'nowhere/quality.png' cannot be written: .*/nowhere is not a folder that can be written to"),
-    (("--scratch", "nowhere"), r"--scratch 'nowhere' is not a folder"),
-    (("--", "--no-such-option"), r"llama-perplexity failed for f16: .*invalid argument: --no-such-option"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--model", "nowhere.gguf"), r"No such file or directory: nowhere.gguf"),
+        (("--model", "cut.gguf"), r"cut.gguf is truncated or not GGUF: .*"),
+        (("--model", "halved.gguf"), r"halved.gguf is truncated or damaged: .*"),
+        (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
+        (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
+        (("--text", "short.txt"), r"text 'short.txt' has \d+ tokens; --context 256 needs 512"),
+        (("--text", "empty.txt"), r"text 'empty.txt' is empty; name one that the model can read"),
+        (("--text", "blank.txt"), r"text 'blank.txt' is empty; .*"),
+        (("--text", "."), r"text '\.' cannot be read \(Is a directory\)"),
+        (("--types", "tbq4"), r"cache type 'tbq4' is not one of .*"),
+        (
+            ("--chunks", "1", "--context", "128"),
+            r"--chunks 1 of --context 128 score 63 tokens; at least 100 are needed",
+        ),
+        (("--context", "8193"), r"--context 8193 is more than the 8192 tokens that the model was trained for"),
+        (
+            ("--chunks", "100000000"),
+            r"the probabilities of the f16 cache take \d+\.\d\d GB, .* has \d+\.\d\d GB; name another folder .*",
+        ),
+        (("--plot", "quality"), r"--plot 'quality' must end in one of .*\.png.*"),
+        (
+            ("--plot", "nowhere/quality.png"),
+            r"--plot 'nowhere/quality.png' cannot be written: .*/nowhere is not a folder that can be written to",
+        ),
+        (("--scratch", "nowhere"), r"--scratch 'nowhere' is not a folder"),
+        (("--", "--no-such-option"), r"llama-perplexity failed for f16: .*invalid argument: --no-such-option"),
+    ],
+)
 def test_errors(wrong, demo_model, arguments, message):
     if "--plot" in arguments:
         pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
@@ -209,17 +266,34 @@ def test_errors(wrong, demo_model, arguments, message):
 
 def test_no_tokenizer(tmp_path):
     from tbq.bench.random_model import RandomModel, write_random_model
-    model = write_random_model(tmp_path / "shape.gguf", RandomModel(layers=1, width=64, heads=1, kv_heads=1, head_size=64, ff=64, vocab=64))
+
+    model = write_random_model(
+        tmp_path / "shape.gguf", RandomModel(layers=1, width=64, heads=1, kv_heads=1, head_size=64, ff=64, vocab=64)
+    )
     done = run("--model", model, *SMALL)
-    assert done.returncode == 2 and done.stderr.strip() == f"tbq: error: model '{model}' has no tokenizer; perplexity needs one"
+    assert (
+        done.returncode == 2
+        and done.stderr.strip() == f"tbq: error: model '{model}' has no tokenizer; perplexity needs one"
+    )
 
 
 def test_file_that_cannot_grow(demo_model, tmp_path):
     """As on a disk that fills up while it runs."""
-    done = run("--model", demo_model, *SMALL, "--types", "f16", "--scratch", tmp_path,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 23, 1 << 23)))
+    done = run(
+        "--model",
+        demo_model,
+        *SMALL,
+        "--types",
+        "f16",
+        "--scratch",
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 23, 1 << 23)),
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.replace("\r", "\n").strip().splitlines()[-1] == "tbq: error: llama-perplexity failed for f16: ended by SIGXFSZ"
+    assert (
+        done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+        == "tbq: error: llama-perplexity failed for f16: ended by SIGXFSZ"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +302,10 @@ def children_in(folder, word):
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if process.joinpath("cwd").readlink().is_relative_to(folder) and word in process.joinpath("cmdline").read_text():
+            if (
+                process.joinpath("cwd").readlink().is_relative_to(folder)
+                and word in process.joinpath("cmdline").read_text()
+            ):
                 found.append(process)
     return found
 
@@ -238,9 +315,28 @@ def children_in(folder, word):
 def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
     """The pair that was done is printed; folder and child are gone."""
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    process = subprocess.Popen([sys.executable, "-m", "tbq", "bench", "quality", "--model", demo_model, *SMALL,
-                                "--types", "f16,tbq4_0", "--scratch", tmp_path, "--plot", tmp_path / "q.svg"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tbq",
+            "bench",
+            "quality",
+            "--model",
+            demo_model,
+            *SMALL,
+            "--types",
+            "f16,tbq4_0",
+            "--scratch",
+            tmp_path,
+            "--plot",
+            tmp_path / "q.svg",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    )
     while not (children := children_in(tmp_path, "tbq4_0")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -257,10 +353,14 @@ def test_bytes_do_not_count_what_does_not_grow():
     of = {"block_count": 3, "attention.head_count": 8, "embedding_length": 512, "context_length": 64}
 
     def cache(architecture, **more):
-        return _cache({"general.architecture": architecture, **{f"{architecture}.{k}": v for k, v in {**of, **more}.items()}})
+        return _cache(
+            {"general.architecture": architecture, **{f"{architecture}.{k}": v for k, v in {**of, **more}.items()}}
+        )
 
     assert cache("llama") == [(512, 512)] * 3
-    assert cache("lfm2", **{"attention.head_count_kv": [2, 0, 4], "attention.key_length": 128, "shortconv.l_cache": 3}) == [(256, 128), (512, 256)]
+    assert cache(
+        "lfm2", **{"attention.head_count_kv": [2, 0, 4], "attention.key_length": 128, "shortconv.l_cache": 3}
+    ) == [(256, 128), (512, 256)]
     assert cache("gemma2", **{"attention.sliding_window": 4096}) == [(512, 512)]
     assert cache("deepseek4") is None
 

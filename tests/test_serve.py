@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq serve` and tbq.Server: real llama-server processes on the demo model."""
+
 import contextlib
 import json
 import os
@@ -48,11 +49,20 @@ class Serve:
 
     def __init__(self, *arguments, env=None, without=(), become=(), **popen):
         environment = {name: value for name, value in {**ENV, **(env or {})}.items() if name not in without}
-        self.process = subprocess.Popen([*become, sys.executable, "-m", "tbq", "serve", *map(str, arguments)], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen)
+        self.process = subprocess.Popen(
+            [*become, sys.executable, "-m", "tbq", "serve", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **popen,
+        )
         self.out, self.err = [], []
-        self.readers = [threading.Thread(target=lambda to=to, stream=stream: to.extend(stream), daemon=True)
-                        for to, stream in ((self.out, self.process.stdout), (self.err, self.process.stderr))]
+        self.readers = [
+            threading.Thread(target=lambda to=to, stream=stream: to.extend(stream), daemon=True)
+            for to, stream in ((self.out, self.process.stdout), (self.err, self.process.stderr))
+        ]
         for reader in self.readers:
             reader.start()
 
@@ -70,8 +80,12 @@ class Serve:
         return children(self.process.pid)
 
     def until(self, text, stream="out", seconds=60):
-        wait_for(lambda: any(text in line for line in getattr(self, stream)) or self.process.poll() is not None, seconds)
-        assert any(text in line for line in getattr(self, stream)), f"status {self.process.poll()}\n{''.join(self.out)}{''.join(self.err)}"
+        wait_for(
+            lambda: any(text in line for line in getattr(self, stream)) or self.process.poll() is not None, seconds
+        )
+        assert any(text in line for line in getattr(self, stream)), (
+            f"status {self.process.poll()}\n{''.join(self.out)}{''.join(self.err)}"
+        )
         return self
 
     def end(self, seconds=30):
@@ -117,13 +131,34 @@ def post(url, body, **headers):
 def test_serves(demo_model):
     """The plan in three lines, the server's log on stderr, answers with a key under a prefix, the status at the end."""
     port = free_port()
-    with Serve(demo_model, "--kv", "tbq4_0/tbq3_0", "-c", 2048, "-np", 2, "-t", 2, "--port", port, "--api-key", "a,b", "--api-prefix", "/x/y",
-               "-lv", 4) as served:
+    with Serve(
+        demo_model,
+        "--kv",
+        "tbq4_0/tbq3_0",
+        "-c",
+        2048,
+        "-np",
+        2,
+        "-t",
+        2,
+        "--port",
+        port,
+        "--api-key",
+        "a,b",
+        "--api-prefix",
+        "/x/y",
+        "-lv",
+        4,
+    ) as served:
         served.until("is up")
         assert served.out[-1] == f"tbq: llama-server is up: http://127.0.0.1:{port}/x/y; Ctrl-C stops it\n"
         assert len(served.out) == 4 and all(line.startswith("tbq: ") for line in served.out)
         assert "keys tbq4_0, values tbq3_0: 10.5 MiB for 2048 tokens, 23 % of f16's 45.0 MiB" in served.out[1]
-        question = {"messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}], "temperature": 0, "max_tokens": 16}
+        question = {
+            "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
+            "temperature": 0,
+            "max_tokens": 16,
+        }
         url = f"http://127.0.0.1:{port}/x/y/v1/chat/completions"
         assert "Paris" in post(url, question, Authorization="Bearer b")["choices"][0]["message"]["content"]
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -131,7 +166,9 @@ def test_serves(demo_model):
         served.process.send_signal(signal.SIGTERM)
         assert served.end() == 0
     log = "".join(served.err)
-    assert re.search(r"size = +10\.55 MiB.*K \(tbq4_0\): .*V \(tbq3_0\):", log), "the plan's bytes are not those that were allocated"
+    assert re.search(r"size = +10\.55 MiB.*K \(tbq4_0\): .*V \(tbq3_0\):", log), (
+        "the plan's bytes are not those that were allocated"
+    )
     assert "cleaning up before exit" in log
     assert "tbq: error" not in log
 
@@ -149,7 +186,9 @@ def test_another_context_than_planned(demo_model, tmp_path):
     """llama-server has a settings file of its own; a GPU's memory can do the same."""
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "config.ini").write_text("ctx-size = 777\n")
-    with Serve(demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}) as served:
+    with Serve(
+        demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}
+    ) as served:
         served.until("is up")
         assert "47.8 MiB for 8192 tokens" in served.out[1]
         assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 6.0 MiB\n"
@@ -177,7 +216,7 @@ def test_signal_while_loading(demo_model, number):
 def test_second_signal_kills(demo_model):
     with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
         served.until("is up")
-        child, = served.children
+        (child,) = served.children
         os.kill(child, signal.SIGSTOP)  # it cannot act on the first one
         served.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
@@ -191,7 +230,7 @@ def test_second_signal_kills(demo_model):
 def test_no_orphan_when_killed(demo_model):
     with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
         served.until("is up")
-        child, = served.children
+        (child,) = served.children
         os.kill(child, signal.SIGSTOP)  # nor does a server that hangs remain
         served.process.kill()
         wait_for(lambda: not running(child), 10)
@@ -209,7 +248,15 @@ def test_status_of_a_server_that_is_killed(demo_model):
 @linux
 def test_nohup(demo_model):
     """SIGHUP stays ignored if it was."""
-    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as served:
+    with Serve(
+        demo_model,
+        *SMALL,
+        "--kv",
+        "tbq4_0",
+        "--port",
+        0,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as served:
         served.until("is up")
         served.process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
@@ -219,15 +266,25 @@ def test_nohup(demo_model):
 def test_nobody_reads(demo_model):
     """A terminal that is gone is no reason to stop."""
     port, out, err = free_port(), os.pipe(), os.pipe()
-    process = subprocess.Popen([sys.executable, "-m", "tbq", "serve", demo_model, *SMALL, "--kv", "tbq4_0", "--port", str(port)], env=ENV,
-                               stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbq", "serve", demo_model, *SMALL, "--kv", "tbq4_0", "--port", str(port)],
+        env=ENV,
+        stdin=subprocess.DEVNULL,
+        stdout=out[1],
+        stderr=err[1],
+    )
     for end in (*out, *err):
         os.close(end)
 
     def healthy():
         assert process.poll() is None
         with contextlib.suppress(OSError):
-            return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+            return (
+                urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                .open(f"http://127.0.0.1:{port}/health", timeout=5)
+                .status
+                == 200
+            )
 
     try:
         wait_for(healthy)
@@ -239,8 +296,20 @@ def test_nobody_reads(demo_model):
 
 
 def test_variables_for_other_servers(demo_model):
-    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, env={"LLAMA_ARG_CTX_SIZE": "77", "LLAMA_ARG_API_PREFIX": "/z", "LLAMA_API_KEY": "k",
-                                                                      "http_proxy": "http://127.0.0.1:9"}) as served:
+    with Serve(
+        demo_model,
+        *SMALL,
+        "--kv",
+        "tbq4_0",
+        "--port",
+        0,
+        env={
+            "LLAMA_ARG_CTX_SIZE": "77",
+            "LLAMA_ARG_API_PREFIX": "/z",
+            "LLAMA_API_KEY": "k",
+            "http_proxy": "http://127.0.0.1:9",
+        },
+    ) as served:
         served.until("is up")
         served.until("tbq: warning: LLAMA_ARG_API_PREFIX, LLAMA_ARG_CTX_SIZE: not passed on", "err")
         url = re.search(r"http://\S+(?=;)", served.out[-1])[0]
@@ -257,31 +326,63 @@ def head_80(tmp_path_factory):
 ERRORS = {
     "missing model": (["{tmp}/nosuch.gguf"], 2, "model '{tmp}/nosuch.gguf' is not a file"),
     "no GGUF, auto": (["{text}"], 2, "{text} is not a GGUF file"),
-    "no GGUF": (["{text}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
+    "no GGUF": (
+        ["{text}", "--kv", "tbq4_0"],
+        1,
+        "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters",
+    ),
     "truncated": (["{short}", "--kv", "tbq4_0"], 1, "llama-server ended with status 1: "),
     "unknown type": (["{model}", "--kv", "fly"], 2, "cache type 'fly' is not one of tbq2_0, tbq3_0, tbq4_0, "),
     "unknown value type": (["{model}", "--kv", "tbq4_0/fly"], 2, "cache type 'fly' is not one of "),
     "no type": (["{model}", "--kv"], 2, "--kv needs a value"),
-    "refused type": (["{head_80}", "--kv", "tbq4_0"], 2, "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80"),
-    "no flash attention": (["{model}", "--kv", "tbq4_0", "-fa", "off"], 2, "cache tbq4_0/tbq4_0 is refused: values of tbq4_0 need flash attention: -fa off"),
-    "server's refusal": (["{model}", "--kv", "tbq4_0", "--lora", "{text}"], 1, "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters"),
+    "refused type": (
+        ["{head_80}", "--kv", "tbq4_0"],
+        2,
+        "cache tbq4_0/tbq4_0 is refused: tbq4_0 has blocks of 64 values, which do not divide the key head size 80",
+    ),
+    "no flash attention": (
+        ["{model}", "--kv", "tbq4_0", "-fa", "off"],
+        2,
+        "cache tbq4_0/tbq4_0 is refused: values of tbq4_0 need flash attention: -fa off",
+    ),
+    "server's refusal": (
+        ["{model}", "--kv", "tbq4_0", "--lora", "{text}"],
+        1,
+        "llama-server ended with status 1: gguf_init_from_reader: invalid magic characters",
+    ),
     "unknown option": (["{model}", "--nosuch"], 1, "llama-server ended with status 1: invalid argument: --nosuch"),
     "no adapter": (["{model}", "--lora", "{text},{tmp}/nosuch"], 2, "--lora '{tmp}/nosuch' is not a file"),
     "no projector": (["{model}", "--mmproj", "{tmp}/nosuch"], 2, "--mmproj '{tmp}/nosuch' is not a file"),
     "no draft": (["{model}", "--model_draft", "nosuch"], 2, "--model_draft 'nosuch' is not a file"),
     "no pages": (["{model}", "--path", "{text}"], 2, "--path '{text}' is not a folder"),
-    "no certificate": (["{model}", "--ssl-key-file", "{text}", "--ssl-cert-file", "nosuch"], 2, "--ssl-cert-file 'nosuch' is not a file"),
-    "half of TLS": (["{model}", "--ssl-key-file", "{text}"], 2, "--ssl-key-file without --ssl-cert-file: llama-server would serve without TLS"),
+    "no certificate": (
+        ["{model}", "--ssl-key-file", "{text}", "--ssl-cert-file", "nosuch"],
+        2,
+        "--ssl-cert-file 'nosuch' is not a file",
+    ),
+    "half of TLS": (
+        ["{model}", "--ssl-key-file", "{text}"],
+        2,
+        "--ssl-key-file without --ssl-cert-file: llama-server would serve without TLS",
+    ),
     "no keys": (["{model}", "--kv", "tbq4_0", "--api-key-file", "nosuch"], 1, "llama-server ended with status 1: "),
     "types twice": (["{model}", "-ctk", "f16"], 2, "cache types are chosen with --kv"),
     "two models": (["{model}", "-m", "other.gguf"], 2, "there are two models, '{model}' and 'other.gguf'"),
-    "taken port": (["{model}", "--port", "{taken}"], 2, "port {taken} of 127.0.0.1 cannot be used (Address already in use); name another one"),
+    "taken port": (
+        ["{model}", "--port", "{taken}"],
+        2,
+        "port {taken} of 127.0.0.1 cannot be used (Address already in use); name another one",
+    ),
     "no port": (["{model}", "--port", "http"], 2, "port 'http' is not a number from 1 to 65535"),
     "large port": (["{model}", "--port", "65536"], 2, "port '65536' is not a number from 1 to 65535"),
     "half an option": (["{model}", "--port"], 2, "--port needs a value"),
     "socket": (["{model}", "--host", "{tmp}/a.sock"], 2, "host '{tmp}/a.sock' has no address with a port"),
     "foreign host": (["{model}", "--host", "192.0.2.1"], 2, "host '192.0.2.1' is not an address of this machine"),
-    "unknown host": (["{model}", "--host", "no.such.invalid"], 2, "host 'no.such.invalid' is not an address of this machine"),
+    "unknown host": (
+        ["{model}", "--host", "no.such.invalid"],
+        2,
+        "host 'no.such.invalid' is not an address of this machine",
+    ),
 }
 
 
@@ -293,8 +394,14 @@ def test_error(case, demo_model, head_80, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        names = {"tmp": tmp_path, "text": tmp_path / "text.gguf", "short": tmp_path / "short.gguf", "model": demo_model, "head_80": head_80,
-                 "taken": taken.getsockname()[1]}
+        names = {
+            "tmp": tmp_path,
+            "text": tmp_path / "text.gguf",
+            "short": tmp_path / "short.gguf",
+            "model": demo_model,
+            "head_80": head_80,
+            "taken": taken.getsockname()[1],
+        }
         arguments = [argument.format(**names) for argument in arguments]
         if "--port" not in arguments:
             arguments[1:1] = ["--port", "0"]
@@ -315,12 +422,21 @@ def test_server_and_client(demo_model, monkeypatch):
     with tbq.Server(demo_model, "tbq4_0/tbq3_0", timeout=60, options=[*SMALL, "--api-key", "secret"]) as server:
         assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
         assert server.plan.pair("tbq4_0", "tbq3_0").bytes == 512 * 30 * 3 * (34 + 26)
-        ask = {"model": "any", "temperature": 0, "max_tokens": 16,
-               "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]}
+        ask = {
+            "model": "any",
+            "temperature": 0,
+            "max_tokens": 16,
+            "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
+        }
         with server.client() as client:
             answer = client.chat.completions.create(**ask)
         assert "Paris" in answer.choices[0].message.content
-        assert "Paris" in server.chat(ask["messages"][0]["content"], temperature=0, max_tokens=16)["choices"][0]["message"]["content"]
+        assert (
+            "Paris"
+            in server.chat(ask["messages"][0]["content"], temperature=0, max_tokens=16)["choices"][0]["message"][
+                "content"
+            ]
+        )
         with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(**ask)
         with pytest.raises(tbq.TBQError, match="llama-server answered 400: "):
@@ -368,25 +484,31 @@ def test_server_that_is_not_ready_in_time(demo_model):
     assert "server" not in locals() or server.process.poll() is not None
 
 
-@pytest.mark.parametrize("arguments, message", (
-    ({"model": 7}, "model 7 and kv 'auto' must be"),
-    ({"kv": None}, "and kv None must be"),
-    ({"options": "-c 512"}, "options '-c 512' must be a list of strings"),
-    ({"options": ["-c", 512]}, "must be a list of strings"),
-    ({"port": -1}, "port '-1' is not a number"),
-))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        ({"model": 7}, "model 7 and kv 'auto' must be"),
+        ({"kv": None}, "and kv None must be"),
+        ({"options": "-c 512"}, "options '-c 512' must be a list of strings"),
+        ({"options": ["-c", 512]}, "must be a list of strings"),
+        ({"port": -1}, "port '-1' is not a number"),
+    ),
+)
 def test_wrong_arguments(demo_model, arguments, message):
     with pytest.raises(tbq.TBQError, match=re.escape(message)):
         tbq.Server(**{"model": demo_model, **arguments})
 
 
-@pytest.mark.parametrize("options, url", (
-    ([], "http://127.0.0.1:9000"),
-    (["--host", "0.0.0.0"], "http://127.0.0.1:9000"),
-    (["--host", "/tmp/a.sock, ::1"], "http://[::1]:9000"),
-    (["--port", "9001", "--api_prefix", "/x/"], "http://127.0.0.1:9001/x"),
-    (["--ssl-key-file", "k", "--ssl-cert-file", "c"], "https://127.0.0.1:9000"),
-))
+@pytest.mark.parametrize(
+    "options, url",
+    (
+        ([], "http://127.0.0.1:9000"),
+        (["--host", "0.0.0.0"], "http://127.0.0.1:9000"),
+        (["--host", "/tmp/a.sock, ::1"], "http://[::1]:9000"),
+        (["--port", "9001", "--api_prefix", "/x/"], "http://127.0.0.1:9001/x"),
+        (["--ssl-key-file", "k", "--ssl-cert-file", "c"], "https://127.0.0.1:9000"),
+    ),
+)
 def test_url(demo_model, options, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tbq.serving.server, "paths", lambda: {"tls": "yes"})
@@ -399,21 +521,37 @@ def test_url(demo_model, options, url, tmp_path, monkeypatch):
 
 def test_key_file(demo_model, tmp_path):
     (tmp_path / "keys").write_text("# ours\nsecret\n")
-    with tbq.Server(demo_model, "tbq4_0", timeout=60, options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"]) as server:
+    with tbq.Server(
+        demo_model,
+        "tbq4_0",
+        timeout=60,
+        options=[*SMALL, "--api-key-file", str(tmp_path / "keys"), "--api-prefix", "/p"],
+    ) as server:
         assert server.chat("Hello", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-@pytest.mark.parametrize("options, shape", (
-    ([], {"context": None, "unified": True, "swa_full": False}),
-    (["-c", "0", "-np", "-1", "-no-kvu"], {"context": None, "unified": True, "swa_full": False}),  # server.cpp: slots of its own number share a cache
-    (["-np", "2", "-kvu", "-no-kvu"], {"context": None, "unified": False, "swa_full": False, "parallel": 2}),
-    (["--kv-unified-per-slot", "512"], {"context": 2048, "unified": True, "swa_full": False}),
-    (["-c", "1", "--ctx-size", "4096", "-np", "2", "-ub", "64", "--swa-full"],
-     {"context": 4096, "unified": False, "swa_full": True, "parallel": 2, "ubatch": 64}),
-    (["-b", "64"], {"context": None, "unified": True, "swa_full": False, "ubatch": 64}),
-    (["--batch-size", "4096", "-ub", "1024"], {"context": None, "unified": True, "swa_full": False, "ubatch": 1024}),
-    (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
-))
+@pytest.mark.parametrize(
+    "options, shape",
+    (
+        ([], {"context": None, "unified": True, "swa_full": False}),
+        (
+            ["-c", "0", "-np", "-1", "-no-kvu"],
+            {"context": None, "unified": True, "swa_full": False},
+        ),  # server.cpp: slots of its own number share a cache
+        (["-np", "2", "-kvu", "-no-kvu"], {"context": None, "unified": False, "swa_full": False, "parallel": 2}),
+        (["--kv-unified-per-slot", "512"], {"context": 2048, "unified": True, "swa_full": False}),
+        (
+            ["-c", "1", "--ctx-size", "4096", "-np", "2", "-ub", "64", "--swa-full"],
+            {"context": 4096, "unified": False, "swa_full": True, "parallel": 2, "ubatch": 64},
+        ),
+        (["-b", "64"], {"context": None, "unified": True, "swa_full": False, "ubatch": 64}),
+        (
+            ["--batch-size", "4096", "-ub", "1024"],
+            {"context": None, "unified": True, "swa_full": False, "ubatch": 1024},
+        ),
+        (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
+    ),
+)
 def test_options_for_the_plan(options, shape):
     assert tbq.programs.options.plan_arguments(tbq.programs.options.server_options(options)[0]) == shape
 
@@ -440,8 +578,13 @@ def test_keys_are_centred(demo_model, tmp_path, monkeypatch):
     """Measured on first use, which one line says; not for keys of 16 bits, not with --no-center, not beside a file of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    for first, arguments in ((True, ("--kv", "tbq4_0", demo_model)), (False, ("--kv", "q4_0", demo_model)), (None, ("--no-center", "--kv", "tbq4_0", demo_model)),
-                             (None, ("--kv", "tbq4_0", demo_model, "--no-center")), (None, ("--kv", "f16/tbq4_0", demo_model))):
+    for first, arguments in (
+        (True, ("--kv", "tbq4_0", demo_model)),
+        (False, ("--kv", "q4_0", demo_model)),
+        (None, ("--no-center", "--kv", "tbq4_0", demo_model)),
+        (None, ("--kv", "tbq4_0", demo_model, "--no-center")),
+        (None, ("--kv", "f16/tbq4_0", demo_model)),
+    ):
         with Serve(*arguments, *SMALL, "--port", str(free_port()), "-lv", "4", env=environment) as serve:
             serve.until("llama-server is up", seconds=120)
             log = "".join(serve.err)
@@ -462,18 +605,26 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours, other = center_of_model(demo_model, 512), center_of_model(demo_model, 512, ["--rope-freq-base", "5000"])
     os.replace(other, ours)
-    with Serve("--kv", "tbq4_0", demo_model, *SMALL, "--port", str(free_port()), env={"XDG_CACHE_HOME": str(tmp_path)}) as serve:
+    with Serve(
+        "--kv", "tbq4_0", demo_model, *SMALL, "--port", str(free_port()), env={"XDG_CACHE_HOME": str(tmp_path)}
+    ) as serve:
         serve.until("llama-server is up")
-        assert sum("tbq: keys are not centred" in line and "measured with another RoPE" in line for line in serve.err) == 1
+        assert (
+            sum("tbq: keys are not centred" in line and "measured with another RoPE" in line for line in serve.err) == 1
+        )
     with tbq.Server(demo_model, "auto", options=SMALL) as server:
         assert server.center is None and server.chat("Hello", max_tokens=2)["choices"]
-    with pytest.raises(tbq.TBQError, match="measured with another RoPE"), tbq.Server(demo_model, "tbq4_0", center=ours, options=SMALL):
+    with (
+        pytest.raises(tbq.TBQError, match="measured with another RoPE"),
+        tbq.Server(demo_model, "tbq4_0", center=ours, options=SMALL),
+    ):
         pass
 
 
 def test_model_that_cannot_be_centred(tmp_path):
     """One line, and the server runs."""
     from test_plan import gemma2
+
     with Serve("--kv", "tbq4_0", gemma2(tmp_path / "model.gguf"), *SMALL, "--port", str(free_port())) as serve:
         serve.until("llama-server is up")
         assert [line for line in serve.err if line.startswith("tbq: keys are not centred: ") and "soft-cap" in line]
@@ -486,14 +637,20 @@ def test_model_that_cannot_be_centred(tmp_path):
 def test_embedding_model(tmp_path, kv):
     """No cache types, a line that says why, and embeddings."""
     from test_plan import bert
+
     with Serve("--kv", kv, bert(tmp_path / "model.gguf"), "-t", 2, "--embedding", "--port", 0) as served:
         served.until("is up")
         assert served.out[1] == "tbq: cache: none\n"
-        assert served.out[2] == "tbq: why:   a model of architecture 'bert' keeps no keys and values, so there are no types to choose\n"
+        assert (
+            served.out[2]
+            == "tbq: why:   a model of architecture 'bert' keeps no keys and values, so there are no types to choose\n"
+        )
         url = re.search(r"http://\S+(?=;)", served.out[-1])[0]
         vector = post(url + "/embedding", {"content": "Hello"})[0]["embedding"][0]
         assert len(vector) == 128 and any(vector)
-        command = pathlib.Path(f"/proc/{served.children[0]}/cmdline").read_text() if sys.platform.startswith("linux") else ""
+        command = (
+            pathlib.Path(f"/proc/{served.children[0]}/cmdline").read_text() if sys.platform.startswith("linux") else ""
+        )
         assert "cache-type" not in command and not any("centred" in line or "measuring" in line for line in served.err)
         served.process.send_signal(signal.SIGTERM)
         assert served.end() == 0
@@ -502,6 +659,7 @@ def test_embedding_model(tmp_path, kv):
 def test_recurrent_model(tmp_path):
     """A state, but no keys and values; and the types' names are looked at all the same."""
     from test_plan import mamba
+
     model = mamba(tmp_path / "model.gguf")
     with tbq.Server(model, timeout=60, options=["-t", "2"]) as server:
         assert (server.k, server.v, server.center) == ("f16", "f16", None) and not server.plan.cached
@@ -522,7 +680,12 @@ def test_slots_of_another_context(demo_model, tmp_path):
     """Saved under one -c, restored under another, and what follows is the same."""
     prompt, shared = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is", {}
     for context in (2048, 4096):
-        with tbq.Server(demo_model, "tbq4_0", timeout=60, options=["-c", str(context), "-np", "1", "-t", "2", "--no-warmup", "--slot-save-path", str(tmp_path)]) as server:
+        with tbq.Server(
+            demo_model,
+            "tbq4_0",
+            timeout=60,
+            options=["-c", str(context), "-np", "1", "-t", "2", "--no-warmup", "--slot-save-path", str(tmp_path)],
+        ) as server:
             if not shared:
                 shared = {"center": server.center, "text": answer(server.url, prompt)["content"]}
                 answer(server.url, prompt, n_predict=0)
@@ -534,15 +697,18 @@ def test_slots_of_another_context(demo_model, tmp_path):
                 assert again["content"] == shared["text"] and again["timings"]["cache_n"] > 10
 
 
-@pytest.mark.parametrize("options, positions", (
-    (["-c", "16384"], 8192),  # a slot has no more than the model was trained for
-    (["-c", "16384", "--rope-scaling", "yarn", "--rope-scale", "4"], 16384),
-    (["-c", "65536", "-np", "2", "--rope-scaling", "yarn", "--rope-scale", "4"], 32768),
-    (["-c", "65536", "--rope-scaling", "yarn", "--rope-scale", "4", "--kv-unified-per-slot", "12000"], 12000),
-    (["-c", "16384", "--override-kv", "llama.context_length=int:16384"], 16384),
-    (["--rope-scale", "2"], 8192),
-    (["-c", "1024", "-np", "4"], 256),
-))
+@pytest.mark.parametrize(
+    "options, positions",
+    (
+        (["-c", "16384"], 8192),  # a slot has no more than the model was trained for
+        (["-c", "16384", "--rope-scaling", "yarn", "--rope-scale", "4"], 16384),
+        (["-c", "65536", "-np", "2", "--rope-scaling", "yarn", "--rope-scale", "4"], 32768),
+        (["-c", "65536", "--rope-scaling", "yarn", "--rope-scale", "4", "--kv-unified-per-slot", "12000"], 12000),
+        (["-c", "16384", "--override-kv", "llama.context_length=int:16384"], 16384),
+        (["--rope-scale", "2"], 8192),
+        (["-c", "1024", "-np", "4"], 256),
+    ),
+)
 def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
     """What the center is asked for: as many as llama-server gives a slot, whatever the file says."""
     asked = []
@@ -588,13 +754,35 @@ def test_https(demo_model, tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("the program openssl, which makes a certificate, is not installed")
     key, certificate = tmp_path / "key", tmp_path / "certificate"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-                    "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
     options = ["-c", "512", "--ssl-key-file", str(key), "--ssl-cert-file", str(certificate)]
     with tbq.Server(demo_model, "tbq4_0", center=False, options=options) as server:
         assert server.url.startswith("https://")
         assert server.chat("Hello", max_tokens=2)["choices"]
-        with urllib.request.urlopen(f"{server.url}/health", context=ssl.create_default_context(cafile=certificate)) as answer:
+        with urllib.request.urlopen(
+            f"{server.url}/health", context=ssl.create_default_context(cafile=certificate)
+        ) as answer:
             assert answer.status == 200
 
 
@@ -610,10 +798,15 @@ def test_threads_in_a_container(demo_model, monkeypatch):
     """llama-server would start one for each core of the machine."""
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    for quota, options, threads in ((2.5, [], ["-t", "3"]), (2.5, ["--threads", "5"], []), (12.0, [], []), (None, [], [])):
+    for quota, options, threads in (
+        (2.5, [], ["-t", "3"]),
+        (2.5, ["--threads", "5"], []),
+        (12.0, [], []),
+        (None, [], []),
+    ):
         monkeypatch.setattr("tbq._limits.cpus", lambda: quota)
         command = tbq.Server(demo_model, "f16", options=options)._command
-        assert command[command.index("-t"):command.index("-t") + 2] == threads if threads else "-t" not in command
+        assert command[command.index("-t") : command.index("-t") + 2] == threads if threads else "-t" not in command
 
 
 # --- users without a folder -----------------------------------------------------------------------------------------
@@ -630,14 +823,44 @@ def test_user_without_an_entry_or_a_home(demo_model):
     if os.getuid() or not setpriv:
         pytest.skip("only root can become a user who has no entry in passwd, with setpriv")
     # reading everything, as a container's user can; this machine's root may have its Python in a folder of its own
-    become = [setpriv, "--reuid", str(user), "--regid", str(user), "--clear-groups", "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-    environment = {name: value for name, value in ENV.items() if not name.startswith("XDG_") and name not in ("HOME", "USER", "LOGNAME")}
-    with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0, become=become, env={"PYTHONDONTWRITEBYTECODE": "1"}, without=set(ENV) - set(environment)) as served:
+    become = [
+        setpriv,
+        "--reuid",
+        str(user),
+        "--regid",
+        str(user),
+        "--clear-groups",
+        "--inh-caps",
+        "+dac_read_search",
+        "--ambient-caps",
+        "+dac_read_search",
+    ]
+    environment = {
+        name: value
+        for name, value in ENV.items()
+        if not name.startswith("XDG_") and name not in ("HOME", "USER", "LOGNAME")
+    }
+    with Serve(
+        demo_model,
+        *SMALL,
+        "--kv",
+        "tbq4_0",
+        "--port",
+        0,
+        become=become,
+        env={"PYTHONDONTWRITEBYTECODE": "1"},
+        without=set(ENV) - set(environment),
+    ) as served:
         served.until("is up", seconds=120)
         lines = [line for line in served.err if line.startswith("tbq: ")]
-        assert len(lines) == 1 and "at each start, because it cannot be kept (the user has no folder for caches" in lines[0]
+        assert (
+            len(lines) == 1
+            and "at each start, because it cannot be kept (the user has no folder for caches" in lines[0]
+        )
         assert len([path for folder in folders_of(user) for path in folder.glob("*.gguf")]) == 1
-        assert post(re.search(r"http://\S+(?=;)", served.out[-1])[0] + "/completion", {"prompt": "a", "n_predict": 1})["content"]
+        assert post(re.search(r"http://\S+(?=;)", served.out[-1])[0] + "/completion", {"prompt": "a", "n_predict": 1})[
+            "content"
+        ]
         served.process.send_signal(signal.SIGTERM)
         assert served.end() == 0
     assert not folders_of(user)

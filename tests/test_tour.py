@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """docs/tour.ipynb runs from top to bottom, and what it shows is so."""
+
 import base64
 import re
 import sys
@@ -10,7 +11,9 @@ from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="the notebook needs nbformat, nbclient, ipykernel and matplotlib")
 nbclient = pytest.importorskip("nbclient", reason="the notebook needs nbformat, nbclient, ipykernel and matplotlib")
-kernelspec = pytest.importorskip("ipykernel.kernelspec", reason="the notebook needs nbformat, nbclient, ipykernel and matplotlib")
+kernelspec = pytest.importorskip(
+    "ipykernel.kernelspec", reason="the notebook needs nbformat, nbclient, ipykernel and matplotlib"
+)
 pytest.importorskip("matplotlib", reason="the notebook needs nbformat, nbclient, ipykernel and matplotlib")
 
 TOUR = ROOT / "docs" / "tour.ipynb"
@@ -24,20 +27,28 @@ def read():
 def outputs(tmp_path_factory, demo_model):
     """(all that was printed, the pictures), from a kernel of this interpreter in an empty folder."""
     folder, home = tmp_path_factory.mktemp("tour"), tmp_path_factory.mktemp("jupyter")
-    kernelspec.write_kernel_spec(home / "kernels" / "tbq-tour", overrides={"argv": kernelspec.make_ipkernel_cmd(executable=sys.executable)})
+    kernelspec.write_kernel_spec(
+        home / "kernels" / "tbq-tour", overrides={"argv": kernelspec.make_ipkernel_cmd(executable=sys.executable)}
+    )
     (folder / "models").symlink_to(demo_model.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(home))
         patch.setenv("OMP_WAIT_POLICY", "passive")  # the machine may be busy
-        done = nbclient.NotebookClient(read(), timeout=300, kernel_name="tbq-tour", resources={"metadata": {"path": str(folder)}}).execute()
+        done = nbclient.NotebookClient(
+            read(), timeout=300, kernel_name="tbq-tour", resources={"metadata": {"path": str(folder)}}
+        ).execute()
     assert [path.name for path in folder.iterdir()] == ["models"]
     shown = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.text for output in shown if output.output_type == "stream" and output.name == "stdout")
-    return text, [base64.b64decode(output.data["image/png"]) for output in shown if "image/png" in output.get("data", {})]
+    return text, [
+        base64.b64decode(output.data["image/png"]) for output in shown if "image/png" in output.get("data", {})
+    ]
 
 
 def test_pictures(outputs):
-    assert len(outputs[1]) == 3 and all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in outputs[1])
+    assert len(outputs[1]) == 3 and all(
+        picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in outputs[1]
+    )
 
 
 def test_gaussian_after_the_rotation(outputs):
@@ -48,12 +59,14 @@ def test_gaussian_after_the_rotation(outputs):
 def test_distortion_is_between_the_bounds(outputs):
     """And better than Lloyd-Max with the vector's length as the scale, on a Gaussian."""
     lloyd_max = {2: 0.1175, 3: 0.03454, 4: 0.009497}
-    found = {what: {int(b): float(d) for b, d in re.findall(r"(\d): ([\d.]+)", lost)}
-             for what, lost in re.findall(r"^(random|keys|values) \{(.*)\}$", outputs[0], re.M)}
+    found = {
+        what: {int(b): float(d) for b, d in re.findall(r"(\d): ([\d.]+)", lost)}
+        for what, lost in re.findall(r"^(random|keys|values) \{(.*)\}$", outputs[0], re.M)
+    }
     assert list(found) == ["random", "keys", "values"]
     for what, lost in found.items():
         assert list(lost) == [2, 3, 4]
-        assert all(4.0 ** -b < d < 2.72 * 4.0 ** -b for b, d in lost.items()), (what, lost)
+        assert all(4.0**-b < d < 2.72 * 4.0**-b for b, d in lost.items()), (what, lost)
     assert all(d < lloyd_max[b] for b, d in found["random"].items())
 
 

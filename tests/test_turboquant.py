@@ -4,6 +4,7 @@
 Seeds are fixed, so a test gives one result; its interval says how often another choice of seeds would have failed: outside
 Z standard errors, once in 150000.
 """
+
 import itertools
 import math
 import re
@@ -83,8 +84,10 @@ def tables():
 
 
 # Max 1960, table I: distortion and entropy
-@pytest.mark.parametrize("bits, distortion, entropy", [(1, 0.3634, 1.000), (2, 0.1175, 1.911), (3, 0.03454, 2.825), (4, 0.009497, 3.765),
-                                                       (5, 0.002499, 4.730)])
+@pytest.mark.parametrize(
+    "bits, distortion, entropy",
+    [(1, 0.3634, 1.000), (2, 0.1175, 1.911), (3, 0.03454, 2.825), (4, 0.009497, 3.765), (5, 0.002499, 4.730)],
+)
 def test_gaussian_codebook_is_in_the_textbook(bits, distortion, entropy):
     codebook = tq.gaussian_codebook(bits)
     assert codebook.distortion == pytest.approx(distortion, rel=3e-3)
@@ -98,13 +101,16 @@ def test_gaussian_codebook_is_that_of_libtbq(bits, tables):
     assert ours.distortion == pytest.approx(tables.distortion(list(ours.levels)), rel=1e-12)
     integers = np.array(tbq.types[f"tbq{bits}_0"].levels)
     multiplier = integers @ ours.levels / (ours.levels @ ours.levels)
-    assert np.abs(ours.levels * multiplier - integers).max() < 0.75  # rounded, of the multiples that one which loses least
+    assert (
+        np.abs(ours.levels * multiplier - integers).max() < 0.75
+    )  # rounded, of the multiples that one which loses least
     scale = ours.distortion / tables.distortion([k / multiplier for k in integers])
     assert 0.997 < scale < 1
 
 
 def probability(kind, low, high):
     """(probability, first moment) of each interval by Simpson's rule, in a parameter without poles."""
+
     def simpson(function, a, b):
         t = np.linspace(a, b, 4001)
         weight = np.full(4001, 2.0)
@@ -112,12 +118,17 @@ def probability(kind, low, high):
         return (b - a) / 12000 * (weight * function(t)).sum()
 
     if kind == "gaussian":
+
         def density(u):
             return np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+
         return simpson(density, low, high), simpson(lambda u: u * density(u), low, high)
     constant = math.exp(math.lgamma(kind / 2) - math.lgamma((kind - 1) / 2)) / math.sqrt(math.pi)
     a, b = math.asin(low), math.asin(high)
-    return (simpson(lambda u: constant * np.cos(u) ** (kind - 2), a, b), simpson(lambda u: np.sin(u) * constant * np.cos(u) ** (kind - 2), a, b))
+    return (
+        simpson(lambda u: constant * np.cos(u) ** (kind - 2), a, b),
+        simpson(lambda u: np.sin(u) * constant * np.cos(u) ** (kind - 2), a, b),
+    )
 
 
 @pytest.mark.parametrize("kind", ("gaussian", 2, 3, 4, 7, 64, 1536))
@@ -146,18 +157,26 @@ def test_small_spheres_have_known_codebooks():
     for bits in BITS:  # a coordinate of the sphere in space is uniform (Archimedes)
         n = 2**bits
         assert tq.sphere_codebook(bits, 3).levels == pytest.approx((2 * np.arange(n) + 1 - n) / n, abs=1e-12)
-    assert tq.sphere_codebook(2, 1).levels[[0, -1]] == pytest.approx([-1, 1]) and tq.sphere_codebook(2, 1).distortion == 0
+    assert (
+        tq.sphere_codebook(2, 1).levels[[0, -1]] == pytest.approx([-1, 1]) and tq.sphere_codebook(2, 1).distortion == 0
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_large_spheres_are_gaussian(bits):
     dim = 10**6
-    assert math.sqrt(dim) * tq.sphere_codebook(bits, dim).levels == pytest.approx(tq.gaussian_codebook(bits).levels, rel=3e-5)
+    assert math.sqrt(dim) * tq.sphere_codebook(bits, dim).levels == pytest.approx(
+        tq.gaussian_codebook(bits).levels, rel=3e-5
+    )
 
 
 def test_no_bits_is_the_mean():
     for codebook, variance in ((tq.gaussian_codebook(0), 1), (tq.sphere_codebook(0, 7), 1 / 7)):
-        assert codebook.levels.tolist() == [0] and codebook.distortion == pytest.approx(variance) and codebook.thresholds.size == 0
+        assert (
+            codebook.levels.tolist() == [0]
+            and codebook.distortion == pytest.approx(variance)
+            and codebook.thresholds.size == 0
+        )
 
 
 def test_codebooks_are_solved_once_and_cannot_be_written():
@@ -193,24 +212,40 @@ def test_sphere_density_is_that_of_random_directions(dim):
 def test_pack_and_unpack(bits, count):
     indices = np.random.RandomState(bits).randint(0, 2**bits, (2, 3, count))
     packed = tq.pack(indices, bits)
-    assert packed.dtype == np.uint8 and packed.shape == (2, 3, tq.packed_bytes(count, bits)) == (2, 3, math.ceil(count * bits / 8))
+    assert packed.dtype == np.uint8 and packed.shape == (2, 3, tq.packed_bytes(count, bits)) == (
+        2,
+        3,
+        math.ceil(count * bits / 8),
+    )
     assert np.array_equal(tq.unpack(packed, bits, count), indices)
     as_number = sum(int(v) << i * bits for i, v in enumerate(indices[1, 2]))  # the layout, another way
     assert int.from_bytes(packed[1, 2].tobytes(), "little") == as_number
 
 
-@pytest.mark.parametrize("call, text", [
-    (lambda: tq.pack([0, 8], 3), "indices reach from 0 to 8; 3 bits hold 0 to 7"),
-    (lambda: tq.pack([-1], 3), "indices reach from -1 to -1; 3 bits hold 0 to 7"),
-    (lambda: tq.pack([0.5], 3), "indices have dtype float64 and 1 axes; they must be integers and have at least one axis"),
-    (lambda: tq.pack(3, 3), "indices have dtype int64 and 0 axes; they must be integers and have at least one axis"),
-    (lambda: tq.pack([1], 9), "bits is 9; it must be an integer of 1 to 8"),
-    (lambda: tq.pack([1], 0), "bits is 0; it must be an integer of 1 to 8"),
-    (lambda: tq.pack([1], 2.0), "bits is 2.0; it must be an integer of 1 to 8"),
-    (lambda: tq.unpack(np.zeros(3, np.uint8), 4, 5 + 2), "packed has shape (3,); 7 indices of 4 bits take 4 bytes"),
-    (lambda: tq.unpack(np.zeros(3), 4, 6), "packed has dtype float64 and 1 axes; it must be uint8 and have at least one axis"),
-    (lambda: tq.unpack(np.zeros(3, np.uint8), 4, -1), "count is -1; it must be an integer of at least 0"),
-])
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: tq.pack([0, 8], 3), "indices reach from 0 to 8; 3 bits hold 0 to 7"),
+        (lambda: tq.pack([-1], 3), "indices reach from -1 to -1; 3 bits hold 0 to 7"),
+        (
+            lambda: tq.pack([0.5], 3),
+            "indices have dtype float64 and 1 axes; they must be integers and have at least one axis",
+        ),
+        (
+            lambda: tq.pack(3, 3),
+            "indices have dtype int64 and 0 axes; they must be integers and have at least one axis",
+        ),
+        (lambda: tq.pack([1], 9), "bits is 9; it must be an integer of 1 to 8"),
+        (lambda: tq.pack([1], 0), "bits is 0; it must be an integer of 1 to 8"),
+        (lambda: tq.pack([1], 2.0), "bits is 2.0; it must be an integer of 1 to 8"),
+        (lambda: tq.unpack(np.zeros(3, np.uint8), 4, 5 + 2), "packed has shape (3,); 7 indices of 4 bits take 4 bytes"),
+        (
+            lambda: tq.unpack(np.zeros(3), 4, 6),
+            "packed has dtype float64 and 1 axes; it must be uint8 and have at least one axis",
+        ),
+        (lambda: tq.unpack(np.zeros(3, np.uint8), 4, -1), "count is -1; it must be an integer of at least 0"),
+    ],
+)
 def test_packing_errors(call, text):
     with pytest.raises(tbq.TBQError, match=f"^{re.escape(text)}$"):
         call()
@@ -228,7 +263,9 @@ def test_rotations_are_orthogonal(dim, kind, dtype):
     y, close = rotation.rotate(x), 2e-5 if dtype == np.float32 else 1e-12
     assert y.dtype == dtype and y.shape == x.shape
     assert np.allclose(rotation.unrotate(y), x, atol=close)
-    assert np.allclose(y.reshape(12, dim) @ y.reshape(12, dim).T, x.reshape(12, dim) @ x.reshape(12, dim).T, atol=close * dim)
+    assert np.allclose(
+        y.reshape(12, dim) @ y.reshape(12, dim).T, x.reshape(12, dim) @ x.reshape(12, dim).T, atol=close * dim
+    )
     matrix = rotation.rotate(np.eye(dim, dtype=dtype))
     assert np.allclose(matrix @ matrix.T, np.eye(dim), atol=close)
     assert dim == 1 or not np.allclose(kind(dim, 6).rotate(x), y)
@@ -245,8 +282,16 @@ def test_haar_is_uniform():
 
 def test_seeds_mean_the_same_everywhere():
     """Values of NumPy's frozen streams; a change breaks whoever stored codes and a seed."""
-    assert tq.HaarRotation(3, 7).matrix == pytest.approx(np.array([
-        [0.05609755, -0.04280021, -0.9975075], [-0.47562925, -0.87957717, 0.01099185], [-0.87785528, 0.47382712, -0.06969916]]), abs=1e-8)
+    assert tq.HaarRotation(3, 7).matrix == pytest.approx(
+        np.array(
+            [
+                [0.05609755, -0.04280021, -0.9975075],
+                [-0.47562925, -0.87957717, 0.01099185],
+                [-0.87785528, 0.47382712, -0.06969916],
+            ]
+        ),
+        abs=1e-8,
+    )
     assert tq.HadamardRotation(6, 7).rotate(np.arange(6.0)).tolist() == [2.5, 0.75, -4.625, 2.875, 1.875, 3.875]
     assert tq.QJL(3, 1, seed=7).matrix == pytest.approx(np.array([[0.40796046, 0.00719853, 0.09545472]]), abs=1e-8)
     assert tq.HaarRotation(3, 2**64 - 1).seed == 2**64 - 1
@@ -311,7 +356,10 @@ def test_reconstructions_are_short_by_the_gain():
         for seed, rotation in enumerate(rotations):
             quantizer = tq.MSEQuantizer(dim, bits, rotation=rotation)
             code = quantizer.quantize(x)
-            plain[seed], unbiased[seed] = quantizer.inner_products(x, code), quantizer.inner_products(x, code, unbiased=True)
+            plain[seed], unbiased[seed] = (
+                quantizer.inner_products(x, code),
+                quantizer.inner_products(x, code, unbiased=True),
+            )
         gain = quantizer.gain
         assert gain == pytest.approx(1 - tq.mse_distortion(bits, dim))
         assert within(plain, gain * (x @ x.T)) and not within(plain, x @ x.T)
@@ -350,7 +398,9 @@ def test_qjl_rows_keep_their_promise():
         return count / seeds
 
     assert failures(tq.qjl_rows(epsilon, delta)) <= delta
-    assert failures(math.ceil(4 / 3 * (1 + epsilon) / epsilon**2 * math.log(2 / delta))) > delta + Z * math.sqrt(delta / seeds)
+    assert failures(math.ceil(4 / 3 * (1 + epsilon) / epsilon**2 * math.log(2 / delta))) > delta + Z * math.sqrt(
+        delta / seeds
+    )
 
 
 # --- Theorem 2: the inner-product quantizer ---------------------------------------------------------------------------
@@ -437,7 +487,7 @@ def test_no_trained_quantizer_beats_the_lower_bound(dim, bits):
     """k-means for that very distribution, the best that a codebook of 2^(bits dim) vectors is known to do."""
     random = np.random.RandomState(0)
     train, test = unit(random.standard_normal((20000, dim))), unit(random.standard_normal((20000, dim)))
-    centres = train[:round(2 ** (bits * dim))].copy()
+    centres = train[: round(2 ** (bits * dim))].copy()
     for _ in range(20):
         nearest = (train @ centres.T - (centres**2).sum(1) / 2).argmax(1)
         for i in range(len(centres)):
@@ -459,7 +509,9 @@ def test_polar_there_and_back(dtype):
     x[0, 0], x[0, 1, 3] = 0, -0.0
     for levels in (1, 2, 4):
         radii, angles = tq.to_polar(x, levels)
-        assert radii.shape == (3, 2, 48 >> levels) and [a.shape[-1] for a in angles] == [48 >> l for l in range(1, levels + 1)]
+        assert radii.shape == (3, 2, 48 >> levels) and [a.shape[-1] for a in angles] == [
+            48 >> l for l in range(1, levels + 1)
+        ]
         assert radii.dtype == dtype and all(a.dtype == dtype for a in angles)
         assert np.all(angles[0] >= 0) and np.all(angles[0] <= dtype(2 * math.pi))
         assert all(np.all(a >= 0) and np.all(a <= dtype(math.pi / 2)) for a in angles[1:])
@@ -500,7 +552,11 @@ def test_polar_error_falls_by_four_with_a_bit_more():
 
 def test_polar_bytes():
     code = tq.PolarQuantizer(128).quantize(np.ones((5, 128), np.float32))
-    assert [a.shape for a in code.angles] == [(5, 32), (5, 8), (5, 4), (5, 2)] and code.radii.shape == (5, 8) and code.shape == (5,)
+    assert (
+        [a.shape for a in code.angles] == [(5, 32), (5, 8), (5, 4), (5, 2)]
+        and code.radii.shape == (5, 8)
+        and code.shape == (5,)
+    )
     assert code.nbytes == 5 * (46 + 8 * 4)
     assert (8 * 46 + 8 * 16) / 128 == 3.875  # as the paper counts, with radii of 16 bits
 
@@ -514,20 +570,27 @@ def with_outliers(rows=400, dim=128):
     return x
 
 
-@pytest.mark.parametrize("bits, count, low, high", [(2.5, 32, 2, 4), (2.5, 64, 2, 3), (3.5, 32, 3, 5), (3.5, 64, 3, 4), (2.25, 32, 2, 3), (3, 10, 3, 3)])
+@pytest.mark.parametrize(
+    "bits, count, low, high",
+    [(2.5, 32, 2, 4), (2.5, 64, 2, 3), (3.5, 32, 3, 5), (3.5, 64, 3, 4), (2.25, 32, 2, 3), (3, 10, 3, 3)],
+)
 def test_mixed_bits(bits, count, low, high):
     x = with_outliers()
     quantizer = tq.MixedQuantizer(128, bits, tq.outlier_channels(x, count))
     assert (quantizer.low, quantizer.high, quantizer.bits) == (low, high, bits)
     code = quantizer.quantize(x.reshape(20, 20, 128))
     assert code.shape == (20, 20)
-    assert code.outliers.packed.nbytes + code.rest.packed.nbytes == 400 * (math.ceil(count * high / 8) + math.ceil((128 - count) * low / 8))
+    assert code.outliers.packed.nbytes + code.rest.packed.nbytes == 400 * (
+        math.ceil(count * high / 8) + math.ceil((128 - count) * low / 8)
+    )
     assert quantizer.dequantize(code).dtype == np.float32
 
 
 def test_outliers_are_found():
     assert tq.outlier_channels(with_outliers(), 31).tolist() == list(range(5, 128, 4))
-    assert tq.outlier_channels(3e38 * np.sign(with_outliers()) * (np.arange(128) > 100).astype(np.float32), 3).min() > 100
+    assert (
+        tq.outlier_channels(3e38 * np.sign(with_outliers()) * (np.arange(128) > 100).astype(np.float32), 3).min() > 100
+    )
     assert tq.outlier_channels(np.zeros((2, 4)), 2).tolist() == [0, 1]
 
 
@@ -540,7 +603,12 @@ def test_mixed_precision_is_worth_its_bits():
         quantizer = tq.MixedQuantizer(128, 2.5, outliers, seed=seed)
         error = quantizer.dequantize(quantizer.quantize(x)) - x
         ours.append((error**2).sum() / (x**2).sum())
-        shares.append([(error[:, channels] ** 2).sum() / (x[:, channels] ** 2).sum() for channels in (quantizer.outliers, quantizer.rest)])
+        shares.append(
+            [
+                (error[:, channels] ** 2).sum() / (x[:, channels] ** 2).sum()
+                for channels in (quantizer.outliers, quantizer.rest)
+            ]
+        )
     assert within(shares, [tq.mse_distortion(4, 32), tq.mse_distortion(2, 96)])
     assert np.mean(ours) < tq.mse_distortion(3, 128) / 2
 
@@ -606,7 +674,9 @@ def test_inner_products_are_those_of_the_reconstructions(make):
     random = np.random.RandomState(0)
     code, queries = quantizer.quantize(random.standard_normal((4, 3, 20))), random.standard_normal((5, 20))
     found = quantizer.inner_products(queries, code)
-    assert found.shape == (5, 4, 3) and np.allclose(found, np.einsum("qi,abi->qab", queries, quantizer.dequantize(code)))
+    assert found.shape == (5, 4, 3) and np.allclose(
+        found, np.einsum("qi,abi->qab", queries, quantizer.dequantize(code))
+    )
     assert quantizer.inner_products(queries[0], code).shape == (4, 3)
     single = quantizer.quantize(np.float32(random.standard_normal((3, 20))))
     assert quantizer.inner_products(queries.astype(np.float32), single).dtype == np.float32
@@ -629,7 +699,10 @@ def test_vectors_of_any_length(make, scale):
     quantizer = make(20)
     x = np.random.RandomState(0).standard_normal((6, 20)).astype(np.float32)
     with np.errstate(all="raise", under="ignore"):
-        decoded, expected = quantizer.dequantize(quantizer.quantize(x * np.float32(scale))), quantizer.dequantize(quantizer.quantize(x))
+        decoded, expected = (
+            quantizer.dequantize(quantizer.quantize(x * np.float32(scale))),
+            quantizer.dequantize(quantizer.quantize(x)),
+        )
     assert np.all(np.isfinite(decoded))
     if scale != 1e-44:  # where float32 has two digits
         assert np.allclose(decoded / np.float32(scale), expected, rtol=1e-4, atol=1e-4)
@@ -651,20 +724,26 @@ def test_one_dimension():
 # --- errors ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("x, text", [
-    (np.full((2, 20), np.nan, np.float32), "x has nan at (0, 0); every value must be finite"),
-    (np.where(np.arange(40).reshape(2, 20) == 27, -np.inf, 0.5), "x has -inf at (1, 7); every value must be finite"),
-    (np.ones((2, 19)), "x has shape (2, 19); its last axis must be 20"),
-    (np.ones(()), "x has no axis; vectors lie along its last axis"),
-    (np.ones((0, 20)), "x has shape (0, 20); no axis may be empty"),
-    (np.ones((3, 0)), "x has shape (3, 0); no axis may be empty"),
-    (np.ones((3, 20), np.float16), "x has dtype float16; it must be float32 or float64"),
-    (np.ones((3, 20), int), "x has dtype int64; it must be float32 or float64"),
-    (np.ones((3, 20), ">f4"), "x has dtype >f4; it must be float32 or float64"),
-    (np.ones((3, 20), complex), "x has dtype complex128; it must be float32 or float64"),
-    ("text", "x has dtype <U4; it must be float32 or float64"),
-    (None, "x has dtype object; it must be float32 or float64"),
-])
+@pytest.mark.parametrize(
+    "x, text",
+    [
+        (np.full((2, 20), np.nan, np.float32), "x has nan at (0, 0); every value must be finite"),
+        (
+            np.where(np.arange(40).reshape(2, 20) == 27, -np.inf, 0.5),
+            "x has -inf at (1, 7); every value must be finite",
+        ),
+        (np.ones((2, 19)), "x has shape (2, 19); its last axis must be 20"),
+        (np.ones(()), "x has no axis; vectors lie along its last axis"),
+        (np.ones((0, 20)), "x has shape (0, 20); no axis may be empty"),
+        (np.ones((3, 0)), "x has shape (3, 0); no axis may be empty"),
+        (np.ones((3, 20), np.float16), "x has dtype float16; it must be float32 or float64"),
+        (np.ones((3, 20), int), "x has dtype int64; it must be float32 or float64"),
+        (np.ones((3, 20), ">f4"), "x has dtype >f4; it must be float32 or float64"),
+        (np.ones((3, 20), complex), "x has dtype complex128; it must be float32 or float64"),
+        ("text", "x has dtype <U4; it must be float32 or float64"),
+        (None, "x has dtype object; it must be float32 or float64"),
+    ],
+)
 def test_bad_vectors(make, x, text):
     quantizer = make(20)
     with pytest.raises(tbq.TBQError, match=f"^{re.escape(text)}$"):
@@ -676,13 +755,18 @@ def test_bad_vectors(make, x, text):
 @pytest.mark.filterwarnings("ignore:Creating an ndarray from ragged")
 def test_rows_of_different_lengths(make):
     # NumPy before 1.24 makes an array of lists
-    with pytest.raises(tbq.TBQError, match="^x is not an array of numbers; its rows must have one length$|^x has dtype object; "):
+    with pytest.raises(
+        tbq.TBQError, match="^x is not an array of numbers; its rows must have one length$|^x has dtype object; "
+    ):
         make(20).quantize([[1.0, 2.0], [3.0]])
 
 
 def test_vectors_too_long_for_their_dtype(make):
     x = np.full((1, 20), 3e38, np.float32)
-    with np.errstate(all="raise"), pytest.raises(tbq.TBQError, match="than the largest float32$|beyond the largest float32$|rotated in float32$"):
+    with (
+        np.errstate(all="raise"),
+        pytest.raises(tbq.TBQError, match="than the largest float32$|beyond the largest float32$|rotated in float32$"),
+    ):
         make(20).quantize(x)
     with pytest.raises(tbq.TBQError, match="^x has values too large to be rotated in float32$"):
         tq.HadamardRotation(20).rotate(x)
@@ -690,54 +774,81 @@ def test_vectors_too_long_for_their_dtype(make):
         tq.to_polar(x, 2)
 
 
-@pytest.mark.parametrize("call, text", [
-    (lambda: tq.MSEQuantizer(8, 0), "bits is 0; it must be an integer of 1 to 8"),
-    (lambda: tq.MSEQuantizer(8, 9), "bits is 9; it must be an integer of 1 to 8"),
-    (lambda: tq.MSEQuantizer(8, 2.5), "bits is 2.5; it must be an integer of 1 to 8"),
-    (lambda: tq.MSEQuantizer(0, 4), "dim is 0; it must be an integer of at least 1"),
-    (lambda: tq.MSEQuantizer("8", 4), "dim is '8'; it must be an integer of at least 1"),
-    (lambda: tq.MSEQuantizer(8, 4, seed=-1), f"seed is -1; it must be an integer of 0 to {2**64 - 1}"),
-    (lambda: tq.MSEQuantizer(8, 4, rotation="qr"), "rotation is 'qr'; it must be 'haar', 'hadamard' or a Rotation"),
-    (lambda: tq.MSEQuantizer(8, 4, rotation=tq.HaarRotation(9)), "rotation has dim 9; the quantizer has 8"),
-    (lambda: tq.MSEQuantizer(10**5, 4), "a rotation of 100000 x 100000 has more than the 67108864 values of a dense matrix; rotation='hadamard' needs none"),
-    (lambda: tq.InnerProductQuantizer(8, 9), "bits is 9; it must be an integer of 1 to 8"),
-    (lambda: tq.QJL(8, 0), "rows is 0; it must be an integer of at least 1"),
-    (lambda: tq.QJL(10**5), "a projection of 100000 x 100000 has more than the 67108864 values of a dense matrix"),
-    (lambda: tq.HadamardRotation(8, 0, 9), "rounds is 9; it must be an integer of 1 to 8"),
-    (lambda: tq.sphere_codebook(4, 0), "dim is 0; it must be an integer of at least 1"),
-    (lambda: tq.gaussian_codebook(9), "bits is 9; it must be an integer of 0 to 8"),
-    (lambda: tq.gaussian_codebook(2).encode([np.nan]), "values has nan at (0,); every value must be finite"),
-    (lambda: tq.gaussian_codebook(2).decode([4]), "indices reach from 4 to 4; the codebook has 0 to 3"),
-    (lambda: tq.gaussian_codebook(2).decode([1.0]), "indices have dtype float64; they must be integers"),
-    (lambda: tq.angle_codebook(2, 0), "level is 0; it must be an integer of 1 to 30"),
-    (lambda: tq.PolarQuantizer(24), "dim is 24; it must be a multiple of 16 for 4 levels of bits"),
-    (lambda: tq.PolarQuantizer(32, (4, 0)), "bits[1] is 0; it must be an integer of 1 to 8"),
-    (lambda: tq.PolarQuantizer(32, ()), "bits has 0 levels; it must have 1 to 30"),
-    (lambda: tq.PolarQuantizer(32, 4), "bits is 4; it must be a list with the bits of each level, such as (4, 2, 2, 2)"),
-    (lambda: tq.to_polar(np.ones(6), 2), "x has shape (6,); its last axis must be a multiple of 4 for 2 levels"),
-    (lambda: tq.to_polar(np.ones(6), 0), "levels is 0; it must be an integer of 1 to 30"),
-    (lambda: tq.from_polar(np.ones(3), []), "angles is empty; to_polar returns those of at least one level"),
-    (lambda: tq.from_polar(np.ones(3), [np.ones(6), np.ones(4)]), "angles[1] is float64 (4,); with these radii it must be float64 (3,)"),
-    (lambda: tq.MixedQuantizer(128, 2.5, range(20)), "bits is 2.5 and outliers names 20 of 128 channels, which would need 5.2 bits; name 16 or 32 or 64"),
-    (lambda: tq.MixedQuantizer(128, 2.001, range(20)), "bits is 2.001 and outliers names 20 of 128 channels, which would need 2.0064 bits; "
-                                                      "no number of channels gives 2.001"),
-    (lambda: tq.MixedQuantizer(128, 8.5, range(20)), "bits is 8.5; it must be a number of 1 to 8"),
-    (lambda: tq.MixedQuantizer(128, "two", range(20)), "bits is 'two'; it must be a number of 1 to 8"),
-    (lambda: tq.MixedQuantizer(128, math.nan, range(20)), "bits is nan; it must be a number of 1 to 8"),
-    (lambda: tq.MixedQuantizer(128, 2.5, []), "outliers has shape (0,) and dtype float64; it must be a list of numbers of channels"),
-    (lambda: tq.MixedQuantizer(128, 2.5, range(128)), "outliers names 128 of 128 channels; it must name at least 1 and not all"),
-    (lambda: tq.MixedQuantizer(128, 2.5, [1, 128]), "outliers reach from 1 to 128; channels are 0 to 127"),
-    (lambda: tq.MixedQuantizer(128, 2.5, [1, 1]), "outliers names a channel twice"),
-    (lambda: tq.MixedQuantizer(4, 2.5, [1], rotation=tq.HaarRotation(4)), "rotation must be 'haar' or 'hadamard'; the two sets of channels need one each"),
-    (lambda: tq.outlier_channels(np.ones((3, 8)), 8), "count is 8; it must be an integer of 1 to 7"),
-    (lambda: tq.outlier_channels([[np.inf]], 1), "sample has inf at (0, 0); every value must be finite"),
-    (lambda: tq.mse_upper_bound(-1), "bits is -1; it must be a number of at least 0"),
-    (lambda: tq.mse_lower_bound(math.nan), "bits is nan; it must be a number of at least 0"),
-    (lambda: tq.mse_lower_bound(2, 0), "dim is 0; it must be an integer of at least 1"),
-    (lambda: tq.mse_upper_bound("2 bits"), "bits is '2 bits'; it must be a number of at least 0"),
-    (lambda: tq.inner_product_distortion(0, 8), "bits is 0; it must be an integer of 1 to 8"),
-    (lambda: tq.qjl_rows(0, 0.1), "epsilon is 0 and delta 0.1; epsilon must be above 0, delta between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: tq.MSEQuantizer(8, 0), "bits is 0; it must be an integer of 1 to 8"),
+        (lambda: tq.MSEQuantizer(8, 9), "bits is 9; it must be an integer of 1 to 8"),
+        (lambda: tq.MSEQuantizer(8, 2.5), "bits is 2.5; it must be an integer of 1 to 8"),
+        (lambda: tq.MSEQuantizer(0, 4), "dim is 0; it must be an integer of at least 1"),
+        (lambda: tq.MSEQuantizer("8", 4), "dim is '8'; it must be an integer of at least 1"),
+        (lambda: tq.MSEQuantizer(8, 4, seed=-1), f"seed is -1; it must be an integer of 0 to {2**64 - 1}"),
+        (lambda: tq.MSEQuantizer(8, 4, rotation="qr"), "rotation is 'qr'; it must be 'haar', 'hadamard' or a Rotation"),
+        (lambda: tq.MSEQuantizer(8, 4, rotation=tq.HaarRotation(9)), "rotation has dim 9; the quantizer has 8"),
+        (
+            lambda: tq.MSEQuantizer(10**5, 4),
+            "a rotation of 100000 x 100000 has more than the 67108864 values of a dense matrix; rotation='hadamard' needs none",
+        ),
+        (lambda: tq.InnerProductQuantizer(8, 9), "bits is 9; it must be an integer of 1 to 8"),
+        (lambda: tq.QJL(8, 0), "rows is 0; it must be an integer of at least 1"),
+        (lambda: tq.QJL(10**5), "a projection of 100000 x 100000 has more than the 67108864 values of a dense matrix"),
+        (lambda: tq.HadamardRotation(8, 0, 9), "rounds is 9; it must be an integer of 1 to 8"),
+        (lambda: tq.sphere_codebook(4, 0), "dim is 0; it must be an integer of at least 1"),
+        (lambda: tq.gaussian_codebook(9), "bits is 9; it must be an integer of 0 to 8"),
+        (lambda: tq.gaussian_codebook(2).encode([np.nan]), "values has nan at (0,); every value must be finite"),
+        (lambda: tq.gaussian_codebook(2).decode([4]), "indices reach from 4 to 4; the codebook has 0 to 3"),
+        (lambda: tq.gaussian_codebook(2).decode([1.0]), "indices have dtype float64; they must be integers"),
+        (lambda: tq.angle_codebook(2, 0), "level is 0; it must be an integer of 1 to 30"),
+        (lambda: tq.PolarQuantizer(24), "dim is 24; it must be a multiple of 16 for 4 levels of bits"),
+        (lambda: tq.PolarQuantizer(32, (4, 0)), "bits[1] is 0; it must be an integer of 1 to 8"),
+        (lambda: tq.PolarQuantizer(32, ()), "bits has 0 levels; it must have 1 to 30"),
+        (
+            lambda: tq.PolarQuantizer(32, 4),
+            "bits is 4; it must be a list with the bits of each level, such as (4, 2, 2, 2)",
+        ),
+        (lambda: tq.to_polar(np.ones(6), 2), "x has shape (6,); its last axis must be a multiple of 4 for 2 levels"),
+        (lambda: tq.to_polar(np.ones(6), 0), "levels is 0; it must be an integer of 1 to 30"),
+        (lambda: tq.from_polar(np.ones(3), []), "angles is empty; to_polar returns those of at least one level"),
+        (
+            lambda: tq.from_polar(np.ones(3), [np.ones(6), np.ones(4)]),
+            "angles[1] is float64 (4,); with these radii it must be float64 (3,)",
+        ),
+        (
+            lambda: tq.MixedQuantizer(128, 2.5, range(20)),
+            "bits is 2.5 and outliers names 20 of 128 channels, which would need 5.2 bits; name 16 or 32 or 64",
+        ),
+        (
+            lambda: tq.MixedQuantizer(128, 2.001, range(20)),
+            "bits is 2.001 and outliers names 20 of 128 channels, which would need 2.0064 bits; "
+            "no number of channels gives 2.001",
+        ),
+        (lambda: tq.MixedQuantizer(128, 8.5, range(20)), "bits is 8.5; it must be a number of 1 to 8"),
+        (lambda: tq.MixedQuantizer(128, "two", range(20)), "bits is 'two'; it must be a number of 1 to 8"),
+        (lambda: tq.MixedQuantizer(128, math.nan, range(20)), "bits is nan; it must be a number of 1 to 8"),
+        (
+            lambda: tq.MixedQuantizer(128, 2.5, []),
+            "outliers has shape (0,) and dtype float64; it must be a list of numbers of channels",
+        ),
+        (
+            lambda: tq.MixedQuantizer(128, 2.5, range(128)),
+            "outliers names 128 of 128 channels; it must name at least 1 and not all",
+        ),
+        (lambda: tq.MixedQuantizer(128, 2.5, [1, 128]), "outliers reach from 1 to 128; channels are 0 to 127"),
+        (lambda: tq.MixedQuantizer(128, 2.5, [1, 1]), "outliers names a channel twice"),
+        (
+            lambda: tq.MixedQuantizer(4, 2.5, [1], rotation=tq.HaarRotation(4)),
+            "rotation must be 'haar' or 'hadamard'; the two sets of channels need one each",
+        ),
+        (lambda: tq.outlier_channels(np.ones((3, 8)), 8), "count is 8; it must be an integer of 1 to 7"),
+        (lambda: tq.outlier_channels([[np.inf]], 1), "sample has inf at (0, 0); every value must be finite"),
+        (lambda: tq.mse_upper_bound(-1), "bits is -1; it must be a number of at least 0"),
+        (lambda: tq.mse_lower_bound(math.nan), "bits is nan; it must be a number of at least 0"),
+        (lambda: tq.mse_lower_bound(2, 0), "dim is 0; it must be an integer of at least 1"),
+        (lambda: tq.mse_upper_bound("2 bits"), "bits is '2 bits'; it must be a number of at least 0"),
+        (lambda: tq.inner_product_distortion(0, 8), "bits is 0; it must be an integer of 1 to 8"),
+        (lambda: tq.qjl_rows(0, 0.1), "epsilon is 0 and delta 0.1; epsilon must be above 0, delta between 0 and 1"),
+    ],
+)
 def test_errors(call, text):
     with pytest.raises(tbq.TBQError, match=f"^{re.escape(text)}$"):
         call()
@@ -745,7 +856,12 @@ def test_errors(call, text):
 
 def test_codes_of_other_quantizers():
     x = np.ones((3, 20))
-    mse, product, qjl, polar = tq.MSEQuantizer(20, 3), tq.InnerProductQuantizer(20, 3), tq.QJL(20), tq.PolarQuantizer(20, (3, 2))
+    mse, product, qjl, polar = (
+        tq.MSEQuantizer(20, 3),
+        tq.InnerProductQuantizer(20, 3),
+        tq.QJL(20),
+        tq.PolarQuantizer(20, (3, 2)),
+    )
     mixed = tq.MixedQuantizer(20, 2.5, range(10))
     code = mse.quantize(x)
     norms = code.norms
@@ -753,21 +869,57 @@ def test_codes_of_other_quantizers():
         (mse, product.quantize(x), "code is a InnerProductCode; it must be a MSECode"),
         (mse, b"bytes", "code is a bytes; it must be a MSECode"),
         (mse, qjl.quantize(x), "code is a QJLCode; it must be a MSECode"),
-        (mse, tq.MSEQuantizer(20, 4).quantize(x), "code.packed is uint8 (3, 10); with norms (3,) it must be uint8 (3, 8)"),
-        (mse, tq.MSECode(code.packed[:2], norms), "code.packed is uint8 (2, 8); with norms (3,) it must be uint8 (3, 8)"),
-        (mse, tq.MSECode(code.packed.tobytes(), norms), "code.packed is bytes; with norms (3,) it must be uint8 (3, 8)"),
-        (mse, tq.MSECode(code.packed, norms.astype(np.float16)), "code.norms is float16; it must be an array of float32 or float64"),
-        (mse, tq.MSECode(code.packed, -norms), "code.norms has a value that is negative or not finite; they are lengths of vectors"),
-        (mse, tq.MSECode(code.packed, norms * np.nan), "code.norms has a value that is negative or not finite; they are lengths of vectors"),
+        (
+            mse,
+            tq.MSEQuantizer(20, 4).quantize(x),
+            "code.packed is uint8 (3, 10); with norms (3,) it must be uint8 (3, 8)",
+        ),
+        (
+            mse,
+            tq.MSECode(code.packed[:2], norms),
+            "code.packed is uint8 (2, 8); with norms (3,) it must be uint8 (3, 8)",
+        ),
+        (
+            mse,
+            tq.MSECode(code.packed.tobytes(), norms),
+            "code.packed is bytes; with norms (3,) it must be uint8 (3, 8)",
+        ),
+        (
+            mse,
+            tq.MSECode(code.packed, norms.astype(np.float16)),
+            "code.norms is float16; it must be an array of float32 or float64",
+        ),
+        (
+            mse,
+            tq.MSECode(code.packed, -norms),
+            "code.norms has a value that is negative or not finite; they are lengths of vectors",
+        ),
+        (
+            mse,
+            tq.MSECode(code.packed, norms * np.nan),
+            "code.norms has a value that is negative or not finite; they are lengths of vectors",
+        ),
         (product, code, "code is a MSECode; it must be an InnerProductCode"),
         (product, tq.InnerProductQuantizer(20, 1).quantize(x), "code has one stage; with 3 bits it has two"),
         (tq.InnerProductQuantizer(20, 1), product.quantize(x), "code has two stages; with 1 bits it has one"),
-        (product, tq.InnerProductCode(tq.MSEQuantizer(20, 2).quantize(x[:2]), qjl.quantize(x)), "code has norms of float64 (2,) and residuals of float64 (3,)"),
+        (
+            product,
+            tq.InnerProductCode(tq.MSEQuantizer(20, 2).quantize(x[:2]), qjl.quantize(x)),
+            "code has norms of float64 (2,) and residuals of float64 (3,)",
+        ),
         (polar, code, "code is a MSECode; it must be a PolarCode"),
-        (polar, tq.PolarQuantizer(20, (3, 4)).quantize(x), "code.angles has shapes [(3, 4), (3, 3)]; they must be of uint8 and [(3, 4), (3, 2)]"),
+        (
+            polar,
+            tq.PolarQuantizer(20, (3, 4)).quantize(x),
+            "code.angles has shapes [(3, 4), (3, 3)]; they must be of uint8 and [(3, 4), (3, 2)]",
+        ),
         (polar, tq.PolarQuantizer(20, (3,)).quantize(x), "code.radii has shape (3, 10); its last axis must be 5"),
         (mixed, code, "code is a MSECode; it must be a MixedCode"),
-        (mixed, tq.MixedCode(mixed.quantize(x).outliers, mixed.quantize(x[:2]).rest), "code has outliers of float64 (3,) and a rest of float64 (2,)"),
+        (
+            mixed,
+            tq.MixedCode(mixed.quantize(x).outliers, mixed.quantize(x[:2]).rest),
+            "code has outliers of float64 (3,) and a rest of float64 (2,)",
+        ),
     ]
     for quantizer, other, text in wrong:
         with pytest.raises(tbq.TBQError, match=f"^{re.escape(text)}$"):
@@ -779,7 +931,14 @@ def test_codes_of_other_quantizers():
 
 def test_figures(tmp_path, monkeypatch, capsys, demo_model):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'ggml-tbq[plot]'")
-    for name, value in {"SEEDS": 2, "BITS": range(1, 4), "VECTORS": 32, "QUERIES": 8, "ROTATION_SEEDS": 2, "ROTATION_DIMS": (16,)}.items():
+    for name, value in {
+        "SEEDS": 2,
+        "BITS": range(1, 4),
+        "VECTORS": 32,
+        "QUERIES": 8,
+        "ROTATION_SEEDS": 2,
+        "ROTATION_DIMS": (16,),
+    }.items():
         monkeypatch.setattr(figures, name, value)
     figures.run(tmp_path, 64, demo_model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["turboquant-bias.png", "turboquant-distortion.png"]
@@ -794,7 +953,9 @@ def test_figures_errors(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'ggml-tbq[plot]'")
 
     def run(*arguments):
-        done = subprocess.run([sys.executable, figures.__file__, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, figures.__file__, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True
+        )
         assert not done.stdout and list(tmp_path.iterdir()) == [tmp_path / "file"]
         return done.returncode, done.stderr
 
@@ -805,7 +966,10 @@ def test_figures_errors(tmp_path, monkeypatch):
     status, said = run(".", "--dim", "0")
     assert status == 2 and said.endswith("argument --dim: '0' is not a number of at least 1\n")
     status, said = run(".", "--dim", "100000")
-    assert (status, said) == (1, "error: vectors have 100000 values; the figures are of dense rotations, which take up to 8192\n")
+    assert (status, said) == (
+        1,
+        "error: vectors have 100000 values; the figures are of dense rotations, which take up to 8192\n",
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(tbq.TBQError, match=r"^the figures need matplotlib: pip install 'ggml-tbq\[plot\]'$"):
         figures.run(tmp_path, 64, None)
@@ -821,7 +985,15 @@ def test_documented_figures_are_what_is_computed():
     dim = 576
     assert [row[0] for row in found["squared"]] == [row[0] for row in found["product"]] == list(BITS)
     for bits, *stated in found["squared"]:
-        assert stated == pytest.approx([tq.mse_lower_bound(bits, dim), tq.mse_upper_bound(bits), tq.mse_distortion(int(bits), dim)], rel=6e-3)
+        assert stated == pytest.approx(
+            [tq.mse_lower_bound(bits, dim), tq.mse_upper_bound(bits), tq.mse_distortion(int(bits), dim)], rel=6e-3
+        )
     for bits, *stated in found["product"]:
-        assert stated == pytest.approx([dim * tq.inner_product_lower_bound(bits, dim), dim * tq.inner_product_upper_bound(bits, dim),
-                                        dim * tq.inner_product_distortion(int(bits), dim)], rel=6e-3)
+        assert stated == pytest.approx(
+            [
+                dim * tq.inner_product_lower_bound(bits, dim),
+                dim * tq.inner_product_upper_bound(bits, dim),
+                dim * tq.inner_product_distortion(int(bits), dim),
+            ],
+            rel=6e-3,
+        )

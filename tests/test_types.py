@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """mypy, strictly: the package by itself, and a user's program against the package that is installed."""
+
 import ast
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def cache(tmp_path_factory):
 
 def mypy(folder, cache, *arguments):
     needs("mypy", "test")
-    return subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", cache, *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", cache, *arguments], cwd=folder, capture_output=True, text=True
+    )
 
 
 def test_package_but_for_hf(cache):
@@ -45,16 +48,21 @@ def test_package(cache):
 def test_users_program(cache, tmp_path):
     """The annotations reach users: py.typed and the stub are installed."""
     program = tmp_path / "program.py"
-    program.write_text('import numpy as np\nimport tbq\n'
-                       'reveal_type(tbq.quantize(np.ones((2, 64), np.float32), "tbq4_0", kv=True).dtype)\n'
-                       'reveal_type(tbq.row_bytes(64, "tbq4_0"))\n'
-                       'reveal_type(tbq.types["tbq4_0"].levels)\n'
-                       'tbq.quantize(np.ones(64), 4)\n')
+    program.write_text(
+        "import numpy as np\nimport tbq\n"
+        'reveal_type(tbq.quantize(np.ones((2, 64), np.float32), "tbq4_0", kv=True).dtype)\n'
+        'reveal_type(tbq.row_bytes(64, "tbq4_0"))\n'
+        'reveal_type(tbq.types["tbq4_0"].levels)\n'
+        "tbq.quantize(np.ones(64), 4)\n"
+    )
     done = mypy(tmp_path, cache, "--strict", "program.py")
     said = done.stdout.replace("builtins.", "")
     assert 'note: Revealed type is "int"' in said and 'note: Revealed type is "tuple[int, ...]"' in said, said
     assert "unsignedinteger" in said or "uint8" in said
-    assert 'error: Argument 2 to "quantize" has incompatible type "int"; expected "str"' in said and "Found 1 error" in said, said
+    assert (
+        'error: Argument 2 to "quantize" has incompatible type "int"; expected "str"' in said
+        and "Found 1 error" in said
+    ), said
 
 
 def test_stub_has_the_names_of_the_compiled_module():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How the scripts here end: an error is one line on stderr and status 1 (standard library only, any Python 3)."""
+
 from __future__ import annotations
 
 import sys

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """emit_ffi.py CDEF OUT: writes the C source of the module tbq._ffi."""
+
 import pathlib
 import sys
 

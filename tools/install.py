@@ -12,6 +12,7 @@
 Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
 complete output goes to build/install.log.
 """
+
 from __future__ import annotations
 
 import ast
@@ -48,14 +49,18 @@ BYTES_PER_JOB = 1_300_000_000
 
 def check_machine() -> None:
     if sys.version_info < (3, 10):
-        raise Failure(f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]} "
-                      "(make PYTHON=... names another)")
+        raise Failure(
+            f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]} "
+            "(make PYTHON=... names another)"
+        )
     if not shutil.which("git"):
         raise Failure("git is not installed; it applies the patches")
     for variable, names in (("CC", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
         if not os.environ.get(variable) and not any(map(shutil.which, names)):
-            raise Failure(f"no {'C++' if variable == 'CXX' else 'C'} compiler found ({', '.join(names)}); "
-                          f"install one (Debian: apt install g++) or name it in ${variable}")
+            raise Failure(
+                f"no {'C++' if variable == 'CXX' else 'C'} compiler found ({', '.join(names)}); "
+                f"install one (Debian: apt install g++) or name it in ${variable}"
+            )
     free = shutil.disk_usage(ROOT).free
     if free < DISK_BYTES and not build_dir():
         raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.1f} GB needed")
@@ -117,17 +122,27 @@ class Progress:
             print(flush=True)
 
 
-def run(command: Sequence[str | os.PathLike[str]], log: TextIO, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
+def run(
+    command: Sequence[str | os.PathLike[str]], log: TextIO, extra: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Runs a command with its output in the log; returns (exit status, output)."""
     log.write(f"\n$ {' '.join(map(str, command))}\n")
     lines = []
     progress = Progress()
     # A session of its own, so that an interruption ends pip, CMake, ninja and the compilers together.  The child
     # inherits the log and its lock: if this process is killed, the next make waits for what it left running.
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors="replace", stdin=subprocess.DEVNULL, start_new_session=True,
-                               pass_fds=(log.fileno(),),
-                               env={**os.environ, **(extra or {})})
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=(log.fileno(),),
+        env={**os.environ, **(extra or {})},
+    )
     assert process.stdout is not None  # a pipe
     try:
         for line in process.stdout:
@@ -148,15 +163,17 @@ def run(command: Sequence[str | os.PathLike[str]], log: TextIO, extra: Mapping[s
 def explain(output: str) -> str:
     """The one line, out of thousands, that says why a build failed."""
     for pattern, text in (
-            (r"tbq: (?:CMake )?error: (.+)", "{0}"),
-            (r"(No space left on device)", "no disk space left"),
-            (r"(Killed signal.*)",
-             "the compiler was killed, probably for memory: {0}"),
-            (r"No matching distribution found for (\S+)",
-             "{0} is not in the configured package index, or the index cannot be reached"),
-            (r"(\S+:\d+:\d+: (?:fatal )?error: .+)", "{0}"),
-            (r"CMake Error.*\n\s*(.+)", "{0}"),
-            (r"(?m)^\s*(?:ERROR|error): (.+)", "{0}")):
+        (r"tbq: (?:CMake )?error: (.+)", "{0}"),
+        (r"(No space left on device)", "no disk space left"),
+        (r"(Killed signal.*)", "the compiler was killed, probably for memory: {0}"),
+        (
+            r"No matching distribution found for (\S+)",
+            "{0} is not in the configured package index, or the index cannot be reached",
+        ),
+        (r"(\S+:\d+:\d+: (?:fatal )?error: .+)", "{0}"),
+        (r"CMake Error.*\n\s*(.+)", "{0}"),
+        (r"(?m)^\s*(?:ERROR|error): (.+)", "{0}"),
+    ):
         found = re.search(pattern, output)
         if found:
             return text.format(found[1].strip())
@@ -194,7 +211,9 @@ def requirements() -> list[str]:
     return names
 
 
-def pip(python: pathlib.Path, arguments: Sequence[str], log: TextIO, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
+def pip(
+    python: pathlib.Path, arguments: Sequence[str], log: TextIO, extra: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     return run([python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"], log, extra)
 
 
@@ -212,13 +231,17 @@ def check_cuda() -> None:
     """nvcc is looked for before an hour of work, and where CMake does: $CUDACXX, then $PATH."""
     compiler = os.environ.get("CUDACXX", "nvcc")
     if not shutil.which(compiler):
-        raise Failure(f"no CUDA compiler ({compiler}); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
+        raise Failure(
+            f"no CUDA compiler ({compiler}); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX"
+        )
 
 
 def built_tools() -> bool:
     """Whether the last build had all programs; a server alone must not take them away."""
     folder = build_dir()
-    return folder is not None and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+    return folder is not None and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(
+        encoding="utf-8", errors="replace"
+    )
 
 
 def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) -> None:
@@ -229,9 +252,16 @@ def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) 
         step(3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work")
     else:
         minutes = 9 if tools else 7
-        step(3, f"building {what} with the tbq types" + ("" if again else f", the first time about {minutes} minutes on 2 cores"))
+        step(
+            3,
+            f"building {what} with the tbq types"
+            + ("" if again else f", the first time about {minutes} minutes on 2 cores"),
+        )
     # CMake's cache keeps the choice for later builds
-    options = [f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}", *(["-Ccmake.define.TBQ_CUDA=ON"] if cuda else [])]
+    options = [
+        f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}",
+        *(["-Ccmake.define.TBQ_CUDA=ON"] if cuda else []),
+    ]
     status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, "."], log, environment(python))
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
@@ -250,8 +280,10 @@ def install_test_requirements(python: pathlib.Path, log: TextIO) -> None:
 
 def environment(python: pathlib.Path) -> dict[str, str]:
     """CMake and ninja of the virtual environment, and how many compilers run at once."""
-    return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
-            "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs()))}
+    return {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs())),
+    }
 
 
 def build_target(venv: pathlib.Path, log: TextIO, target: str) -> pathlib.Path:
@@ -259,8 +291,9 @@ def build_target(venv: pathlib.Path, log: TextIO, target: str) -> pathlib.Path:
     folder = build_dir()
     if not folder:
         raise Failure("nothing is built yet; run make first")
-    status, output = run([venv / "bin" / "cmake", "--build", folder, "--target", target], log,
-                         environment(venv / "bin" / "python"))
+    status, output = run(
+        [venv / "bin" / "cmake", "--build", folder, "--target", target], log, environment(venv / "bin" / "python")
+    )
     if status:
         raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
     return folder

@@ -9,6 +9,7 @@ OpenSSL is 1.1, which llama.cpp does not take, so OpenSSL 3 comes from Debian 12
 downloaded by apt from the mirror that this Debian machine is set up for, checked by its keys, and unpacked into DIR; nothing
 is installed, and root is not needed.
 """
+
 import argparse
 import pathlib
 import re
@@ -19,8 +20,17 @@ import tempfile
 from _cli import Failure, run_main
 
 PACKAGES = {
-    "bullseye": ["libc6", "libc6-dev", "linux-libc-dev", "libcrypt-dev", "libcrypt1", "libgcc-s1", "libgcc-10-dev", "libstdc++6",
-                 "libstdc++-10-dev"],
+    "bullseye": [
+        "libc6",
+        "libc6-dev",
+        "linux-libc-dev",
+        "libcrypt-dev",
+        "libcrypt1",
+        "libgcc-s1",
+        "libgcc-10-dev",
+        "libstdc++6",
+        "libstdc++-10-dev",
+    ],
     "bookworm": ["libssl-dev"],
 }
 STAMP = ".tbq-sysroot"
@@ -40,9 +50,21 @@ def mirror() -> str:
 
 
 def run(command: list[str], folder: pathlib.Path) -> None:
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if line.startswith("E:")] or done.stdout.splitlines() or ["no message"]
+        lines = (
+            [line for line in done.stdout.splitlines() if line.startswith("E:")]
+            or done.stdout.splitlines()
+            or ["no message"]
+        )
         raise Failure(f"{command[0]} failed: {lines[-1]}")
 
 
@@ -54,9 +76,17 @@ def download(folder: pathlib.Path, suite: str, arch: str, packages: list[str]) -
     (state / "status").touch()
     sources = state / "sources.list"
     sources.write_text(f"deb {mirror()} {suite} main\n", encoding="utf-8")
-    options = [f"Dir::Etc::SourceList={sources}", "Dir::Etc::SourceParts=/dev/null", f"Dir::State={state}", f"Dir::State::status={state / 'status'}",
-               f"Dir::State::Lists={state / 'lists'}", f"Dir::Cache={state / 'cache'}", f"APT::Architecture={arch}", f"APT::Architectures={arch}",
-               "APT::Sandbox::User="]
+    options = [
+        f"Dir::Etc::SourceList={sources}",
+        "Dir::Etc::SourceParts=/dev/null",
+        f"Dir::State={state}",
+        f"Dir::State::status={state / 'status'}",
+        f"Dir::State::Lists={state / 'lists'}",
+        f"Dir::Cache={state / 'cache'}",
+        f"APT::Architecture={arch}",
+        f"APT::Architectures={arch}",
+        "APT::Sandbox::User=",
+    ]
     apt = ["apt-get", *(part for option in options for part in ("-o", option))]
     run([*apt, "update"], state)
     run([*apt, "download", *packages], state / "debs")
@@ -90,7 +120,9 @@ def make(root: pathlib.Path, arch: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="sysroot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="sysroot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--arch", choices=["amd64", "arm64"], default="amd64")
     args = parser.parse_args()

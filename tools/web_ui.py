@@ -5,6 +5,7 @@
 The default build leaves the UI out, because it needs npm and the packages behind it.  llama-server serves a folder
 with --path just as well as what is compiled in, so nothing is built again for it.  Exits with 0 either way.
 """
+
 import os
 import pathlib
 import shutil
@@ -19,8 +20,16 @@ MINUTES = 15
 
 def run(command: list[str], folder: pathlib.Path, log: pathlib.Path, **environment: str) -> None:
     with open(log, "a", encoding="utf-8") as file:
-        subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL, stdout=file,
-                       stderr=subprocess.STDOUT, timeout=60 * MINUTES, env={**os.environ, **environment})
+        subprocess.run(
+            command,
+            cwd=folder,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=60 * MINUTES,
+            env={**os.environ, **environment},
+        )
 
 
 def build(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -56,8 +65,9 @@ def main(folder: pathlib.Path) -> None:
     try:
         build(source, target)
     except (subprocess.SubprocessError, OSError):
-        print(f"No web UI: npm could not build it ({folder / 'npm.log'} says why).  The API is not affected.",
-              flush=True)
+        print(
+            f"No web UI: npm could not build it ({folder / 'npm.log'} says why).  The API is not affected.", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The CPU backend is built for every x86-64 (or arm64) level and chosen at run tim
 libraries (tools/sysroot.py), and auditwheel checks that nothing newer is needed, so it must run on Debian 12 or in a
 container of it.  What is built stays in build/, and is built again only where something has changed.
 """
+
 import argparse
 import hashlib
 import os
@@ -34,8 +35,22 @@ TOOLS = ["auditwheel>=6.1", "build>=1", "wheel>=0.40"]
 #: CUDA's libraries that the backend loads; PyPI has them in packages of these names.
 CUDA_PACKAGES = ["nvidia-cuda-runtime", "nvidia-cublas"]
 
-_COMPILER_VARIABLES = ("CC", "CXX", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS",
-                       "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+_COMPILER_VARIABLES = (
+    "CC",
+    "CXX",
+    "CUDAHOSTCXX",
+    "NVCC_PREPEND_FLAGS",
+    "NVCC_APPEND_FLAGS",
+    "NVCC_CCBIN",
+    "CFLAGS",
+    "CXXFLAGS",
+    "CUDAFLAGS",
+    "LDFLAGS",
+    "CPATH",
+    "C_INCLUDE_PATH",
+    "CPLUS_INCLUDE_PATH",
+    "LIBRARY_PATH",
+)
 
 
 def say(text: str) -> None:
@@ -44,8 +59,17 @@ def say(text: str) -> None:
 
 def run(command: list[str], log: str = "", **options: object) -> str:
     """Runs a command; its output goes into build/LOG.log if log is given.  Returns the output."""
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace", check=False, **options)  # type: ignore[call-overload]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        **options,
+    )  # type: ignore[call-overload]
     where = ""
     if log:
         path = BUILD / f"{log}.log"
@@ -63,51 +87,80 @@ def pip(*arguments: str, log: str = "", **options: object) -> str:
 
 def clang() -> str:
     """The newest clang that has its lld and llvm-strip beside it."""
-    found = [path for folder in os.environ["PATH"].split(os.pathsep) for path in pathlib.Path(folder).glob("clang*")
-             if re.fullmatch(r"clang(-\d+)?", path.name)]
+    found = [
+        path
+        for folder in os.environ["PATH"].split(os.pathsep)
+        for path in pathlib.Path(folder).glob("clang*")
+        if re.fullmatch(r"clang(-\d+)?", path.name)
+    ]
     for path in sorted(found, key=lambda path: int(path.name.partition("-")[2] or 0), reverse=True):
         version = path.name.partition("-")[2]
         suffix = f"-{version}" if version else ""
         if all(shutil.which(f"{name}{suffix}") for name in ("clang++", "ld.lld", "llvm-strip")):
             return str(path)
-    raise Failure("wheels are built with clang, lld and llvm-strip; install them (Debian: apt install clang-16 lld-16 llvm-16)")
+    raise Failure(
+        "wheels are built with clang, lld and llvm-strip; install them (Debian: apt install clang-16 lld-16 llvm-16)"
+    )
 
 
 def environment() -> dict[str, str]:
     """CMake and ninja of this virtual environment; compilers and flags are the toolchain's, not the user's."""
     folder = pathlib.Path(sys.executable).parent
     kept = {name: value for name, value in os.environ.items() if name not in _COMPILER_VARIABLES}
-    return {**kept, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-            "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))}
+    return {
+        **kept,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0)))),
+    }
 
 
 def toolchain(arch: str) -> dict[str, str]:
     """CMake's definitions for a build against the sysroot."""
     sysroot = BUILD / "sysroot" / DEBIAN_ARCH[arch]
     run([sys.executable, str(ROOT / "tools" / "sysroot.py"), str(sysroot), "--arch", DEBIAN_ARCH[arch]])
-    return {"CMAKE_TOOLCHAIN_FILE": str(ROOT / "cmake" / "sysroot.cmake"), "TBQ_SYSROOT": str(sysroot), "TBQ_ARCH": arch, "TBQ_CLANG": clang(),
-            "TBQ_PORTABLE": "ON"}
+    return {
+        "CMAKE_TOOLCHAIN_FILE": str(ROOT / "cmake" / "sysroot.cmake"),
+        "TBQ_SYSROOT": str(sysroot),
+        "TBQ_ARCH": arch,
+        "TBQ_CLANG": clang(),
+        "TBQ_PORTABLE": "ON",
+    }
 
 
 def built(source: pathlib.Path, name: str, defines: dict[str, str]) -> pathlib.Path:
     """The wheel of a project, built in build/NAME, as scikit-build-core names it."""
     target = BUILD / f"{name}-wheel"
     shutil.rmtree(target, ignore_errors=True)
-    pip("wheel", "-v", str(source), "--no-deps", "--no-build-isolation", "--wheel-dir", str(target), f"-Cbuild-dir={BUILD / name}",
-        *(f"-Ccmake.define.{key}={value}" for key, value in defines.items()), log=name, env=environment())
+    pip(
+        "wheel",
+        "-v",
+        str(source),
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(target),
+        f"-Cbuild-dir={BUILD / name}",
+        *(f"-Ccmake.define.{key}={value}" for key, value in defines.items()),
+        log=name,
+        env=environment(),
+    )
     return next(target.glob("*.whl"))
 
 
 def tagged(wheel: pathlib.Path, arch: str) -> pathlib.Path:
     """The wheel in dist/, with the tag of the glibc that it needs, once auditwheel has found nothing newer in it."""
     tag = f"manylinux_{GLIBC}_{arch}"
-    name = run([sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{arch}", str(wheel)]).split()[-1]
+    name = run(
+        [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{arch}", str(wheel)]
+    ).split()[-1]
     found = run([sys.executable, "-m", "auditwheel", "show", str(wheel.with_name(name))])
     policy = re.search(r'(?:consistent with|constrains the platform tag to).*?"(manylinux_\d+_\d+)', found, re.S)
     needed = tuple(map(int, policy[1].split("_")[1:])) if policy else None
     if needed is None or needed > tuple(map(int, GLIBC.split("_"))):
         raise Failure(f"{name} needs more than glibc {GLIBC.replace('_', '.')}: {' '.join(found.split())}")
-    name = run([sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, str(wheel.with_name(name))]).split()[-1]
+    name = run(
+        [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, str(wheel.with_name(name))]
+    ).split()[-1]
     DIST.mkdir(exist_ok=True)
     os.replace(wheel.with_name(name), DIST / name)
     say(f"dist/{name} ({(DIST / name).stat().st_size / 1e6:.0f} MB)")
@@ -123,7 +176,9 @@ def cuda_toolkit() -> dict[str, str]:
     """CMake's definitions for nvcc of this machine and cuBLAS of PyPI's packages, which the wheel loads at run time."""
     compiler = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if not compiler:
-        raise Failure("no CUDA compiler (nvcc); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX")
+        raise Failure(
+            "no CUDA compiler (nvcc); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX"
+        )
     target = BUILD / "cuda-libraries"
     if not target.is_dir():
         pip("install", "--quiet", "--no-deps", "--target", str(target), *CUDA_PACKAGES)
@@ -134,16 +189,40 @@ def cuda_toolkit() -> dict[str, str]:
             link.symlink_to(path.name)
     stub = libraries / "libcuda.so"
     if not stub.exists():  # the driver's library is not in any package; what links needs its name alone
-        run([clang(), "-shared", "-nostdlib", "-fuse-ld=lld", "-Wl,-soname,libcuda.so.1", "-x", "c", "-o", str(stub), os.devnull])
-    toolkit = pathlib.Path(run([compiler, "-E", "-v", "-x", "cu", os.devnull]).partition("TOP=")[2].split("\n")[0].strip()).resolve()
-    return {"CMAKE_CUDA_COMPILER": compiler, "CUDAToolkit_ROOT": str(toolkit), "TBQ_CUDA_ROOTS": f"{toolkit};{libraries.parent}"}
+        run(
+            [
+                clang(),
+                "-shared",
+                "-nostdlib",
+                "-fuse-ld=lld",
+                "-Wl,-soname,libcuda.so.1",
+                "-x",
+                "c",
+                "-o",
+                str(stub),
+                os.devnull,
+            ]
+        )
+    toolkit = pathlib.Path(
+        run([compiler, "-E", "-v", "-x", "cu", os.devnull]).partition("TOP=")[2].split("\n")[0].strip()
+    ).resolve()
+    return {
+        "CMAKE_CUDA_COMPILER": compiler,
+        "CUDAToolkit_ROOT": str(toolkit),
+        "TBQ_CUDA_ROOTS": f"{toolkit};{libraries.parent}",
+    }
 
 
 def cuda_wheel(architectures: str) -> pathlib.Path:
     if not re.fullmatch(r"\d+[a-z]?(-real|-virtual)?([; ,]\d+[a-z]?(-real|-virtual)?)*", architectures):
         raise Failure(f"CUDA architectures {architectures!r} are not a list such as 80;90: name them in CUDAARCHS")
     say(f"Building the CUDA backend for {architectures} (about 20 minutes of two cores for each architecture)")
-    defines = {**toolchain("x86_64"), **cuda_toolkit(), "TBQ_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": re.sub("[ ,]", ";", architectures)}
+    defines = {
+        **toolchain("x86_64"),
+        **cuda_toolkit(),
+        "TBQ_CUDA": "ON",
+        "CMAKE_CUDA_ARCHITECTURES": re.sub("[ ,]", ";", architectures),
+    }
     return tagged(built(ROOT / "packaging" / "cuda", "portable-cuda", defines), "x86_64")
 
 
@@ -165,7 +244,11 @@ def programs(wheel: pathlib.Path) -> None:
 
 def checksums() -> None:
     """SHA256SUMS of everything in dist/, as `sha256sum --check` reads it."""
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(DIST.iterdir()) if path.name != "SHA256SUMS"]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(DIST.iterdir())
+        if path.name != "SHA256SUMS"
+    ]
     (DIST / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
     say(f"dist/SHA256SUMS of {len(lines)} files")
 
@@ -179,7 +262,9 @@ def dist() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="wheel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="wheel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=sorted(DEBIAN_ARCH), default="x86_64")
     parser.add_argument("--cuda", metavar="ARCHITECTURES", help="80;90, for example")
     parser.add_argument("--dist", action="store_true")

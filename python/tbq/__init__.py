@@ -11,6 +11,7 @@
 
 The package gguf knows the types from then on: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader, GGUFWriter, gguf.quantize.
 """
+
 from tbq._types import BLOCK, TypeInfo, types
 from tbq._version import FORMAT_VERSION, __version__
 from tbq.blocks import dequantize, quantize, rotate, row_bytes, unrotate
@@ -22,5 +23,24 @@ from tbq.kv_cache.plan import Pair, Plan, plan
 from tbq.programs.paths import paths
 from tbq.serving.server import Server
 
-__all__ = ["BLOCK", "FORMAT_VERSION", "Layer", "Pair", "Plan", "Server", "TBQError", "TypeInfo", "__version__", "convert", "dequantize",
-           "open_gguf", "paths", "plan", "quantize", "rotate", "row_bytes", "types", "unrotate"]
+__all__ = [
+    "BLOCK",
+    "FORMAT_VERSION",
+    "Layer",
+    "Pair",
+    "Plan",
+    "Server",
+    "TBQError",
+    "TypeInfo",
+    "__version__",
+    "convert",
+    "dequantize",
+    "open_gguf",
+    "paths",
+    "plan",
+    "quantize",
+    "rotate",
+    "row_bytes",
+    "types",
+    "unrotate",
+]

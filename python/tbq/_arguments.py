@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Values of arguments: what a number of threads may be, and how several failures are told."""
+
 import math
 import os
 from collections.abc import Mapping

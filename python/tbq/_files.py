@@ -7,6 +7,7 @@ name removes it.  The lock of the file `lock` in it tells the dead from the livi
 
 Every OSError names the file that the caller asked for.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -79,7 +80,10 @@ def writing(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]
     common = pathlib.Path(path).name if parts else targets[0].name
     with contextlib.ExitStack() as stack:
         # links may lead to other folders, and those to other disks, where nothing can be renamed to
-        folders = {folder: stack.enter_context(_workplace(folder, common, path)) for folder in dict.fromkeys(t.parent for t in targets)}
+        folders = {
+            folder: stack.enter_context(_workplace(folder, common, path))
+            for folder in dict.fromkeys(t.parent for t in targets)
+        }
         files: list[BinaryIO] = []
         for i, (name, real) in enumerate(zip(names, targets)):
             files.append(io.BufferedWriter(_Raw(folders[real.parent] / str(i), name)))
@@ -226,7 +230,11 @@ def _remove_dead(parent: pathlib.Path, mark: str) -> None:
         return
     try:
         with os.scandir(parent) as entries:
-            folders = [parent / entry.name for entry in entries if entry.name.startswith(mark) and entry.is_dir(follow_symlinks=False)]
+            folders = [
+                parent / entry.name
+                for entry in entries
+                if entry.name.startswith(mark) and entry.is_dir(follow_symlinks=False)
+            ]
     except OSError:  # what is wrong with the folder shows when it is written to
         return
     for folder in folders:

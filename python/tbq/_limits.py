@@ -3,6 +3,7 @@
 
 Nothing but the standard library: tools/install.py reads this file before the package is built.
 """
+
 import pathlib
 from collections.abc import Iterator
 
@@ -12,7 +13,11 @@ def _mounts(root: pathlib.Path, controller: str) -> Iterator[tuple[str, pathlib.
     for line in (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
         mount, kind = before.split(), after.split()
-        if len(mount) > 4 and kind and (kind[0] == "cgroup2" or kind[0] == "cgroup" and controller in kind[-1].split(",")):
+        if (
+            len(mount) > 4
+            and kind
+            and (kind[0] == "cgroup2" or kind[0] == "cgroup" and controller in kind[-1].split(","))
+        ):
             yield mount[3], root / mount[4].lstrip("/"), kind[0] == "cgroup2"
 
 
@@ -33,7 +38,7 @@ def _folders(root: pathlib.Path, controller: str) -> Iterator[pathlib.Path]:
         for top, place, second in _mounts(root, controller):
             path = groups.get(second, "/")
             # a container sees its own group at the top, whatever the path says
-            inside = path[len(top.rstrip("/")):] if path == top or path.startswith(top.rstrip("/") + "/") else ""
+            inside = path[len(top.rstrip("/")) :] if path == top or path.startswith(top.rstrip("/") + "/") else ""
             folder = place / inside.strip("/") if ".." not in inside else place
             yield from (part for part in (folder, *folder.parents) if part == place or place in part.parents)
     except (OSError, ValueError):  # no Linux, or one that shows nothing
@@ -56,7 +61,9 @@ def cpus(root: pathlib.Path = pathlib.Path("/")) -> float | None:
     """CPUs whose time the process may use at once, 1.5 for example; None without a quota.  root: of /proc and /sys."""
     found = []
     for folder in _folders(root, "cpu"):
-        quota = _numbers(_read(folder / "cpu.max")) or _numbers(_read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us"))
+        quota = _numbers(_read(folder / "cpu.max")) or _numbers(
+            _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
+        )
         if len(quota) == 2:
             found.append(quota[0] / quota[1])
     return min(found, default=None)
@@ -64,5 +71,9 @@ def cpus(root: pathlib.Path = pathlib.Path("/")) -> float | None:
 
 def memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     """Bytes of memory that the process may have; None without a limit, which can be more than there is.  root: as above."""
-    limits = [_numbers(_read(folder / name)) for folder in _folders(root, "memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    limits = [
+        _numbers(_read(folder / name))
+        for folder in _folders(root, "memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+    ]
     return min((limit[0] for limit in limits if limit), default=None)

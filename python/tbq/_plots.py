@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Pictures that a command draws beside its output."""
+
 import os
 import pathlib
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The texts that models read here."""
+
 import pathlib
 
 from tbq.errors import TBQError

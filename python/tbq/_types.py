@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The quantized types and their properties."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,7 +32,7 @@ def _load(name: str) -> TypeInfo:
         bits=info.bits,
         bits_per_value=8 * info.block_bytes / info.block,
         block_bytes=info.block_bytes,
-        levels=tuple(info.levels[0:2**info.bits]),
+        levels=tuple(info.levels[0 : 2**info.bits]),
     )
 
 

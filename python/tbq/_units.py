@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Sizes as people type and read them."""
+
 import re
 
 from tbq.errors import TBQError
@@ -32,6 +33,12 @@ def amount(size: float) -> str:
     """A size for people: "47.8 MiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}" if size < 100 else f"{size:.0f} {unit}"
+            return (
+                f"{size:.0f} {unit}"
+                if unit == "bytes"
+                else f"{size:.1f} {unit}"
+                if size < 100
+                else f"{size:.0f} {unit}"
+            )
         size /= 1024
     raise AssertionError

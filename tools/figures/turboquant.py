@@ -4,6 +4,7 @@
 
 The figures of the paper's section of experiments, of docs/measurements/turboquant.md.
 """
+
 import argparse
 import io
 import math
@@ -72,13 +73,17 @@ def embeddings(model: pathlib.Path) -> Array:
     from tbq.gguf_files.codecs import decoder
     from tbq.gguf_files.reader import open_gguf, pieces
 
-    found = [tensor for tensor in open_gguf(model).tensors if tensor.name == "token_embd.weight" and len(tensor.shape) == 2]
+    found = [
+        tensor for tensor in open_gguf(model).tensors if tensor.name == "token_embd.weight" and len(tensor.shape) == 2
+    ]
     if not found:
         raise TBQError(f"{model} has no tensor token_embd.weight with two axes")
     rows, dim = found[0].shape
     decode, step, kept = decoder(found[0].type), max(1, rows // VECTORS), []
     for data in pieces(found[0], step * dim):
-        usable = [row for row in decode(data).reshape(-1, dim).astype(np.float64) if np.isfinite(row).all() and np.any(row)]
+        usable = [
+            row for row in decode(data).reshape(-1, dim).astype(np.float64) if np.isfinite(row).all() and np.any(row)
+        ]
         kept += usable[:1]
     if len(kept) < VECTORS:
         raise TBQError(f"{model} has {len(kept)} token embeddings that could be used; {VECTORS} are needed")
@@ -118,11 +123,17 @@ def measure_bias(dim: int, bits: int, advance: Callable[[], object]) -> dict[str
         first = tq.MSEQuantizer(dim, bits, seed=seed, rotation=rotation)
         second = tq.InnerProductQuantizer(dim, bits, seed=seed, rotation=rotation)
         code = first.quantize(x)
-        for name, decoded in (("MSEQuantizer", first.dequantize(code)), ("MSEQuantizer, unbiased", first.dequantize(code, unbiased=True)),
-                              ("InnerProductQuantizer", second.dequantize(second.quantize(x)))):
+        for name, decoded in (
+            ("MSEQuantizer", first.dequantize(code)),
+            ("MSEQuantizer, unbiased", first.dequantize(code, unbiased=True)),
+            ("InnerProductQuantizer", second.dequantize(second.quantize(x))),
+        ):
             errors.setdefault(name, []).append(np.sum(queries * (decoded - x), axis=-1))
         advance()
-    return {name: (np.concatenate(found, axis=1).mean(1), np.concatenate(found, axis=1).std(1)) for name, found in errors.items()}
+    return {
+        name: (np.concatenate(found, axis=1).mean(1), np.concatenate(found, axis=1).std(1))
+        for name, found in errors.items()
+    }
 
 
 def sparse(dim: int) -> Array:
@@ -147,7 +158,9 @@ def measure_rotations(advance: Callable[[], object]) -> dict[str, list[float]]:
                 for i, bits in enumerate(ROTATION_BITS):
                     quantizer = tq.MSEQuantizer(dim, bits, rotation=rotation)
                     errors[i] += ((quantizer.dequantize(quantizer.quantize(x)) - x) ** 2).sum(1) / ROTATION_SEEDS
-            found.setdefault(f"{rounds}", []).extend(float(e.max() / tq.mse_distortion(b, dim)) for e, b in zip(errors, ROTATION_BITS))
+            found.setdefault(f"{rounds}", []).extend(
+                float(e.max() / tq.mse_distortion(b, dim)) for e, b in zip(errors, ROTATION_BITS)
+            )
             advance()
     return found
 
@@ -159,25 +172,50 @@ def table(measured: dict[str, Distortions], dim: int) -> str:
     """Markdown: two tables, a row for each number of bits; after the bounds what is expected and what was measured."""
     kinds = list(measured)
     squared = [f"| bits | lower bound | upper bound | expected | {' | '.join(kinds)} |"]
-    product = [f"| bits | lower bound | upper bound | expected, at most | {' | '.join(kinds)} | MSEQuantizer, unbiased: {kinds[0]} |"]
+    product = [
+        f"| bits | lower bound | upper bound | expected, at most | {' | '.join(kinds)} | MSEQuantizer, unbiased: {kinds[0]} |"
+    ]
     for i, bits in enumerate(BITS):
-        squared.append(f"| {bits} | {tq.mse_lower_bound(bits, dim):.3g} | {tq.mse_upper_bound(bits):.3g} | {tq.mse_distortion(bits, dim):.3g} | "
-                       + " | ".join(_text(measured[kind].mse[i]) for kind in kinds) + " |")
-        product.append(f"| {bits} | {dim * tq.inner_product_lower_bound(bits, dim):.3g} | {dim * tq.inner_product_upper_bound(bits, dim):.3g} | "
-                       f"{dim * tq.inner_product_distortion(bits, dim):.3g} | "
-                       + " | ".join(_text(measured[kind].product[i]) for kind in kinds) + f" | {_text(measured[kinds[0]].rescaled[i])} |")
+        squared.append(
+            f"| {bits} | {tq.mse_lower_bound(bits, dim):.3g} | {tq.mse_upper_bound(bits):.3g} | {tq.mse_distortion(bits, dim):.3g} | "
+            + " | ".join(_text(measured[kind].mse[i]) for kind in kinds)
+            + " |"
+        )
+        product.append(
+            f"| {bits} | {dim * tq.inner_product_lower_bound(bits, dim):.3g} | {dim * tq.inner_product_upper_bound(bits, dim):.3g} | "
+            f"{dim * tq.inner_product_distortion(bits, dim):.3g} | "
+            + " | ".join(_text(measured[kind].product[i]) for kind in kinds)
+            + f" | {_text(measured[kinds[0]].rescaled[i])} |"
+        )
     for lines in (squared, product):
         lines.insert(1, "|---" * (lines[0].count("|") - 1) + "|")
-    return "\n".join([f"squared error of a unit vector, dim {dim}", "", *squared, "",
-                      f"squared error of an inner product of unit vectors, times dim {dim}", "", *product])
+    return "\n".join(
+        [
+            f"squared error of a unit vector, dim {dim}",
+            "",
+            *squared,
+            "",
+            f"squared error of an inner product of unit vectors, times dim {dim}",
+            "",
+            *product,
+        ]
+    )
 
 
 def rotation_table(found: dict[str, list[float]]) -> str:
     """Markdown, a row for each number of rounds."""
-    lines = ["| rounds | " + " | ".join(f"dim {dim}, {bits} bit{'s' * (bits > 1)}" for dim in ROTATION_DIMS for bits in ROTATION_BITS) + " |"]
+    lines = [
+        "| rounds | "
+        + " | ".join(f"dim {dim}, {bits} bit{'s' * (bits > 1)}" for dim in ROTATION_DIMS for bits in ROTATION_BITS)
+        + " |"
+    ]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    lines += [f"| {rounds} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for rounds, ratios in found.items()]
-    return "\n".join(["HadamardRotation: squared error of the worst sparse vector, relative to what is expected", "", *lines])
+    lines += [
+        f"| {rounds} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" for rounds, ratios in found.items()
+    ]
+    return "\n".join(
+        ["HadamardRotation: squared error of the worst sparse vector, relative to what is expected", "", *lines]
+    )
 
 
 def _text(measured: Measured) -> str:
@@ -193,14 +231,38 @@ def draw_distortions(measured: dict[str, Distortions], dim: int) -> "Figure":
     steps = np.linspace(BITS[0], BITS[-1], 50)
     _draw_bounds(left, steps, [tq.mse_upper_bound(b) for b in steps], [tq.mse_lower_bound(b, dim) for b in steps])
     left.plot(BITS, [tq.mse_distortion(b, dim) for b in BITS], color="tab:blue", label="expected, MSEQuantizer")
-    _draw_bounds(right, steps, [dim * tq.inner_product_upper_bound(b, dim) for b in steps],
-                 [dim * tq.inner_product_lower_bound(b, dim) for b in steps])
-    right.plot(BITS, [dim * tq.inner_product_distortion(b, dim) for b in BITS], color="tab:blue", label="expected, InnerProductQuantizer")
+    _draw_bounds(
+        right,
+        steps,
+        [dim * tq.inner_product_upper_bound(b, dim) for b in steps],
+        [dim * tq.inner_product_lower_bound(b, dim) for b in steps],
+    )
+    right.plot(
+        BITS,
+        [dim * tq.inner_product_distortion(b, dim) for b in BITS],
+        color="tab:blue",
+        label="expected, InnerProductQuantizer",
+    )
     for (kind, found), marker, color in zip(measured.items(), "osx", ("tab:orange", "tab:purple", "black")):
         for axes, values in ((left, found.mse), (right, found.product)):
-            axes.errorbar(BITS, [m.mean for m in values], [2 * m.error for m in values], fmt=marker, color=color, markersize=5 + 3 * (marker == "s"),
-                          fillstyle="none", capsize=3, label=kind)
-    right.plot(BITS, [m.mean for m in next(iter(measured.values())).rescaled], ":", color="tab:green", label="MSEQuantizer, unbiased")
+            axes.errorbar(
+                BITS,
+                [m.mean for m in values],
+                [2 * m.error for m in values],
+                fmt=marker,
+                color=color,
+                markersize=5 + 3 * (marker == "s"),
+                fillstyle="none",
+                capsize=3,
+                label=kind,
+            )
+    right.plot(
+        BITS,
+        [m.mean for m in next(iter(measured.values())).rescaled],
+        ":",
+        color="tab:green",
+        label="MSEQuantizer, unbiased",
+    )
     left.set(title="squared error of a unit vector", ylabel="E |x - x'|²")
     right.set(title="squared error of an inner product, times dim", ylabel="dim · E (⟨y, x⟩ - ⟨y, x'⟩)²")
     for axes in (left, right):
@@ -221,7 +283,15 @@ def draw_bias(errors: dict[str, tuple[Array, Array]], dim: int, bits: int) -> "F
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (name, (mean, deviation)) in zip(figure.subplots(1, len(errors), sharey=True), errors.items()):
-        axes.fill_between(COSINES, mean - deviation, mean + deviation, color="tab:blue", alpha=0.25, linewidth=0, label="± one standard deviation")
+        axes.fill_between(
+            COSINES,
+            mean - deviation,
+            mean + deviation,
+            color="tab:blue",
+            alpha=0.25,
+            linewidth=0,
+            label="± one standard deviation",
+        )
         axes.plot(COSINES, mean, color="tab:blue", marker="o", markersize=4, label="mean")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="⟨y, x⟩")
@@ -249,7 +319,9 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
         inputs["token embeddings"] = embeddings(model)
         dim = inputs["token embeddings"].shape[1]
     if dim > math.isqrt(DENSE_LIMIT):
-        raise TBQError(f"vectors have {dim} values; the figures are of dense rotations, which take up to {math.isqrt(DENSE_LIMIT)}")
+        raise TBQError(
+            f"vectors have {dim} values; the figures are of dense rotations, which take up to {math.isqrt(DENSE_LIMIT)}"
+        )
     single = np.zeros((VECTORS, dim))
     single[np.arange(VECTORS), np.arange(VECTORS) % dim] = 1
     inputs = {"random": random_directions(VECTORS, dim, "vectors"), "one coordinate": single, **inputs}
@@ -257,7 +329,10 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
         measured = {name: measure(x, bar.update) for name, x in inputs.items()}
         errors = measure_bias(dim, 2, bar.update)
         rotations = measure_rotations(bar.update)
-    figures = {"turboquant-distortion.png": draw_distortions(measured, dim), "turboquant-bias.png": draw_bias(errors, dim, 2)}
+    figures = {
+        "turboquant-distortion.png": draw_distortions(measured, dim),
+        "turboquant-bias.png": draw_bias(errors, dim, 2),
+    }
     for name, figure in figures.items():
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=100)
@@ -266,10 +341,21 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="turboquant.py", description="measures distortions and draws them with the bounds",
-                                     epilog="example: python tools/figures/turboquant.py docs --model model.gguf")
-    parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="where turboquant-distortion.png and turboquant-bias.png go")
-    parser.add_argument("--dim", type=at_least_one, default=1536, metavar="N", help="values of a vector (%(default)s; with --model, the model's)")
+    parser = argparse.ArgumentParser(
+        prog="turboquant.py",
+        description="measures distortions and draws them with the bounds",
+        epilog="example: python tools/figures/turboquant.py docs --model model.gguf",
+    )
+    parser.add_argument(
+        "folder", type=pathlib.Path, metavar="FOLDER", help="where turboquant-distortion.png and turboquant-bias.png go"
+    )
+    parser.add_argument(
+        "--dim",
+        type=at_least_one,
+        default=1536,
+        metavar="N",
+        help="values of a vector (%(default)s; with --model, the model's)",
+    )
     parser.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="also measure on its token embeddings")
     args = parser.parse_args()
     try:

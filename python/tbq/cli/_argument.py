@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Types of arguments: the package's own checks, as argparse calls them."""
+
 import argparse
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,6 +13,7 @@ T = TypeVar("T")
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
     """For add_argument(type=...): what parse refuses becomes an error that names the argument."""
+
     def parsed(text: str) -> T:
         try:
             return parse(text)

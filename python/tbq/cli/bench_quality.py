@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq bench quality`."""
+
 import argparse
 import dataclasses
 import hashlib
@@ -28,7 +29,11 @@ def _run(args: argparse.Namespace) -> int:
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = parse_pairs(args.types)
     if not args.no_center:
-        pairs = [both for pair in pairs for both in ([pair, dataclasses.replace(pair, centered=True)] if pair.may_be_centered else [pair])]
+        pairs = [
+            both
+            for pair in pairs
+            for both in ([pair, dataclasses.replace(pair, centered=True)] if pair.may_be_centered else [pair])
+        ]
     text = read_text(args.text) if args.text else python_text()
     model = read_model(args.model, args.options)
     source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
@@ -36,17 +41,37 @@ def _run(args: argparse.Namespace) -> int:
     # python_text() is read from its beginning: what is far behind the scored part has other words
     behind = len(text) // 2
     if not args.text and 8 * args.context * args.chunks > behind and any(pair.centered for pair in pairs):
-        print("tbq: warning: no rows with centred keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
-              file=sys.stderr)
+        print(
+            "tbq: warning: no rows with centred keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
+            file=sys.stderr,
+        )
         pairs = [pair for pair in pairs if not pair.centered]
     with interruptible():
-        print(f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
-              f"{args.scratch or tempfile.gettempdir()} while this runs", file=sys.stderr)
-        identity = {"model": args.model.name, "model_sha256": sha256(args.model), "text": source,
-                    "text_sha256": hashlib.sha256(text).hexdigest(), **versions(),
-                    "center_text": "Python's language reference" if args.text else "the second half of the text"}
-        report = measure(model, pairs, text, args.context, args.chunks, args.threads, args.options, args.scratch, None if args.text else text[behind:],
-                         f"text {str(args.text)!r}" if args.text else "Python's language reference")
+        print(
+            f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
+            f"{args.scratch or tempfile.gettempdir()} while this runs",
+            file=sys.stderr,
+        )
+        identity = {
+            "model": args.model.name,
+            "model_sha256": sha256(args.model),
+            "text": source,
+            "text_sha256": hashlib.sha256(text).hexdigest(),
+            **versions(),
+            "center_text": "Python's language reference" if args.text else "the second half of the text",
+        }
+        report = measure(
+            model,
+            pairs,
+            text,
+            args.context,
+            args.chunks,
+            args.threads,
+            args.options,
+            args.scratch,
+            None if args.text else text[behind:],
+            f"text {str(args.text)!r}" if args.text else "Python's language reference",
+        )
         if report.scores:
             print(as_json(report, identity) if args.json else as_text(report, identity))
         if report.scores and report.complete and args.plot:
@@ -61,17 +86,41 @@ def _run(args: argparse.Namespace) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """perplexity and KL divergence of cache types against f16, with llama-perplexity"""
-    parser.epilog = ("examples: tbq bench quality --model model.gguf --plot quality.png\n"
-                     "          tbq bench quality --model model.gguf --text book.txt --types q8_0,q8_0/tbq4_0,tbq4_0 --chunks 20 -- -ngl 99")
+    parser.epilog = (
+        "examples: tbq bench quality --model model.gguf --plot quality.png\n"
+        "          tbq bench quality --model model.gguf --text book.txt --types q8_0,q8_0/tbq4_0,tbq4_0 --chunks 20 -- -ngl 99"
+    )
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
     parser.add_argument("--types", default=TYPES, metavar="K/V,...", help="cache types (%(default)s)")
     parser.add_argument("--no-center", action="store_true", help="without the rows with centred keys")
-    parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)")
-    parser.add_argument("--context", type=at_least_one, default=1024, metavar="N", help="tokens of a chunk (%(default)s)")
-    parser.add_argument("--chunks", type=at_least_one, default=6, metavar="N", help="chunks to read, fewer if the text ends (%(default)s)")
-    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)")
-    parser.add_argument("--scratch", type=pathlib.Path, metavar="FOLDER", help="for the probabilities of the f16 cache (the system's temporary one)")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw KL divergence against bits, for example quality.png")
+    parser.add_argument(
+        "--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)"
+    )
+    parser.add_argument(
+        "--context", type=at_least_one, default=1024, metavar="N", help="tokens of a chunk (%(default)s)"
+    )
+    parser.add_argument(
+        "--chunks",
+        type=at_least_one,
+        default=6,
+        metavar="N",
+        help="chunks to read, fewer if the text ends (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="for the probabilities of the f16 cache (the system's temporary one)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="also draw KL divergence against bits, for example quality.png",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama-perplexity: -- -ngl 99")
     parser.set_defaults(run=_run)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq bench speed`."""
+
 import argparse
 import contextlib
 import json
@@ -33,7 +34,9 @@ def _prompts(text: str) -> list[Test]:
     for part in filter(None, text.split(",")):
         length, at, depth = part.partition("@")
         if not all(n.isascii() and n.isdigit() for n in (length, depth or "0")) or not int(length) or at and not depth:
-            raise argparse.ArgumentTypeError(f"{part!r} is not a length such as 512, or a length and a depth such as 512@8192")
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not a length such as 512, or a length and a depth such as 512@8192"
+            )
         tests.append(Test(int(length), 0, int(depth or 0)))
     return list(dict.fromkeys(tests))
 
@@ -46,15 +49,19 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
         model.check_cached()
         longest = max(t.depth + t.prompt + t.generate for t in args.tests)
         if 0 < model.context < longest:
-            print(f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",
-                  file=sys.stderr)
+            print(
+                f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",
+                file=sys.stderr,
+            )
         yield args.model, model.cache, {"model": args.model.name, "model_sha256": sha256(args.model)}
         return
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=args.scratch) as folder:
         free = shutil.disk_usage(folder).free
         if args.shape.size() * 1.01 > free:
-            raise TBQError(f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
-                           "name another folder with --scratch, or a smaller --shape")
+            raise TBQError(
+                f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
+                "name another folder with --scratch, or a smaller --shape"
+            )
         path = pathlib.Path(folder) / "shape.gguf"
         with _files.naming(path):
             write_random_model(path, args.shape)
@@ -63,17 +70,33 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
 
 def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identity: dict[str, str]) -> None:
     if args.json:
-        print(json.dumps({**identity, **versions(), "device": speeds.device, "threads": args.threads, "options": args.options,
-                          "tokens_per_second": {str(pair): {str(test): found for test, found in tests.items()}
-                                                for pair, tests in speeds.samples.items()},
-                          "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}}, indent=2))
+        print(
+            json.dumps(
+                {
+                    **identity,
+                    **versions(),
+                    "device": speeds.device,
+                    "threads": args.threads,
+                    "options": args.options,
+                    "tokens_per_second": {
+                        str(pair): {str(test): found for test, found in tests.items()}
+                        for pair, tests in speeds.samples.items()
+                    },
+                    "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()},
+                },
+                indent=2,
+            )
+        )
         return
     built = versions()
-    facts = [f"tokens per second, medians of {args.rounds}, and relative to {next(iter(speeds.samples))}; "
-             "tg: generating, pp: a prompt, @: tokens in the cache before",
-             f"model: {identity['model']}, sha256 {identity['model_sha256']}" if "model" in identity else
-             f"model: random weights, --shape {identity['shape']}",
-             f"llama.cpp {built['llama_cpp_commit']}, tbq {built['tbq']}; {args.threads} threads; {speeds.device}"]
+    facts = [
+        f"tokens per second, medians of {args.rounds}, and relative to {next(iter(speeds.samples))}; "
+        "tg: generating, pp: a prompt, @: tokens in the cache before",
+        f"model: {identity['model']}, sha256 {identity['model_sha256']}"
+        if "model" in identity
+        else f"model: random weights, --shape {identity['shape']}",
+        f"llama.cpp {built['llama_cpp_commit']}, tbq {built['tbq']}; {args.threads} threads; {speeds.device}",
+    ]
     print(table(speeds, args.tests), end="\n\n", flush=True)  # before anything that could fail
     if attention := cache and attention_table(speeds, cache, None if speeds.gpu else args.threads):
         print(attention, end="\n\n")
@@ -101,22 +124,57 @@ def _run(args: argparse.Namespace) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """tokens per second of cache types side by side, with llama-bench"""
-    parser.epilog = ("examples: tbq bench speed --types f16,tbq4_0,tbq4_0/tbq3_0\n"
-                     "          tbq bench speed --model model.gguf --depths 0,32768 --prompts 2048@32768 -- -ngl 99\n"
-                     "          tbq bench speed --shape layers=32,width=4096,heads=32,kv_heads=8,ff=14336 --depths 0,131072")
-    parser.add_argument("--types", default="f16,q8_0,q4_0,tbq4_0,tbq3_0,tbq2_0", metavar="K/V,...",
-                        help="cache types, the first is what the others are compared with (%(default)s)")
-    parser.add_argument("--depths", type=_depths, default="0,8192", metavar="N,...",
-                        help="tokens in the cache when generating (%(default)s)")
-    parser.add_argument("--generate", type=at_least_one, default=16, metavar="N", help="tokens to generate at each depth (%(default)s)")
-    parser.add_argument("--prompts", type=_prompts, default="512,4096,512@8192", metavar="N[@DEPTH],...",
-                        help="lengths of prompts, from an empty cache or after so many tokens (%(default)s)")
-    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)")
-    parser.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured (%(default)s)")
+    parser.epilog = (
+        "examples: tbq bench speed --types f16,tbq4_0,tbq4_0/tbq3_0\n"
+        "          tbq bench speed --model model.gguf --depths 0,32768 --prompts 2048@32768 -- -ngl 99\n"
+        "          tbq bench speed --shape layers=32,width=4096,heads=32,kv_heads=8,ff=14336 --depths 0,131072"
+    )
+    parser.add_argument(
+        "--types",
+        default="f16,q8_0,q4_0,tbq4_0,tbq3_0,tbq2_0",
+        metavar="K/V,...",
+        help="cache types, the first is what the others are compared with (%(default)s)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=_depths,
+        default="0,8192",
+        metavar="N,...",
+        help="tokens in the cache when generating (%(default)s)",
+    )
+    parser.add_argument(
+        "--generate", type=at_least_one, default=16, metavar="N", help="tokens to generate at each depth (%(default)s)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=_prompts,
+        default="512,4096,512@8192",
+        metavar="N[@DEPTH],...",
+        help="lengths of prompts, from an empty cache or after so many tokens (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured (%(default)s)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="instead of a model of random weights")
-    which.add_argument("--shape", type=argument(parse_shape), default=RandomModel(), metavar="KEY=N,...", help="of the model of random weights (%(default)s)")
-    parser.add_argument("--scratch", type=pathlib.Path, metavar="FOLDER", help="for the model of random weights (the system's temporary one)")
+    which.add_argument(
+        "--shape",
+        type=argument(parse_shape),
+        default=RandomModel(),
+        metavar="KEY=N,...",
+        help="of the model of random weights (%(default)s)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="for the model of random weights (the system's temporary one)",
+    )
     parser.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama-bench, one value each: -- -ngl 99")
+    parser.add_argument(
+        "options", nargs="*", metavar="-- OPTION ...", help="options of llama-bench, one value each: -- -ngl 99"
+    )
     parser.set_defaults(run=_run)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq calibrate`."""
+
 import argparse
 import pathlib
 import re
@@ -15,16 +16,33 @@ from tbq.programs.signals import interruptible
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """measure the mean of a model's keys, for --cache-center"""
-    parser.epilog = ("examples: tbq calibrate model.gguf\n"
-                     "          tbq calibrate model.gguf --ctx 32768 -o model.center.gguf -- -ngl 99\n"
-                     "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n\n"
-                     "tbq serve and tbq.llama do this by themselves.  Options after -- are llama.cpp's.")
-    parser.add_argument("model", type=pathlib.Path, metavar="MODEL.gguf", help="the model, the first file of a split one")
-    parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="what the model reads (Python's language reference)")
-    parser.add_argument("--ctx", type=at_least_one, metavar="N", help="tokens of context that the cache will have (what the model was trained for)")
-    parser.add_argument("--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (8)")
-    parser.add_argument("-o", dest="out", type=pathlib.Path, metavar="OUT.gguf", help="file to write (MODEL.center.gguf, here)")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp that the measuring needs: -- -ngl 99")
+    parser.epilog = (
+        "examples: tbq calibrate model.gguf\n"
+        "          tbq calibrate model.gguf --ctx 32768 -o model.center.gguf -- -ngl 99\n"
+        "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n\n"
+        "tbq serve and tbq.llama do this by themselves.  Options after -- are llama.cpp's."
+    )
+    parser.add_argument(
+        "model", type=pathlib.Path, metavar="MODEL.gguf", help="the model, the first file of a split one"
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, metavar="FILE", help="what the model reads (Python's language reference)"
+    )
+    parser.add_argument(
+        "--ctx",
+        type=at_least_one,
+        metavar="N",
+        help="tokens of context that the cache will have (what the model was trained for)",
+    )
+    parser.add_argument(
+        "--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (8)"
+    )
+    parser.add_argument(
+        "-o", dest="out", type=pathlib.Path, metavar="OUT.gguf", help="file to write (MODEL.center.gguf, here)"
+    )
+    parser.add_argument(
+        "options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp that the measuring needs: -- -ngl 99"
+    )
 
     def run_command(args: argparse.Namespace) -> int:
         from tqdm import tqdm  # type: ignore[import-untyped]
@@ -35,14 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if args.text and out.exists() and out.samefile(args.text):
             raise TBQError(f"{out} is the text itself; name another file to write")
         with interruptible(), tqdm(unit="chunk", desc="keys", disable=None) as bar:
+
             def show(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            shares = calibrate(model, out, context, text=args.text, chunks=args.chunks, options=args.options, on_chunk=show)
+            shares = calibrate(
+                model, out, context, text=args.text, chunks=args.chunks, options=args.options, on_chunk=show
+            )
         print(shares)
         center = read_center(out)
-        print(f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens")
+        print(
+            f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens"
+        )
         return 0
 
     parser.set_defaults(run=run_command)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq convert`."""
+
 import argparse
 
 from tbq._arguments import cores
@@ -27,28 +28,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 Norms and other small tensors stay as they are; the output matrix gets q6_K or q8_0, as with llama-quantize."""
     parser.add_argument("source", metavar="IN.gguf", help="the model; of a split, any of its files")
     parser.add_argument("target", metavar="OUT.gguf", help="the file to write")
-    parser.add_argument("--type", required=True, metavar="TYPE", choices=list(FILE_TYPES), help=f"one of {', '.join(FILE_TYPES)}")
-    parser.add_argument("--tensor", action="append", default=[], type=_tensor_option, metavar="PATTERN=TYPE",
-                        help="another type for tensors in whose name the regular expression is found; the first that is found counts")
+    parser.add_argument(
+        "--type", required=True, metavar="TYPE", choices=list(FILE_TYPES), help=f"one of {', '.join(FILE_TYPES)}"
+    )
+    parser.add_argument(
+        "--tensor",
+        action="append",
+        default=[],
+        type=_tensor_option,
+        metavar="PATTERN=TYPE",
+        help="another type for tensors in whose name the regular expression is found; the first that is found counts",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
-    parser.add_argument("--split", type=argument(parse_size), metavar="SIZE",
-                        help=f"several files of at most so many bytes of tensors each; {SIZES}")
+    parser.add_argument(
+        "--split",
+        type=argument(parse_size),
+        metavar="SIZE",
+        help=f"several files of at most so many bytes of tensors each; {SIZES}",
+    )
     parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
 
     def run(args: argparse.Namespace) -> int:
         with interruptible():
-            report = convert(args.source, args.target, args.type, tensors=args.tensor, force=args.force,
-                             split_bytes=args.split, threads=args.threads, progress=True)
+            report = convert(
+                args.source,
+                args.target,
+                args.type,
+                tensors=args.tensor,
+                force=args.force,
+                split_bytes=args.split,
+                threads=args.threads,
+                progress=True,
+            )
         for (before, after), count in sorted(report.counts.items()):
             print(f"{count:5} tensors  {before}" + (f" -> {after}" if before != after else ""))
         for name, note in report.notes.items():
             print(f"{name} has {note}")
-        again = sum(count for (before, after), count in report.counts.items()
-                    if before != after and not {before, after} & {t.name.lower() for t in FLOATS})
+        again = sum(
+            count
+            for (before, after), count in report.counts.items()
+            if before != after and not {before, after} & {t.name.lower() for t in FLOATS}
+        )
         if again:
             print(f"{again} tensors were quantized before; from a file of f16 they lose less")
-        print(f"{report.files[0]}" + (f" and {len(report.files) - 1} more" if report.files[1:] else "")
-              + f": {report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}, {report.bits_per_value:.2f} bits per weight")
+        print(
+            f"{report.files[0]}"
+            + (f" and {len(report.files) - 1} more" if report.files[1:] else "")
+            + f": {report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}, {report.bits_per_value:.2f} bits per weight"
+        )
         return 0
 
     parser.set_defaults(run=run)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`make demo` and `make serve`.
 
-    python -m tbq.cli.demo --cache DIR            ask once, print, stop the server
-    python -m tbq.cli.demo --cache DIR --serve    keep the server up until Ctrl-C
+python -m tbq.cli.demo --cache DIR            ask once, print, stop the server
+python -m tbq.cli.demo --cache DIR --serve    keep the server up until Ctrl-C
 """
+
 import argparse
 import pathlib
 import sys

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq inspect`."""
+
 import argparse
 import io
 import json
@@ -28,15 +29,23 @@ def as_text(report: Inspection) -> str:
         lines.append(f"{name:8} {len(tensors):8} {values:15} {size / 1e6:10.1f} {8 * size / max(1, values):6.2f}")
     for name, total in report.totals.items():
         share = 100 * total.use / max(1, total.use.sum())
-        lines += ["", f"{name}: an index carries {total.entropy:.3f} of {types[name].bits} bits; {total.zero} blocks are zero"
-                  + (f", {total.damaged} ARE DAMAGED (scale NaN or infinite)" if total.damaged else ""),
-                  "level " + "".join(f"{level:6}" for level in types[name].levels), "  %   " + "".join(f"{s:6.2f}" for s in share)]
+        lines += [
+            "",
+            f"{name}: an index carries {total.entropy:.3f} of {types[name].bits} bits; {total.zero} blocks are zero"
+            + (f", {total.damaged} ARE DAMAGED (scale NaN or infinite)" if total.damaged else ""),
+            "level " + "".join(f"{level:6}" for level in types[name].levels),
+            "  %   " + "".join(f"{s:6.2f}" for s in share),
+        ]
     return "\n".join([*lines, "", *_tensor_lines(report)])
 
 
 def _title(model: GGUFModel) -> str:
     metadata = model.metadata
-    parts = [name for key in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.NAME) if (name := printable(metadata.get(key)))]
+    parts = [
+        name
+        for key in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.NAME)
+        if (name := printable(metadata.get(key)))
+    ]
     file_type = metadata.get(gguf.Keys.General.FILE_TYPE)
     if isinstance(file_type, int) and file_type in gguf.LlamaFileType._value2member_map_:
         parts.append(gguf.LlamaFileType(file_type).name)
@@ -49,8 +58,11 @@ def _tensor_lines(report: Inspection) -> list[str]:
     width = max((len(e.tensor.name) for e in report.entries), default=6)
     shapes = [" x ".join(map(str, e.tensor.shape)) for e in report.entries]
     across = max(map(len, shapes), default=5)
-    lines = [f"{'tensor':{width}}  {'shape':{across}}  {'type':8} {'bits':>6}" + (f" {'scales: smallest, median, largest':>35} {'index':>6}" if packed else "")
-             + (f" {'error':>8} {'cosine':>8}" if compared else "")]
+    lines = [
+        f"{'tensor':{width}}  {'shape':{across}}  {'type':8} {'bits':>6}"
+        + (f" {'scales: smallest, median, largest':>35} {'index':>6}" if packed else "")
+        + (f" {'error':>8} {'cosine':>8}" if compared else "")
+    ]
     for entry, shape in zip(report.entries, shapes):
         line = f"{entry.tensor.name:{width}}  {shape:{across}}  {entry.tensor.type.name.lower():8} {entry.tensor.bits_per_value:6.2f}"
         if packed:
@@ -62,7 +74,11 @@ def _tensor_lines(report: Inspection) -> list[str]:
             line += f" {'-':>8} {'-':>8}"
         lines.append(line.rstrip())
     if report.missing:
-        lines += ["", f"not in the original: {', '.join(report.missing[:8])}" + (f" and {len(report.missing) - 8} more" if report.missing[8:] else "")]
+        lines += [
+            "",
+            f"not in the original: {', '.join(report.missing[:8])}"
+            + (f" and {len(report.missing) - 8} more" if report.missing[8:] else ""),
+        ]
     return lines
 
 
@@ -71,13 +87,35 @@ def as_json(report: Inspection) -> str:
         return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
     def packed(b: Blocks) -> dict[str, Any]:
-        return {"scales": [number(s) for s in b.scales], "zero": b.zero, "damaged": b.damaged, "entropy": b.entropy, "use": b.use.tolist()}
+        return {
+            "scales": [number(s) for s in b.scales],
+            "zero": b.zero,
+            "damaged": b.damaged,
+            "entropy": b.entropy,
+            "use": b.use.tolist(),
+        }
 
-    tensors = [{"name": e.tensor.name, "type": e.tensor.type.name.lower(), "shape": list(e.tensor.shape), "bytes": e.tensor.n_bytes,
-                "bits_per_value": e.tensor.bits_per_value, **({"blocks": packed(e.blocks)} if e.blocks else {}),
-                **({"error": number(e.error), "cosine": number(e.cosine)} if e.error is not None else {})} for e in report.entries]
-    return json.dumps({"files": [str(path) for path in report.model.files], "tensors": tensors,
-                       "levels": {name: types[name].levels for name in report.totals}, "not_in_original": report.missing}, indent=2)
+    tensors = [
+        {
+            "name": e.tensor.name,
+            "type": e.tensor.type.name.lower(),
+            "shape": list(e.tensor.shape),
+            "bytes": e.tensor.n_bytes,
+            "bits_per_value": e.tensor.bits_per_value,
+            **({"blocks": packed(e.blocks)} if e.blocks else {}),
+            **({"error": number(e.error), "cosine": number(e.cosine)} if e.error is not None else {}),
+        }
+        for e in report.entries
+    ]
+    return json.dumps(
+        {
+            "files": [str(path) for path in report.model.files],
+            "tensors": tensors,
+            "levels": {name: types[name].levels for name in report.totals},
+            "not_in_original": report.missing,
+        },
+        indent=2,
+    )
 
 
 def picture(report: Inspection, format: str) -> bytes:
@@ -102,20 +140,32 @@ def picture(report: Inspection, format: str) -> bytes:
 def _draw_errors(report: Inspection, left: Any, right: Any) -> None:
     for name, counts in report.errors.items():
         if any(e.error for e in report.entries if e.tensor.type.name.lower() == name):
-            left.stairs(counts / max(1, counts.sum()) * (ERROR_BINS / 2), np.linspace(-1, 1, ERROR_BINS + 1), label=name)
-    left.set(title="errors of weights", xlabel="error, in root mean squares of the weights around it (1: or more)", ylabel="density", yscale="log")
+            left.stairs(
+                counts / max(1, counts.sum()) * (ERROR_BINS / 2), np.linspace(-1, 1, ERROR_BINS + 1), label=name
+            )
+    left.set(
+        title="errors of weights",
+        xlabel="error, in root mean squares of the weights around it (1: or more)",
+        ylabel="density",
+        yscale="log",
+    )
     for name in report.errors:
         points = [(i, e.error) for i, e in enumerate(report.entries) if e.error and e.tensor.type.name.lower() == name]
         if points:
             right.plot(*zip(*points), ".", label=name)
-    right.set(ylim=(0, None), title="error of each tensor", xlabel="tensor, in the order of the file", ylabel="norm of the error / norm of the original")
+    right.set(
+        ylim=(0, None),
+        title="error of each tensor",
+        xlabel="tensor, in the order of the file",
+        ylabel="norm of the error / norm of the original",
+    )
 
 
 def _draw_blocks(report: Inspection, left: Any, right: Any) -> None:
     for name, total in report.totals.items():
         used = np.flatnonzero(total.histogram)
         if len(used):
-            left.stairs(total.histogram[used[0]:used[-1] + 1], 10 ** SCALE_BINS[used[0]:used[-1] + 2], label=name)
+            left.stairs(total.histogram[used[0] : used[-1] + 1], 10 ** SCALE_BINS[used[0] : used[-1] + 2], label=name)
         right.plot(types[name].levels, 100 * total.use / max(1, total.use.sum()), "o-", label=name)
     left.set(title="scales", xlabel="scale of a block", ylabel="blocks", xscale="log")
     right.set(title="use of the codebook", xlabel="level", ylabel="% of values")
@@ -127,9 +177,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   tbq inspect model-tbq4.gguf
   tbq inspect model-tbq4.gguf --against model-f16.gguf --plot errors.png"""
     parser.add_argument("file", metavar="FILE", help="the model; of a split, any of its files")
-    parser.add_argument("--against", metavar="ORIGINAL", help="the file that it was made from: error and cosine of each tensor")
+    parser.add_argument(
+        "--against", metavar="ORIGINAL", help="the file that it was made from: error and cosine of each tensor"
+    )
     parser.add_argument("--header", action="store_true", help="only what the header says, without reading weights")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="PICTURE", help="also draw the distributions, for example errors.png")
+    parser.add_argument(
+        "--plot", type=pathlib.Path, metavar="PICTURE", help="also draw the distributions, for example errors.png"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@
 A subcommand is a function that takes a parser of its own and sets `run`, which gets the parsed arguments and returns
 the exit status; its docstring is the line in the help, `parser.epilog` has an example.  Add it to COMMANDS.
 """
+
 import argparse
 import errno
 import io
@@ -21,11 +22,15 @@ from tbq.programs.paths import paths
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     """measure the speed or the quality of cache types, or the vector index, side by side with others"""
-    parser.epilog = "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench index; each has its own --help"
+    parser.epilog = (
+        "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench index; each has its own --help"
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, module in (("speed", bench_speed), ("quality", bench_quality), ("index", bench_index)):
         text = module.add_arguments.__doc__
-        module.add_arguments(commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
+        module.add_arguments(
+            commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        )
 
 
 def _paths(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +60,11 @@ def _paths(parser: argparse.ArgumentParser) -> None:
 
 def _completion(parser: argparse.ArgumentParser) -> None:
     """print the script that lets a shell complete these commands"""
-    parser.epilog = ("examples: tbq completion bash > ~/.local/share/bash-completion/completions/tbq\n"
-                     "          tbq completion zsh > ~/.zfunc/_tbq        # a folder of $fpath\n"
-                     "          tbq completion fish > ~/.config/fish/completions/tbq.fish")
+    parser.epilog = (
+        "examples: tbq completion bash > ~/.local/share/bash-completion/completions/tbq\n"
+        "          tbq completion zsh > ~/.zfunc/_tbq        # a folder of $fpath\n"
+        "          tbq completion fish > ~/.config/fish/completions/tbq.fish"
+    )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell; needs ggml-tbq[completion]")
 
     def run(args: argparse.Namespace) -> int:
@@ -73,7 +80,9 @@ def _completion(parser: argparse.ArgumentParser) -> None:
         try:
             print(shtab.complete(root, args.shell))
         except NotImplementedError:
-            raise TBQError(f"this shtab, {shtab.__version__}, does not know {args.shell}: pip install --upgrade 'ggml-tbq[completion]'") from None
+            raise TBQError(
+                f"this shtab, {shtab.__version__}, does not know {args.shell}: pip install --upgrade 'ggml-tbq[completion]'"
+            ) from None
         return 0
 
     parser.set_defaults(run=run)
@@ -96,13 +105,19 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tbq", description="TurboQuant tensor types for llama.cpp", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="examples: tbq plan model.gguf\n          tbq serve model.gguf -c 32768\n          tbq COMMAND --help")
+    parser = argparse.ArgumentParser(
+        prog="tbq",
+        description="TurboQuant tensor types for llama.cpp",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples: tbq plan model.gguf\n          tbq serve model.gguf -c 32768\n          tbq COMMAND --help",
+    )
     parser.add_argument("--version", action="version", version=f"tbq {__version__}")
     children = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, define in COMMANDS.items():
         text = define.__doc__
-        define(children.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
+        define(
+            children.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        )
     return parser
 
 
@@ -123,7 +138,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpa
         # argparse gives MODEL -o FILE -- OPTION no options: it has decided at MODEL that there are none
         at = list(argv).index("--")
         args, unknown = parser.parse_known_args(argv[:at])
-        args.options += argv[at + 1:]
+        args.options += argv[at + 1 :]
     return args, unknown
 
 
@@ -145,7 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except (TBQError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if (
+            isinstance(error, OSError)
+            and error.filename is None
+            and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ):
             error.filename = "standard output"  # every other file has its name in the error
         print(f"tbq: error: {one_line(error)}", file=sys.stderr)
         return 2

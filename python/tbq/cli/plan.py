@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq plan`."""
+
 import argparse
 import io
 import json
@@ -39,12 +40,19 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
 
 def report(plan: Plan) -> str:
     """The plan as the text that `tbq plan` prints."""
-    lines = [f"{_title(plan)}: {plan.architecture}, {_count(len(plan.layers), 'layer')}, trained for {plan.context_train} "
-             f"tokens, weights {amount(plan.weights_bytes)}", *_layer_lines(plan), ""]
+    lines = [
+        f"{_title(plan)}: {plan.architecture}, {_count(len(plan.layers), 'layer')}, trained for {plan.context_train} "
+        f"tokens, weights {amount(plan.weights_bytes)}",
+        *_layer_lines(plan),
+        "",
+    ]
     memory = ""
     if plan.memory is not None:
         memory = f", memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
-    lines.append(f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}" + ("; bytes of keys (K) and values (V):" if plan.cached else ""))
+    lines.append(
+        f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}"
+        + ("; bytes of keys (K) and values (V):" if plan.cached else "")
+    )
     if plan.state_bytes:
         lines.append(f"recurrent states take {plan.state_bytes:,} bytes" + (" beside any cache" if plan.cached else ""))
     if not plan.cached:
@@ -80,14 +88,22 @@ def _table(plan: Plan) -> Iterator[str]:
     rows = [head]
     for pair in plan.pairs:
         cells = [f"{n:,}" for kind in kinds for n in pair.by_kind[kind]]
-        row = ["*" if (pair.k, pair.v) == plan.recommended else "", f"{pair.k} / {pair.v}", *cells, f"{pair.bytes:,}",
-               amount(pair.bytes), f"{100 * pair.bytes / full:.1f} %" if full else ""]
+        row = [
+            "*" if (pair.k, pair.v) == plan.recommended else "",
+            f"{pair.k} / {pair.v}",
+            *cells,
+            f"{pair.bytes:,}",
+            amount(pair.bytes),
+            f"{100 * pair.bytes / full:.1f} %" if full else "",
+        ]
         if plan.memory is not None:
             row.append("none fits" if pair.longest == 0 else "any" if pair.longest is None else str(pair.longest))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        yield "  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        yield "  ".join(
+            cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
 
 
 def as_json(plan: Plan) -> str:
@@ -121,8 +137,13 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     if plan.memory is not None:
         axes.axhline(plan.memory / 2**30, color="black", linestyle="--", linewidth=1, label="memory")
     axes.axvline(plan.context_train, color="gray", linestyle=":", linewidth=1, label="trained for")
-    axes.set(xlabel="context, tokens", ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}",
-             title=f"{_title(plan)}, {_count(plan.parallel, 'sequence')}", ylim=(0, None), xlim=(0, end))
+    axes.set(
+        xlabel="context, tokens",
+        ylabel=f"GiB of {'cache' if plan.cache_only else 'weights and cache'}",
+        title=f"{_title(plan)}, {_count(plan.parallel, 'sequence')}",
+        ylim=(0, None),
+        xlim=(0, end),
+    )
     axes.legend(title="keys / values", fontsize="small")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=format)
@@ -131,22 +152,38 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """what the KV cache of a model will take, and which types to use"""
-    parser.epilog = ("examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
-                     "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json")
-    parser.add_argument("model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens, -c (what the model was trained for, if it fits)")
+    parser.epilog = (
+        "examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
+        "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json"
+    )
+    parser.add_argument(
+        "model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens, -c (what the model was trained for, if it fits)"
+    )
     parser.add_argument("--memory", metavar="SIZE", help=f"for weights, cache and recurrent state; {SIZES}")
     parser.add_argument("--cache-only", action="store_true", help="--memory is not for the weights")
-    parser.add_argument("--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; one name is for both")
+    parser.add_argument(
+        "--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; one name is for both"
+    )
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="sequences, -np (4, llama-server's own)")
-    parser.add_argument("--no-kv-unified", action="store_true", help="a cache for each sequence, of its part of the context")
+    parser.add_argument(
+        "--no-kv-unified", action="store_true", help="a cache for each sequence, of its part of the context"
+    )
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
     parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
-    parser.add_argument("--no-center", action="store_true", help="recommend for keys that are not centred (docs/center.md)")
+    parser.add_argument(
+        "--no-center", action="store_true", help="recommend for keys that are not centred (docs/center.md)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION ...",
-                        help="llama.cpp's that change what the file says: -- --rope-scaling yarn --rope-scale 4")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="-- OPTION ...",
+        help="llama.cpp's that change what the file says: -- --rope-scaling yarn --rope-scale 4",
+    )
 
     def run(args: argparse.Namespace) -> int:
         from tbq.kv_cache.type_pairs import split_pair
@@ -154,9 +191,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pairs = [split_pair(pair) for pair in args.types.split(",") if pair] if args.types is not None else None
         if pairs == []:
             raise TBQError("--types names no pair; tbq4_0/tbq3_0,q8_0 would show two")
-        found = plan(args.model, context=args.context, memory=args.memory, cache_only=args.cache_only, pairs=pairs,
-                     parallel=args.parallel, unified=not args.no_kv_unified, ubatch=args.ubatch, swa_full=args.swa_full,
-                     center=not args.no_center, options=args.options)
+        found = plan(
+            args.model,
+            context=args.context,
+            memory=args.memory,
+            cache_only=args.cache_only,
+            pairs=pairs,
+            parallel=args.parallel,
+            unified=not args.no_kv_unified,
+            ubatch=args.ubatch,
+            swa_full=args.swa_full,
+            center=not args.no_center,
+            options=args.options,
+        )
         if args.plot is not None:
             plot(found, args.plot)
         print(as_json(found) if args.json else report(found))

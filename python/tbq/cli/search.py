@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq search`."""
+
 import argparse
 import json
 import os
@@ -26,7 +27,9 @@ def _build(args: argparse.Namespace) -> int:
         raise TBQError(f"{folder} is not a folder that can be written to")
     if args.index.exists() and any(args.index.samefile(path) for path in (args.vectors, args.ids) if path):
         raise TBQError(f"{args.index} is what the index would be made of; name another file")
-    index = Index(vectors.shape[1], args.bits, args.metric, estimator="unbiased" if args.unbiased else "mse", keep=args.keep)
+    index = Index(
+        vectors.shape[1], args.bits, args.metric, estimator="unbiased" if args.unbiased else "mse", keep=args.keep
+    )
     with interruptible(), room(len(vectors)):
         with tqdm(total=len(vectors), unit=" vectors", unit_scale=True, leave=False, delay=2) as bar:
             if ids is None:
@@ -35,8 +38,10 @@ def _build(args: argparse.Namespace) -> int:
                 index.add_with_ids(vectors, ids, threads=args.threads, progress=bar.update)
         index.save(args.index)
     size = args.index.stat().st_size
-    print(f"{args.index}: {len(index)} vectors of {index.dim}, {size} bytes, {size / max(1, len(index)):.1f} a vector "
-          f"(float32: {4 * index.dim})")
+    print(
+        f"{args.index}: {len(index)} vectors of {index.dim}, {size} bytes, {size / max(1, len(index)):.1f} a vector "
+        f"(float32: {4 * index.dim})"
+    )
     return 0
 
 
@@ -44,7 +49,9 @@ def _query(args: argparse.Namespace) -> int:
     index = Index.load(args.index, verify=not args.no_verify)
     queries = read_vectors(args.queries)
     with interruptible(), room(len(queries)):
-        scores, ids = index.search(queries, min(args.k, len(index)) if len(index) else args.k, rescore=args.rescore, threads=args.threads)
+        scores, ids = index.search(
+            queries, min(args.k, len(index)) if len(index) else args.k, rescore=args.rescore, threads=args.threads
+        )
     if args.json:
         print(json.dumps([{"ids": i, "scores": s} for i, s in zip(ids.tolist(), scores.tolist())]))
         return 0
@@ -57,34 +64,68 @@ def _query(args: argparse.Namespace) -> int:
 
 def _define_build(parser: argparse.ArgumentParser) -> None:
     """make an index of vectors: 2 to 4 bits a value, no training"""
-    parser.epilog = ("examples: tbq search build embeddings.npy embeddings.tbqi --metric cosine\n"
-                     "          tbq search build embeddings.npy embeddings.tbqi --keep float16   # for --rescore")
+    parser.epilog = (
+        "examples: tbq search build embeddings.npy embeddings.tbqi --metric cosine\n"
+        "          tbq search build embeddings.npy embeddings.tbqi --keep float16   # for --rescore"
+    )
     parser.add_argument("vectors", type=pathlib.Path, metavar="VECTORS_FILE", help="a .npy file of shape (n, dim)")
-    parser.add_argument("index", type=pathlib.Path, metavar="INDEX_FILE", help="the index to write, whole or not at all")
+    parser.add_argument(
+        "index", type=pathlib.Path, metavar="INDEX_FILE", help="the index to write, whole or not at all"
+    )
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4, help="bits of a value (%(default)s)")
-    parser.add_argument("--metric", choices=("ip", "cosine", "l2"), default="cosine",
-                        help="inner product, cosine or squared distance (%(default)s)")
-    parser.add_argument("--ids", type=pathlib.Path, metavar="IDS_FILE",
-                        help="a .npy file of n integers, the vectors' ids (0, 1, 2, ...)")
-    parser.add_argument("--keep", choices=("float16", "float32"), help="keep the vectors too, for tbq search query --rescore")
-    parser.add_argument("--unbiased", action="store_true", help="estimate products without bias instead of with the least error")
-    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)")
+    parser.add_argument(
+        "--metric",
+        choices=("ip", "cosine", "l2"),
+        default="cosine",
+        help="inner product, cosine or squared distance (%(default)s)",
+    )
+    parser.add_argument(
+        "--ids",
+        type=pathlib.Path,
+        metavar="IDS_FILE",
+        help="a .npy file of n integers, the vectors' ids (0, 1, 2, ...)",
+    )
+    parser.add_argument(
+        "--keep", choices=("float16", "float32"), help="keep the vectors too, for tbq search query --rescore"
+    )
+    parser.add_argument(
+        "--unbiased", action="store_true", help="estimate products without bias instead of with the least error"
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the index if it exists")
     parser.set_defaults(run=_build)
 
 
 def _define_query(parser: argparse.ArgumentParser) -> None:
     """the nearest vectors of an index: query, rank, id, score"""
-    parser.epilog = ("examples: tbq search query embeddings.tbqi queries.npy -k 5\n"
-                     "          tbq search query embeddings.tbqi queries.npy --rescore 4 --json")
+    parser.epilog = (
+        "examples: tbq search query embeddings.tbqi queries.npy -k 5\n"
+        "          tbq search query embeddings.tbqi queries.npy --rescore 4 --json"
+    )
     parser.add_argument("index", type=pathlib.Path, metavar="INDEX_FILE", help="what tbq search build wrote")
     parser.add_argument("queries", type=pathlib.Path, metavar="QUERIES_FILE", help="a .npy file of shape (n, dim)")
-    parser.add_argument("-k", type=at_least_one, default=10, metavar="K",
-                        help="neighbours of each query, all vectors if there are fewer (%(default)s)")
-    parser.add_argument("--rescore", type=at_least_one, default=1, metavar="R",
-                        help="find the best R k, then pick by exact products (%(default)s)")
-    parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the file's checksums, which reads all of it")
+    parser.add_argument(
+        "-k",
+        type=at_least_one,
+        default=10,
+        metavar="K",
+        help="neighbours of each query, all vectors if there are fewer (%(default)s)",
+    )
+    parser.add_argument(
+        "--rescore",
+        type=at_least_one,
+        default=1,
+        metavar="R",
+        help="find the best R k, then pick by exact products (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the file's checksums, which reads all of it"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: for each query its ids and scores")
     parser.set_defaults(run=_query)
 
@@ -94,4 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "examples: tbq search build vectors.npy index.tbqi, tbq search query index.tbqi queries.npy; each has its own --help"
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, of in (("build", _define_build), ("query", _define_query)):
-        of(commands.add_parser(name, help=of.__doc__, description=of.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+        of(
+            commands.add_parser(
+                name, help=of.__doc__, description=of.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            )
+        )

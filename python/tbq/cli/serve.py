@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq serve`."""
+
 import argparse
 import contextlib
 import os
@@ -27,11 +28,21 @@ def summary(server: Server, kv: str) -> list[str]:
     pair = plan.pair(server.k, server.v)
     full = plan.bytes_at("f16", "f16", plan.context)
     share = f", {100 * pair.bytes / full:.0f} % of f16's {amount(full)}" if full else ""
-    why = plan.reason if kv == "auto" else "as asked for" + ("" if (server.k, server.v) == plan.recommended else
-                                                             f"; tbq plan would take {'/'.join(plan.recommended)}: {plan.reason}")
-    return [head,
-            f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
-            f"why:   {'; '.join([why, *plan.warnings])}"]
+    why = (
+        plan.reason
+        if kv == "auto"
+        else "as asked for"
+        + (
+            ""
+            if (server.k, server.v) == plan.recommended
+            else f"; tbq plan would take {'/'.join(plan.recommended)}: {plan.reason}"
+        )
+    )
+    return [
+        head,
+        f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
+        f"why:   {'; '.join([why, *plan.warnings])}",
+    ]
 
 
 class _Signals:
@@ -64,7 +75,9 @@ def _correction(server: Server) -> str | None:
     if server.context_is_capped:  # n_ctx_slot is less than the cache then
         return None
     context = output.server_context(server.log)
-    if context is None or server.plan is None or server.plan.context > server.plan.context_train:  # a slot is never longer than that
+    if (
+        context is None or server.plan is None or server.plan.context > server.plan.context_train
+    ):  # a slot is never longer than that
         return None
     size = server.plan.bytes_at(server.k, server.v, context)
     if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
@@ -77,12 +90,23 @@ def _correction(server: Server) -> str | None:
 def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:
     """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
     with interruptible():
-        server = Server(model, kv, center=center, port=8080, options=options, timeout=None, on_line=lambda line: say(line, to_stderr=True))
+        server = Server(
+            model,
+            kv,
+            center=center,
+            port=8080,
+            options=options,
+            timeout=None,
+            on_line=lambda line: say(line, to_stderr=True),
+        )
         server.prepare()
     for line in summary(server, kv):
         say(f"tbq: {line}")
     if ignored := sorted(name for name in os.environ if name.startswith("LLAMA_ARG_")):
-        say(f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead", to_stderr=True)
+        say(
+            f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead",
+            to_stderr=True,
+        )
     signals = _Signals(server)
     with handled(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
         server.start()
@@ -107,14 +131,26 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """plan a model's cache and run llama-server with it"""
     parser.usage = "tbq serve [-h] [--kv auto|TYPE|K/V] [--no-center] MODEL [llama-server's options ...]"
-    parser.epilog = ("examples: tbq serve model.gguf\n"
-                     "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n\n"
-                     "The exit status is llama-server's; LLAMA_ARG_... variables are not passed on to it.")
-    parser.add_argument("--kv", default="auto", metavar="auto|TYPE|K/V",
-                        help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values")
-    parser.add_argument("--no-center", action="store_true", help="do not centre the keys (docs/center.md): quantized ones lose some accuracy")
+    parser.epilog = (
+        "examples: tbq serve model.gguf\n"
+        "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n\n"
+        "The exit status is llama-server's; LLAMA_ARG_... variables are not passed on to it."
+    )
+    parser.add_argument(
+        "--kv",
+        default="auto",
+        metavar="auto|TYPE|K/V",
+        help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values",
+    )
+    parser.add_argument(
+        "--no-center",
+        action="store_true",
+        help="do not centre the keys (docs/center.md): quantized ones lose some accuracy",
+    )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
-    rest = parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is")
+    rest = parser.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is"
+    )
     rest.required = False  # or it would be called missing beside MODEL
 
     def run(args: argparse.Namespace) -> int:
@@ -123,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if option == "--kv":
                 kv = next(given, "")
             elif option.startswith("--kv="):
-                kv = option[len("--kv="):]
+                kv = option[len("--kv=") :]
             elif option == "--no-center":
                 center = False
             elif option in ("-h", "--help"):

@@ -4,6 +4,7 @@ llama-quantize's; without llama.cpp (-DTBQ_LLAMA=OFF) by gguf, which is slower a
 
 Called from many threads; everything here runs without the GIL.
 """
+
 import ctypes
 import functools
 import pathlib
@@ -66,7 +67,9 @@ def encoder(type: GGMLQuantizationType) -> Callable[[Floats], Bytes]:
         n = len(values)
         data = np.empty(n // block * block_bytes, np.uint8)
         # type, source, target, first value, rows, values per row, no importance matrix
-        size = quantize(int(type), _pointer(values), _pointer(data), ctypes.c_int64(0), ctypes.c_int64(1), ctypes.c_int64(n), None)
+        size = quantize(
+            int(type), _pointer(values), _pointer(data), ctypes.c_int64(0), ctypes.c_int64(1), ctypes.c_int64(n), None
+        )
         if size != len(data):
             raise TBQError(f"ggml wrote {size} bytes of {name} instead of {len(data)}")
         return data
@@ -75,7 +78,11 @@ def encoder(type: GGMLQuantizationType) -> Callable[[Floats], Bytes]:
 
 
 def _decoder_name(name: str) -> str:
-    special = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row", "q8_k": ""}  # q8_k: for activations only
+    special = {
+        "f16": "ggml_fp16_to_fp32_row",
+        "bf16": "ggml_bf16_to_fp32_row",
+        "q8_k": "",
+    }  # q8_k: for activations only
     return special.get(name, f"dequantize_row_{re.sub('_k$', '_K', name)}")
 
 
@@ -88,7 +95,7 @@ def _symbol(name: str) -> Any:
     return getattr(_ggml(), name, None) if name else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ggml() -> ctypes.CDLL | None:
     return _library("ggml-base")
 
@@ -115,10 +122,14 @@ def _cpu_backend() -> ctypes.CDLL | None:
     except (TBQError, OSError):
         return None
     # 0: the machine lacks what the module was compiled for
-    return max((module for module in modules if module.ggml_backend_score()), key=lambda module: int(module.ggml_backend_score()), default=None)
+    return max(
+        (module for module in modules if module.ggml_backend_score()),
+        key=lambda module: int(module.ggml_backend_score()),
+        default=None,
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fast_half() -> Any:
     """The CPU backend's half to float, ten times as fast as ggml-base's and NumPy's, or None.
 
@@ -134,7 +145,9 @@ def _fast_half() -> Any:
     return function
 
 
-def _probed(function: Callable[[Any], Any], type: GGMLQuantizationType, argument: Any, verb: str) -> Callable[[Any], Any]:
+def _probed(
+    function: Callable[[Any], Any], type: GGMLQuantizationType, argument: Any, verb: str
+) -> Callable[[Any], Any]:
     """The function, once it has done a block: gguf says only then what it cannot do."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     try:

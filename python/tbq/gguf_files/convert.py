@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Converts GGUF files from one type of weights to another: `tbq convert`."""
+
 import collections
 import contextlib
 import math
@@ -41,12 +42,22 @@ class Conversion:
     bytes_out: int
     bits_per_value: float  #: of the tensors written, all together
     counts: dict[tuple[str, str], int]  #: (type before, type after): tensors
-    notes: dict[str, str] = field(default_factory=dict)  #: name of a tensor that did not get its type: what it has, and why
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  #: name of a tensor that did not get its type: what it has, and why
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type: str = "tbq4_0", *,
-            tensors: Sequence[tuple[str, str]] = (), force: bool = False, split_bytes: int | None = None,
-            threads: int | None = None, progress: bool = False) -> Conversion:
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str = "tbq4_0",
+    *,
+    tensors: Sequence[tuple[str, str]] = (),
+    force: bool = False,
+    split_bytes: int | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Conversion:
     """Writes a GGUF file with weights of another type.
 
     source: a file, or one of a split (all of it is read).  target: the file to write; it appears when it is complete.
@@ -69,7 +80,10 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], type
             raise TBQError(f"{name} is {value!r}; it must be an integer, at least 1")
     model = open_gguf(source)
     notes: dict[str, str] = {}
-    plan = [(tensor, fitting_type(tensor, wanted, notes)) for tensor, wanted in zip(model.tensors, wanted_types(model, type, tensors))]
+    plan = [
+        (tensor, fitting_type(tensor, wanted, notes))
+        for tensor, wanted in zip(model.tensors, wanted_types(model, type, tensors))
+    ]
     parts = _parts(plan, path, split_bytes)
     names = [name for name, _ in parts]
     _check_target(model, names, force)
@@ -115,13 +129,15 @@ def _parts(plan: TypedTensors, target: pathlib.Path, limit: int | None) -> list[
         groups[-1].append((tensor, type))
     if len(groups) == 1:
         return [(target, plan)]
-    if len(groups) > 0xffff:
+    if len(groups) > 0xFFFF:
         raise TBQError(f"{limit} bytes a file would make {len(groups)} files; 65535 are possible")
     stem = target.name.removesuffix(".gguf")
     return [(target.with_name(f"{stem}-{i + 1:05}-of-{len(groups):05}.gguf"), group) for i, group in enumerate(groups)]
 
 
-def _header(model: GGUFModel, parts: list[tuple[pathlib.Path, TypedTensors]], index: int, file_type: int) -> tuple[bytes, list[int], int]:
+def _header(
+    model: GGUFModel, parts: list[tuple[pathlib.Path, TypedTensors]], index: int, file_type: int
+) -> tuple[bytes, list[int], int]:
     """header() of a part: the first has the metadata, as the source has it but for what is new."""
     entries: dict[str, bytes] = {}
 
@@ -142,10 +158,16 @@ def _header(model: GGUFModel, parts: list[tuple[pathlib.Path, TypedTensors]], in
         put(gguf.Keys.Split.LLM_KV_SPLIT_NO, GGUFValueType.UINT16, index)
         put(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, GGUFValueType.UINT16, len(parts))
         put(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, GGUFValueType.INT32, sum(len(part) for _, part in parts))
-    return header(entries, [(tensor.name, type, tensor.shape) for tensor, type in parts[index][1]], model.metadata.alignment)
+    return header(
+        entries, [(tensor.name, type, tensor.shape) for tensor, type in parts[index][1]], model.metadata.alignment
+    )
 
 
-_SPLIT_KEYS = (gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COUNT, gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+_SPLIT_KEYS = (
+    gguf.Keys.Split.LLM_KV_SPLIT_NO,
+    gguf.Keys.Split.LLM_KV_SPLIT_COUNT,
+    gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,
+)
 
 
 def _check_target(model: GGUFModel, paths: list[pathlib.Path], force: bool) -> None:
@@ -174,7 +196,9 @@ def _check_room(paths: list[pathlib.Path], headers: list[tuple[bytes, list[int],
 # --- the tensors --------------------------------------------------------------------------------------------------
 
 
-def _converted(plan: TypedTensors, offsets: list[int], pool: ThreadPoolExecutor, window: int) -> Iterator[tuple[Tensor, int, Any]]:
+def _converted(
+    plan: TypedTensors, offsets: list[int], pool: ThreadPoolExecutor, window: int
+) -> Iterator[tuple[Tensor, int, Any]]:
     """(tensor, where in the file, bytes) in the order of the file, up to `window` pieces ahead of the reader."""
     waiting: collections.deque[tuple[Tensor, int, Future[Any]]] = collections.deque()
     try:
@@ -207,12 +231,16 @@ def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.u
         if not (math.isfinite(low) and math.isfinite(high)):
             raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is damaged")
         if limit is not None and max(high, -low) > limit:
-            raise TBQError(f"tensor {tensor.name} has values beyond {limit:.0f}, the largest of f16; bf16 and f32 can hold them")
+            raise TBQError(
+                f"tensor {tensor.name} has values beyond {limit:.0f}, the largest of f16; bf16 and f32 can hold them"
+            )
         result = encode(values)
         if type not in (GGML.F32, GGML.F16) and max(high, -low) > _LARGE:
             lost = np.linalg.norm(decoder(type)(result).astype(np.float64) - values)
             if not lost < 0.5 * np.linalg.norm(values.astype(np.float64)):  # of 2 bits it is a third
-                raise TBQError(f"tensor {tensor.name} has values beyond the range of {type.name.lower()}; f32 can hold them")
+                raise TBQError(
+                    f"tensor {tensor.name} has values beyond the range of {type.name.lower()}; f32 can hold them"
+                )
         return result
 
     return work
@@ -227,6 +255,7 @@ def _bar(plan: TypedTensors, show: bool) -> Iterator[Callable[[Tensor, int], Non
 
     total = sum(_n_bytes(tensor, type) for tensor, type in plan)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, disable=None) as bar:
+
         def advance(tensor: Tensor, size: int) -> None:
             bar.set_description(tensor.name, refresh=False)
             bar.update(size)
@@ -237,6 +266,10 @@ def _bar(plan: TypedTensors, show: bool) -> Iterator[Callable[[Tensor, int], Non
 def _report(plan: TypedTensors, files: list[pathlib.Path], notes: dict[str, str]) -> Conversion:
     size = sum(_n_bytes(tensor, type) for tensor, type in plan)
     return Conversion(
-        files=tuple(files), bytes_in=sum(tensor.n_bytes for tensor, _ in plan), bytes_out=size,
+        files=tuple(files),
+        bytes_in=sum(tensor.n_bytes for tensor, _ in plan),
+        bytes_out=size,
         bits_per_value=8 * size / max(1, sum(tensor.n_values for tensor, _ in plan)),
-        counts=dict(collections.Counter((tensor.type.name.lower(), type.name.lower()) for tensor, type in plan)), notes=notes)
+        counts=dict(collections.Counter((tensor.type.name.lower(), type.name.lower()) for tensor, type in plan)),
+        notes=notes,
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Says what is in a GGUF file, and what its weights lost: `tbq inspect`."""
+
 import contextlib
 import math
 import os
@@ -34,7 +35,9 @@ class Blocks:
     scales: tuple[float, float, float] = (math.nan,) * 3  #: smallest, median, largest; of a tensor only
     zero: int = 0  #: blocks with scale 0
     damaged: int = 0  #: blocks whose scale is NaN or infinite
-    use: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  #: how often each level of the codebook is used
+    use: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  #: how often each level of the codebook is used
     histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SCALE_BINS) - 1, np.int64))
 
     @property
@@ -50,7 +53,9 @@ class Entry:
 
     tensor: Tensor
     blocks: Blocks | None = None  #: of tbq tensors
-    error: float | None = None  #: norm of the difference to the original over the norm of the original; None without values
+    error: float | None = (
+        None  #: norm of the difference to the original over the norm of the original; None without values
+    )
     cosine: float | None = None  #: of the angle to the original
 
 
@@ -63,8 +68,14 @@ class Inspection:
     missing: list[str]  #: tensors that the original does not have
 
 
-def inspect(path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, header_only: bool = False,
-            threads: int | None = None, progress: bool = False) -> Inspection:
+def inspect(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    header_only: bool = False,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Inspection:
     """Reads a GGUF file (all files of a split): tensors; of tbq tensors the scales and the use of the codebook.
 
     against: the file that it was converted from; gives `error` and `cosine` of each tensor.
@@ -92,7 +103,9 @@ def inspect(path: str | os.PathLike[str], against: str | os.PathLike[str] | None
 def _check_pairs(pairs: Sequence[tuple[Entry, Tensor | None]], path: object, against: object) -> None:
     for entry, original in pairs:
         if original is not None and original.shape != entry.tensor.shape:
-            raise TBQError(f"{path} was not made from {against}: {entry.tensor.name} is {list(entry.tensor.shape)} and {list(original.shape)}")
+            raise TBQError(
+                f"{path} was not made from {against}: {entry.tensor.name} is {list(entry.tensor.shape)} and {list(original.shape)}"
+            )
     if all(original is None for _, original in pairs):
         raise TBQError(f"{path} and {against} have no tensor in common")
 
@@ -110,8 +123,14 @@ class _Sums:
     errors: npt.NDArray[np.int64] | None = None
 
 
-def _read(report: Inspection, entry: Entry, original: Tensor | None, pool: ThreadPoolExecutor, window: int,
-          advance: Callable[[int], None]) -> None:
+def _read(
+    report: Inspection,
+    entry: Entry,
+    original: Tensor | None,
+    pool: ThreadPoolExecutor,
+    window: int,
+    advance: Callable[[int], None],
+) -> None:
     info = types.get(entry.tensor.type.name.lower())
     try:
         decoders = original and (decoder(entry.tensor.type), decoder(original.type))
@@ -119,10 +138,20 @@ def _read(report: Inspection, entry: Entry, original: Tensor | None, pool: Threa
         decoders = None
     if entry.tensor.n_values == 0 or info is None and not decoders:
         return
-    sums = list(_mapped(pool, window, advance, lambda new, old: _sums(info, decoders, new, old), pieces(entry.tensor, CHUNK),
-                        pieces(original, CHUNK) if original and decoders else None))
+    sums = list(
+        _mapped(
+            pool,
+            window,
+            advance,
+            lambda new, old: _sums(info, decoders, new, old),
+            pieces(entry.tensor, CHUNK),
+            pieces(original, CHUNK) if original and decoders else None,
+        )
+    )
     if info is not None:
-        entry.blocks = _blocks([s.scales for s in sums if s.scales is not None], [s.use for s in sums if s.use is not None])
+        entry.blocks = _blocks(
+            [s.scales for s in sums if s.scales is not None], [s.use for s in sums if s.use is not None]
+        )
         _add(report.totals.setdefault(info.name, Blocks(use=np.zeros(len(info.levels), np.int64))), entry.blocks)
     if decoders:
         new, old, both, difference = np.sum([s.products for s in sums if s.products is not None], axis=0)
@@ -133,8 +162,14 @@ def _read(report: Inspection, entry: Entry, original: Tensor | None, pool: Threa
         counts += np.sum([s.errors for s in sums if s.errors is not None], axis=0)
 
 
-def _mapped(pool: ThreadPoolExecutor, window: int, advance: Callable[[int], None], function: Callable[[Any, Any], _Sums],
-            new: Iterable[npt.NDArray[np.uint8]], old: Iterable[npt.NDArray[np.uint8]] | None) -> Iterator[_Sums]:
+def _mapped(
+    pool: ThreadPoolExecutor,
+    window: int,
+    advance: Callable[[int], None],
+    function: Callable[[Any, Any], _Sums],
+    new: Iterable[npt.NDArray[np.uint8]],
+    old: Iterable[npt.NDArray[np.uint8]] | None,
+) -> Iterator[_Sums]:
     """function of each pair, in order, with few pieces in memory."""
     waiting: deque[Any] = deque()
     for pair in zip(new, old) if old is not None else ((piece, None) for piece in new):
@@ -155,14 +190,18 @@ def _sums(info: TypeInfo | None, decoders: Any, new: npt.NDArray[np.uint8], old:
             x, y = (decode(data).astype(np.float64) for decode, data in zip(decoders, (new, old)))
             difference = x - y
             # not x @ y: BLAS would start threads of its own in each of ours
-            sums.products = np.array([np.einsum("i,i->", a, b) for a, b in ((x, x), (y, y), (x, y), (difference, difference))])
+            sums.products = np.array(
+                [np.einsum("i,i->", a, b) for a, b in ((x, x), (y, y), (x, y), (difference, difference))]
+            )
             rms = np.sqrt(sums.products[1] / len(y)) or 1.0
             place = np.nan_to_num((difference / rms + 1) * (ERROR_BINS / 2)).clip(0, ERROR_BINS - 1).astype(np.int64)
             sums.errors = np.bincount(place, minlength=ERROR_BINS)
     return sums
 
 
-def scales_and_use(data: npt.NDArray[np.uint8], info: TypeInfo) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
+def scales_and_use(
+    data: npt.NDArray[np.uint8], info: TypeInfo
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
     """The scales of blocks, and how often each level of the codebook is used.
 
     The library decodes the blocks with a scale of 1 and rotates what it gets: that is the codebook's integers again.
@@ -201,6 +240,8 @@ def _bar(pairs: Sequence[tuple[Entry, Tensor | None]], show: bool) -> Iterator[C
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    total = sum(entry.tensor.n_bytes for entry, original in pairs if original or entry.tensor.type.name.lower() in types)
+    total = sum(
+        entry.tensor.n_bytes for entry, original in pairs if original or entry.tensor.type.name.lower() in types
+    )
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, disable=None) as bar:
         yield lambda size: bar.update(size) and None

@@ -5,6 +5,7 @@ file before it is used.
 gguf.GGUFReader trusts them, makes an array of each element of each list (3 s for a vocabulary of 49,000; 0.1 s here), and
 does not keep an entry's bytes, which is what copies it unchanged.  The numbers of the format are gguf's.
 """
+
 import os
 import pathlib
 import re
@@ -38,9 +39,17 @@ FORMAT_KEY = "tbq.format_version"
 
 #: struct's letter for each value of fixed size.
 _SCALARS = {
-    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.FLOAT64: "d",
+    GGUFValueType.BOOL: "?",
 }
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
@@ -188,8 +197,9 @@ def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
             left -= len(data)
 
 
-def header(entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuantizationType, tuple[int, ...]]],
-           alignment: int) -> tuple[bytes, list[int], int]:
+def header(
+    entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuantizationType, tuple[int, ...]]], alignment: int
+) -> tuple[bytes, list[int], int]:
     """What a file begins with: entries as Metadata.raw has them or entry() makes them; names, types and shapes of tensors.
 
     Returns the bytes, padded; where each tensor belongs in the file; the size of the file.
@@ -197,7 +207,11 @@ def header(entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuanti
     infos, offsets, end = [], [], 0
     for name, type, shape in tensors:
         encoded = name.encode()
-        infos.append(struct.pack(f"<Q{len(encoded)}sI{len(shape)}QIQ", len(encoded), encoded, len(shape), *reversed(shape), type, end))
+        infos.append(
+            struct.pack(
+                f"<Q{len(encoded)}sI{len(shape)}QIQ", len(encoded), encoded, len(shape), *reversed(shape), type, end
+            )
+        )
         offsets.append(end)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
         end += _padded(prod(shape) // block * block_bytes, alignment)
@@ -244,7 +258,9 @@ class _Cursor:
         if stop > self._end:
             raise TBQError(f"{self.path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
         if stop > MAX_HEADER:
-            raise TBQError(f"{self.path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header")
+            raise TBQError(
+                f"{self.path}: {what} would end at byte {stop}, beyond the {MAX_HEADER >> 20} MiB of a header"
+            )
         while len(self.buffer) < stop:
             assert self._file is not None
             piece = self._file.read(max(1 << 16, stop - len(self.buffer)))
@@ -264,7 +280,7 @@ class _Cursor:
 
     def skip_string(self, what: str) -> tuple[int, int]:
         """First and last+1 byte of a string."""
-        length, = self.unpack("Q", f"the length of {what}")
+        (length,) = self.unpack("Q", f"the length of {what}")
         self.require(length, what)
         start = self.position
         self.position += length
@@ -328,6 +344,7 @@ def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
 
 def _value(cursor: _Cursor, kind: int) -> Any:
     """What _skip_value has been over."""
+
     def text() -> str:
         start, stop = cursor.skip_string("a string")
         return cursor.buffer[start:stop].decode(errors="replace")
@@ -351,7 +368,9 @@ def _read_file(path: pathlib.Path) -> tuple[Metadata, tuple[Tensor, ...]]:
         n_tensors, n_entries = _preamble(cursor, path)
         metadata = _entries(cursor, path, n_entries)
         if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
-            raise TBQError(f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]!r}; this tbq reads {FORMAT_VERSION}")
+            raise TBQError(
+                f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]!r}; this tbq reads {FORMAT_VERSION}"
+            )
         return metadata, _tensors(cursor, path, n_tensors, _alignment(path, metadata), size)
 
 
@@ -360,15 +379,20 @@ def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
     if magic != gguf.GGUF_MAGIC:
         raise TBQError(f"{path} is not a GGUF file: it begins with {bytes(cursor.buffer[:4])!r}")
     version = cursor.u32("the version")
-    if version and version & 0xffff == 0:
+    if version and version & 0xFFFF == 0:
         raise TBQError(f"{path} is big-endian; only little-endian GGUF files are read")
     if version not in (2, 3):
         raise TBQError(f"{path} has GGUF version {version}; 2 and 3 are read")
     n_tensors, n_entries = cursor.unpack("QQ", "the header")
     if max(n_tensors, n_entries) > MAX_COUNT:
-        raise TBQError(f"{path} says that it has {n_tensors} tensors and {n_entries} entries; at most {MAX_COUNT} are read")
+        raise TBQError(
+            f"{path} says that it has {n_tensors} tensors and {n_entries} entries; at most {MAX_COUNT} are read"
+        )
     # the smallest tensor: name's length, dimensions, type, offset; the smallest entry: key's length, a character, type, value
-    cursor.require(n_tensors * (8 + 4 + 4 + 8) + n_entries * (9 + 4 + 1), f"a header of {n_tensors} tensors and {n_entries} entries")
+    cursor.require(
+        n_tensors * (8 + 4 + 4 + 8) + n_entries * (9 + 4 + 1),
+        f"a header of {n_tensors} tensors and {n_entries} entries",
+    )
     return n_tensors, n_entries
 
 
@@ -381,7 +405,7 @@ def _entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
             raise TBQError(f"{path}: metadata {_short(key)} is there twice")
         type_start, what = cursor.position, f"metadata {_short(key)}"
         _skip_value(cursor, cursor.u32(what), what)
-        entries[key] = bytes(cursor.buffer[start:cursor.position]), type_start - start
+        entries[key] = bytes(cursor.buffer[start : cursor.position]), type_start - start
     return Metadata(entries)
 
 
@@ -389,7 +413,9 @@ def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
     """As llama.cpp has it: of 32 bits without sign, a power of two."""
     key = gguf.Keys.General.ALIGNMENT
     if key in metadata and metadata.type(key) != GGUFValueType.UINT32:
-        raise TBQError(f"{path}: {key} is {str(metadata[key])[:40]!r} of type {metadata.type(key).name.lower()}; it must be a uint32")
+        raise TBQError(
+            f"{path}: {key} is {str(metadata[key])[:40]!r} of type {metadata.type(key).name.lower()}; it must be a uint32"
+        )
     value = metadata.alignment
     if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
         raise TBQError(f"{path}: {key} is {value}; it must be a power of two up to {MAX_ALIGNMENT}")
@@ -411,15 +437,18 @@ def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, si
     tensors = tuple(_tensor(path, *each, alignment, start, size) for each in found)
     _check_unique([tensor.name for tensor in tensors], path)
     end, before = start, ""
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.n_bytes)):  # one of no bytes shares its offset with the next
+    for tensor in sorted(
+        tensors, key=lambda t: (t.offset, t.n_bytes)
+    ):  # one of no bytes shares its offset with the next
         if tensor.offset < end:
             raise TBQError(f"{path}: tensors {before} and {tensor.name} overlap")
         end, before = tensor.offset + tensor.n_bytes, tensor.name
     return tensors
 
 
-def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int,
-            size: int) -> Tensor:
+def _tensor(
+    path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int, size: int
+) -> Tensor:
     try:
         type = GGMLQuantizationType(kind)
     except ValueError:
@@ -428,10 +457,14 @@ def _tensor(path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, of
     if shape[-1] % block:
         raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")
     if 0 in shape and prod(n or 1 for n in shape) >= 2**60:  # NumPy multiplies them although nothing is there
-        raise TBQError(f"{path}: tensor {name} has shape {shape}; its axes that are not 0 must multiply to less than 2^60")
+        raise TBQError(
+            f"{path}: tensor {name} has shape {shape}; its axes that are not 0 must multiply to less than 2^60"
+        )
     n_bytes = prod(shape) // block * block_bytes
     if offset % alignment or start + offset + n_bytes > size:
-        raise TBQError(f"{path} is truncated or damaged: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}")
+        raise TBQError(
+            f"{path} is truncated or damaged: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}"
+        )
     return Tensor(name, type, shape, path, start + offset, n_bytes)
 
 

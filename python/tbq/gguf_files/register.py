@@ -6,6 +6,7 @@ neighbours, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the pa
 the types), and what gguf.quantize and gguf.dequantize look types up in.  tests/test_gguf.py runs it on each release of
 gguf that pyproject.toml allows.
 """
+
 import enum
 from types import new_class
 from typing import Any

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Which type each tensor of a GGUF file gets."""
+
 import re
 from collections.abc import Sequence
 
@@ -18,16 +19,79 @@ FILE_TYPES = {
 }
 
 #: Tensors with these in their name stay as they are: small, or sensitive.
-_KEPT = re.compile("|".join(map(re.escape, (
-    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d",
-    "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
-    *(f"time_mix_{x}.weight" for x in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2", "decay_w1", "decay_w2", "lerp_fused")),
-    "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
-    "a.rvq.codebook", "mm.a.code_embd"))))
+_KEPT = re.compile(
+    "|".join(
+        map(
+            re.escape,
+            (
+                "_norm.weight",
+                "ffn_gate_inp.weight",
+                "ffn_gate_tid2eid.weight",
+                "altup",
+                "laurel",
+                "per_layer_model_proj",
+                "ssm_conv1d",
+                "shortconv.conv.weight",
+                "indexer.k_proj.weight",
+                "indexer.q_proj.weight",
+                "time_mix_first.weight",
+                *(
+                    f"time_mix_{x}.weight"
+                    for x in (
+                        "w0",
+                        "w1",
+                        "w2",
+                        "v0",
+                        "v1",
+                        "v2",
+                        "a0",
+                        "a1",
+                        "a2",
+                        "g1",
+                        "g2",
+                        "decay_w1",
+                        "decay_w2",
+                        "lerp_fused",
+                    )
+                ),
+                "attn_rel_b.weight",
+                ".position_embd",
+                "sam.pos_embd",
+                "sam.neck.",
+                "sam.net_",
+                ".rel_pos",
+                ".patch_embd",
+                ".patch_merger",
+                "a.rvq.codebook",
+                "mm.a.code_embd",
+            ),
+        )
+    )
+)
 _KEPT_NAMES = ("position_embd.weight", "token_types.weight")
-_KEPT_IN_GLM5_NEXT = re.compile("|".join(map(re.escape, (
-    "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate", "indexer_compressor_ape", "ssm_f_a.weight",
-    "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"))))
+_KEPT_IN_GLM5_NEXT = re.compile(
+    "|".join(
+        map(
+            re.escape,
+            (
+                "hc_",
+                "indexer.attn_q_b",
+                "indexer.attn_k",
+                "indexer.proj",
+                "indexer_compressor_gate",
+                "indexer_compressor_ape",
+                "ssm_f_a.weight",
+                "ssm_f_b.weight",
+                "ssm_g_a.weight",
+                "ssm_g_b.weight",
+                "ssm_beta.weight",
+                "attn_kv_a_mqa.weight",
+                "attn_k_b.weight",
+                "attn_v_b.weight",
+            ),
+        )
+    )
+)
 _Q8_IN_GLM5_NEXT = re.compile("attn_q_a|attn_q_b|nextn.eh_proj")
 _Q8_IN_EIGHT_EXPERTS = re.compile(r"attn_(qkv|kv_b|v|k)\.weight")
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -60,8 +124,10 @@ def wanted_types(model: GGUFModel, type: str, patterns: Sequence[tuple[str, str]
             result.append(chosen[found][1])
     unused = [text for i, (text, _) in enumerate(patterns) if i not in used]
     if unused:
-        raise TBQError(f"--tensor {unused[0]!r} is not found in the name of any tensor that can be converted and that no "
-                       "earlier pattern has taken")
+        raise TBQError(
+            f"--tensor {unused[0]!r} is not found in the name of any tensor that can be converted and that no "
+            "earlier pattern has taken"
+        )
     return result
 
 
@@ -84,8 +150,13 @@ def _type(name: str) -> GGML:
 
 def _convertible(tensor: Tensor, arch: str) -> bool:
     dimensions = len(tensor.shape) - next((i for i, n in enumerate(tensor.shape) if n > 1), len(tensor.shape) - 1)
-    return (dimensions >= 2 and tensor.name.endswith("weight") and tensor.name not in _KEPT_NAMES
-            and not _KEPT.search(tensor.name) and not (arch == "glm5-next" and _KEPT_IN_GLM5_NEXT.search(tensor.name)))
+    return (
+        dimensions >= 2
+        and tensor.name.endswith("weight")
+        and tensor.name not in _KEPT_NAMES
+        and not _KEPT.search(tensor.name)
+        and not (arch == "glm5-next" and _KEPT_IN_GLM5_NEXT.search(tensor.name))
+    )
 
 
 def _without_tbq(tensor: Tensor) -> GGML:

@@ -11,13 +11,16 @@
 Importing it registers the attention implementation "tbq", which reads the blocks; with any other ("sdpa", "eager", ...) the
 cache decodes a layer at a time.
 """
+
 try:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 except ImportError as _error:
     from tbq.errors import TBQError
 
-    raise TBQError(f"tbq.hf needs transformers 4.57 or newer, and torch: pip install 'ggml-tbq[hf]' ({_error})") from None
+    raise TBQError(
+        f"tbq.hf needs transformers 4.57 or newer, and torch: pip install 'ggml-tbq[hf]' ({_error})"
+    ) from None
 
 from tbq.hf._attention import attention
 from tbq.hf._cache import TBQCache

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """attn_implementation="tbq": attention straight from the packed cache."""
+
 from typing import Any
 
 import torch
@@ -14,9 +15,19 @@ from tbq.hf._cache_layers import PackedStates
 _MOST_ROWS = 64
 
 
-def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-              scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, s_aux: torch.Tensor | None = None,
-              is_causal: bool | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """What transformers' AttentionInterface calls.  query: (batch, heads, tokens, size).  key, value: of a TBQCache, or any.
 
     softcap, s_aux (attention sinks, one for each head) as in transformers' flash attention.
@@ -31,16 +42,31 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and _takes(query, key, value, softcap, s_aux):
         query = query if query.stride(3) == 1 else query.contiguous()
-        return _backend.backend_for(query.device).attention(query, key.packed, key.bits, value.packed, value.bits, scale, attention_mask, causal,
-                                                   softcap or 0.0, s_aux, key.rotary_half), None
+        return _backend.backend_for(query.device).attention(
+            query,
+            key.packed,
+            key.bits,
+            value.packed,
+            value.bits,
+            scale,
+            attention_mask,
+            causal,
+            softcap or 0.0,
+            s_aux,
+            key.rotary_half,
+        ), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:
         return _plain(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
-    out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, is_causal=causal)
+    out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scale, is_causal=causal
+    )
     return out
 
 
-def _takes(query: torch.Tensor, key: PackedStates, value: PackedStates, softcap: float | None, s_aux: torch.Tensor | None) -> bool:
+def _takes(
+    query: torch.Tensor, key: PackedStates, value: PackedStates, softcap: float | None, s_aux: torch.Tensor | None
+) -> bool:
     """Whether the kernels of this device do: those for CUDA not every head size, and prompts only if torch cannot."""
     if query.device.type == "cpu":
         return True
@@ -49,8 +75,16 @@ def _takes(query: torch.Tensor, key: PackedStates, value: PackedStates, softcap:
     return key.shape[3] <= most and value.shape[3] <= most and (few or bool(softcap) or s_aux is not None)
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool,
-           softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     """Soft-caps and sinks over states that are not packed, which torch's attention does not know."""
     batch, heads, tokens, _ = query.shape
     group, n_kv = heads // key.shape[1], key.shape[2]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The cache that transformers' generate() takes."""
+
 import functools
 import math
 import sys
@@ -42,8 +43,15 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
 
     layers: list[Any]
 
-    def __init__(self, config: Any = None, k_bits: int | None = 4, v_bits: int | None = 4, *, sliding: str = "keep",
-                 pairs: str = "auto") -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        k_bits: int | None = 4,
+        v_bits: int | None = 4,
+        *,
+        sliding: str = "keep",
+        pairs: str = "auto",
+    ) -> None:
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
             if bits is not None and (isinstance(bits, bool) or bits not in _tables.BLOCK_BYTES):
                 raise TBQError(f"{name} is {bits!r}; it must be 2, 3, 4 or None")
@@ -62,9 +70,14 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
             return
         decoder = config.get_text_config(decoder=True)
-        configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(self.layers)  # transformers 5: sizes by layer
+        configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(
+            self.layers
+        )  # transformers 5: sizes by layer
         together = pairs == "halves" or pairs == "auto" and _pairs_halves(decoder)
-        self.layers = [self._replacement(layer, decoder, layer_config, sliding, together) for layer, layer_config in zip(self.layers, configs)]
+        self.layers = [
+            self._replacement(layer, decoder, layer_config, sliding, together)
+            for layer, layer_config in zip(self.layers, configs)
+        ]
         self._name = getattr(config, "_name_or_path", "") or config.model_type
         self._last = max((i for i, layer in enumerate(self.layers) if isinstance(layer, TBQLayer)), default=-1)
 
@@ -74,13 +87,17 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             return layer
         size = _head_size(layer_config)
         if (self.k_bits or self.v_bits) and size % 64:
-            raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache")
+            raise TBQError(
+                f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache"
+            )
         half = _rotary_half(layer_config, size) if together else 0
         if window:
             return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half)
         return TBQLayer(self.k_bits, self.v_bits, config, half)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in DynamicCache."""
         states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._constant_parts is not None and (self._constant_parts or key_states.shape[2] >= GROUP):
@@ -100,8 +117,11 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         large = {i: ratio for i, part in parts.items() if math.isfinite(ratio := float(part)) and ratio >= LARGE_BIAS}
         if large:
             worst = max(large, key=lambda i: large[i])
-            warnings.warn(f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: {large[worst]:.0f} times the rest "
-                          f"of the key): keys of {self.k_bits} bits lose much; TBQCache(..., k_bits=None) keeps them as they are", stacklevel=3)
+            warnings.warn(
+                f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: {large[worst]:.0f} times the rest "
+                f"of the key): keys of {self.k_bits} bits lose much; TBQCache(..., k_bits=None) keeps them as they are",
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         return f"TBQCache(k_bits={self.k_bits}, v_bits={self.v_bits}, layers={len(self.layers)}, tokens={self.get_seq_length()}, nbytes={self.nbytes})"
@@ -122,11 +142,23 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         for layer in self.layers:
             nbytes, baseline = _bytes(layer)
             k_bits, v_bits = layer.bits if isinstance(layer, TBQLayer) else (0, 0)
-            layers.append({"kind": type(layer).__name__, "k_bits": k_bits or None, "v_bits": v_bits or None,
-                           "nbytes": nbytes, "baseline_nbytes": baseline})
-        return {"tokens": self.get_seq_length(), "nbytes": self.nbytes, "baseline_nbytes": self.baseline_nbytes,
-                "ratio": self.baseline_nbytes / self.nbytes if self.nbytes else None,
-                "packed_layers": sum(isinstance(layer, TBQLayer) for layer in self.layers), "layers": layers}
+            layers.append(
+                {
+                    "kind": type(layer).__name__,
+                    "k_bits": k_bits or None,
+                    "v_bits": v_bits or None,
+                    "nbytes": nbytes,
+                    "baseline_nbytes": baseline,
+                }
+            )
+        return {
+            "tokens": self.get_seq_length(),
+            "nbytes": self.nbytes,
+            "baseline_nbytes": self.baseline_nbytes,
+            "ratio": self.baseline_nbytes / self.nbytes if self.nbytes else None,
+            "packed_layers": sum(isinstance(layer, TBQLayer) for layer in self.layers),
+            "layers": layers,
+        }
 
 
 def constant_part(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -146,7 +178,7 @@ def _common(states: torch.Tensor) -> torch.Tensor:
     """(batch, heads, groups): length of the mean of a group's tokens over the root mean square length of what they differ by."""
     batch, heads, tokens, size = states.shape
     groups = min(tokens // GROUP, _MOST_GROUPS)
-    grouped = states[:, :, :groups * GROUP].float().reshape(batch, heads, groups, GROUP, size)
+    grouped = states[:, :, : groups * GROUP].float().reshape(batch, heads, groups, GROUP, size)
     mean = grouped.mean(3, keepdim=True)
     rest = (grouped - mean).square().sum(4).mean(3)
     return (mean.square().sum((3, 4)) / rest.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
@@ -182,4 +214,8 @@ def _pairs_halves(config: Any) -> bool:
     """Whether the model's own rotate_half turns c and c + n/2 into each other; other models pair neighbours, or none."""
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     rotate = getattr(module, "rotate_half", None)
-    return rotate is not None and not getattr(config, "rope_interleave", False) and rotate(torch.tensor([0, 1, 2, 3])).tolist() == [-2, -3, 0, 1]
+    return (
+        rotate is not None
+        and not getattr(config, "rope_interleave", False)
+        and rotate(torch.tensor([0, 1, 2, 3])).tolist() == [-2, -3, 0, 1]
+    )

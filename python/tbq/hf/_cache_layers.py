@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Cache layers whose keys and values are tbq blocks."""
+
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ class Side:
         self.bits, self.size, self.dtype = bits, size, states.dtype
         self.half = half if bits and 2 * half <= size else 0
         self.row = size // 64 * _tables.BLOCK_BYTES[bits] if bits else size
-        self.data = torch.empty((batch, 0, heads, self.row), dtype=torch.uint8 if bits else states.dtype, device=states.device)
+        self.data = torch.empty(
+            (batch, 0, heads, self.row), dtype=torch.uint8 if bits else states.dtype, device=states.device
+        )
 
     def make_room(self, start: int, stop: int, room: int) -> None:
         """Moves rows start ... stop to the front of a tensor with `room` rows."""
         data = self.data.new_empty((self.data.shape[0], room, *self.data.shape[2:]))
-        data[:, :stop - start] = self.data[:, start:stop]
+        data[:, : stop - start] = self.data[:, start:stop]
         self.data = data
 
 
@@ -49,7 +52,9 @@ class PackedStates(torch.Tensor):
     @staticmethod
     def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
-        self: PackedStates = torch.Tensor._make_wrapper_subclass(cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device)
+        self: PackedStates = torch.Tensor._make_wrapper_subclass(
+            cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device
+        )
         self.packed, self.bits, self.rotary_half = packed, bits, half
         return self
 
@@ -130,9 +135,21 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         """What the next states must be."""
         assert self.sides
         k, v = self.sides
-        self.expected = (k.data.shape[0], k.data.shape[2], k.size, v.data.shape[0], v.data.shape[2], v.size, k.dtype, v.dtype, self.device)
+        self.expected = (
+            k.data.shape[0],
+            k.data.shape[2],
+            k.size,
+            v.data.shape[0],
+            v.data.shape[2],
+            v.size,
+            k.dtype,
+            v.dtype,
+            self.device,
+        )
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Packs the new states, (batch, heads, tokens, size); returns those of all cached tokens, decoded or PackedStates.
 
         Gradients end here.  Raises TBQError for states that do not fit those before them.
@@ -144,7 +161,9 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if self.sides is None or self.start == self.stop and self._does_not_fit(k, v):
             self.lazy_initialization(k, v)
         elif self._does_not_fit(k, v):
-            raise TBQError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} in {k.dtype} on {k.device} do not fit a cache of {self._describe()}")
+            raise TBQError(
+                f"keys {tuple(k.shape)} and values {tuple(v.shape)} in {k.dtype} on {k.device} do not fit a cache of {self._describe()}"
+            )
         assert self.sides
         if torch.is_grad_enabled():
             k, v = k.detach(), v.detach()
@@ -154,27 +173,36 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
             for side in self.sides:
                 side.make_room(self.start, self.stop, needed + max(_ROOM, needed // 64) if held else needed)
             self.start, self.stop, stop = 0, held, needed
-        rows = [side.data[:, self.stop:stop] for side in self.sides]
+        rows = [side.data[:, self.stop : stop] for side in self.sides]
         (k_bits, v_bits), backend = self.bits, _backend.backend_for(k.device)
         if not k_bits:
             rows[0].copy_(k.transpose(1, 2))
         if not v_bits:
             rows[1].copy_(v.transpose(1, 2))
         if (k_bits or v_bits) and k.numel():
-            backend.encode(_last_axis_contiguous(k), rows[0] if k_bits else None, k_bits, _last_axis_contiguous(v), rows[1] if v_bits else None, v_bits,
-                           self.sides[0].half)
+            backend.encode(
+                _last_axis_contiguous(k),
+                rows[0] if k_bits else None,
+                k_bits,
+                _last_axis_contiguous(v),
+                rows[1] if v_bits else None,
+                v_bits,
+                self.sides[0].half,
+            )
         self.stop = stop
 
     def _rows(self, which: int, start: int) -> torch.Tensor:
         assert self.sides
-        return self.sides[which].data[:, start:self.stop]
+        return self.sides[which].data[:, start : self.stop]
 
     def _states(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.sides
         if self.config is not None and self.config._attn_implementation == "tbq" and all(self.bits):
             k, v = self.sides
-            return (PackedStates(self._rows(0, start), k.bits, k.size, k.dtype, k.half),
-                    PackedStates(self._rows(1, start), v.bits, v.size, v.dtype, 0))
+            return (
+                PackedStates(self._rows(0, start), k.bits, k.size, k.dtype, k.half),
+                PackedStates(self._rows(1, start), v.bits, v.size, v.dtype, 0),
+            )
         return self._decoded(start)
 
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +211,16 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         plain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if any(self.bits):
             backend = _backend.backend_for(self.device)
-            plain = backend.decode(rows[0] if k.bits else None, k.bits, k.size, rows[1] if v.bits else None, v.bits, v.size, self.dtype, k.half)
+            plain = backend.decode(
+                rows[0] if k.bits else None,
+                k.bits,
+                k.size,
+                rows[1] if v.bits else None,
+                v.bits,
+                v.size,
+                self.dtype,
+                k.half,
+            )
         keys, values = (rows[i].transpose(1, 2) if states is None else states for i, states in enumerate(plain))
         return keys, values
 
@@ -192,7 +229,17 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if k.ndim != 4 or v.ndim != 4:
             return True
         (k_batch, k_heads, k_tokens, k_size), (v_batch, v_heads, v_tokens, v_size) = k.shape, v.shape
-        return (k_batch, k_heads, k_size, v_batch, v_heads, v_size, k.dtype, v.dtype, k.device) != self.expected or k_tokens != v_tokens
+        return (
+            k_batch,
+            k_heads,
+            k_size,
+            v_batch,
+            v_heads,
+            v_size,
+            k.dtype,
+            v.dtype,
+            k.device,
+        ) != self.expected or k_tokens != v_tokens
 
     def _describe(self) -> str:
         assert self.sides
@@ -247,13 +294,17 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
     def baseline_nbytes(self) -> int:
         """Bytes of the same tokens in the model's dtype."""
-        return sum(side.data.shape[0] * side.data.shape[2] * side.size * side.dtype.itemsize for side in self.sides or ()) * (self.stop - self.start)
+        return sum(
+            side.data.shape[0] * side.data.shape[2] * side.size * side.dtype.itemsize for side in self.sides or ()
+        ) * (self.stop - self.start)
 
 
 class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A layer of sliding-window attention: the rows of the last sliding_window - 1 tokens, packed."""
 
-    def __init__(self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0) -> None:
+    def __init__(
+        self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0
+    ) -> None:
         self.bits, self.half, self.config = (k_bits or 0, v_bits or 0), half, config
         DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
         self.record_past = False
@@ -263,7 +314,9 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         super()._drop()
         self.cumulative_length = 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         visible = min(self.stop - self.start, self.sliding_window - 1)
         self._append(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
@@ -288,8 +341,10 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         removed = -length if length < 0 or _CROPS_BY and length == 0 else max(0, self.cumulative_length - length)
         held, left = self.stop - self.start, max(0, self.cumulative_length - removed)
         if held - removed < min(left, self.sliding_window - 1):
-            raise TBQError(f"{removed} tokens cannot be removed: the window of {self.sliding_window} has dropped those before them; "
-                           "activate_past_recording() before they are added keeps them")
+            raise TBQError(
+                f"{removed} tokens cannot be removed: the window of {self.sliding_window} has dropped those before them; "
+                "activate_past_recording() before they are added keeps them"
+            )
         self.stop -= min(removed, held)
         self.cumulative_length = left
         if self.record_past and self.sides:
@@ -304,8 +359,10 @@ def _refuse(value: object) -> None:
 def _check_states(k: torch.Tensor, v: torch.Tensor) -> None:
     for name, states in (("keys", k), ("values", v)):
         if states.ndim != 4 or states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TBQError(f"{name} are {states.dtype} of shape {tuple(states.shape)}; they must be float32, float16 or bfloat16 of shape "
-                           "(batch, heads, tokens, size)")
+            raise TBQError(
+                f"{name} are {states.dtype} of shape {tuple(states.shape)}; they must be float32, float16 or bfloat16 of shape "
+                "(batch, heads, tokens, size)"
+            )
     _backend.backend_for(k.device)
 
 

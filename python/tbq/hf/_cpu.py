@@ -3,6 +3,7 @@
 
 Packed tensors are uint8 (batch, tokens, KV heads, bytes of a head) with the last two axes contiguous.
 """
+
 import concurrent.futures
 import functools
 import os
@@ -28,8 +29,15 @@ _PIECE = 1 << 18
 _MASK_TOKENS = 256
 
 
-def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int,
-           half: int = 0) -> None:
+def encode(
+    k: torch.Tensor,
+    k_packed: torch.Tensor | None,
+    k_bits: int,
+    v: torch.Tensor,
+    v_packed: torch.Tensor | None,
+    v_bits: int,
+    half: int = 0,
+) -> None:
     """k, v: (batch, heads, tokens, size), any float dtype, into the packed tensors of as many tokens; bits of 0 leave a side out.
 
     half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
@@ -40,7 +48,7 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
         _encode(v, v_packed, v_bits)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _order(size: int, half: int) -> torch.Tensor:
     """The channels of a head as they are stored."""
     paired = torch.arange(2 * half).reshape(2, half).T.reshape(-1)
@@ -56,18 +64,32 @@ def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
 
     def part(first: int, last: int) -> None:
         source = ffi.cast(ctype, rows.data_ptr() + first * 64 * rows.element_size())
-        _check(function(info.id, source, ffi.cast("void *", target.data_ptr() + first * info.block_bytes), (last - first) * 64))
+        _check(
+            function(
+                info.id, source, ffi.cast("void *", target.data_ptr() + first * info.block_bytes), (last - first) * 64
+            )
+        )
 
     _in_parts(part, rows.numel() // 64)
     if target is not packed:
         packed.copy_(target)
 
 
-def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
-           dtype: torch.dtype, half: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def decode(
+    k_packed: torch.Tensor | None,
+    k_bits: int,
+    k_size: int,
+    v_packed: torch.Tensor | None,
+    v_bits: int,
+    v_size: int,
+    dtype: torch.dtype,
+    half: int = 0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The values, (batch, heads, tokens, size) in dtype; None for a side of 0 bits.  half: as it was encoded."""
-    return (_decode(k_packed, k_bits, k_size, dtype, half) if k_bits and k_packed is not None else None,
-            _decode(v_packed, v_bits, v_size, dtype, 0) if v_bits and v_packed is not None else None)
+    return (
+        _decode(k_packed, k_bits, k_size, dtype, half) if k_bits and k_packed is not None else None,
+        _decode(v_packed, v_bits, v_size, dtype, 0) if v_bits and v_packed is not None else None,
+    )
 
 
 def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> torch.Tensor:
@@ -82,31 +104,47 @@ def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half
     buffer = torch.empty((step, heads, size), dtype=made)
     for rows, targets in zip(packed, values):
         for first in range(0, tokens, step):
-            target = targets[first:first + step]
-            piece = buffer[:target.shape[0]]
-            _decode_rows(rows[first:first + step], bits, piece)
+            target = targets[first : first + step]
+            piece = buffer[: target.shape[0]]
+            _decode_rows(rows[first : first + step], bits, piece)
             if half:
                 shape = target.shape[0], heads, half, 2
-                target[..., :2 * half].view(*shape[:2], 2, half).copy_(piece[..., :2 * half].view(shape).transpose(2, 3))
-            target[..., 2 * half:] = piece[..., 2 * half:]
+                target[..., : 2 * half].view(*shape[:2], 2, half).copy_(
+                    piece[..., : 2 * half].view(shape).transpose(2, 3)
+                )
+            target[..., 2 * half :] = piece[..., 2 * half :]
     return values.transpose(1, 2)
 
 
 def _decode_rows(rows: torch.Tensor, bits: int, values: torch.Tensor) -> None:
     """Contiguous blocks to contiguous float32 or float16."""
-    function, ctype = (lib.tbq_dequantize_f16, "uint16_t *") if values.dtype == torch.float16 else (lib.tbq_dequantize, "float *")
+    function, ctype = (
+        (lib.tbq_dequantize_f16, "uint16_t *") if values.dtype == torch.float16 else (lib.tbq_dequantize, "float *")
+    )
     info = types[f"tbq{bits}_0"]
 
     def part(first: int, last: int) -> None:
         to = ffi.cast(ctype, values.data_ptr() + first * 64 * values.element_size())
-        _check(function(info.id, ffi.cast("void *", rows.data_ptr() + first * info.block_bytes), to, (last - first) * 64))
+        _check(
+            function(info.id, ffi.cast("void *", rows.data_ptr() + first * info.block_bytes), to, (last - first) * 64)
+        )
 
     _in_parts(part, values.numel() // 64)
 
 
-def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed: torch.Tensor, v_bits: int, scale: float,
-              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None,
-              half: int = 0) -> torch.Tensor:
+def attention(
+    query: torch.Tensor,
+    k_packed: torch.Tensor,
+    k_bits: int,
+    v_packed: torch.Tensor,
+    v_bits: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    half: int = 0,
+) -> torch.Tensor:
     """Attention straight from blocks (tbq-attention.h).
 
     query: (batch, query heads, tokens, key size).  mask: bool (True is seen) or an addend, of shape (batch or 1, heads or 1,
@@ -127,34 +165,64 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         last = min(first + step, tokens)
         seen = n_kv - tokens + last if causal else n_kv
         part = torch.empty((batch, last - first, heads, v_size), dtype=torch.float32) if last - first < tokens else out
-        _attention(rows[:, :, first:last], k_packed[:, :seen], k_bits, v_packed[:, :seen], v_bits, scale,
-                   _halves(mask, first, last, seen, causal, n_kv - tokens), softcap, logits, part)
+        _attention(
+            rows[:, :, first:last],
+            k_packed[:, :seen],
+            k_bits,
+            v_packed[:, :seen],
+            v_bits,
+            scale,
+            _halves(mask, first, last, seen, causal, n_kv - tokens),
+            softcap,
+            logits,
+            part,
+        )
         if part is not out:
             out[:, first:last] = part
     return out.to(query.dtype)
 
 
-def _halves(mask: torch.Tensor | None, first: int, last: int, seen: int, causal: bool, before: int) -> torch.Tensor | None:
+def _halves(
+    mask: torch.Tensor | None, first: int, last: int, seen: int, causal: bool, before: int
+) -> torch.Tensor | None:
     """The mask of some query tokens as halves to add, or None; `before` tokens precede the queries."""
     added = None
     if mask is not None:
         some = (mask[:, :, first:last] if mask.shape[2] > 1 else mask)[..., :seen]
-        added = torch.zeros(some.shape, dtype=torch.float16).masked_fill_(~some, -torch.inf) if some.dtype == torch.bool else some.to(torch.float16)
+        added = (
+            torch.zeros(some.shape, dtype=torch.float16).masked_fill_(~some, -torch.inf)
+            if some.dtype == torch.bool
+            else some.to(torch.float16)
+        )
     if causal and last - first > 1:
         hidden = torch.full((last - first, seen), -torch.inf, dtype=torch.float16).triu_(before + first + 1)
         added = hidden[None, None] if added is None else added + hidden
     return None if added is None else added.contiguous()
 
 
-def _attention(query: torch.Tensor, k: torch.Tensor, k_bits: int, v: torch.Tensor, v_bits: int, scale: float, mask: torch.Tensor | None,
-               softcap: float, sinks: torch.Tensor | None, out: torch.Tensor) -> None:
+def _attention(
+    query: torch.Tensor,
+    k: torch.Tensor,
+    k_bits: int,
+    v: torch.Tensor,
+    v_bits: int,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     a = ffi.new("tbq_attention *")
     a.n_streams, a.n_head, a.n_tokens, a.k_size = query.shape
     a.n_kv, a.n_head_kv, a.v_size = k.shape[1], k.shape[2], out.shape[3]
     a.q = ffi.cast("float *", query.data_ptr())
     a.q_stream_stride, a.q_head_stride, a.q_token_stride = (4 * stride for stride in query.stride()[:3])
     for side, packed, bits in ((a.k, k, k_bits), (a.v, v, v_bits)):
-        side.type, side.data, side.n_streams = types[f"tbq{bits}_0"].id, ffi.cast("void *", packed.data_ptr()), packed.shape[0]
+        side.type, side.data, side.n_streams = (
+            types[f"tbq{bits}_0"].id,
+            ffi.cast("void *", packed.data_ptr()),
+            packed.shape[0],
+        )
         side.stream_stride, side.row_stride, side.head_stride = packed.stride()[:3]
     if mask is not None:
         a.mask, a.mask_n_streams, a.mask_n_heads = ffi.cast("uint16_t *", mask.data_ptr()), mask.shape[0], mask.shape[1]
@@ -167,7 +235,9 @@ def _attention(query: torch.Tensor, k: torch.Tensor, k_bits: int, v: torch.Tenso
     plan = ffi.new("tbq_attention_plan *")
     _check(lib.tbq_attention_make_plan(a, plan))
 
-    threads = max(1, min(torch.get_num_threads(), plan.n_items, query.shape[0] * a.n_kv * a.n_head * a.n_tokens // 1024))
+    threads = max(
+        1, min(torch.get_num_threads(), plan.n_items, query.shape[0] * a.n_kv * a.n_head * a.n_tokens // 1024)
+    )
     work = torch.empty(lib.tbq_attention_work_bytes(plan, threads), dtype=torch.uint8)
     memory, kernels = ffi.cast("void *", work.data_ptr()), lib.tbq_best_kernels()
     _on_threads(lambda thread: lib.tbq_attention_run_share(plan, kernels, thread, threads, memory), threads)

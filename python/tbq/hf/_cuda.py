@@ -3,6 +3,7 @@
 
 Packed tensors are uint8 (batch, tokens, KV heads, bytes of a head) with the last two axes contiguous.
 """
+
 import contextlib
 import functools
 import os
@@ -19,7 +20,7 @@ from tbq.hf._tables import BLOCK_BYTES
 MOST_BLOCKS = 4
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tables(bits: int, device: torch.device) -> torch.Tensor:
     """Signs, levels, gaps to the next and to the last level, bytes of level + 64, thresholds; float32 but for the bytes, at the
     offsets of _kernels."""
@@ -29,13 +30,17 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
     def padded(values: Sequence[float]) -> list[float]:
         return [*values, *[0] * (16 - len(values))]
 
-    numbers = torch.tensor([*_tables.SIGNS, *padded(levels), *padded([*gaps, 0]), *padded([0, *gaps])], dtype=torch.float32)
-    codebook = torch.tensor([64 + level for level in levels] + [0] * (16 - len(levels)), dtype=torch.uint8).view(torch.float32)
+    numbers = torch.tensor(
+        [*_tables.SIGNS, *padded(levels), *padded([*gaps, 0]), *padded([0, *gaps])], dtype=torch.float32
+    )
+    codebook = torch.tensor([64 + level for level in levels] + [0] * (16 - len(levels)), dtype=torch.uint8).view(
+        torch.float32
+    )
     thresholds = torch.tensor([t for row in _tables.THRESHOLDS[bits] for t in row], dtype=torch.float32)
     return torch.cat([numbers, codebook, thresholds]).to(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """(2, 64, 64): value c of a block is the sum over e of its levels, in the order of _kernels.element(), times [0, c, e], and
     times d; queries go the other way.  [1]: values 0, 2, 4, ... 62, 1, 3, ... 63."""
@@ -56,8 +61,15 @@ def _side(bits: int, size: int) -> tuple[int, int, int, int]:
     return (bits, len(_tables.THRESHOLDS[bits]), size // 64, BLOCK_BYTES[bits]) if bits else (0, 0, 1, 2)
 
 
-def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch.Tensor, v_packed: torch.Tensor | None, v_bits: int,
-           half: int = 0) -> None:
+def encode(
+    k: torch.Tensor,
+    k_packed: torch.Tensor | None,
+    k_bits: int,
+    v: torch.Tensor,
+    v_packed: torch.Tensor | None,
+    v_bits: int,
+    half: int = 0,
+) -> None:
     """k, v: (batch, heads, tokens, size), any float dtype, last axis contiguous, into the packed tensors of as many tokens.
 
     Bits of 0 leave a side out.  half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
@@ -68,16 +80,44 @@ def encode(k: torch.Tensor, k_packed: torch.Tensor | None, k_bits: int, v: torch
     k_side, v_side = _side(k_bits, k_size), _side(v_bits, v_size)
     rows = batch * heads * tokens
     k_total, v_total = (rows * k_side[2] if k_bits else 0), (rows * v_side[2] if v_bits else 0)
-    n = 1 if k.is_cuda else 8  # a block to a program of one warp; Triton's interpreter takes one program after the other
+    n = (
+        1 if k.is_cuda else 8
+    )  # a block to a program of one warp; Triton's interpreter takes one program after the other
     with _on(k.device):
         _kernels.encode[(-(-k_total // n) + -(-v_total // n),)](
-            k, *k.stride()[:3], k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k_total, tables(k_bits or v_bits, k.device),
-            v, *v.stride()[:3], v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v_total, tables(v_bits or k_bits, k.device),
-            heads, tokens, *k_side, *v_side, half, n, num_warps=1, enable_fp_fusion=False)
+            k,
+            *k.stride()[:3],
+            k_packed,
+            *(k_packed.stride()[:2] if k_packed is not None else (0, 0)),
+            k_total,
+            tables(k_bits or v_bits, k.device),
+            v,
+            *v.stride()[:3],
+            v_packed,
+            *(v_packed.stride()[:2] if v_packed is not None else (0, 0)),
+            v_total,
+            tables(v_bits or k_bits, k.device),
+            heads,
+            tokens,
+            *k_side,
+            *v_side,
+            half,
+            n,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
 
 
-def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: torch.Tensor | None, v_bits: int, v_size: int,
-           dtype: torch.dtype, half: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def decode(
+    k_packed: torch.Tensor | None,
+    k_bits: int,
+    k_size: int,
+    v_packed: torch.Tensor | None,
+    v_bits: int,
+    v_size: int,
+    dtype: torch.dtype,
+    half: int = 0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The values, (batch, heads, tokens, size) in dtype, contiguous; None for a side of 0 bits.  half: as it was encoded."""
     some = k_packed if k_packed is not None else v_packed
     assert some is not None
@@ -90,16 +130,43 @@ def decode(k_packed: torch.Tensor | None, k_bits: int, k_size: int, v_packed: to
     k_programs, v_programs = (programs * side[2] if side[0] else 0 for side in (k_side, v_side))
     with _on(some.device):
         _kernels.decode[(k_programs + v_programs,)](
-            k_packed, *(k_packed.stride()[:2] if k_packed is not None else (0, 0)), k, tables(k_bits or v_bits, some.device),
-            transforms(k_bits or v_bits, some.device), v_packed, *(v_packed.stride()[:2] if v_packed is not None else (0, 0)), v,
-            tables(v_bits or k_bits, some.device), transforms(v_bits or k_bits, some.device), heads, tokens, k_programs,
-            k_bits, *k_side[2:], v_bits, *v_side[2:], half, n, num_warps=4)
+            k_packed,
+            *(k_packed.stride()[:2] if k_packed is not None else (0, 0)),
+            k,
+            tables(k_bits or v_bits, some.device),
+            transforms(k_bits or v_bits, some.device),
+            v_packed,
+            *(v_packed.stride()[:2] if v_packed is not None else (0, 0)),
+            v,
+            tables(v_bits or k_bits, some.device),
+            transforms(v_bits or k_bits, some.device),
+            heads,
+            tokens,
+            k_programs,
+            k_bits,
+            *k_side[2:],
+            v_bits,
+            *v_side[2:],
+            half,
+            n,
+            num_warps=4,
+        )
     return k, v
 
 
-def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed: torch.Tensor, v_bits: int, scale: float,
-              mask: torch.Tensor | None = None, causal: bool = False, softcap: float = 0.0, sinks: torch.Tensor | None = None,
-              half: int = 0) -> torch.Tensor:
+def attention(
+    query: torch.Tensor,
+    k_packed: torch.Tensor,
+    k_bits: int,
+    v_packed: torch.Tensor,
+    v_bits: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    half: int = 0,
+) -> torch.Tensor:
     """Attention straight from blocks.
 
     query: (batch, query heads, tokens, key size), last axis contiguous.  mask: bool (True is seen) or an addend, of shape
@@ -119,7 +186,9 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
     tiles = -(-group * tokens // m)
     chunk = _chunk(n_kv, batch * heads * tiles, keys, programs * _processors(device))
     chunks = -(-n_kv // chunk)
-    partial = torch.empty(batch * heads * tiles * chunks * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device)
+    partial = torch.empty(
+        batch * heads * tiles * chunks * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device
+    )
     out = torch.empty((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
     strides: tuple[int, ...] = (0, 0, 0)
     kind = 0  # of the mask
@@ -130,12 +199,47 @@ def attention(query: torch.Tensor, k_packed: torch.Tensor, k_bits: int, v_packed
         mask = mask.view(torch.uint8) if kind == 1 else mask
     with _on(device):
         _kernels.attend[(tiles, batch * heads, chunks)](
-            query, *query.stride()[:3], k_packed, *k_packed.stride()[:2], tables(k_bits, device), transforms(k_bits, device, query.dtype),
-            v_packed, *v_packed.stride()[:2], tables(v_bits, device), mask, *strides,
-            partial, _counters(batch * heads * tiles, device), out, *out.stride()[:2], sinks,
-            heads, tokens, n_kv, chunk, chunks, scale, softcap, group, k_bits, k_blocks, BLOCK_BYTES[k_bits],
-            v_bits, v_blocks, BLOCK_BYTES[v_bits], kind, causal and tokens > 1, softcap != 0.0, sinks is not None, half, m, rows,
-            keys, num_warps=warps, num_stages=1)
+            query,
+            *query.stride()[:3],
+            k_packed,
+            *k_packed.stride()[:2],
+            tables(k_bits, device),
+            transforms(k_bits, device, query.dtype),
+            v_packed,
+            *v_packed.stride()[:2],
+            tables(v_bits, device),
+            mask,
+            *strides,
+            partial,
+            _counters(batch * heads * tiles, device),
+            out,
+            *out.stride()[:2],
+            sinks,
+            heads,
+            tokens,
+            n_kv,
+            chunk,
+            chunks,
+            scale,
+            softcap,
+            group,
+            k_bits,
+            k_blocks,
+            BLOCK_BYTES[k_bits],
+            v_bits,
+            v_blocks,
+            BLOCK_BYTES[v_bits],
+            kind,
+            causal and tokens > 1,
+            softcap != 0.0,
+            sinks is not None,
+            half,
+            m,
+            rows,
+            keys,
+            num_warps=warps,
+            num_stages=1,
+        )
     return out
 
 
@@ -146,7 +250,7 @@ def _counters(n: int, device: torch.device) -> torch.Tensor:
     return _zeros(-(-n // 1024) * 1024, device, stream)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _zeros(n: int, device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int32, device=device)
 
@@ -166,7 +270,7 @@ def _chunk(n_kv: int, parts: int, keys: int, programs: int) -> int:
     return -(-tiles // min(max(1, programs // parts), tiles)) * keys
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter
         return os.cpu_count() or 1

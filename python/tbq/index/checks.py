@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Checks of what an index is given."""
+
 import operator
 from typing import Any, SupportsIndex
 

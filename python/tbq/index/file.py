@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The file of an index: written whole or not at all, checked, mapped into memory.  tbq.index.index has its layout."""
+
 import math
 import mmap
 import os
@@ -35,7 +36,10 @@ MAGIC, VERSION, HEADER = b"TBQINDEX", 2, 128
 START = struct.Struct("<8s2I")
 _OLD_SECTIONS = ("d", "codes", "mul", "add", "ids", "originals")
 #: By version: the fields of the header, and the sections, each with a checksum behind them.
-FORMATS = {1: (struct.Struct("<8s6I3Q"), _OLD_SECTIONS), 2: (struct.Struct("<8s6I3Q2I"), ("center", *_OLD_SECTIONS, "first"))}
+FORMATS = {
+    1: (struct.Struct("<8s6I3Q"), _OLD_SECTIONS),
+    2: (struct.Struct("<8s6I3Q2I"), ("center", *_OLD_SECTIONS, "first")),
+}
 SUM = struct.Struct("<I")
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -44,10 +48,22 @@ Arrays = dict[str, npt.NDArray[Any]]
 def save(path: str | os.PathLike[str], properties: Properties, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Writes an index: the whole file or none of it.  arrays: with room for more vectors than there are."""
     _check_little_endian()
-    sections = [arrays[name][:shape[0]] for name, (shape, _) in properties.arrays().items()]
+    sections = [arrays[name][: shape[0]] for name, (shape, _) in properties.arrays().items()]
     p = properties
-    head = FORMATS[VERSION][0].pack(MAGIC, VERSION, FORMAT_VERSION, p.bits, METRICS.index(p.metric), ESTIMATORS.index(p.estimator),
-                                    KEEPS[p.keep], p.dim, p.n, p.next_id, p.centered, p.source)
+    head = FORMATS[VERSION][0].pack(
+        MAGIC,
+        VERSION,
+        FORMAT_VERSION,
+        p.bits,
+        METRICS.index(p.metric),
+        ESTIMATORS.index(p.estimator),
+        KEEPS[p.keep],
+        p.dim,
+        p.n,
+        p.next_id,
+        p.centered,
+        p.source,
+    )
     head += b"".join(SUM.pack(zlib.crc32(as_bytes(section))) for section in sections)
     head += SUM.pack(zlib.crc32(head))
     with _files.writing(path) as (file,):
@@ -68,7 +84,9 @@ def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
         layout = {name: array for name, array in properties.arrays().items() if name in sums}
         expected = _offsets(layout)
         if size != expected[-1]:
-            raise TBQError(f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: it is truncated or damaged")
+            raise TBQError(
+                f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: it is truncated or damaged"
+            )
         with _files.naming(path):
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     arrays = {}
@@ -91,20 +109,31 @@ def read_header(head: bytes, path: pathlib.Path) -> tuple[Properties, dict[str, 
         raise TBQError(f"{path} has {len(head)} bytes; its header has {HEADER}: it is truncated")
     _, version, blocks_version = START.unpack_from(head)
     if version not in FORMATS or blocks_version != FORMAT_VERSION:
-        raise TBQError(f"{path} has version {version}.{blocks_version}; this tbq reads "
-                       f"{' and '.join(f'{known}.{FORMAT_VERSION}' for known in FORMATS)}")
+        raise TBQError(
+            f"{path} has version {version}.{blocks_version}; this tbq reads "
+            f"{' and '.join(f'{known}.{FORMAT_VERSION}' for known in FORMATS)}"
+        )
     fixed, names = FORMATS[version]
     at = fixed.size + len(names) * SUM.size
     if SUM.unpack_from(head, at)[0] != zlib.crc32(head[:at]):
         raise TBQError(f"{path} is damaged: the checksum of its header is wrong")
     bits, metric, estimator, keep, dim, n, next_id, centered, source = (*fixed.unpack_from(head)[3:], 0, GIVEN)[:9]
     kept = next((name for name, size in KEEPS.items() if size == keep), "unknown")
-    if (not 2 <= bits <= 4 or metric >= len(METRICS) or estimator >= len(ESTIMATORS) or kept == "unknown"
-            or not 1 <= dim <= MOST_DIMENSIONS or max(n, next_id) >= 1 << 63 or centered > 1 or source > MEASURING
-            or (source == MEASURING and n >= FIRST) or any(head[at + SUM.size:])):
+    if (
+        not 2 <= bits <= 4
+        or metric >= len(METRICS)
+        or estimator >= len(ESTIMATORS)
+        or kept == "unknown"
+        or not 1 <= dim <= MOST_DIMENSIONS
+        or max(n, next_id) >= 1 << 63
+        or centered > 1
+        or source > MEASURING
+        or (source == MEASURING and n >= FIRST)
+        or any(head[at + SUM.size :])
+    ):
         raise TBQError(f"{path} is damaged: its header makes no sense")
     properties = Properties(dim, bits, METRICS[metric], ESTIMATORS[estimator], kept, n, next_id, bool(centered), source)
-    return properties, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size:at]))}
+    return properties, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size : at]))}
 
 
 def _check_values(path: pathlib.Path, properties: Properties, arrays: Arrays) -> None:

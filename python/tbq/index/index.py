@@ -60,6 +60,7 @@ FILE (version 2; little-endian; sections begin at multiples of 64, filled up wit
 Version 1, which is read too, has neither center nor first: its CRC-32s are at 56, that of the header at 80.
 Lanes of the last group that have no vector are zero.  The file ends with the last section.
 """
+
 import concurrent.futures
 import math
 import os
@@ -126,8 +127,16 @@ class Index:
     Raises TBQError for other arguments.
     """
 
-    def __init__(self, dim: SupportsIndex, bits: SupportsIndex = 4, metric: Metric = "ip", *, estimator: Estimator = "mse",
-                 keep: Literal["float16", "float32"] | None = None, center: npt.ArrayLike | None = None) -> None:
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        bits: SupportsIndex = 4,
+        metric: Metric = "ip",
+        *,
+        estimator: Estimator = "mse",
+        keep: Literal["float16", "float32"] | None = None,
+        center: npt.ArrayLike | None = None,
+    ) -> None:
         self.dim = check_integer(dim, "dim", 1, MOST_DIMENSIONS)
         self.bits = check_integer(bits, "bits", 2, 4)
         self.metric: Metric = check_choice(metric, "metric", METRICS)
@@ -149,8 +158,10 @@ class Index:
         return self._n
 
     def __repr__(self) -> str:
-        return (f"Index({self.dim}, bits={self.bits}, metric={self.metric!r}, estimator={self.estimator!r}, keep={self.keep!r}): "
-                f"{self._n} vectors, {self.nbytes} bytes")
+        return (
+            f"Index({self.dim}, bits={self.bits}, metric={self.metric!r}, estimator={self.estimator!r}, keep={self.keep!r}): "
+            f"{self._n} vectors, {self.nbytes} bytes"
+        )
 
     def __contains__(self, id: object) -> bool:
         return isinstance(id, (int, np.integer)) and int(id) in self._lookup()
@@ -158,7 +169,7 @@ class Index:
     @property
     def ids(self) -> Ids:
         """A copy of the ids, int64 of shape (len,), in no particular order once vectors were removed."""
-        return self._arrays["ids"][:self._n].copy()
+        return self._arrays["ids"][: self._n].copy()
 
     @property
     def center(self) -> Floats:
@@ -172,7 +183,9 @@ class Index:
 
     # --- changes --------------------------------------------------------------------------------------------------
 
-    def add(self, vectors: npt.ArrayLike, *, threads: int | None = None, progress: Callable[[int], object] | None = None) -> Ids:
+    def add(
+        self, vectors: npt.ArrayLike, *, threads: int | None = None, progress: Callable[[int], object] | None = None
+    ) -> Ids:
         """Adds vectors under the next free ids and returns these.
 
         vectors: numbers of shape (n, dim), or (dim,) for one; a memory-mapped array is read piece by piece.  threads: all
@@ -182,11 +195,19 @@ class Index:
         """
         x = self._rows(vectors, "vectors")
         if self._next + len(x) - 1 > LAST_ID:
-            raise TBQError(f"{len(x)} vectors would get ids from {self._next}, but 2^63 - 2 is the last; add_with_ids takes others")
+            raise TBQError(
+                f"{len(x)} vectors would get ids from {self._next}, but 2^63 - 2 is the last; add_with_ids takes others"
+            )
         return self._add(x, np.arange(self._next, self._next + len(x), dtype=np.int64), threads, progress)
 
-    def add_with_ids(self, vectors: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = None,
-                     progress: Callable[[int], object] | None = None) -> None:
+    def add_with_ids(
+        self,
+        vectors: npt.ArrayLike,
+        ids: npt.ArrayLike,
+        *,
+        threads: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
         """Adds vectors under ids of the caller's choice: integers from 0 to 2^63 - 2, of shape (n,), none twice.
 
         Otherwise as add.  Raises TBQError too for an id that the index has already, or that is there twice; nothing is
@@ -224,7 +245,7 @@ class Index:
             else:
                 self._clear(self._n, min(self._n + len(x), len(self._arrays["ids"])))
             raise
-        self._arrays["ids"][self._n:self._n + len(x)] = ids
+        self._arrays["ids"][self._n : self._n + len(x)] = ids
         if self._positions is not None:
             self._positions.update(zip(ids.tolist(), range(self._n, self._n + len(x))))
         self._next = max(self._next, int(ids.max()) + 1)
@@ -236,7 +257,7 @@ class Index:
         step = max(1, min(_CHUNK // (self._blocks * BLOCK), -(-len(x) // workers)))
 
         def encode(start: int) -> None:
-            some = x[start:start + step]
+            some = x[start : start + step]
             self._put(self._floats(some, start), start, self._n + start)
             if progress:
                 progress(len(some))
@@ -257,26 +278,38 @@ class Index:
         is_unit = self.metric == "cosine" and not self._centered
         unit, length = (x, np.ones(m)) if is_unit else unit_vectors(x, "vectors", row, zero_is_fine=True)
         padded = np.zeros((m, width), np.float32)
-        np.multiply(unit, math.sqrt(width), out=padded[:, :self.dim])
+        np.multiply(unit, math.sqrt(width), out=padded[:, : self.dim])
         packed = blocks.quantize(padded, self._type.name)
         factor = length / math.sqrt(width)
         if self.estimator == "unbiased":
             inner = np.einsum("ij,ij->i", padded, blocks.dequantize(packed, self._type.name, padded.shape))
             factor *= np.where(inner > 0, width / np.where(inner > 0, inner, 1), 1)
-        status = lib.tbq_scan_put(self._type.id, self._blocks, _pointer("char[]", packed), position, m,
-                                  _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]))
+        status = lib.tbq_scan_put(
+            self._type.id,
+            self._blocks,
+            _pointer("char[]", packed),
+            position,
+            m,
+            _pointer("uint16_t[]", arrays["d"]),
+            _pointer("uint32_t[]", arrays["codes"]),
+        )
         _check(status)
-        arrays["mul"][position:position + m] = factor
+        arrays["mul"][position : position + m] = factor
         if self.metric == "l2":
-            arrays["add"][position:position + m] = -0.5 * length**2
+            arrays["add"][position : position + m] = -0.5 * length**2
         elif self._centered:
-            arrays["add"][position:position + m] = np.einsum("ij,j->i", x, _direction(arrays["center"])[0].astype(np.float32))
+            arrays["add"][position : position + m] = np.einsum(
+                "ij,j->i", x, _direction(arrays["center"])[0].astype(np.float32)
+            )
         if self.keep:
             kept = self._halves(x) if self.keep == "float16" else x
-            why = ("is too far from the center for float16; keep 'float32' can hold it" if self._centered
-                   else "holds a value that float16 cannot; keep 'float32' can")
+            why = (
+                "is too far from the center for float16; keep 'float32' can hold it"
+                if self._centered
+                else "holds a value that float16 cannot; keep 'float32' can"
+            )
             complain(np.logical_not(np.isfinite(kept).all(axis=1)), "vectors", row, why)
-            arrays["originals"][position:position + m] = kept
+            arrays["originals"][position : position + m] = kept
 
     @staticmethod
     def _halves(x: Floats) -> npt.NDArray[np.float16]:
@@ -298,7 +331,9 @@ class Index:
     def _start(self, center: Floats | None, room: int) -> None:
         """New arrays, with room for so many vectors, for a center or none."""
         self._centered = center is not None
-        self._arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in self._properties.arrays(room).items()}
+        self._arrays = {
+            name: aligned_zeros(shape, dtype) for name, (shape, dtype) in self._properties.arrays(room).items()
+        }
         self._owned = True
         if center is not None:
             self._arrays["center"][:] = center
@@ -309,7 +344,7 @@ class Index:
         Returns how many it took of x.  The arrays are new ones, with room for so many vectors.
         """
         n = self._n
-        new = self._floats(x[:FIRST - n], 0)
+        new = self._floats(x[: FIRST - n], 0)
         unit_vectors(new, "vectors", 0, zero_is_fine=True)  # refuses what has no center
         first = np.concatenate([self._arrays["first"][:n], new])
         ids = self._arrays["ids"][:n]
@@ -321,7 +356,7 @@ class Index:
         self._start(center, room)
         self._arrays["ids"][:n] = ids
         if self._source == MEASURING:
-            self._arrays["first"][:len(first)] = first
+            self._arrays["first"][: len(first)] = first
         self._put(first, -n, 0)
         return len(new)
 
@@ -355,8 +390,9 @@ class Index:
 
     # --- questions ------------------------------------------------------------------------------------------------
 
-    def search(self, queries: npt.ArrayLike, k: SupportsIndex = 10, *, rescore: SupportsIndex = 1,
-               threads: int | None = None) -> tuple[Floats, Ids]:
+    def search(
+        self, queries: npt.ArrayLike, k: SupportsIndex = 10, *, rescore: SupportsIndex = 1, threads: int | None = None
+    ) -> tuple[Floats, Ids]:
         """The k vectors nearest to each query: (scores, ids), the best first.
 
         queries: numbers of shape (n, dim), or (dim,) for one.  k: 1 to len.  rescore: r above 1 finds the r * k best and
@@ -395,13 +431,20 @@ class Index:
             if factor > 1:
                 scores, places = self._rescored(q, places, wanted)
             elif self.metric == "l2":
-                scores = np.maximum(length[:, None]**2 - 2.0 * scores, 0).astype(np.float32)
+                scores = np.maximum(length[:, None] ** 2 - 2.0 * scores, 0).astype(np.float32)
         ids = np.where(places < 0, -1, self._arrays["ids"][places])
         one = np.ndim(queries) == 1
         return (scores[0], ids[0]) if one else (scores, ids)
 
-    def _scan_apart(self, q: Floats, along: npt.NDArray[np.float64], length: npt.NDArray[np.float64], e: npt.NDArray[np.float64], k: int,
-                    threads: int) -> tuple[Floats, Ids]:
+    def _scan_apart(
+        self,
+        q: Floats,
+        along: npt.NDArray[np.float64],
+        length: npt.NDArray[np.float64],
+        e: npt.NDArray[np.float64],
+        k: int,
+        threads: int,
+    ) -> tuple[Floats, Ids]:
         """Products with what is quantized, and positions: what queries have along the center meets <e, r>, not its rounding.
 
         The scan adds <e, r> as it is, so queries are divided by b = <q, e> before; where b < 0 it adds the opposite.
@@ -414,7 +457,9 @@ class Index:
             rows = slice(None) if (sign == this).all() else np.flatnonzero(sign == this)
             if this:
                 b = along[rows, None]
-                found, places[rows] = self._scan(((q[rows] - b * e) / abs(b)).astype(np.float32), k, threads, add if this > 0 else -add)
+                found, places[rows] = self._scan(
+                    ((q[rows] - b * e) / abs(b)).astype(np.float32), k, threads, add if this > 0 else -add
+                )
                 scores[rows] = found * abs(b)
             else:
                 scores[rows], places[rows] = self._scan(q[rows], k, threads, None)
@@ -424,7 +469,7 @@ class Index:
         """Scores as tbq-scan.h defines them, and positions.  add: none if it is empty, too."""
         width = self._blocks * BLOCK
         padded = np.zeros((len(q), width), np.float32)
-        padded[:, :self.dim] = q
+        padded[:, : self.dim] = q
         # d, bias and 64 bytes: tbq_scan_query
         prepared = np.empty((len(q), self._blocks * ffi.sizeof("tbq_scan_query")), np.uint8)
         _check(lib.tbq_scan_prepare(_pointer("float[]", padded), _pointer("tbq_scan_query[]", prepared), padded.size))
@@ -433,8 +478,18 @@ class Index:
         def task(queries: slice, first: int, last: int) -> tuple[Floats, Ids]:
             part = prepared[queries]
             scores, places = np.empty((len(part), k), np.float32), np.empty((len(part), k), np.int64)
-            _check(lib.tbq_scan_search(rows[0], first, last, _pointer("tbq_scan_query[]", part), len(part), k,
-                                       _pointer("float[]", scores), _pointer("int64_t[]", places)))
+            _check(
+                lib.tbq_scan_search(
+                    rows[0],
+                    first,
+                    last,
+                    _pointer("tbq_scan_query[]", part),
+                    len(part),
+                    k,
+                    _pointer("float[]", scores),
+                    _pointer("int64_t[]", places),
+                )
+            )
             return scores, places
 
         if len(q) * self._n * width < 1 << 22:  # a thread takes longer to start
@@ -449,18 +504,20 @@ class Index:
         parts = _each(lambda at: task(slice(None), at, min(at + step, self._n)), range(0, self._n, step), threads)
         return _best(np.concatenate([s for s, _ in parts], 1), np.concatenate([p for _, p in parts], 1), k)
 
-    def _rescored(self, q: Floats, places: Ids, k: int, along: npt.NDArray[np.float64] | None = None) -> tuple[Floats, Ids]:
+    def _rescored(
+        self, q: Floats, places: Ids, k: int, along: npt.NDArray[np.float64] | None = None
+    ) -> tuple[Floats, Ids]:
         """Of the vectors at places the k best by <q, r>, or -|q - r|^2, with r as it is kept; along: what to multiply add with."""
         kept = self._arrays["originals"]
         scores = np.empty(places.shape, np.float32)
         step = max(1, _CHUNK // (places.shape[1] * self.dim))
         for at in range(0, len(q), step):
-            some = kept[places[at:at + step]].astype(np.float32)  # queries, candidates, dim
+            some = kept[places[at : at + step]].astype(np.float32)  # queries, candidates, dim
             if self.metric == "l2":
-                some -= q[at:at + step, None]
-                scores[at:at + step] = -np.einsum("qcd,qcd->qc", some, some)
+                some -= q[at : at + step, None]
+                scores[at : at + step] = -np.einsum("qcd,qcd->qc", some, some)
             else:
-                scores[at:at + step] = (some @ q[at:at + step, :, None])[..., 0]
+                scores[at : at + step] = (some @ q[at : at + step, :, None])[..., 0]
         if along is not None:
             scores = (scores + along[:, None] * self._arrays["add"][places]).astype(np.float32)
         scores, places = _best(np.where(places < 0, -np.inf, scores), places, k)
@@ -474,10 +531,17 @@ class Index:
         places = self._places(as_ids(ids))
         packed = np.empty((len(places), self._blocks * self._type.block_bytes), np.uint8)
         arrays = self._arrays
-        status = lib.tbq_scan_get(self._type.id, self._blocks, _pointer("uint16_t[]", arrays["d"]), _pointer("uint32_t[]", arrays["codes"]),
-                                  _pointer("int64_t[]", places), len(places), _pointer("char[]", packed))
+        status = lib.tbq_scan_get(
+            self._type.id,
+            self._blocks,
+            _pointer("uint16_t[]", arrays["d"]),
+            _pointer("uint32_t[]", arrays["codes"]),
+            _pointer("int64_t[]", places),
+            len(places),
+            _pointer("char[]", packed),
+        )
         _check(status)
-        values = blocks.dequantize(packed, self._type.name, (len(places), self._blocks * BLOCK))[:, :self.dim]
+        values = blocks.dequantize(packed, self._type.name, (len(places), self._blocks * BLOCK))[:, : self.dim]
         scaled: Floats = values * arrays["mul"][places, None]
         if self._centered:
             scaled += arrays["center"]
@@ -513,7 +577,17 @@ class Index:
 
     @property
     def _properties(self) -> Properties:
-        return Properties(self.dim, self.bits, self.metric, self.estimator, self.keep, self._n, self._next, self._centered, self._source)
+        return Properties(
+            self.dim,
+            self.bits,
+            self.metric,
+            self.estimator,
+            self.keep,
+            self._n,
+            self._next,
+            self._centered,
+            self._source,
+        )
 
     def _reserve(self, n: int) -> None:
         """Arrays of our own with room for n vectors."""
@@ -524,7 +598,7 @@ class Index:
         arrays = {}
         for name, (shape, dtype) in larger.items():
             arrays[name] = aligned_zeros(shape, dtype)
-            arrays[name][:len(self._arrays[name])] = self._arrays[name]
+            arrays[name][: len(self._arrays[name])] = self._arrays[name]
         self._arrays, self._owned = arrays, True
 
     def _used(self) -> list[tuple[str, npt.NDArray[Any]]]:
@@ -542,7 +616,10 @@ class Index:
         pointers = {name: _pointer(ctype, self._arrays[name]) for name, ctype in names.items()}
         if add is not None and add.size:
             pointers["add"] = _pointer("float[]", add)
-        rows = ffi.new("tbq_scan_rows *", {"type": self._type.id, "blocks": self._blocks, "n": self._n, "add": ffi.NULL, **pointers})
+        rows = ffi.new(
+            "tbq_scan_rows *",
+            {"type": self._type.id, "blocks": self._blocks, "n": self._n, "add": ffi.NULL, **pointers},
+        )
         return rows, list(pointers.values())
 
     def _rows(self, values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
@@ -554,7 +631,7 @@ class Index:
 
     def _lookup(self) -> dict[int, int]:
         if self._positions is None:
-            self._positions = dict(zip(self._arrays["ids"][:self._n].tolist(), range(self._n)))
+            self._positions = dict(zip(self._arrays["ids"][: self._n].tolist(), range(self._n)))
         return self._positions
 
     def _places(self, ids: Ids) -> Ids:
@@ -585,7 +662,7 @@ def _measured(first: Floats) -> Floats | None:
     three of four vectors lose 2 % of their energy or more with it; by chance they lose about 1/n.
     """
     n = len(first)
-    center: Floats = np.sort(first, axis=0)[n // 4:n - n // 4].mean(axis=0, dtype=np.float64).astype(np.float32)
+    center: Floats = np.sort(first, axis=0)[n // 4 : n - n // 4].mean(axis=0, dtype=np.float64).astype(np.float32)
     left = first - center.astype(np.float64)
     energy, rest = _products(first, first.astype(np.float64)), (left * left).sum(axis=1)
     share = np.sort(np.divide(rest, energy, out=np.full(n, np.inf), where=energy > 0))

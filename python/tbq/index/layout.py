@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How the arrays of an index are laid out in memory and in its file."""
+
 import math
 import sys
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[A
         raise MemoryError
     raw = np.zeros(size + ALIGN, np.uint8)
     start = -raw.ctypes.data % ALIGN
-    return raw[start:start + size].view(dtype).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def as_bytes(array: npt.NDArray[Any]) -> memoryview:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Files of vectors, and `tbq search`."""
+
 import contextlib
 import pathlib
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ def read_vectors(path: pathlib.Path, axes: int = 2) -> npt.NDArray[Any]:
         array.close()
         raise TBQError(f"{path} is an archive; save one array with numpy.save")
     if array.ndim != axes or array.dtype.kind not in "fiu":
-        raise TBQError(f"{path} has shape {array.shape} and dtype {array.dtype}; it must be numbers of shape {_SHAPES[axes]}")
+        raise TBQError(
+            f"{path} has shape {array.shape} and dtype {array.dtype}; it must be numbers of shape {_SHAPES[axes]}"
+        )
     return array
 
 

@@ -7,6 +7,7 @@ how much its queries have in each channel, which tells the encoder of a tbq type
 
 `tbq serve` and tbq.llama.Llama do both by themselves.  Why attention stays the same, and what it is worth: docs/center.md.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -49,8 +50,16 @@ def _text(text: "bytes | str | os.PathLike[str] | None") -> tuple[bytes, str]:
     return text, "the text"
 
 
-def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], context: int, *, text: "bytes | str | os.PathLike[str] | None" = None, chunks: int | None = None,
-              options: Sequence[str] = (), on_chunk: Callable[[int, int], None] | None = None) -> str:
+def calibrate(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    context: int,
+    *,
+    text: "bytes | str | os.PathLike[str] | None" = None,
+    chunks: int | None = None,
+    options: Sequence[str] = (),
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> str:
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
 
     model: a GGUF file, the first of a split.  context: tokens; the keys are taken at positions spread over them.
@@ -76,8 +85,19 @@ def calibrate(model: str | os.PathLike[str], out: str | os.PathLike[str], contex
 
     read, named = _text(text)
     threads = [] if values(options, "--threads") else ["-t", str(cores())]
-    arguments = [*threads, *options, "-m", str(as_path(model).absolute()), "-f", "text", "-c", str(context), "-o", "center",
-                 *(["--chunks", str(chunks)] if chunks else [])]
+    arguments = [
+        *threads,
+        *options,
+        "-m",
+        str(as_path(model).absolute()),
+        "-f",
+        "text",
+        "-c",
+        str(context),
+        "-o",
+        "center",
+        *(["--chunks", str(chunks)] if chunks else []),
+    ]
     with _files.workplace(out) as parts:
         with _files.naming(out):
             (parts / "text").write_bytes(read)
@@ -143,8 +163,15 @@ def centers_folder() -> pathlib.Path | None:
     return found if found.is_absolute() else None  # older releases return "~/.cache" then
 
 
-def center_file_for(model: str | os.PathLike[str], k: str, context: int, center: "bool | str | os.PathLike[str]", options: Sequence[str],
-                    say: Callable[[str], None], scratch: Scratch) -> pathlib.Path | None:
+def center_file_for(
+    model: str | os.PathLike[str],
+    k: str,
+    context: int,
+    center: "bool | str | os.PathLike[str]",
+    options: Sequence[str],
+    say: Callable[[str], None],
+    scratch: Scratch,
+) -> pathlib.Path | None:
     """The center that a cache with keys of type k should have, or None: tbq.Server and tbq.llama ask here.
 
     center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
@@ -164,8 +191,13 @@ def center_file_for(model: str | os.PathLike[str], k: str, context: int, center:
         return None
 
 
-def center_of_model(model: str | os.PathLike[str], context: int, options: Sequence[str] = (), say: Callable[[str], None] | None = None,
-             scratch: Scratch | None = None) -> pathlib.Path:
+def center_of_model(
+    model: str | os.PathLike[str],
+    context: int,
+    options: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
+    scratch: Scratch | None = None,
+) -> pathlib.Path:
     """The center of a model for a context, measured now if it is not in centers_folder() yet.
 
     context: tokens; contexts of like lengths share a center.  options: llama-server's; those of the model and of RoPE count.
@@ -214,7 +246,9 @@ def _check_writable(where: pathlib.Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _measure(model: str | os.PathLike[str], where: pathlib.Path, name: str, context: int, options: Sequence[str]) -> pathlib.Path:
+def _measure(
+    model: str | os.PathLike[str], where: pathlib.Path, name: str, context: int, options: Sequence[str]
+) -> pathlib.Path:
     path = where / f"{name}.gguf"
     try:
         calibrate(model, path, context, options=words_for(options, MODEL, ROPE))

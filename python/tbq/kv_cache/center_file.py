@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Center files: the means of a model's keys, by layer."""
+
 import dataclasses
 import hashlib
 import os
@@ -55,18 +56,23 @@ def fingerprint(model: str | os.PathLike[str]) -> str:
 
 def _hash(center: Center, rope: Sequence[float], factors: Sequence[str]) -> str:
     """Of everything in a center, as llama-center.cpp computes it.  rope, factors: by layer, in the order of the layers."""
-    digest, n_rope = hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode()), len(rope) // max(1, len(factors))
+    digest, n_rope = (
+        hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode()),
+        len(rope) // max(1, len(factors)),
+    )
     for i, il in sorted(enumerate(center.means), key=lambda pair: pair[1]):
         heads, size = center.means[il].shape
         digest.update(f"{il} {size} {heads} {factors[i]}\n".encode())
-        digest.update(struct.pack(f"<{n_rope + 1}f", *rope[i * n_rope:(i + 1) * n_rope], center.shares[il]))
+        digest.update(struct.pack(f"<{n_rope + 1}f", *rope[i * n_rope : (i + 1) * n_rope], center.shares[il]))
         digest.update(center.means[il].tobytes())
         digest.update(center.energies[il].tobytes())
     return digest.hexdigest()
 
 
 def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
-    return np.fromfile(tensor.path, "<f4", tensor.n_values, offset=tensor.offset).reshape(tensor.shape[-2:] if len(tensor.shape) > 1 else (1, -1))
+    return np.fromfile(tensor.path, "<f4", tensor.n_values, offset=tensor.offset).reshape(
+        tensor.shape[-2:] if len(tensor.shape) > 1 else (1, -1)
+    )
 
 
 def read_center(path: str | os.PathLike[str]) -> Center:
@@ -80,8 +86,16 @@ def read_center(path: str | os.PathLike[str]) -> Center:
         rope, factors = fields["cache_center.rope"], fields["cache_center.rope_factors"]
         means = {il: _values(by_name[f"blk.{il}.attn_k.center"]) for il in layers}
         energies = {il: _values(by_name[f"blk.{il}.attn_q.energy"]) for il in layers}
-        center = Center(fields["cache_center.model"], fields["cache_center.architecture"], fields["cache_center.n_ctx"], fields["cache_center.n_tokens"],
-                        fields["cache_center.hash"], means, energies, dict(zip(layers, shares, strict=True)))
+        center = Center(
+            fields["cache_center.model"],
+            fields["cache_center.architecture"],
+            fields["cache_center.n_ctx"],
+            fields["cache_center.n_tokens"],
+            fields["cache_center.hash"],
+            means,
+            energies,
+            dict(zip(layers, shares, strict=True)),
+        )
         found = _hash(center, rope, factors)
     except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
         if isinstance(error, TBQError):

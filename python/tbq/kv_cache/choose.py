@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The cache types of a model: those that the user names, or those of the plan."""
+
 import contextlib
 import os
 import pathlib
@@ -41,7 +42,9 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     except TBQError:
         try:
             plan(model, **shape)
-        except TBQError:  # it is not the types; llama.cpp may know more models than the plan does, or say better what is wrong
+        except (
+            TBQError
+        ):  # it is not the types; llama.cpp may know more models than the plan does, or say better what is wrong
             return k, v, None
         raise
     if not planned.cached:
@@ -51,7 +54,9 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     return k, v, planned
 
 
-def context_of_a_sequence(model: str | os.PathLike[str], planned: Plan | None, shape: Mapping[str, Any], per_slot: int | None) -> int:
+def context_of_a_sequence(
+    model: str | os.PathLike[str], planned: Plan | None, shape: Mapping[str, Any], per_slot: int | None
+) -> int:
     """Tokens: the positions that keys can have; n_ctx_slot() of server-context.cpp."""
     trained = planned.context_train if planned else 0
     if not planned:

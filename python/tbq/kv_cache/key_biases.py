@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How large the biases of a model's keys are, which decides whether 4-bit keys are good enough."""
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 HALF_APART = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gptneox", "codeshell", "dream")
 
 
-def key_biases(tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], left: "Left | None" = None) -> dict[int, float]:
+def key_biases(
+    tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], left: "Left | None" = None
+) -> dict[int, float]:
     """How large the biases of the keys are, by layer, read from the tensors; with left, what centring leaves of them.
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
@@ -52,6 +55,7 @@ def left_by_centering(fields: Mapping[str, Any], architecture: str, context: int
     slows the channels, so that more is taken.  Pairs are neighbours or half a head apart, which a file does not say: of an
     architecture that is not in HALF_APART the worse.
     """
+
     def number(key: str, default: float) -> float:
         value = fields.get(f"{architecture}.rope.{key}", default)
         return float(value) if isinstance(value, (int, float)) and value > 0 else default
@@ -65,19 +69,23 @@ def left_by_centering(fields: Mapping[str, Any], architecture: str, context: int
         lost = 1 - np.square(np.sin(context * half) / (context * np.sin(half)))
         layouts = (np.tile(lost, 2),) if architecture in HALF_APART else (np.tile(lost, 2), np.repeat(lost, 2))
         of_channel = [np.concatenate([pairs, np.zeros(size - turning)]) for pairs in layouts]
-        found: npt.NDArray[np.float32] = max((squares * factor for factor in of_channel), key=lambda x: float(x.sum())).astype(np.float32)
+        found: npt.NDArray[np.float32] = max(
+            (squares * factor for factor in of_channel), key=lambda x: float(x.sum())
+        ).astype(np.float32)
         return found
 
     return left
 
 
-def _bias_of_heads(bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer, left: "Left | None") -> float:
+def _bias_of_heads(
+    bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer, left: "Left | None"
+) -> float:
     size, heads = layer.key_size, layer.kv_heads
     step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # so that each head has as many rows
     b, w, gain = _rows(bias), _rows(weight, first, first + heads * size, step), None if norm is None else _rows(norm)
     if b is None or w is None or (gain is not None and gain.shape[-1] != w.shape[-1]):
         return math.nan
-    of_keys = b.reshape(-1)[first:first + heads * size]
+    of_keys = b.reshape(-1)[first : first + heads * size]
     energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
     squares = np.square(of_keys).reshape(heads, size)
     ratio = np.sqrt((left(squares) if left else squares).sum(1) / np.maximum(energy, 1e-30))

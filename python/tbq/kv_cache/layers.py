@@ -5,6 +5,7 @@ llama.cpp decides part of it in code, by architecture.  The tables here follow t
 load_arch_hparams() of src/models/ARCHITECTURE.cpp, and llama_model::create_memory() of src/llama-model.cpp.
 tests/test_plan.py compares them with what llama.cpp allocates, for every architecture that it can make a model of.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -64,25 +65,67 @@ _WINDOWS: Mapping[str, _Window] = {
     "step35": _Window(0),
 }
 #: Files of these may name a window that llama.cpp does not use: it caches the whole context in every layer.
-_WINDOW_IGNORED = frozenset(("llama", "mistral3", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2"))
+_WINDOW_IGNORED = frozenset(
+    ("llama", "mistral3", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
+)
 
 _RECURRENT = frozenset(("arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"))
 #: A layer without KV heads is recurrent.
-_RECURRENT_WITHOUT_HEADS = frozenset((
-    "bailingmoe3", "glm5-next", "granitehybrid", "jamba", "kimi-k3", "kimi-linear", "lfm2", "lfm2moe", "nemotron_h",
-    "nemotron_h_moe", "plamo2"))
+_RECURRENT_WITHOUT_HEADS = frozenset(
+    (
+        "bailingmoe3",
+        "glm5-next",
+        "granitehybrid",
+        "jamba",
+        "kimi-k3",
+        "kimi-linear",
+        "lfm2",
+        "lfm2moe",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "plamo2",
+    )
+)
 #: Every n-th layer is attention, unless the file lists them.
 _ATTENTION_INTERVAL: Mapping[str, int] = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
 #: Those whose cache includes the layers that predict further tokens, although nothing reads it.
 _CACHE_OF_PREDICTORS = _RECURRENT_WITHOUT_HEADS - {"glm5-next"} | {"falcon-h1", "hy_v4", "minimax-m3"}
 
-_MLA = frozenset((
-    "bailingmoe3", "deepseek2", "deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "kimi-k3", "kimi-linear", "mistral4"))
+_MLA = frozenset(
+    (
+        "bailingmoe3",
+        "deepseek2",
+        "deepseek32",
+        "dots3note",
+        "glm-dsa",
+        "glm5-next",
+        "hy_v4",
+        "kimi-k3",
+        "kimi-linear",
+        "mistral4",
+    )
+)
 _INDEXED = frozenset(("deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"))
 
-_NO_CACHE = frozenset((
-    "bert", "dream", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llada", "llada-moe", "modern-bert",
-    "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1", "t5encoder", "wavtokenizer-dec"))
+_NO_CACHE = frozenset(
+    (
+        "bert",
+        "dream",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "llada",
+        "llada-moe",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "rnd1",
+        "t5encoder",
+        "wavtokenizer-dec",
+    )
+)
 _NOT_PLANNED: Mapping[str, str] = {
     "clip": "is no language model",
     "deepseek4": "keeps a compressed cache whose size this command does not know",
@@ -101,7 +144,9 @@ class CacheShape:
 
     architecture: str
     layers: tuple[Layer, ...]
-    key_sizes: tuple[int, ...]  #: of a head, of layers without a cache too: llama.cpp wants a type's block to divide each
+    key_sizes: tuple[
+        int, ...
+    ]  #: of a head, of layers without a cache too: llama.cpp wants a type's block to divide each
     value_sizes: tuple[int, ...]
     window: int  #: tokens that a layer of kind "window" can see; 0 if there is none
     context_train: int  #: tokens
@@ -158,8 +203,22 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
         raise TBQError(f"{arch}.block_count is {count}; llama.cpp takes 1 to {_MAX_LAYERS} layers")
     if arch in _NO_CACHE:
         key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
-        unread = ("llama.cpp makes a cache for this architecture all the same, which nothing reads",) if arch == "t5encoder" else ()
-        return CacheShape(arch, tuple(Layer(i, NONE) for i in range(count)), (key,), (value,), 0, f.number("context_length"), False, True, unread)
+        unread = (
+            ("llama.cpp makes a cache for this architecture all the same, which nothing reads",)
+            if arch == "t5encoder"
+            else ()
+        )
+        return CacheShape(
+            arch,
+            tuple(Layer(i, NONE) for i in range(count)),
+            (key,),
+            (value,),
+            0,
+            f.number("context_length"),
+            False,
+            True,
+            unread,
+        )
     main = count - min(count, f.number("nextn_predict_layers", 0))
     doubts: list[str] = []
     heads = f.each("attention.head_count", count, 0)
@@ -177,9 +236,15 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
     for i in range(count):
         layer = Layer(i, NONE, state_bytes=state[i] if recurrent[i] else 0)
         if cached[i]:
-            layer = replace(layer, kind=WINDOW if windowed[i] else GLOBAL, kv_heads=kv_heads[i], key_size=keys[windowed[i]],
-                            value_size=0 if mla else values[windowed[i]], indexer_key_size=indexer[i][0],
-                            indexer_value_size=indexer[i][1])
+            layer = replace(
+                layer,
+                kind=WINDOW if windowed[i] else GLOBAL,
+                kv_heads=kv_heads[i],
+                key_size=keys[windowed[i]],
+                value_size=0 if mla else values[windowed[i]],
+                indexer_key_size=indexer[i][0],
+                indexer_value_size=indexer[i][1],
+            )
         layers.append(layer)
     if arch == "graniteswitch":  # its router is one more layer with one head
         layers.append(Layer(count, GLOBAL, 1, keys[0], values[0]))
@@ -188,9 +253,18 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
         if not 1 <= loops * count <= _MAX_LAYERS:
             raise TBQError(f"{arch}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times")
         layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
-    used = sorted(set(windowed[:main or count]))
-    return CacheShape(arch, tuple(layers), tuple(keys[w] for w in used), tuple(values[w] for w in used), window,
-                 f.number("context_length"), mla, arch != "grok", tuple(doubts))
+    used = sorted(set(windowed[: main or count]))
+    return CacheShape(
+        arch,
+        tuple(layers),
+        tuple(keys[w] for w in used),
+        tuple(values[w] for w in used),
+        window,
+        f.number("context_length"),
+        mla,
+        arch != "grok",
+        tuple(doubts),
+    )
 
 
 def _head_sizes(f: _Fields, heads: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -231,8 +305,10 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
     rule = _WINDOWS.get(arch)
     if rule is None:
         if size and arch not in _WINDOW_IGNORED:
-            doubts.append(f"the file names a sliding window of {size} tokens, but whether llama.cpp uses it for architecture "
-                          f"{arch!r} is not known here; counted as if every layer kept the whole context")
+            doubts.append(
+                f"the file names a sliding window of {size} tokens, but whether llama.cpp uses it for architecture "
+                f"{arch!r} is not known here; counted as if every layer kept the whole context"
+            )
         return none, 0
     if f"{arch}.attention.sliding_window" not in f.fields:
         size = rule.default
@@ -247,7 +323,9 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
     if isinstance(pattern, list):
         return ([bool(x) for x in pattern] + none)[:count], size
     if rule.period == 0:
-        raise TBQError(f"{arch}.{key} is {str(pattern)[:40]!r}; a model of this architecture lists which layers have a window")
+        raise TBQError(
+            f"{arch}.{key} is {str(pattern)[:40]!r}; a model of this architecture lists which layers have a window"
+        )
     period = f.number(key, rule.period)
     if period == 0:
         return [i < main for i in range(count)], size

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A model as far as its cache needs it: context, vocabulary, layers, checksum."""
+
 import dataclasses
 import hashlib
 import os
@@ -22,7 +23,9 @@ class Model:
     path: pathlib.Path
     context: int  #: tokens that it was trained for, or that RoPE is scaled to; 0 if the file does not say
     vocab: int  #: tokens of the tokenizer, 0 without one
-    cache: Cache | None  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
+    cache: (
+        Cache | None
+    )  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
     cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
     opened: GGUFModel | None = None
 
@@ -42,7 +45,14 @@ def read_model(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Mod
     fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
     settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
     shape = _shape(settings.fields)
-    return Model(pathlib.Path(path), settings.reach, len(tokens) if isinstance(tokens, list) else 0, _cache(settings.fields), shape is None or shape.cached, opened)
+    return Model(
+        pathlib.Path(path),
+        settings.reach,
+        len(tokens) if isinstance(tokens, list) else 0,
+        _cache(settings.fields),
+        shape is None or shape.cached,
+        opened,
+    )
 
 
 def _shape(fields: Mapping[str, Any]) -> CacheShape | None:
@@ -56,7 +66,11 @@ def _cache(fields: Mapping[str, Any]) -> Cache | None:
     shape = _shape(fields)
     if shape is None:
         return None
-    return [(layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size) for layer in shape.layers if layer.kind == GLOBAL]
+    return [
+        (layer.kv_heads * layer.key_size, layer.kv_heads * layer.value_size)
+        for layer in shape.layers
+        if layer.kind == GLOBAL
+    ]
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What a KV cache will take, before a model is loaded: `tbq plan MODEL.gguf` and tbq.plan()."""
+
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,18 @@ from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW, CacheShape, Layer, read_sh
 from tbq.kv_cache.settings import measured_over, under
 
 #: What the table shows unless told otherwise.
-PAIRS = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("f16", "tbq4_0"), ("q8_0", "tbq4_0"), ("tbq4_0", "tbq4_0"),
-         ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "tbq2_0"))
+PAIRS = (
+    ("f16", "f16"),
+    ("q8_0", "q8_0"),
+    ("q4_0", "q4_0"),
+    ("f16", "tbq4_0"),
+    ("q8_0", "tbq4_0"),
+    ("tbq4_0", "tbq4_0"),
+    ("tbq4_0", "tbq3_0"),
+    ("tbq3_0", "tbq3_0"),
+    ("tbq3_0", "tbq2_0"),
+    ("tbq2_0", "tbq2_0"),
+)
 
 #: An f16 cache smaller than this part of the weights that a token reads is left alone: a smaller one would hardly be felt.
 SMALL_CACHE = 1 / 16
@@ -87,7 +98,9 @@ class Plan:
 
     def bytes_at(self, k: str, v: str, context: int) -> int:
         """Bytes of keys and values of a pair of types, whether llama.cpp takes it or not, at a context of so many tokens."""
-        return _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full).total(k, v, context)
+        return _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full).total(
+            k, v, context
+        )
 
     def pair(self, k: str, v: str) -> Pair:
         """The figures of a pair; TBQError if it is not among `pairs`."""
@@ -204,7 +217,10 @@ def _ladder(shape: CacheShape, sinks: bool, biased: bool) -> list[tuple[str, str
         other = "q8_0" if name == "tbq4_0" else "q4_0"
         return other if all(size % 32 == 0 for size in sizes) else "f16"
 
-    ladder = [(usable(k, shape.key_sizes), usable(v, shape.value_sizes) if shape.flash_attention else "f16") for k, v in wished]
+    ladder = [
+        (usable(k, shape.key_sizes), usable(v, shape.value_sizes) if shape.flash_attention else "f16")
+        for k, v in wished
+    ]
     if shape.mla:
         ladder = [(k, k) for k, _ in ladder]
     return [pair for pair in dict.fromkeys(ladder) if _refusal(shape, *pair) is None] or [("f16", "f16")]
@@ -241,9 +257,20 @@ def _weights_read(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], arch
     return int(sum(t.n_bytes * (share if "_exps" in t.name else 1) for t in read))
 
 
-def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: int | str | None = None,
-         cache_only: bool = False, pairs: Sequence[tuple[str, str]] | None = None, parallel: int = 4, unified: bool = True,
-         ubatch: int = 512, swa_full: bool = False, center: bool = True, options: Sequence[str] = ()) -> Plan:
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    memory: int | str | None = None,
+    cache_only: bool = False,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    parallel: int = 4,
+    unified: bool = True,
+    ubatch: int = 512,
+    swa_full: bool = False,
+    center: bool = True,
+    options: Sequence[str] = (),
+) -> Plan:
     """What the caches of a model take, and which types to use.
 
     model: a GGUF file, any one of a split; its weights are not loaded.
@@ -263,14 +290,16 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     if not isinstance(model, (str, os.PathLike)):
         raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
     for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT
+        ):
             raise TBQError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_CONTEXT}")
     if parallel > 256:
         raise TBQError(f"parallel is {parallel}; llama.cpp takes at most 256 sequences")
     shown = list(PAIRS if pairs is None else pairs)
     for pair in shown:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TBQError(f"pair {pair!r} must be two names of types, (\"tbq4_0\", \"tbq3_0\") for example")
+            raise TBQError(f'pair {pair!r} must be two names of types, ("tbq4_0", "tbq3_0") for example')
     budget = parse_size(memory) if memory is not None else None
     opened = open_gguf(model)
     settings = under(opened.metadata, options)
@@ -279,11 +308,17 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
         shape = read_shape(fields)
     except TBQError as error:
         raise TBQError(f"model {str(model)!r}: {error}") from None
-    shape = changed(shape, context_train=settings.trained, flash_attention=shape.flash_attention and settings.flash_attention)
+    shape = changed(
+        shape, context_train=settings.trained, flash_attention=shape.flash_attention and settings.flash_attention
+    )
     of_a_sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
     with np.errstate(all="ignore"):  # damaged weights may be infinite
         biases = key_biases(tensors, shape.layers)
-        centered = key_biases(tensors, shape.layers, left_by_centering(fields, shape.architecture, measured_over(of_a_sequence, settings.reach)))
+        centered = key_biases(
+            tensors,
+            shape.layers,
+            left_by_centering(fields, shape.architecture, measured_over(of_a_sequence, settings.reach)),
+        )
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
@@ -292,23 +327,47 @@ def plan(model: str | os.PathLike[str], *, context: int | None = None, memory: i
     large = {i: ratio for i, ratio in biases.items() if ratio >= LARGE_BIAS}
     biased = any((centered if center else biases)[i] >= LARGE_BIAS for i in large)
     read = _weights_read(tensors, fields, shape.architecture)
-    chosen, context, reason = _choose(cache, _ladder(shape, sinks, biased), context or 0, shape.context_train, left, read)
+    chosen, context, reason = _choose(
+        cache, _ladder(shape, sinks, biased), context or 0, shape.context_train, left, read
+    )
     needed = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
     fits = None if left is None else cache.total(*chosen, context) <= left
     reason = reason or _because(chosen, shape, sinks, biased)
     if not shape.cached:
-        reason = f"a model of architecture {shape.architecture!r} keeps no keys and values, so there are no types to choose"
+        reason = (
+            f"a model of architecture {shape.architecture!r} keeps no keys and values, so there are no types to choose"
+        )
     elif left is not None and not fits:
         reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
     return Plan(
-        model=str(model), name=printable(fields.get("general.name")), architecture=shape.architecture, context=context,
-        context_train=shape.context_train, parallel=parallel, unified=unified, ubatch=ubatch, swa_full=swa_full, memory=budget,
-        cache_only=cache_only, weights_bytes=weights, state_bytes=state, layers=shape.layers, window=shape.window,
-        pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable), refused=refused, recommended=chosen, reason=reason,
-        fits=fits, sinks=sinks, large_key_biases=large, center=needed, warnings=tuple(_warnings(shape, context, sinks, biases, large, needed)),
-        exact=not shape.doubts)
+        model=str(model),
+        name=printable(fields.get("general.name")),
+        architecture=shape.architecture,
+        context=context,
+        context_train=shape.context_train,
+        parallel=parallel,
+        unified=unified,
+        ubatch=ubatch,
+        swa_full=swa_full,
+        memory=budget,
+        cache_only=cache_only,
+        weights_bytes=weights,
+        state_bytes=state,
+        layers=shape.layers,
+        window=shape.window,
+        pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable),
+        refused=refused,
+        recommended=chosen,
+        reason=reason,
+        fits=fits,
+        sinks=sinks,
+        large_key_biases=large,
+        center=needed,
+        warnings=tuple(_warnings(shape, context, sinks, biases, large, needed)),
+        exact=not shape.doubts,
+    )
 
 
 def _figures(cache: _Cache, k: str, v: str, context: int, left: int | None) -> Pair:
@@ -318,16 +377,23 @@ def _figures(cache: _Cache, k: str, v: str, context: int, left: int | None) -> P
     return Pair(k, v, keys, values, found, longest, None if left is None else keys + values <= left)
 
 
-def _choose(cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, context_train: int, left: int | None,
-            weights: int) -> tuple[tuple[str, str], int, str]:
+def _choose(
+    cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, context_train: int, left: int | None, weights: int
+) -> tuple[tuple[str, str], int, str]:
     """The recommended pair, the context it is for, and the reason if it is not that of the pair."""
     wanted, plain = context or max(1, context_train), ("f16", "f16")
     size = cache.total(*plain, wanted)
     if size == 0:
         return plain, wanted, "no layer has keys and values"
     if size <= weights * SMALL_CACHE and (left is None or size <= left):
-        return plain, wanted, (f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; "
-                               "a smaller one would gain little")
+        return (
+            plain,
+            wanted,
+            (
+                f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; "
+                "a smaller one would gain little"
+            ),
+        )
     fitting = [pair for pair in ladder if left is None or cache.total(*pair, wanted) <= left]
     if fitting and (context or fitting[0] in ladder[:2]):
         return fitting[0], wanted, ""
@@ -337,19 +403,25 @@ def _choose(cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, cont
     return ladder[0], cache.longest(*ladder[0], left or 0) or wanted, ""
 
 
-def _warnings(shape: CacheShape, context: int, sinks: bool, biases: Mapping[int, float],
-              large: Mapping[int, float], center: bool) -> Iterator[str]:
+def _warnings(
+    shape: CacheShape, context: int, sinks: bool, biases: Mapping[int, float], large: Mapping[int, float], center: bool
+) -> Iterator[str]:
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
     if sinks:
         yield "attention sinks: any quantized K loses much, even q8_0; keep --cache-type-k f16"
     if large:
         worst = max(large, key=lambda i: large[i])
         what = f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest of the key): "
-        yield what + ("centre the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0" if center
-                      else "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0")
+        yield what + (
+            "centre the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0"
+            if center
+            else "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0"
+        )
     if any(math.isnan(r) for r in biases.values()):
-        yield ("whether the key biases are large is unknown, because their tensors cannot be read here; "
-               "compare with q8_0 keys before using fewer bits")
+        yield (
+            "whether the key biases are large is unknown, because their tensors cannot be read here; "
+            "compare with q8_0 keys before using fewer bits"
+        )
     for side, sizes in (("key", shape.key_sizes), ("value", shape.value_sizes)):
         odd = sorted({size for size in sizes if size % BLOCK})
         if odd:

@@ -3,6 +3,7 @@
 
 As the pinned revision does it: llama_model_base::load_hparams(), llama_context() and llama_init_from_model().
 """
+
 import contextlib
 import csv
 from collections import ChainMap
@@ -17,7 +18,12 @@ from tbq.programs.options import ROPE, select, values
 _MAX_CONTEXT = 2**31 - 1
 
 #: Of --override-kv.
-_KINDS: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
+_KINDS: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": {"true": True, "false": False}.__getitem__,
+}
 
 #: Contexts of up to so many tokens share one center, so that a saved slot fits them all; then those of up to 4 times as many, and so on.
 _RANGE, _STEP = 8192, 4
@@ -51,7 +57,9 @@ def under(fields: Mapping[str, Any], options: Sequence[str] = ()) -> Settings:
     arch = changes.get("general.architecture", fields.get("general.architecture"))
     if base := _float(found.get("--rope-freq-base")):
         changes[f"{arch}.rope.freq_base"] = base
-    fields = ChainMap(changes, cast(dict[str, Any], fields)) if changes else fields  # a file's are decoded when asked for
+    fields = (
+        ChainMap(changes, cast(dict[str, Any], fields)) if changes else fields
+    )  # a file's are decoded when asked for
     with np.errstate(all="ignore"):
         trained, reach = _contexts(fields, arch, found, options)
     flash = values(options, "-fa")[-1:]
@@ -78,8 +86,11 @@ def _float(text: str | None) -> float:
     return 0.0
 
 
-def _contexts(fields: Mapping[str, Any], arch: Any, found: Mapping[str, str], options: Sequence[str]) -> tuple[int, int]:
+def _contexts(
+    fields: Mapping[str, Any], arch: Any, found: Mapping[str, str], options: Sequence[str]
+) -> tuple[int, int]:
     """Settings.trained and .reach, in float32 as llama.cpp computes them."""
+
     def integer(key: str) -> int:
         value = fields.get(f"{arch}.{key}", 0)
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_CONTEXT else 0

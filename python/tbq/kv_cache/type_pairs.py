@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Pairs of cache types, and what one token takes in a model's cache."""
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -67,7 +68,9 @@ def parse_pairs(text: str) -> list[TypePair]:
         pair = TypePair(*split_pair(part))
         for name in (pair.k, pair.v):
             if name not in names:
-                raise TBQError(f"cache type {name!r} is not one of {', '.join(names)}; a pair is K/V, as in tbq4_0/tbq3_0")
+                raise TBQError(
+                    f"cache type {name!r} is not one of {', '.join(names)}; a pair is K/V, as in tbq4_0/tbq3_0"
+                )
         pairs.append(pair)
     if not pairs:
         raise TBQError("no cache types; f16,tbq4_0 would compare two")

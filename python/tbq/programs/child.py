@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Starting a program that, on Linux, ends with its parent."""
+
 import os
 import signal
 import subprocess
@@ -23,8 +24,17 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Starts a program, which on Linux ends with the calling thread."""
-    if sys.platform.startswith("linux") and "python" in os.path.basename(sys.executable or ""):  # not a program that embeds it
+    if sys.platform.startswith("linux") and "python" in os.path.basename(
+        sys.executable or ""
+    ):  # not a program that embeds it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         command = [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
     # A session of its own: Ctrl-C reaches it through us, once.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """llama.cpp's options: one table of those that tbq reads, and what follows from them."""
+
 import csv
 import os
 import re
@@ -143,10 +144,12 @@ def check_tls(found: Mapping[str, str], build: Mapping[str, str]) -> None:
     """
     given = [name for name in ("ssl_key", "ssl_cert") if name in found]
     if given and build.get("tls") == "no":
-        raise TBQError("--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; build it where OpenSSL is installed, "
-                       "or put a proxy that has it in front")
+        raise TBQError(
+            "--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; build it where OpenSSL is installed, "
+            "or put a proxy that has it in front"
+        )
     if len(given) == 1:
-        one, other = ("--ssl-key-file", "--ssl-cert-file")[::1 if given == ["ssl_key"] else -1]
+        one, other = ("--ssl-key-file", "--ssl-cert-file")[:: 1 if given == ["ssl_key"] else -1]
         raise TBQError(f"{one} without {other}: llama-server would serve without TLS; give both")
 
 

@@ -3,6 +3,7 @@
 
 After a new llama.cpp, these samples are recorded again (tests/test_output.py), and what no longer matches is mended here.
 """
+
 import re
 from collections.abc import Sequence
 
@@ -39,7 +40,11 @@ def cache_types(text: str) -> list[str] | None:
 
 def server_error(log: Sequence[str]) -> str | None:
     """The line of a log that says most about a failure; None of an empty one."""
-    patterns = ((r"(?:GGML_ASSERT|error|terminate called)\b.*", 0), (r"[\d.]+ E (.*)", 0), (r"(.*(?:error|failed|unsupported|invalid).*)", re.I))
+    patterns = (
+        (r"(?:GGML_ASSERT|error|terminate called)\b.*", 0),
+        (r"[\d.]+ E (.*)", 0),
+        (r"(.*(?:error|failed|unsupported|invalid).*)", re.I),
+    )
     for pattern, flags in patterns:
         for line in log:
             if match := re.match(pattern, line, flags):
@@ -64,14 +69,25 @@ def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
     """The cache of a model, as --verbosity 4 logs it: cells, layers, k_type, k_mib, v_type, v_mib, and values of a token in a
     layer, k_values and v_values; None if the log does not have it."""
     text = "\n".join(log)
-    size = re.search(r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?"
-                     r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", text)
+    size = re.search(
+        r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?"
+        r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB",
+        text,
+    )
     widths = [re.search(rf"n_embd_{side}_gqa += (\d+)", text) for side in "kv"]
     if not size or not widths[0] or not widths[1]:
         return None
     cells, layers, k_type, k_mib, v_type, v_mib = size.groups()
-    return {"cells": int(cells), "layers": int(layers), "k_type": k_type, "k_mib": float(k_mib), "v_type": v_type, "v_mib": float(v_mib),
-            "k_values": int(widths[0][1]), "v_values": int(widths[1][1])}
+    return {
+        "cells": int(cells),
+        "layers": int(layers),
+        "k_type": k_type,
+        "k_mib": float(k_mib),
+        "v_type": v_type,
+        "v_mib": float(v_mib),
+        "k_values": int(widths[0][1]),
+        "v_values": int(widths[1][1]),
+    }
 
 
 # --- llama-cache-center ---------------------------------------------------------------------------------------------
@@ -106,7 +122,7 @@ def is_too_large(error: str) -> bool:
 
 def center_shares(text: str) -> str:
     """The table of the share of the keys' energy that the means hold."""
-    return text[text.find("share of the keys"):].rstrip()
+    return text[text.find("share of the keys") :].rstrip()
 
 
 # --- llama-perplexity -----------------------------------------------------------------------------------------------
@@ -129,8 +145,14 @@ def tokens_of_short_text(text: str) -> int | None:
 
 
 _NUMBER = r"\s*(-?(?:[\d.]+|nan|inf))"
-_MEANS = {"ppl": r"Mean PPL\(Q\)", "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)", "kld": r"Mean\s+KLD", "same_top": "Same top p", "rms_dp": "RMS Δp",
-          "base_ppl": r"Mean PPL\(base\)"}
+_MEANS = {
+    "ppl": r"Mean PPL\(Q\)",
+    "ppl_ratio": r"Mean PPL\(Q\)/PPL\(base\)",
+    "kld": r"Mean\s+KLD",
+    "same_top": "Same top p",
+    "rms_dp": "RMS Δp",
+    "base_ppl": r"Mean PPL\(base\)",
+}
 
 
 def kl_divergence(text: str) -> dict[str, tuple[float, float]] | None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Where the patched llama.cpp lies in this installation."""
+
 import json
 import pathlib
 

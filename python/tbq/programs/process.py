@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Programs of llama.cpp as child processes that do not outlive the caller, unless it is killed by force."""
+
 import dataclasses
 import os
 import pathlib
@@ -27,15 +28,24 @@ class Done:
             return f"ended by {name}" + (", most likely because memory ran out" if name == "SIGKILL" else "")
         if found := output.reason(self.text):
             return found
-        return (output.last_line(self.text) or f"exit status {self.status}") if self.status else "it ended without a result"
+        return (
+            (output.last_line(self.text) or f"exit status {self.status}")
+            if self.status
+            else "it ended without a result"
+        )
 
     @property
     def text(self) -> str:
         return self.stderr + self.stdout
 
 
-def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
-        on_output: Callable[[str], None] | None = None, environment: Mapping[str, str] = MappingProxyType({})) -> Done:
+def run(
+    name: str,
+    arguments: Sequence[str],
+    folder: pathlib.Path | None = None,
+    on_output: Callable[[str], None] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Done:
     """Runs a program to its end in a folder; on_output gets all of stdout so far, each time there is more.
 
     environment: variables for the program, where the user has not set them.
@@ -46,8 +56,14 @@ def run(name: str, arguments: Sequence[str], folder: pathlib.Path | None = None,
         process = None
         try:
             with held():
-                process = subprocess.Popen([str(program(name)), *arguments], cwd=folder, env={**environment, **inherited}, stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.PIPE, stderr=errors)
+                process = subprocess.Popen(
+                    [str(program(name)), *arguments],
+                    cwd=folder,
+                    env={**environment, **inherited},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                )
             assert process.stdout is not None
             written = b""
             while piece := os.read(process.stdout.fileno(), 1 << 16):

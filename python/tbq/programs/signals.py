@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Signals: an interruption ends a command with everything that it began."""
+
 import contextlib
 import signal
 import threading
@@ -13,7 +14,9 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -28,7 +31,10 @@ INTERRUPTIONS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "S
 def held() -> Iterator[None]:
     """An interruption comes at the end: in the middle of Popen it would leave a child that nobody knows."""
     caught: list[int] = []
-    with handled((number for number in INTERRUPTIONS if callable(signal.getsignal(number))), lambda number, _: caught.append(number)):
+    with handled(
+        (number for number in INTERRUPTIONS if callable(signal.getsignal(number))),
+        lambda number, _: caught.append(number),
+    ):
         yield
     if caught:
         raise KeyboardInterrupt
@@ -37,6 +43,7 @@ def held() -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP become KeyboardInterrupt, so that whatever was begun is cleaned up."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

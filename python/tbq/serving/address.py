@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Where a server listens, and how a client reaches it."""
+
 import contextlib
 import errno
 import pathlib
@@ -14,7 +15,9 @@ def reachable(hosts: str) -> str:
     for host in filter(None, (part.strip() for part in hosts.split(","))):
         if not host.endswith(".sock"):
             return host
-    raise TBQError(f"host {hosts!r} has no address with a port; for Unix sockets alone start $(tbq paths bin)/llama-server itself")
+    raise TBQError(
+        f"host {hosts!r} has no address with a port; for Unix sockets alone start $(tbq paths bin)/llama-server itself"
+    )
 
 
 def url(host: str, port: int, found: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """llama-server with a tbq cache, as an object; the command line is tbq.cli.serve."""
+
 import concurrent.futures
 import contextlib
 import http.client
@@ -42,10 +43,14 @@ def _threads(found: Mapping[str, str]) -> list[str]:
     return ["-t", str(cores())] if few else []
 
 
-def _check_options(found: Mapping[str, str], model: str | os.PathLike[str], center: bool | str | os.PathLike[str]) -> None:
+def _check_options(
+    found: Mapping[str, str], model: str | os.PathLike[str], center: bool | str | os.PathLike[str]
+) -> None:
     """TBQError for options that say otherwise what the arguments say."""
     if "types" in found:
-        raise TBQError("cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options")
+        raise TBQError(
+            "cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options"
+        )
     if "model" in found:
         raise TBQError(f"there are two models, {str(model)!r} and {found['model']!r}; name one, as MODEL")
     if "center" in found and not isinstance(center, bool):
@@ -75,8 +80,18 @@ class Server:
 
     process: "subprocess.Popen[bytes]"
 
-    def __init__(self, model: str | os.PathLike[str], kv: str = "auto", *, center: bool | str | os.PathLike[str] = True,
-                 host: str = "127.0.0.1", port: int | None = None, options: Sequence[str] = (), timeout: float | None = 600, on_line: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        kv: str = "auto",
+        *,
+        center: bool | str | os.PathLike[str] = True,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        options: Sequence[str] = (),
+        timeout: float | None = 600,
+        on_line: Callable[[str], None] | None = None,
+    ) -> None:
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
             raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
         found, others = server_options(options)
@@ -106,7 +121,7 @@ class Server:
         self._timeout, self._on_line = timeout, on_line
         self._prepared = False
         self._stopping = False  # somebody wants it to end
-        self._started: "concurrent.futures.Future[subprocess.Popen[bytes]] | None" = None
+        self._started: concurrent.futures.Future[subprocess.Popen[bytes]] | None = None
 
     def prepare(self) -> None:
         """Measures the means of the keys where they are needed and not kept yet, as long as loading the model and a prompt of 1024
@@ -120,8 +135,15 @@ class Server:
             center = False  # nothing is measured for a server that will not start, and say why
         if "center" not in self._found:
             context = context_of_a_sequence(self._model, self.plan, self._shape, positive(self._found, "per_slot"))
-            self.center = center_file_for(self._model, self.k, context, center, self._shape["options"],
-                                          lambda line: say(f"tbq: {line}", to_stderr=True), self._scratch)
+            self.center = center_file_for(
+                self._model,
+                self.k,
+                context,
+                center,
+                self._shape["options"],
+                lambda line: say(f"tbq: {line}", to_stderr=True),
+                self._scratch,
+            )
             if self._kv == "auto" and self.plan and self.plan.center and not self.center:
                 self._choose_uncentered()
 
@@ -132,7 +154,9 @@ class Server:
         """Whether llama-server knows its options and can read their files; --version ends it when it has looked at them."""
         command = [str(program("llama-server")), *self._options, "--version"]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            return not subprocess.run(command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode
+            return not subprocess.run(
+                command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+            ).returncode
         return True
 
     @property
@@ -155,7 +179,9 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -187,7 +213,7 @@ class Server:
             for line in process.stdout:
                 self.log.append(line.decode(errors="replace").rstrip())
                 if len(self.log) == 3 * _LOG_LINES:
-                    del self.log[_LOG_LINES:2 * _LOG_LINES]
+                    del self.log[_LOG_LINES : 2 * _LOG_LINES]
                 if on_line:
                     try:
                         on_line(self.log[-1])
@@ -232,9 +258,17 @@ class Server:
         """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
         import ssl
 
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}".encode().decode("latin-1")} if self._key else {})}
-        return opener.open(urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers), timeout=timeout)
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+        )
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self._key}".encode().decode("latin-1")} if self._key else {}),
+        }
+        return opener.open(
+            urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers),
+            timeout=timeout,
+        )
 
     def _ending(self) -> str:
         status = self.process.returncode
@@ -292,12 +326,16 @@ class Server:
         if options.get("stream"):
             raise TBQError("chat() returns whole answers; client() has streams")
         try:
-            with self._open("/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}) as answer:
+            with self._open(
+                "/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}
+            ) as answer:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
             with error:
-                raise TBQError(f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}") from None
+                raise TBQError(
+                    f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}"
+                ) from None
 
     def cache(self) -> dict[str, Any]:
         """What the server logged about its cache, with --verbosity 4: types, bytes, and what f16 would take."""
@@ -305,8 +343,13 @@ class Server:
         if found is None:
             raise TBQError("llama-server did not log the size of its cache; --verbosity 4 makes it")
         f16 = found["cells"] * found["layers"] * (found["k_values"] + found["v_values"]) * F16_BYTES
-        return {"k_type": found["k_type"], "v_type": found["v_type"], "cells": found["cells"], "mib": found["k_mib"] + found["v_mib"],
-                "f16_mib": f16 / 2**20}
+        return {
+            "k_type": found["k_type"],
+            "v_type": found["v_type"],
+            "cells": found["cells"],
+            "mib": found["k_mib"] + found["v_mib"],
+            "f16_mib": f16 / 2**20,
+        }
 
 
 def say(text: str, to_stderr: bool = False) -> None:

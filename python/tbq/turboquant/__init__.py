@@ -17,23 +17,24 @@ follows from a seed.  Errors are TBQErrors.  The tensor types of llama.cpp are t
 
 TurboQuant: arXiv 2504.19874.  QJL: arXiv 2406.03482.  PolarQuant: arXiv 2502.02617.
 """
+
 from tbq.turboquant.bounds import (
-                                   inner_product_distortion,
-                                   inner_product_lower_bound,
-                                   inner_product_upper_bound,
-                                   mse_distortion,
-                                   mse_lower_bound,
-                                   mse_upper_bound,
-                                   polar_distortion,
-                                   qjl_rows,
+    inner_product_distortion,
+    inner_product_lower_bound,
+    inner_product_upper_bound,
+    mse_distortion,
+    mse_lower_bound,
+    mse_upper_bound,
+    polar_distortion,
+    qjl_rows,
 )
 from tbq.turboquant.codebooks import (
-                                   Codebook,
-                                   angle_codebook,
-                                   angle_density,
-                                   gaussian_codebook,
-                                   sphere_codebook,
-                                   sphere_density,
+    Codebook,
+    angle_codebook,
+    angle_density,
+    gaussian_codebook,
+    sphere_codebook,
+    sphere_density,
 )
 from tbq.turboquant.mixed import MixedCode, MixedQuantizer, outlier_channels
 from tbq.turboquant.packing import pack, packed_bytes, unpack
@@ -41,8 +42,38 @@ from tbq.turboquant.polar import PolarCode, PolarQuantizer, from_polar, to_polar
 from tbq.turboquant.quantizers import QJL, InnerProductCode, InnerProductQuantizer, MSECode, MSEQuantizer, QJLCode
 from tbq.turboquant.rotations import HaarRotation, HadamardRotation, Rotation
 
-__all__ = ["Codebook", "HaarRotation", "HadamardRotation", "InnerProductCode", "InnerProductQuantizer", "MSECode", "MSEQuantizer", "MixedCode",
-           "MixedQuantizer", "PolarCode", "PolarQuantizer", "QJL", "QJLCode", "Rotation", "angle_codebook", "angle_density", "from_polar",
-           "gaussian_codebook", "inner_product_distortion", "inner_product_lower_bound", "inner_product_upper_bound", "mse_distortion",
-           "mse_lower_bound", "mse_upper_bound", "outlier_channels", "pack", "packed_bytes", "polar_distortion", "qjl_rows", "sphere_codebook",
-           "sphere_density", "to_polar", "unpack"]
+__all__ = [
+    "Codebook",
+    "HaarRotation",
+    "HadamardRotation",
+    "InnerProductCode",
+    "InnerProductQuantizer",
+    "MSECode",
+    "MSEQuantizer",
+    "MixedCode",
+    "MixedQuantizer",
+    "PolarCode",
+    "PolarQuantizer",
+    "QJL",
+    "QJLCode",
+    "Rotation",
+    "angle_codebook",
+    "angle_density",
+    "from_polar",
+    "gaussian_codebook",
+    "inner_product_distortion",
+    "inner_product_lower_bound",
+    "inner_product_upper_bound",
+    "mse_distortion",
+    "mse_lower_bound",
+    "mse_upper_bound",
+    "outlier_channels",
+    "pack",
+    "packed_bytes",
+    "polar_distortion",
+    "qjl_rows",
+    "sphere_codebook",
+    "sphere_density",
+    "to_polar",
+    "unpack",
+]

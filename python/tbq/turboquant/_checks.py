@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the functions of this package accept, and numbers drawn from a seed."""
+
 import operator
 from typing import Any, SupportsIndex
 

@@ -3,6 +3,7 @@
 
 All are of a unit vector x, and for inner products of a unit vector y, as means over random seeds; they scale with |x|^2, |y|^2.
 """
+
 import math
 from collections.abc import Iterable
 from typing import SupportsFloat, SupportsIndex
@@ -14,8 +15,16 @@ from tbq.turboquant._checks import integer
 from tbq.turboquant.codebooks import NODES, WEIGHTS, angle_codebook, angle_nodes, sphere_codebook
 from tbq.turboquant.polar import widths
 
-__all__ = ["inner_product_distortion", "inner_product_lower_bound", "inner_product_upper_bound", "mse_distortion", "mse_lower_bound",
-           "mse_upper_bound", "polar_distortion", "qjl_rows"]
+__all__ = [
+    "inner_product_distortion",
+    "inner_product_lower_bound",
+    "inner_product_upper_bound",
+    "mse_distortion",
+    "mse_lower_bound",
+    "mse_upper_bound",
+    "polar_distortion",
+    "qjl_rows",
+]
 
 
 def mse_upper_bound(bits: SupportsFloat) -> float:

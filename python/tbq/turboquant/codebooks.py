@@ -5,6 +5,7 @@ The levels of an optimal quantizer are the means of their cells, the borders of 
 (Lloyd 1982, Max 1960).  Lloyd's iteration crawls where levels are many, so it only starts Newton's method, which ends at
 the rounding of float64.  Integrals are by Gauss-Legendre within each cell, which keeps the relative precision of tails.
 """
+
 import dataclasses
 import functools
 import math
@@ -56,7 +57,9 @@ class Codebook:
         if not np.issubdtype(array.dtype, np.integer):
             raise TBQError(f"indices have dtype {array.dtype}; they must be integers")
         if array.size and not (0 <= array.min() and array.max() < len(self.levels)):
-            raise TBQError(f"indices reach from {array.min()} to {array.max()}; the codebook has 0 to {len(self.levels) - 1}")
+            raise TBQError(
+                f"indices reach from {array.min()} to {array.max()}; the codebook has 0 to {len(self.levels) - 1}"
+            )
         found: Vector = self.levels[array]
         return found
 
@@ -161,10 +164,10 @@ def _cosine_power(power: float) -> tuple[float, Callable[[Vector], Vector]]:
         return math.pi / 2, np.zeros_like
     # arccos(exp(-e)) = arcsin(sqrt(1 - exp(-2 e))), without the cancellation at small e
     end = math.asin(math.sqrt(-math.expm1(-_CUT * _CUT / power)))
-    return end, lambda u: power / 2 * np.log1p(-np.sin(u) ** 2)  # log(cos(u)) would lose the digits of a small u
+    return end, lambda u: power / 2 * np.log1p(-(np.sin(u) ** 2))  # log(cos(u)) would lose the digits of a small u
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gaussian(bits: int) -> Codebook:
     return _solve(_Source(_CUT, lambda u: -u * u / 2, _identity, _identity, _ones), bits)
 
@@ -231,7 +234,9 @@ def _solve(source: _Source, bits: int) -> Codebook:
         raise TBQError(f"the codebook of {bits} bits did not converge")
     weights, _, x = source.cells(_midpoints(levels))
     chances = weights.sum(1)
-    return _frozen(levels, float((weights * (x - levels[:, None]) ** 2).sum()), float(-(chances * np.log2(chances)).sum()))
+    return _frozen(
+        levels, float((weights * (x - levels[:, None]) ** 2).sum()), float(-(chances * np.log2(chances)).sum())
+    )
 
 
 def _newton_step(source: _Source, levels: Vector) -> Vector:

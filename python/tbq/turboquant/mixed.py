@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Fractions of a bit: channels with outliers get more bits than the rest (TurboQuant, section on the KV cache)."""
+
 import dataclasses
 import math
 from typing import Any, SupportsFloat, SupportsIndex
@@ -43,8 +44,16 @@ class MixedQuantizer:
     seed, rotation: as in MSEQuantizer; "haar" or "hadamard".  Raises TBQError for others.
     """
 
-    def __init__(self, dim: SupportsIndex, bits: SupportsFloat, outliers: npt.ArrayLike, *, inner_product: bool = False,
-                 seed: SupportsIndex = 0, rotation: str = "haar") -> None:
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        bits: SupportsFloat,
+        outliers: npt.ArrayLike,
+        *,
+        inner_product: bool = False,
+        seed: SupportsIndex = 0,
+        rotation: str = "haar",
+    ) -> None:
         self.dim, self.seed = integer(dim, "dim", 2), check_seed(seed)
         self.outliers = _channels(outliers, self.dim)
         self.rest = np.setdiff1d(np.arange(self.dim), self.outliers)
@@ -54,8 +63,10 @@ class MixedQuantizer:
         kind: Any = InnerProductQuantizer if inner_product else MSEQuantizer
         seeds = [int(n) for n in stream(self.seed, "channels").randint(0, 2**63, 2, dtype=np.int64)]
         # typed Any: a code of the wrong kind is an error of the quantizer that gets it
-        self._quantizers: tuple[Any, Any] = (kind(len(self.outliers), self.high, seed=seeds[0], rotation=rotation),
-                                             kind(len(self.rest), self.low, seed=seeds[1], rotation=rotation))
+        self._quantizers: tuple[Any, Any] = (
+            kind(len(self.outliers), self.high, seed=seeds[0], rotation=rotation),
+            kind(len(self.rest), self.low, seed=seeds[1], rotation=rotation),
+        )
 
     @property
     def bits(self) -> float:
@@ -68,7 +79,9 @@ class MixedQuantizer:
         Raises TBQError for another dtype or last axis, an empty axis, NaN and infinity.
         """
         array = vectors(x, self.dim)
-        return MixedCode(self._quantizers[0].quantize(array[..., self.outliers]), self._quantizers[1].quantize(array[..., self.rest]))
+        return MixedCode(
+            self._quantizers[0].quantize(array[..., self.outliers]), self._quantizers[1].quantize(array[..., self.rest])
+        )
 
     def dequantize(self, code: MixedCode) -> Floats:
         """The vectors of a code, (..., dim), in the dtype that was quantized.
@@ -78,7 +91,9 @@ class MixedQuantizer:
         _check(code)
         outliers, rest = self._quantizers[0].dequantize(code.outliers), self._quantizers[1].dequantize(code.rest)
         if outliers.shape[:-1] != rest.shape[:-1] or outliers.dtype != rest.dtype:
-            raise TBQError(f"code has outliers of {outliers.dtype} {outliers.shape[:-1]} and a rest of {rest.dtype} {rest.shape[:-1]}")
+            raise TBQError(
+                f"code has outliers of {outliers.dtype} {outliers.shape[:-1]} and a rest of {rest.dtype} {rest.shape[:-1]}"
+            )
         result = np.empty((*rest.shape[:-1], self.dim), rest.dtype)
         result[..., self.outliers], result[..., self.rest] = outliers, rest
         return result
@@ -116,7 +131,9 @@ def outlier_channels(sample: npt.ArrayLike, count: SupportsIndex) -> npt.NDArray
 def _channels(values: npt.ArrayLike, dim: int) -> npt.NDArray[np.intp]:
     array = np.asarray(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise TBQError(f"outliers has shape {array.shape} and dtype {array.dtype}; it must be a list of numbers of channels")
+        raise TBQError(
+            f"outliers has shape {array.shape} and dtype {array.dtype}; it must be a list of numbers of channels"
+        )
     if not 0 < len(array) < dim:
         raise TBQError(f"outliers names {len(array)} of {dim} channels; it must name at least 1 and not all")
     if array.min() < 0 or array.max() >= dim:
@@ -139,8 +156,10 @@ def _widths(bits: SupportsFloat, count: int, dim: int) -> tuple[int, int]:
     if extra != round(extra) or low + extra > 8:
         counts = {(mean - low) * dim / more for more in range(1, 9 - low)}
         fits = sorted(int(n) for n in counts if n == round(n) and 0 < n < dim)
-        raise TBQError(f"bits is {mean:g} and outliers names {count} of {dim} channels, which would need {low + extra:g} bits; "
-                       + (f"name {' or '.join(map(str, fits))}" if fits else f"no number of channels gives {mean:g}"))
+        raise TBQError(
+            f"bits is {mean:g} and outliers names {count} of {dim} channels, which would need {low + extra:g} bits; "
+            + (f"name {' or '.join(map(str, fits))}" if fits else f"no number of channels gives {mean:g}")
+        )
     return low, low + round(extra)
 
 

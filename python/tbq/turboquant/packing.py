@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Indices of 1 to 8 bits, one after the other."""
+
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -37,7 +38,9 @@ def pack(indices: npt.ArrayLike, bits: SupportsIndex) -> Bytes:
 def pack_unchecked(indices: Bytes, bits: int) -> Bytes:
     """pack, for what an encoder made."""
     exploded = np.unpackbits(indices[..., None], axis=-1, count=bits, bitorder="little")
-    packed: Bytes = np.packbits(exploded.reshape(*indices.shape[:-1], indices.shape[-1] * bits), axis=-1, bitorder="little")
+    packed: Bytes = np.packbits(
+        exploded.reshape(*indices.shape[:-1], indices.shape[-1] * bits), axis=-1, bitorder="little"
+    )
     return packed
 
 
@@ -51,9 +54,13 @@ def unpack(packed: npt.ArrayLike, bits: SupportsIndex, count: SupportsIndex) -> 
     width, n = integer(bits, "bits", 1, 8), integer(count, "count", 0)
     array = np.asarray(packed)
     if array.dtype != np.uint8 or array.ndim == 0:
-        raise TBQError(f"packed has dtype {array.dtype} and {array.ndim} axes; it must be uint8 and have at least one axis")
+        raise TBQError(
+            f"packed has dtype {array.dtype} and {array.ndim} axes; it must be uint8 and have at least one axis"
+        )
     if array.shape[-1] != packed_bytes(n, width):
-        raise TBQError(f"packed has shape {array.shape}; {n} indices of {width} bits take {packed_bytes(n, width)} bytes")
+        raise TBQError(
+            f"packed has shape {array.shape}; {n} indices of {width} bits take {packed_bytes(n, width)} bytes"
+        )
     exploded = np.unpackbits(array, axis=-1, count=n * width, bitorder="little")
     return np.packbits(exploded.reshape(*array.shape[:-1], n, width), axis=-1, bitorder="little")[..., 0]
 
@@ -61,5 +68,7 @@ def unpack(packed: npt.ArrayLike, bits: SupportsIndex, count: SupportsIndex) -> 
 def _integers(values: npt.ArrayLike) -> npt.NDArray[np.integer[Any]]:
     array = np.asarray(values)
     if not np.issubdtype(array.dtype, np.integer) or array.ndim == 0:
-        raise TBQError(f"indices have dtype {array.dtype} and {array.ndim} axes; they must be integers and have at least one axis")
+        raise TBQError(
+            f"indices have dtype {array.dtype} and {array.ndim} axes; they must be integers and have at least one axis"
+        )
     return array

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """PolarQuant (arXiv 2502.02617): polar coordinates of pairs, of the radii of pairs, and so on, and their quantizer."""
+
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -52,7 +53,9 @@ def from_polar(radii: npt.ArrayLike, angles: Iterable[npt.ArrayLike]) -> Floats:
     for i, angle in reversed(list(enumerate(steps))):
         expected = (*result.shape[:-1], result.shape[-1] * 2 ** (len(steps) - 1 - i))
         if angle.shape != expected or angle.dtype != result.dtype:
-            raise TBQError(f"angles[{i}] is {angle.dtype} {angle.shape}; with these radii it must be {result.dtype} {expected}")
+            raise TBQError(
+                f"angles[{i}] is {angle.dtype} {angle.shape}; with these radii it must be {result.dtype} {expected}"
+            )
     return _from_polar(result, steps)
 
 
@@ -82,12 +85,20 @@ class PolarQuantizer:
     with radii of 16 bits is 3.875 a value.  seed, rotation: as in MSEQuantizer.  Raises TBQError for others.
     """
 
-    def __init__(self, dim: SupportsIndex, bits: Iterable[SupportsIndex] = (4, 2, 2, 2), *, seed: SupportsIndex = 0,
-                 rotation: Rotation | str = "haar") -> None:
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        bits: Iterable[SupportsIndex] = (4, 2, 2, 2),
+        *,
+        seed: SupportsIndex = 0,
+        rotation: Rotation | str = "haar",
+    ) -> None:
         self.dim, self.seed = integer(dim, "dim", 2), check_seed(seed)
         self.bits = widths(bits)
         if self.dim % 2 ** len(self.bits):
-            raise TBQError(f"dim is {self.dim}; it must be a multiple of {2**len(self.bits)} for {len(self.bits)} levels of bits")
+            raise TBQError(
+                f"dim is {self.dim}; it must be a multiple of {2 ** len(self.bits)} for {len(self.bits)} levels of bits"
+            )
         self.rotation = find(rotation, self.dim, self.seed)
         self.codebooks = tuple(angle_codebook(b, level) for level, b in enumerate(self.bits, 1))
 
@@ -140,8 +151,10 @@ class PolarQuantizer:
         rows = code.radii.reshape(-1, code.radii.shape[-1])
         packed = [angle.reshape(len(rows), -1) for angle in code.angles]
         for part in slices(len(rows), self.dim):
-            angles = [codebook.levels.astype(rows.dtype)[unpack(each[part], bits, self.dim >> level)]
-                      for level, (each, codebook, bits) in enumerate(zip(packed, self.codebooks, self.bits), 1)]
+            angles = [
+                codebook.levels.astype(rows.dtype)[unpack(each[part], bits, self.dim >> level)]
+                for level, (each, codebook, bits) in enumerate(zip(packed, self.codebooks, self.bits), 1)
+            ]
             yield part, _from_polar(rows[part], angles)
 
     def _widths(self) -> list[int]:
@@ -154,7 +167,9 @@ class PolarQuantizer:
         if not radii.ndim or radii.shape[-1] != self.dim >> len(self.bits):
             raise TBQError(f"code.radii has shape {radii.shape}; its last axis must be {self.dim >> len(self.bits)}")
         expected = [(*radii.shape[:-1], width) for width in self._widths()]
-        found = [angle.shape if isinstance(angle, np.ndarray) and angle.dtype == np.uint8 else None for angle in code.angles]
+        found = [
+            angle.shape if isinstance(angle, np.ndarray) and angle.dtype == np.uint8 else None for angle in code.angles
+        ]
         if found != expected:
             raise TBQError(f"code.angles has shapes {found}; they must be of uint8 and {expected}")
         return radii

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """TurboQuant: the MSE quantizer, QJL, and the inner-product quantizer that is made of both."""
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -67,7 +68,9 @@ class MSEQuantizer:
     which keeps no matrix; or a Rotation.  Raises TBQError for others.
     """
 
-    def __init__(self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar") -> None:
+    def __init__(
+        self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar"
+    ) -> None:
         self.dim, self.bits, self.seed = integer(dim, "dim", 1), integer(bits, "bits", 1, 8), check_seed(seed)
         self.rotation = find(rotation, self.dim, self.seed)
         self.codebook = sphere_codebook(self.bits, self.dim)
@@ -82,7 +85,11 @@ class MSEQuantizer:
 
         Raises TBQError for another dtype or last axis, an empty axis, NaN and infinity.
         """
-        return MSECode(*_quantize(x, self.dim, packed_bytes(self.dim, self.bits), lambda part: self._encode(self.rotation.forward(part))))
+        return MSECode(
+            *_quantize(
+                x, self.dim, packed_bytes(self.dim, self.bits), lambda part: self._encode(self.rotation.forward(part))
+            )
+        )
 
     def dequantize(self, code: MSECode, *, unbiased: bool = False) -> Floats:
         """The vectors of a code, (..., dim), in the dtype that was quantized.
@@ -187,11 +194,15 @@ class InnerProductQuantizer:
     dim: 1 to 8192.  bits: 1 to 8; with 1, it is QJL.  seed, rotation: as in MSEQuantizer.  Raises TBQError for others.
     """
 
-    def __init__(self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar") -> None:
+    def __init__(
+        self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar"
+    ) -> None:
         self.dim, self.bits, self.seed = integer(dim, "dim", 1), integer(bits, "bits", 1, 8), check_seed(seed)
         self.qjl = QJL(self.dim, seed=self.seed)
         self.rotation = find(rotation, self.dim, self.seed)
-        self.mse = MSEQuantizer(self.dim, self.bits - 1, seed=self.seed, rotation=self.rotation) if self.bits > 1 else None
+        self.mse = (
+            MSEQuantizer(self.dim, self.bits - 1, seed=self.seed, rotation=self.rotation) if self.bits > 1 else None
+        )
 
     def quantize(self, x: npt.ArrayLike) -> InnerProductCode:
         """x: float32 or float64 of shape (..., dim), vectors of any length.
@@ -221,7 +232,9 @@ class InnerProductQuantizer:
         Raises TBQError for a code that this quantizer cannot have made.
         """
         norms, left = self._check(code)
-        result = _dequantize(code.residual, left, self.dim, lambda part, dtype: self.rotation.backward(self.qjl._decode(part, dtype)))
+        result = _dequantize(
+            code.residual, left, self.dim, lambda part, dtype: self.rotation.backward(self.qjl._decode(part, dtype))
+        )
         if self.mse and code.mse:
             result += self.mse.dequantize(code.mse)
         return result
@@ -247,7 +260,9 @@ class InnerProductQuantizer:
             raise TBQError(f"code is a {type(code).__name__}; it must be an InnerProductCode")
         left = self.qjl._check(code.residual)
         if (self.mse is None) != (code.mse is None):
-            raise TBQError(f"code has {'two stages' if code.mse else 'one stage'}; with {self.bits} bits it has {'two' if self.mse else 'one'}")
+            raise TBQError(
+                f"code has {'two stages' if code.mse else 'one stage'}; with {self.bits} bits it has {'two' if self.mse else 'one'}"
+            )
         if not self.mse or not code.mse:
             return left, left
         norms = self.mse._scaled(code.mse, False)

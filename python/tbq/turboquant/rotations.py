@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Random rotations: from the uniform distribution, and a fast one."""
+
 import abc
 from collections.abc import Callable
 from typing import SupportsIndex
@@ -96,8 +97,11 @@ class HadamardRotation(Rotation):
         starts = [0] if self.width == self.dim else [0, self.dim - self.width]
         random = stream(self.seed, "signs")
         # each step: which 2^k coordinates, and their signs
-        self._steps = [(slice(start, start + self.width), random.randint(0, 2, (self.width, 1)) * 2 - 1)
-                       for _ in range(self.rounds) for start in starts]
+        self._steps = [
+            (slice(start, start + self.width), random.randint(0, 2, (self.width, 1)) * 2 - 1)
+            for _ in range(self.rounds)
+            for start in starts
+        ]
         self._scale = self.width**-0.5  # makes a transform orthogonal; before it, so that no sum overflows
 
     def forward(self, rows: Floats) -> Floats:
@@ -111,9 +115,9 @@ class HadamardRotation(Rotation):
         result = np.empty_like(rows)
         step = max(1, _CACHED // self.dim)
         for i in range(0, len(rows), step):
-            columns = rows[i:i + step].T.copy()
+            columns = rows[i : i + step].T.copy()
             function(columns)
-            result[i:i + step] = columns.T
+            result[i : i + step] = columns.T
         return result
 
     def _forward(self, columns: Floats) -> None:
@@ -131,8 +135,10 @@ class HadamardRotation(Rotation):
 def gaussians(rows: int, columns: int, seed: int, purpose: str) -> npt.NDArray[np.float64]:
     """A matrix of independent N(0, 1)."""
     if rows * columns > DENSE_LIMIT:
-        raise TBQError(f"a {purpose} of {rows} x {columns} has more than the {DENSE_LIMIT} values of a dense matrix"
-                       + ("; rotation='hadamard' needs none" if purpose == "rotation" else ""))
+        raise TBQError(
+            f"a {purpose} of {rows} x {columns} has more than the {DENSE_LIMIT} values of a dense matrix"
+            + ("; rotation='hadamard' needs none" if purpose == "rotation" else "")
+        )
     return stream(seed, purpose).standard_normal((rows, columns))
 
 
