@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Centred keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
+"""Centered keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
 
 import json
 import math
@@ -231,7 +231,7 @@ def test_shift(kind, made, logits, tmp_path):
 
 
 def test_shift_of_quantized_keys(made, logits, tmp_path):
-    """Centred, keys of 4 bits that were shifted are at least as near to f32's as without."""
+    """Centered, keys of 4 bits that were shifted are at least as near to f32's as without."""
     model, center = made(biased, "K biases"), tmp_path / "center.gguf"
     logits(model, measure=center)
     exact = logits(model, shift=16)
@@ -754,7 +754,7 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
 
 
 def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
-    """One measuring for a model and a length; a damaged file is measured again; a folder that cannot be written is no center."""
+    """One measuring for a model and a length; a corrupt file is measured again; a folder that cannot be written is no center."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
         "tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400
@@ -852,7 +852,7 @@ def test_disk_that_fills_up(made, small_disk, monkeypatch):
 
 
 def test_ranges():
-    """The same center for neighbours, one more for four times the context, never beyond what RoPE is set up for."""
+    """The same center for neighbors, one more for four times the context, never beyond what RoPE is set up for."""
     assert len({measured_over(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
     ranges = [measured_over(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
     assert ranges[1] == ranges[2] == 4 * ranges[0] and ranges[3] == ranges[4] == 4 * ranges[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Damaged and hostile GGUF files: one line, status 2, nothing left, nothing allocated that the file does not have."""
+"""Corrupt and hostile GGUF files: one line, status 2, nothing left, nothing allocated that the file does not have."""
 
 import os
 import re
@@ -116,7 +116,7 @@ def test_weights_flipped(tmp_path, good):
     assert seen - {
         "tensor has values beyond the range of q8_0; f32 can hold them",
         "tensor has values beyond the range of tbq4_0; f32 can hold them",
-    } == {"", "tensor has values that are not finite; the file is damaged"}
+    } == {"", "tensor has values that are not finite; the file is corrupt"}
 
 
 def header(n_tensors=1, n_entries=0, version=3, magic=b"GGUF"):
@@ -207,7 +207,7 @@ HOSTILE = {
     "huge": (header() + tensor(dims=(U64,) * 4) + bytes(999), "bytes at"),
     "too long": (
         header() + tensor(dims=(64, 1000)) + bytes(999),
-        "is truncated or damaged: tensor a.weight has 256000 bytes",
+        "is truncated or corrupt: tensor a.weight has 256000 bytes",
     ),
     "rows": (header() + tensor(dims=(63,), kind=644) + bytes(999), "is tbq4_0 in rows of 63; 64 must divide them"),
     "unknown type": (header() + tensor(kind=36) + bytes(999), "has type 36, which the installed gguf does not know"),

@@ -56,7 +56,7 @@ def one_thread():
 
 
 def order(size, half):
-    """The channels of a head as they are stored: of the first 2 half, c and c + half are neighbours."""
+    """The channels of a head as they are stored: of the first 2 half, c and c + half are neighbors."""
     return [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
 
 
@@ -647,7 +647,7 @@ def test_plain_attention(softcap, sinks):
         ({"k_bits": 5}, "k_bits is 5; it must be 2, 3, 4 or None"),
         ({"v_bits": "4"}, "v_bits is '4'; it must be 2, 3, 4 or None"),
         ({"k_bits": True}, "k_bits is True; it must be 2, 3, 4 or None"),
-        ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, halves, neighbours"),
+        ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, halves, neighbors"),
         ({"sliding": "drop"}, "sliding is 'drop'; it must be one of keep, compress"),
         ({"config": "llama"}, "config is a str; it must be a model's config, or the model"),
     ),

@@ -26,10 +26,10 @@ METRICS = ("ip", "cosine", "l2")
 
 
 def vectors(n, dim, seed=0):
-    """Of different lengths, in overlapping clusters, so that there are neighbours to find."""
+    """Of different lengths, in overlapping clusters, so that there are neighbors to find."""
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((20, dim))
-    x = centres[rng.integers(0, 20, n)] + 0.7 * rng.standard_normal((n, dim))
+    centers = rng.standard_normal((20, dim))
+    x = centers[rng.integers(0, 20, n)] + 0.7 * rng.standard_normal((n, dim))
     return (x * rng.gamma(9, 1 / 9, (n, 1))).astype(np.float32)
 
 
@@ -675,7 +675,7 @@ def test_truncated(saved, tmp_path):
         with pytest.raises(TBQError, match="is not an index of tbq|truncated"):
             Index.load(cut)
     cut.write_bytes(data + b"\0")
-    with pytest.raises(TBQError, match="truncated or damaged"):
+    with pytest.raises(TBQError, match="truncated or corrupt"):
         Index.load(cut)
 
 
@@ -759,7 +759,7 @@ def test_forged(saved, tmp_path, fields):
     _, path = saved
     other = tmp_path / "other"
     other.write_bytes(_forged(path.read_bytes(), **fields))
-    with pytest.raises(TBQError, match="damaged|version") as error:
+    with pytest.raises(TBQError, match="corrupt|version") as error:
         Index.load(other)
     assert "\n" not in str(error.value)
 
@@ -776,7 +776,7 @@ def test_garbage_under_valid_checksums(saved, tmp_path):
     for wrong in (np.inf, np.nan, 1e30):  # the center meets every query
         data[128:132] = np.float32(wrong).tobytes()
         other.write_bytes(data)
-        with pytest.raises(TBQError, match="is damaged: its center has a NaN or is too far away"):
+        with pytest.raises(TBQError, match="is corrupt: its center has a NaN or is too far away"):
             Index.load(other, verify=False)
 
 

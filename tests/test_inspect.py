@@ -57,7 +57,7 @@ def test_scales_and_use(folder, kind):
         assert entry.blocks.use.tolist() == np.bincount(index.reshape(-1), minlength=2**bits).tolist()
         assert entry.blocks.scales == (d.min(), np.median(d), d.max()) and (
             entry.blocks.zero,
-            entry.blocks.damaged,
+            entry.blocks.corrupt,
         ) == (0, 0)
         assert entry.blocks.histogram.sum() == len(d)
         assert bits - 0.35 < entry.blocks.entropy < bits

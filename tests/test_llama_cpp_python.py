@@ -15,7 +15,7 @@ import tbq
 from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
 
-CENTER = 68  # bytes of a state of centred keys: a mark, and the hash of their center
+CENTER = 68  # bytes of a state of centered keys: a mark, and the hash of their center
 VENDORED = pathlib.Path(tbq.paths()["lib"]).parent / "_vendor" / "llama_cpp"
 
 for dependency in ("diskcache", "jinja2", "typing_extensions"):
@@ -207,7 +207,7 @@ def sdist():
 
 
 def test_bindings_are_the_pin_s(sdist, tmp_path):
-    """Every module of the package and its licence, byte by byte; once."""
+    """Every module of the package and its license, byte by byte; once."""
     command = [sys.executable, ROOT / "tools" / "patch_series.py", "bindings", tmp_path / "bindings"]
     (tmp_path / ".bindings-tmp-killed").mkdir()
     subprocess.run(command, check=True, capture_output=True)
@@ -268,7 +268,7 @@ state = centered[0].save_state()
 other = Llama(sys.argv[1], kv="tbq4_0", center=False, **common)
 try:
     other.load_state(state)
-    raise SystemExit("a state of centred keys was taken by a cache that is not centred")
+    raise SystemExit("a state of centered keys was taken by a cache that is not centered")
 except RuntimeError:
     pass
 set_center(other, centered[0].center)
@@ -283,14 +283,14 @@ for bad in (sys.argv[1], "none.gguf"):
             assert "\\n" not in str(error)
 try:
     set_center(other, centered[0].center)
-    raise SystemExit("a cache with keys was centred")
+    raise SystemExit("a cache with keys was centered")
 except tbq.TBQError:
     pass
 print("done")
 """
 
 
-def test_centred_keys(demo_model):
+def test_centered_keys(demo_model):
     """On by default, measured once, better than without; states and files are checked."""
     done = python(CENTERED, demo_model, ROOT / "README.md")
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
@@ -326,4 +326,4 @@ def test_no_folder_other_rope_no_cache(demo_model, tmp_path):
     (tmp_path / "file").write_text("")
     done = python(OTHERS, demo_model, mamba(tmp_path / "mamba.gguf"), XDG_CACHE_HOME=str(tmp_path / "file"))
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
-    assert done.stderr.count("at each start, because it cannot be kept") == 2 and "not centred" not in done.stderr
+    assert done.stderr.count("at each start, because it cannot be kept") == 2 and "not centered" not in done.stderr

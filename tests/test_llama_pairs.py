@@ -147,17 +147,17 @@ def test_neighbour_in_a_shared_buffer(bin_dir, demo_model, tmp_path):
     """A sequence in front of another in one buffer moves the second against the tiles of attention: sums in another
     order, the last digit of a layer's output changes, and the next layers' keys fall on other levels. That draws the
     noise of quantization again, no more: a change of the RoPE frequency by 1e-6 does the same to every quantized
-    cache, q4_0 too (docs/measurements/attention.md), and is the measure here. A neighbour that had a say would cost nats."""
+    cache, q4_0 too (docs/measurements/attention.md), and is the measure here. A neighbor that had a say would cost nats."""
     days = "Here is a list of the days of the week, one per line:\nMonday\nTuesday\nWednesday\nThursday\nFriday\n"
     capitals = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. The"
     prompts = [days[:n] for n in range(60, len(days), 4)] + [capitals[:n] for n in range(40, len(capitals), 4)]
 
-    def likely(name, *args, neighbour=False):
+    def likely(name, *args, neighbor=False):
         """For each prompt the three likeliest tokens and their log-probabilities."""
         with Server(
             bin_dir, demo_model, tmp_path / name, "-ctk", "tbq4_0", "-ctv", "tbq4_0", "--kv-unified", *args, slots=2
         ) as server:
-            if neighbour:  # 53 cells: the other sequence lies across a tile's end
+            if neighbor:  # 53 cells: the other sequence lies across a tile's end
                 server.complete("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", n=20, id_slot=0, cache_prompt=False)
             answers = [server.complete(p, n=1, n_probs=3, id_slot=1, cache_prompt=False) for p in prompts]
         return [{t["id"]: t["logprob"] for t in a["completion_probabilities"][0]["top_logprobs"]} for a in answers]
@@ -170,8 +170,8 @@ def test_neighbour_in_a_shared_buffer(bin_dir, demo_model, tmp_path):
 
     alone = likely("alone")
     redrawn = moved(alone, likely("rope", "--rope-freq-scale", "1.000001"))
-    beside = moved(alone, likely("beside", neighbour=True))
-    print(f"a neighbour moves {beside:.3f}, a redraw of the noise {redrawn:.3f}")
+    beside = moved(alone, likely("beside", neighbor=True))
+    print(f"a neighbor moves {beside:.3f}, a redraw of the noise {redrawn:.3f}")
     assert beside <= 2 * redrawn and redrawn < 1
 
 

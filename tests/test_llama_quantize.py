@@ -104,7 +104,7 @@ def test_requantized_to_f16_and_back(bin_dir, f16, pure, kld, folder):
 
 def test_damaged_weights_are_found(bin_dir, pure, folder):
     """--check-tensors looks at the scales (ggml_validate_row_data)."""
-    path = folder / "damaged.gguf"
+    path = folder / "corrupt.gguf"
     raw = bytearray(pure("tbq4_0").read_bytes())
     raw[-34 * 100 :] = b"\xff" * 34 * 100  # NaN as the scale of the last hundred blocks
     path.write_bytes(raw)

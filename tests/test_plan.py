@@ -742,8 +742,8 @@ def test_large_key_biases_keep_q8_0_keys(bias, kept, tmp_path):
 
 
 @pytest.mark.parametrize("context,center", [(256, True), (1 << 20, False)])
-def test_biases_that_centring_removes(context, center, tmp_path):
-    """On pairs of channels that turn slowly for the context: tbq keys, if they are centred.  In the others: q8_0 keys, as above."""
+def test_biases_that_centering_removes(context, center, tmp_path):
+    """On pairs of channels that turn slowly for the context: tbq keys, if they are centered.  In the others: q8_0 keys, as above."""
     import gguf
 
     path = qwen2(tmp_path / "model.gguf", 0.0)
@@ -757,17 +757,17 @@ def test_biases_that_centring_removes(context, center, tmp_path):
     )  # no sequence of llama-server is longer than what a model was trained for
     plan = tbq.plan(path, context=context, memory="1M", cache_only=True, options=long)
     assert list(plan.large_key_biases) == [1] and plan.center == center
-    assert any(("centre the keys" in text) == center for text in plan.warnings if "large key biases" in text)
+    assert any(("center the keys" in text) == center for text in plan.warnings if "large key biases" in text)
     assert (plan.recommended[0] in tbq.types) == center
-    uncentred = json.loads(
+    uncentered = json.loads(
         command(
             path, "--context", context, "--memory", "1M", "--cache-only", "--no-center", "--json", "--", *long
         ).stdout
     )
-    assert uncentred["recommended"][0] not in tbq.types
+    assert uncentered["recommended"][0] not in tbq.types
     assert tbq.plan(
         path, context=context, memory="1M", cache_only=True, center=False, options=long
-    ).recommended == tuple(uncentred["recommended"])
+    ).recommended == tuple(uncentered["recommended"])
 
 
 def test_fused_projections_have_key_biases_too(tmp_path):
@@ -785,7 +785,7 @@ def test_fused_projections_have_key_biases_too(tmp_path):
 
 
 def test_biases_that_cannot_be_judged(tmp_path):
-    """Damaged or unusual tensors of biases: a warning, and the plan all the same."""
+    """Corrupt or unusual tensors of biases: a warning, and the plan all the same."""
     for name, shapes in {
         "shape": {"attn_k.bias": (32,)},
         "axes": {"attn_k.weight": (2, 64, 128)},
@@ -1007,7 +1007,7 @@ def test_truncated_anywhere(model, tmp_path):
 
 def test_damaged_anywhere(model, tmp_path):
     """A byte of the header that is something else: figures or an error of ours."""
-    data, path, rng = bytearray(Path(model("qwen2")).read_bytes()), tmp_path / "damaged.gguf", np.random.default_rng(0)
+    data, path, rng = bytearray(Path(model("qwen2")).read_bytes()), tmp_path / "corrupt.gguf", np.random.default_rng(0)
     for at in [*range(600), *rng.integers(600, 9000, 300)]:
         changed = bytearray(data)
         changed[at] ^= int(rng.integers(1, 256))

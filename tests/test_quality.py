@@ -24,7 +24,7 @@ from tbq.kv_cache.type_pairs import TypePair
 
 SMALL = ("--context", "256", "--chunks", "2", "--threads", "2")
 TYPES = ("f16", "q4_0", "tbq4_0", "tbq4_0/tbq3_0", "tbq2_0")
-ROWS = tuple(row for name in TYPES for row in (name, f"{name} centred")[: 1 + (name != "f16")])
+ROWS = tuple(row for name in TYPES for row in (name, f"{name} centered")[: 1 + (name != "f16")])
 
 
 def run(*arguments, **more):
@@ -96,7 +96,7 @@ def test_figures(found):
     """Those that tests/test_llama_perplexity.py knows of this model, from another path through the same program."""
     pairs = found["pairs"]
     assert list(pairs) == list(ROWS) and found["failures"] == {}
-    assert all(pair["centered"] == name.endswith(" centred") for name, pair in pairs.items())
+    assert all(pair["centered"] == name.endswith(" centered") for name, pair in pairs.items())
     kld = {name: pair["kld"]["mean"] for name, pair in pairs.items()}
     assert abs(kld["f16"]) < 1e-4 and pairs["f16"]["same_top"]["mean"] == 1
     assert 0.001 < kld["tbq4_0"] < kld["q4_0"] < 0.1 and kld["tbq4_0"] < kld["tbq4_0/tbq3_0"] < kld["tbq2_0"] < 1.1
@@ -111,7 +111,7 @@ def test_figures(found):
         (2.25, 2.25),
     ]
     # 254 scores do not tell small gains from noise; where there is much to gain, it shows
-    assert kld["tbq2_0 centred"] < 0.8 * kld["tbq2_0"]
+    assert kld["tbq2_0 centered"] < 0.8 * kld["tbq2_0"]
 
 
 @pytest.mark.parametrize("k,v", [("f16", "f16"), ("tbq4_0", "tbq3_0")])
@@ -174,7 +174,7 @@ def test_picture_has_both_series_and_every_label():
     assert "<!-- f16 -->" not in svg
 
 
-def test_without_centring(demo_model):
+def test_without_centering(demo_model):
     done = run("--model", demo_model, *SMALL, "--types", "f16,tbq4_0", "--no-center")
     assert (
         done.returncode == 0
@@ -183,13 +183,13 @@ def test_without_centring(demo_model):
     )
 
 
-def test_keys_that_cannot_be_centred(tmp_path):
+def test_keys_that_cannot_be_centered(tmp_path):
     """One warning, and the rows that were asked for."""
     from test_plan import gemma2
 
     done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,tbq4_0")
     assert done.returncode == 0 and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"], done.stderr
-    assert done.stderr.count("tbq: warning: no rows with centred keys: ") == 1 and "soft-cap" in done.stderr
+    assert done.stderr.count("tbq: warning: no rows with centered keys: ") == 1 and "soft-cap" in done.stderr
 
 
 def test_text_of_the_user(demo_model, tmp_path):
@@ -202,7 +202,7 @@ def test_text_of_the_user(demo_model, tmp_path):
     assert [row[0] for row in rows(done.stdout)] == ["f16", "bf16"]
     assert f"text   a text.txt, sha256 {hashlib.sha256(text.read_bytes()).hexdigest()}" in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "tbq: error: tbq4_0, tbq4_0 centred: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
+        "tbq: error: tbq4_0, tbq4_0 centered: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
         "types that do: f16, bf16"
     )
 
@@ -226,7 +226,7 @@ def wrong(tmp_path, demo_model):
     [
         (("--model", "nowhere.gguf"), r"No such file or directory: nowhere.gguf"),
         (("--model", "cut.gguf"), r"cut.gguf is truncated or not GGUF: .*"),
-        (("--model", "halved.gguf"), r"halved.gguf is truncated or damaged: .*"),
+        (("--model", "halved.gguf"), r"halved.gguf is truncated or corrupt: .*"),
         (("--text", "nowhere.txt"), r"text 'nowhere.txt' cannot be read \(No such file or directory\)"),
         (("--text", "latin1.txt"), r"text 'latin1.txt' is not UTF-8 \(byte 2\)"),
         (("--text", "short.txt"), r"text 'short.txt' has \d+ tokens; --context 256 needs 512"),

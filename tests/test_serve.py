@@ -574,7 +574,7 @@ def test_interrupted_before_it_is_llama_server():
     assert ends == [(b"", -signal.SIGINT)] * 48
 
 
-def test_keys_are_centred(demo_model, tmp_path, monkeypatch):
+def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
     """Measured on first use, which one line says; not for keys of 16 bits, not with --no-center, not beside a file of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
@@ -610,7 +610,7 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
     ) as serve:
         serve.until("llama-server is up")
         assert (
-            sum("tbq: keys are not centred" in line and "measured with another RoPE" in line for line in serve.err) == 1
+            sum("tbq: keys are not centered" in line and "measured with another RoPE" in line for line in serve.err) == 1
         )
     with tbq.Server(demo_model, "auto", options=SMALL) as server:
         assert server.center is None and server.chat("Hello", max_tokens=2)["choices"]
@@ -621,13 +621,13 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
         pass
 
 
-def test_model_that_cannot_be_centred(tmp_path):
+def test_model_that_cannot_be_centered(tmp_path):
     """One line, and the server runs."""
     from test_plan import gemma2
 
     with Serve("--kv", "tbq4_0", gemma2(tmp_path / "model.gguf"), *SMALL, "--port", str(free_port())) as serve:
         serve.until("llama-server is up")
-        assert [line for line in serve.err if line.startswith("tbq: keys are not centred: ") and "soft-cap" in line]
+        assert [line for line in serve.err if line.startswith("tbq: keys are not centered: ") and "soft-cap" in line]
 
 
 # --- models without a cache -----------------------------------------------------------------------------------------
@@ -651,7 +651,7 @@ def test_embedding_model(tmp_path, kv):
         command = (
             pathlib.Path(f"/proc/{served.children[0]}/cmdline").read_text() if sys.platform.startswith("linux") else ""
         )
-        assert "cache-type" not in command and not any("centred" in line or "measuring" in line for line in served.err)
+        assert "cache-type" not in command and not any("centered" in line or "measuring" in line for line in served.err)
         served.process.send_signal(signal.SIGTERM)
         assert served.end() == 0
 

@@ -477,9 +477,9 @@ def test_lower_bound_is_reached_on_the_circle(bits):
     assert bits < 1 or exact < 4.0**-bits
     angles = np.random.RandomState(0).uniform(0, 2 * math.pi, 20000)
     if bits >= 1:
-        centres = (np.floor(angles / (2 * half)) + 0.5) * 2 * half
+        centers = (np.floor(angles / (2 * half)) + 0.5) * 2 * half
         factor = math.sin(half) / half
-        assert within(1 - 2 * factor * np.cos(angles - centres) + factor**2, exact)
+        assert within(1 - 2 * factor * np.cos(angles - centers) + factor**2, exact)
 
 
 @pytest.mark.parametrize("dim, bits", [(3, 1), (3, 2), (4, 1.5), (8, 1)])
@@ -487,14 +487,14 @@ def test_no_trained_quantizer_beats_the_lower_bound(dim, bits):
     """k-means for that very distribution, the best that a codebook of 2^(bits dim) vectors is known to do."""
     random = np.random.RandomState(0)
     train, test = unit(random.standard_normal((20000, dim))), unit(random.standard_normal((20000, dim)))
-    centres = train[: round(2 ** (bits * dim))].copy()
+    centers = train[: round(2 ** (bits * dim))].copy()
     for _ in range(20):
-        nearest = (train @ centres.T - (centres**2).sum(1) / 2).argmax(1)
-        for i in range(len(centres)):
+        nearest = (train @ centers.T - (centers**2).sum(1) / 2).argmax(1)
+        for i in range(len(centers)):
             if np.any(nearest == i):
-                centres[i] = train[nearest == i].mean(0)
-    nearest = (test @ centres.T - (centres**2).sum(1) / 2).argmax(1)
-    errors = ((test - centres[nearest]) ** 2).sum(1)
+                centers[i] = train[nearest == i].mean(0)
+    nearest = (test @ centers.T - (centers**2).sum(1) / 2).argmax(1)
+    errors = ((test - centers[nearest]) ** 2).sum(1)
     bound = tq.mse_lower_bound(bits, dim)
     assert np.mean(errors) - Z * np.std(errors) / math.sqrt(len(errors)) < 1.25 * bound  # and the bound is not idle
     assert np.mean(errors) > bound

@@ -38,9 +38,9 @@ def quantize(array: npt.ArrayLike, type: str, *, kv: bool = False) -> npt.NDArra
 
     array: float32 or float16 of shape (..., n) with n a multiple of 64; read in place if C-contiguous, otherwise
     copied first.  type: "tbq2_0", "tbq3_0" or "tbq4_0".  kv: encode as llama.cpp's cache of keys and values does,
-    which favours channels that are large, instead of for the least squared error; the format is the same.
+    which favors channels that are large, instead of for the least squared error; the format is the same.
     Returns uint8 of shape (..., row_bytes(n, type)).
-    A block with a NaN or an infinity decodes to NaNs; its neighbours are not affected.
+    A block with a NaN or an infinity decodes to NaNs; its neighbors are not affected.
     Raises TBQError for another dtype, last axis or type.
     """
     info = find(type)

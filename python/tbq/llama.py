@@ -186,7 +186,7 @@ class Llama(_Base):  # type: ignore[misc]
     model_path: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V"; type_k and type_v, names or
     GGML's numbers, replace a side of it.  The rest is llama_cpp.Llama's, n_ctx above all: its default is 512 tokens, 0 is what
     the model was trained for.
-    center: whether quantized keys are centred (measured on first use, which a line on stderr says), or a file for it.
+    center: whether quantized keys are centered (measured on first use, which a line on stderr says), or a file for it.
     plan: the tbq.Plan of its cache, or None.  k, v: the cache types.
     Raises TBQError for an unknown type, a pair that llama.cpp refuses for this model, and a model that cannot be loaded.
     """
@@ -254,14 +254,14 @@ class Llama(_Base):  # type: ignore[misc]
             except TBQError as error:
                 if center is not True:
                     raise
-                say(f"keys are not centred: {error}")  # kv_overrides, for example, may have made another RoPE of it
+                say(f"keys are not centered: {error}")  # kv_overrides, for example, may have made another RoPE of it
                 self.center = None
 
 
 def set_center(model: Any, path: str | os.PathLike[str] | None) -> None:
-    """Centres the keys of a llama_cpp.Llama that has not read a token yet, with a file of `tbq calibrate`; None: not any more.
+    """Centers the keys of a llama_cpp.Llama that has not read a token yet, with a file of `tbq calibrate`; None: not any more.
 
-    Raises TBQError if llama.cpp refuses the file: of another model or RoPE, or damaged.
+    Raises TBQError if llama.cpp refuses the file: of another model or RoPE, or corrupt.
     """
     import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 

@@ -6,10 +6,10 @@
 
 BIN: the folder with llama-bench, llama-perplexity and llama-cache-center.  Without --model, a model is made, which needs what
 the tests in tests/ need: 4 layers of random weights, with biases on the keys 16 times as large as the rest, in channels that
-turn slowly, so that quantized keys lose everything that centring does not save.  --make FILE only makes it.
+turn slowly, so that quantized keys lose everything that centering does not save.  --make FILE only makes it.
 
 Prints, for each place and pair of types, the KL divergence to an f16 cache on one device, without and with a center; exits
-with 1 if a centred one is more than 1.5 times that of one device (0.0002 is noise), or if centring does not save anything.
+with 1 if a centered one is more than 1.5 times that of one device (0.0002 is noise), or if centering does not save anything.
 """
 import argparse
 import math
@@ -98,7 +98,7 @@ def main():
                     status, log = run(args.bin / "llama-perplexity", *common, *options, "-ctk", k, "-ctv", v, *center, "--kl-divergence", "--kl-divergence-base", work / "base")
                     found.append(divergence(status, log))
                     if found[-1] is None:
-                        print(f"{place}, {k}/{v}{', centred' if center else ''}: status {status}: {log.strip().splitlines()[-1] if log.strip() else ''}")
+                        print(f"{place}, {k}/{v}{', centered' if center else ''}: status {status}: {log.strip().splitlines()[-1] if log.strip() else ''}")
                 if None in found:  # some ways to split are not for every type; if one is, it is with a center too
                     failed |= found[0] is not None or "split" not in place
                     continue

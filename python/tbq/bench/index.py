@@ -55,7 +55,7 @@ def spec_names(text: str) -> list[str]:
 
 
 def gaussian(dim: int, n: int, queries: int, seed: int = 0) -> Vectors:
-    """Uniform on the sphere: no structure that training could find, and neighbours that are hardly nearer than the rest."""
+    """Uniform on the sphere: no structure that training could find, and neighbors that are hardly nearer than the rest."""
     x = np.random.default_rng(seed).standard_normal((n + queries, dim), dtype=np.float32)
     return split(f"sphere {dim}", x, queries)
 

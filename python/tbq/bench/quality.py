@@ -53,7 +53,7 @@ class Quality:
 
     @property
     def has_both(self) -> bool:
-        """Whether there are pairs with centred keys, and the same without."""
+        """Whether there are pairs with centered keys, and the same without."""
         return any(pair.centered and dataclasses.replace(pair, centered=False) in self.scores for pair in self.scores)
 
     @property
@@ -84,9 +84,9 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
 
     options: more of llama-perplexity's.  scratch: folder for the probabilities of the f16 cache (base_bytes), the
     system's temporary one if None; they are gone afterwards, whatever happens.
-    center_text: what the means of the keys are measured on for pairs that are centred, Python's language reference if None;
+    center_text: what the means of the keys are measured on for pairs that are centered, Python's language reference if None;
     not the text that is scored.  name_of_text: what a message calls the text.
-    A pair that llama.cpp refuses is among the failures, centred pairs of a model whose keys cannot be are left out, with a warning.  An interruption ends it with what there was time for.
+    A pair that llama.cpp refuses is among the failures, centered pairs of a model whose keys cannot be are left out, with a warning.  An interruption ends it with what there was time for.
     Raises TBQError if the text, the model or the disk is too small.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -109,7 +109,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
                     calibrate(model.opened or model.path, folder / CENTER, context, text=center_text, options=[*words_for(options, MODEL, ROPE), "-t", str(threads)])
                 except TBQError as error:
                     uncentered = str(error)
-                    print(f"tbq: warning: no rows with centred keys: {uncentered}", file=sys.stderr)
+                    print(f"tbq: warning: no rows with centered keys: {uncentered}", file=sys.stderr)
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
                 if pair.centered and uncentered:
@@ -197,8 +197,8 @@ def picture(report: Quality, title: str, format: str) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for ours, centered, label, color, marker in ((False, False, "llama.cpp's types", "tab:gray", "s"), (False, True, "llama.cpp's types, keys centred", "tab:brown", "D"),
-                                                 (True, False, "with tbq types", "tab:cyan", "^"), (True, True, "with tbq types, keys centred", "tab:blue", "o")):
+    for ours, centered, label, color, marker in ((False, False, "llama.cpp's types", "tab:gray", "s"), (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
+                                                 (True, False, "with tbq types", "tab:cyan", "^"), (True, True, "with tbq types, keys centered", "tab:blue", "o")):
         points = [(sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0]) for pair, score in report.scores.items()
                   if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
         points.sort(key=lambda point: (point[0], point[1].mean))

@@ -203,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="queries, which are not in the set (%(default)s)",
     )
     parser.add_argument("--timed", type=at_least_one, metavar="N", help="of the queries, so many are timed (all)")
-    parser.add_argument("--k", type=at_least_one, default=10, metavar="K", help="neighbours to find (%(default)s)")
+    parser.add_argument("--k", type=at_least_one, default=10, metavar="K", help="neighbors to find (%(default)s)")
     parser.add_argument(
         "--threads", type=at_least_one, default=cores(), metavar="N", help="threads, of faiss too (%(default)s)"
     )

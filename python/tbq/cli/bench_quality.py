@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     behind = len(text) // 2
     if not args.text and 8 * args.context * args.chunks > behind and any(pair.centered for pair in pairs):
         print(
-            "tbq: warning: no rows with centred keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
+            "tbq: warning: no rows with centered keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
             file=sys.stderr,
         )
         pairs = [pair for pair in pairs if not pair.centered]
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
     parser.add_argument("--types", default=TYPES, metavar="K/V,...", help="cache types (%(default)s)")
-    parser.add_argument("--no-center", action="store_true", help="without the rows with centred keys")
+    parser.add_argument("--no-center", action="store_true", help="without the rows with centered keys")
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)"
     )

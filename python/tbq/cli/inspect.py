@@ -32,7 +32,7 @@ def as_text(report: Inspection) -> str:
         lines += [
             "",
             f"{name}: an index carries {total.entropy:.3f} of {types[name].bits} bits; {total.zero} blocks are zero"
-            + (f", {total.damaged} ARE DAMAGED (scale NaN or infinite)" if total.damaged else ""),
+            + (f", {total.corrupt} ARE DAMAGED (scale NaN or infinite)" if total.corrupt else ""),
             "level " + "".join(f"{level:6}" for level in types[name].levels),
             "  %   " + "".join(f"{s:6.2f}" for s in share),
         ]
@@ -90,7 +90,7 @@ def as_json(report: Inspection) -> str:
         return {
             "scales": [number(s) for s in b.scales],
             "zero": b.zero,
-            "damaged": b.damaged,
+            "corrupt": b.corrupt,
             "entropy": b.entropy,
             "use": b.use.tolist(),
         }

@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
     parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
     parser.add_argument(
-        "--no-center", action="store_true", help="recommend for keys that are not centred (docs/center.md)"
+        "--no-center", action="store_true", help="recommend for keys that are not centered (docs/center.md)"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")

@@ -111,7 +111,7 @@ def _define_query(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=10,
         metavar="K",
-        help="neighbours of each query, all vectors if there are fewer (%(default)s)",
+        help="neighbors of each query, all vectors if there are fewer (%(default)s)",
     )
     parser.add_argument(
         "--rescore",
@@ -131,7 +131,7 @@ def _define_query(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """nearest neighbours among vectors of 2 to 4 bits a value"""
+    """nearest neighbors among vectors of 2 to 4 bits a value"""
     parser.epilog = "examples: tbq search build vectors.npy index.tbqi, tbq search query index.tbqi queries.npy; each has its own --help"
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, of in (("build", _define_build), ("query", _define_query)):

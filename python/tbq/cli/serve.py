@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-center",
         action="store_true",
-        help="do not centre the keys (docs/center.md): quantized ones lose some accuracy",
+        help="do not center the keys (docs/center.md): quantized ones lose some accuracy",
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
     rest = parser.add_argument(

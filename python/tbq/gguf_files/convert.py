@@ -229,7 +229,7 @@ def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.u
         values = decode(data)
         low, high = float(values.min()), float(values.max())  # a NaN anywhere is both
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is damaged")
+            raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is corrupt")
         if limit is not None and max(high, -low) > limit:
             raise TBQError(
                 f"tensor {tensor.name} has values beyond {limit:.0f}, the largest of f16; bf16 and f32 can hold them"

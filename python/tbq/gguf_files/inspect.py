@@ -34,7 +34,7 @@ class Blocks:
 
     scales: tuple[float, float, float] = (math.nan,) * 3  #: smallest, median, largest; of a tensor only
     zero: int = 0  #: blocks with scale 0
-    damaged: int = 0  #: blocks whose scale is NaN or infinite
+    corrupt: int = 0  #: blocks whose scale is NaN or infinite
     use: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(0, np.int64)
     )  #: how often each level of the codebook is used
@@ -219,7 +219,7 @@ def scales_and_use(
 def _blocks(scales: list[npt.NDArray[np.float16]], use: list[npt.NDArray[np.int64]]) -> Blocks:
     d = np.concatenate(scales).astype(np.float32)
     good = d[np.isfinite(d)]
-    result = Blocks(zero=int((good == 0).sum()), damaged=len(d) - len(good), use=np.sum(use, axis=0))
+    result = Blocks(zero=int((good == 0).sum()), corrupt=len(d) - len(good), use=np.sum(use, axis=0))
     if len(good):
         result.scales = float(good.min()), float(np.median(good)), float(good.max())
     result.histogram = np.histogram(np.log10(good[good > 0]), SCALE_BINS)[0].astype(np.int64)
@@ -228,7 +228,7 @@ def _blocks(scales: list[npt.NDArray[np.float16]], use: list[npt.NDArray[np.int6
 
 def _add(total: Blocks, part: Blocks) -> None:
     total.zero += part.zero
-    total.damaged += part.damaged
+    total.corrupt += part.corrupt
     total.use = total.use + part.use
     total.histogram = total.histogram + part.histogram
 

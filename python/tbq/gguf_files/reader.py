@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Opens GGUF files that may be damaged or hostile: every count, length, offset and size is held against the size of the
+"""Opens GGUF files that may be corrupt or hostile: every count, length, offset and size is held against the size of the
 file before it is used.
 
 gguf.GGUFReader trusts them, makes an array of each element of each list (3 s for a vocabulary of 49,000; 0.1 s here), and
@@ -463,7 +463,7 @@ def _tensor(
     n_bytes = prod(shape) // block * block_bytes
     if offset % alignment or start + offset + n_bytes > size:
         raise TBQError(
-            f"{path} is truncated or damaged: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}"
+            f"{path} is truncated or corrupt: tensor {name} has {n_bytes} bytes at {start + offset}, the file {size}"
         )
     return Tensor(name, type, shape, path, start + offset, n_bytes)
 

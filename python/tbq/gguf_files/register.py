@@ -2,7 +2,7 @@
 """Makes the package gguf know the types; done when this module, and so tbq, is imported.
 
 gguf has no way to add a type, so this extends its enums and tables in place: GGMLQuantizationType.TBQ4_0 and its
-neighbours, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the patched llama-quantize, which are those of
+neighbors, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the patched llama-quantize, which are those of
 the types), and what gguf.quantize and gguf.dequantize look types up in.  tests/test_gguf.py runs it on each release of
 gguf that pyproject.toml allows.
 """

@@ -32,7 +32,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     k_bits, v_bits: 2, 3, 4, or None to leave that side in the model's dtype.  sliding: "keep" leaves layers with a sliding
     window as they are, since they do not grow; "compress" packs them too.  Layers of other kinds (linear attention, latent
     indexers) are left alone.  pairs: how the rotary embedding pairs the channels of a key, "halves" (c and c + n/2) or
-    "neighbours", "auto" to ask the model's own code; halves are stored as neighbours, which costs nothing and a quarter less in
+    "neighbours", "auto" to ask the model's own code; halves are stored as neighbors, which costs nothing and a quarter less in
     divergence.
     Each new token is encoded once, as llama.cpp's cache would; a layer's states are decoded when it is its turn, unless the
     model was loaded with attn_implementation="tbq", which reads blocks.
@@ -211,7 +211,7 @@ def _rotary_half(config: Any, size: int) -> int:
 
 
 def _pairs_halves(config: Any) -> bool:
-    """Whether the model's own rotate_half turns c and c + n/2 into each other; other models pair neighbours, or none."""
+    """Whether the model's own rotate_half turns c and c + n/2 into each other; other models pair neighbors, or none."""
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     rotate = getattr(module, "rotate_half", None)
     return (

@@ -17,7 +17,7 @@ class Side:
     """The keys, or the values, of a layer: rows of tokens in one tensor that grows.
 
     bits: 2, 3 or 4, or 0 for rows in the model's dtype.  data: (batch, room, heads, bytes or size).
-    half: of the first 2 half channels, c and c + half are neighbours in the blocks.
+    half: of the first 2 half channels, c and c + half are neighbors in the blocks.
     """
 
     def __init__(self, bits: int, states: torch.Tensor, half: int = 0) -> None:
@@ -47,7 +47,7 @@ class PackedStates(torch.Tensor):
 
     packed: torch.Tensor  #: uint8 (batch, tokens, heads, bytes)
     bits: int
-    rotary_half: int  #: half: of the first 2 half channels, c and c + half are neighbours
+    rotary_half: int  #: half: of the first 2 half channels, c and c + half are neighbors
 
     @staticmethod
     def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> "PackedStates":
@@ -83,7 +83,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
     config: of the model, whose attention implementation decides at each update whether attention takes blocks ("tbq") or
     values; None: values.  half: the rotary embedding turns channels c and c + half of a key (the first 2 half) into each other;
-    they are stored as neighbours, which is what the encoder's noise shaping expects (docs/hf.md).  0: as they are.
+    they are stored as neighbors, which is what the encoder's noise shaping expects (docs/hf.md).  0: as they are.
     """
 
     def __init__(self, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0) -> None:

@@ -40,7 +40,7 @@ def encode(
 ) -> None:
     """k, v: (batch, heads, tokens, size), any float dtype, into the packed tensors of as many tokens; bits of 0 leave a side out.
 
-    half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
+    half: of the first 2 half channels of keys, c and c + half are stored as neighbors.
     """
     if k_bits and k_packed is not None:
         _encode(k.index_select(3, _order(k.shape[3], half)) if half else k, k_packed, k_bits)

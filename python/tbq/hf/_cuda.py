@@ -72,7 +72,7 @@ def encode(
 ) -> None:
     """k, v: (batch, heads, tokens, size), any float dtype, last axis contiguous, into the packed tensors of as many tokens.
 
-    Bits of 0 leave a side out.  half: of the first 2 half channels of keys, c and c + half are stored as neighbours.
+    Bits of 0 leave a side out.  half: of the first 2 half channels of keys, c and c + half are stored as neighbors.
     The bytes are libtbq's (tbq_quantize_kv).
     """
     batch, heads, tokens, k_size = k.shape

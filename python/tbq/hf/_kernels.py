@@ -264,7 +264,7 @@ def byte_of(nibbles, SHIFT: tl.constexpr, b0, b1, b2, b3):
 
 @triton.jit
 def levels(qs, qh, codebook, BITS: tl.constexpr):
-    """Levels, float16 (N, 64), of a packed_tile, in the order of element(): what comes out of a word become neighbours,
+    """Levels, float16 (N, 64), of a packed_tile, in the order of element(): what comes out of a word become neighbors,
     because joining keeps them in the registers where they are."""
     word = qs.to(tl.int32)
     if BITS == 4:
@@ -293,7 +293,7 @@ def element(at, BITS: tl.constexpr):
 
 @triton.jit
 def channel(at, HALF: tl.constexpr):
-    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are neighbours."""
+    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are neighbors."""
     if HALF:
         return tl.where(at < 2 * HALF, (at >> 1) + (at & 1) * HALF, at)
     else:

@@ -85,7 +85,7 @@ def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
         expected = _offsets(layout)
         if size != expected[-1]:
             raise TBQError(
-                f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: it is truncated or damaged"
+                f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: it is truncated or corrupt"
             )
         with _files.naming(path):
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -93,9 +93,9 @@ def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
     for (name, (shape, dtype)), at in zip(layout.items(), expected):
         arrays[name] = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
         if verify and zlib.crc32(as_bytes(arrays[name])) != sums[name]:
-            raise TBQError(f"{path} is damaged: the checksum of its section {name!r} is wrong")
+            raise TBQError(f"{path} is corrupt: the checksum of its section {name!r} is wrong")
     if "center" in arrays and not float(np.linalg.norm(arrays["center"].astype(np.float64))) < LONGEST:
-        raise TBQError(f"{path} is damaged: its center has a NaN or is too far away")
+        raise TBQError(f"{path} is corrupt: its center has a NaN or is too far away")
     if verify:
         _check_values(path, properties, arrays)
     return properties, arrays
@@ -116,7 +116,7 @@ def read_header(head: bytes, path: pathlib.Path) -> tuple[Properties, dict[str, 
     fixed, names = FORMATS[version]
     at = fixed.size + len(names) * SUM.size
     if SUM.unpack_from(head, at)[0] != zlib.crc32(head[:at]):
-        raise TBQError(f"{path} is damaged: the checksum of its header is wrong")
+        raise TBQError(f"{path} is corrupt: the checksum of its header is wrong")
     bits, metric, estimator, keep, dim, n, next_id, centered, source = (*fixed.unpack_from(head)[3:], 0, GIVEN)[:9]
     kept = next((name for name, size in KEEPS.items() if size == keep), "unknown")
     if (
@@ -131,7 +131,7 @@ def read_header(head: bytes, path: pathlib.Path) -> tuple[Properties, dict[str, 
         or (source == MEASURING and n >= FIRST)
         or any(head[at + SUM.size :])
     ):
-        raise TBQError(f"{path} is damaged: its header makes no sense")
+        raise TBQError(f"{path} is corrupt: its header makes no sense")
     properties = Properties(dim, bits, METRICS[metric], ESTIMATORS[estimator], kept, n, next_id, bool(centered), source)
     return properties, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size : at]))}
 
@@ -140,9 +140,9 @@ def _check_values(path: pathlib.Path, properties: Properties, arrays: Arrays) ->
     """What checksums do not show in a file that somebody made up."""
     ids = np.sort(arrays["ids"])
     if len(ids) and (ids[0] < 0 or ids[-1] >= properties.next_id or (ids[1:] == ids[:-1]).any()):
-        raise TBQError(f"{path} is damaged: an id is there twice or out of range")
+        raise TBQError(f"{path} is corrupt: an id is there twice or out of range")
     if not all(np.isfinite(arrays[name]).all() for name in ("d", "mul", "add", "first") if name in arrays):
-        raise TBQError(f"{path} is damaged: it has a NaN or an infinity")
+        raise TBQError(f"{path} is corrupt: it has a NaN or an infinity")
 
 
 def _offsets(layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> list[int]:

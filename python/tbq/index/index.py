@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A vector index: nearest neighbours by inner product, cosine or distance, over vectors of 2 to 4 bits a value.
+"""A vector index: nearest neighbors by inner product, cosine or distance, over vectors of 2 to 4 bits a value.
 
     >>> import numpy as np
     >>> from tbq.index import Index
@@ -563,7 +563,7 @@ class Index:
         verify: compare the checksums of the sections, which reads the file once; the header and the center are always checked, and
         every number of the header against the size of the file.  The file must not be changed in place while the index is in use; save()
         does not.
-        Raises TBQError for a file that is not an index, is truncated or damaged; OSError for one that cannot be read.
+        Raises TBQError for a file that is not an index, is truncated or corrupt; OSError for one that cannot be read.
         """
         properties, arrays = file.load(pathlib.Path(path), verify)
         p = properties

@@ -67,7 +67,7 @@ def calibrate(
     options: llama.cpp's, for example ["-ngl", "99"].  on_chunk: is called with the chunks done, and all of them.
     Returns a table of the share of the keys' energy that the means hold, by layer and length of context.
     The same arguments give the same bytes.
-    Raises TBQError with llama.cpp's reason: no keys to centre (MLA, attention sinks, logit soft-cap), a text too short; OSError
+    Raises TBQError with llama.cpp's reason: no keys to center (MLA, attention sinks, logit soft-cap), a text too short; OSError
     for what cannot be written.
     """
     out = as_path(out)
@@ -176,7 +176,7 @@ def center_file_for(
 
     center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
     context: tokens, the positions that keys can have.  scratch: for a center that cannot be kept.
-    A model whose keys cannot be centred does without; say gets the reason, and one line before something is measured.
+    A model whose keys cannot be centered does without; say gets the reason, and one line before something is measured.
     Raises TBQError for a file that is none.
     """
     if not isinstance(center, bool):
@@ -187,7 +187,7 @@ def center_file_for(
     try:
         return center_of_model(model, context, options, say, scratch)
     except (TBQError, OSError) as error:
-        say(f"keys are not centred: {one_line(error)}")
+        say(f"keys are not centered: {one_line(error)}")
         return None
 
 
@@ -227,7 +227,7 @@ def center_of_model(
 
 
 def _kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The center of that name; None if it is not there, or damaged.  TBQError if the model is known to have none."""
+    """The center of that name; None if it is not there, or corrupt.  TBQError if the model is known to have none."""
     path, never = where / f"{name}.gguf", where / f"{name}.none"
     if path.is_file():
         with contextlib.suppress(TBQError):  # measure it again

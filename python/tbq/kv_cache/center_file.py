@@ -76,7 +76,7 @@ def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def read_center(path: str | os.PathLike[str]) -> Center:
-    """The contents of a file of `tbq calibrate`, checked; TBQError if it is another kind of file, or damaged."""
+    """The contents of a file of `tbq calibrate`, checked; TBQError if it is another kind of file, or corrupt."""
     file = open_gguf(path)
     fields, by_name = file.metadata, {tensor.name: tensor for tensor in file.tensors}
     try:
@@ -102,5 +102,5 @@ def read_center(path: str | os.PathLike[str]) -> Center:
             raise
         raise TBQError(f"{path} holds no means of keys; tbq calibrate makes such a file") from None
     if found != center.hash:
-        raise TBQError(f"{path} is damaged; make it again with tbq calibrate")
+        raise TBQError(f"{path} is corrupt; make it again with tbq calibrate")
     return center

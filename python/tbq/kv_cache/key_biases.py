@@ -20,7 +20,7 @@ HALF_APART = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gp
 def key_biases(
     tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], left: "Left | None" = None
 ) -> dict[int, float]:
-    """How large the biases of the keys are, by layer, read from the tensors; with left, what centring leaves of them.
+    """How large the biases of the keys are, by layer, read from the tensors; with left, what centering leaves of them.
 
     A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
     |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
@@ -45,14 +45,14 @@ def key_biases(
     return found
 
 
-#: Of the squares of biases, (heads, head size), what remains after centring.
+#: Of the squares of biases, (heads, head size), what remains after centering.
 Left = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 def left_by_centering(fields: Mapping[str, Any], architecture: str, context: int) -> Left:
     """A constant of a rotary pair turns with the position, by angles of theta: its mean over n positions is shorter by the
-    factor |sin(n theta / 2) / (n sin(theta / 2))|, and the mean is what centring takes away.  Without scaling of RoPE, which
-    slows the channels, so that more is taken.  Pairs are neighbours or half a head apart, which a file does not say: of an
+    factor |sin(n theta / 2) / (n sin(theta / 2))|, and the mean is what centering takes away.  Without scaling of RoPE, which
+    slows the channels, so that more is taken.  Pairs are neighbors or half a head apart, which a file does not say: of an
     architecture that is not in HALF_APART the worse.
     """
 

@@ -36,7 +36,7 @@ class Model:
 
 
 def read_model(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Model:
-    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or damaged.
+    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or corrupt.
 
     options: llama.cpp's; --override-kv and those of RoPE count.
     """

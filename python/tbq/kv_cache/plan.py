@@ -87,7 +87,7 @@ class Plan:
     fits: bool | None  #: whether the recommended pair fits in the memory at this context
     sinks: bool  #: the model has attention sinks
     large_key_biases: Mapping[int, float]  #: by layer: key_biases() of those from LARGE_BIAS on
-    center: bool  #: the recommended types need centred keys: `tbq serve` and tbq.llama have them, llama-server with --cache-center
+    center: bool  #: the recommended types need centered keys: `tbq serve` and tbq.llama have them, llama-server with --cache-center
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate something else
 
@@ -281,10 +281,10 @@ def plan(
     pairs: (K, V) names of types to show; PAIRS if None.
     parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
     ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
-    center: whether keys can be centred where that is needed (docs/center.md); without, large biases ask for larger keys.
+    center: whether keys can be centered where that is needed (docs/center.md); without, large biases ask for larger keys.
     options: llama.cpp's that change what the file says: --override-kv, -fa off, those of RoPE and YaRN; others are passed over.
     Flash attention is assumed to be on, as it is by default.
-    Raises TBQError for a file that is damaged or whose architecture has an unknown cache, and for arguments out of range;
+    Raises TBQError for a file that is corrupt or whose architecture has an unknown cache, and for arguments out of range;
     OSError for what cannot be opened.
     """
     if not isinstance(model, (str, os.PathLike)):
@@ -312,7 +312,7 @@ def plan(
         shape, context_train=settings.trained, flash_attention=shape.flash_attention and settings.flash_attention
     )
     of_a_sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
-    with np.errstate(all="ignore"):  # damaged weights may be infinite
+    with np.errstate(all="ignore"):  # corrupt weights may be infinite
         biases = key_biases(tensors, shape.layers)
         centered = key_biases(
             tensors,
@@ -413,7 +413,7 @@ def _warnings(
         worst = max(large, key=lambda i: large[i])
         what = f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest of the key): "
         yield what + (
-            "centre the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0"
+            "center the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0"
             if center
             else "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0"
         )

@@ -23,11 +23,11 @@ class TypePair:
     centered: bool = False  #: keys are stored less their means (tbq.center)
 
     def __str__(self) -> str:
-        return (self.k if self.k == self.v else f"{self.k}/{self.v}") + (" centred" if self.centered else "")
+        return (self.k if self.k == self.v else f"{self.k}/{self.v}") + (" centered" if self.centered else "")
 
     @property
     def may_be_centered(self) -> bool:
-        """Whether centring changes anything: keys of 16 bits and more are exact without it."""
+        """Whether centering changes anything: keys of 16 bits and more are exact without it."""
         return self.k not in ("f32", "f16", "bf16")
 
     @property

@@ -45,7 +45,7 @@ def mse_distortion(bits: SupportsIndex, dim: SupportsIndex) -> float:
 
 
 def mse_lower_bound(bits: SupportsFloat, dim: SupportsIndex | None = None) -> float:
-    """The least E |x - x'|^2 of any quantizer, randomised or not, for its worst x.
+    """The least E |x - x'|^2 of any quantizer, randomized or not, for its worst x.
 
     dim None: 4^-bits, as Theorem 3 of TurboQuant has it, which holds in the limit of many dimensions; in few, quantizers
     are better (a circle, 2 bits a coordinate: 16 points on it come to 0.0129).

@@ -22,7 +22,7 @@ __all__ = ["PolarCode", "PolarQuantizer", "from_polar", "to_polar"]
 def to_polar(x: npt.ArrayLike, levels: SupportsIndex) -> tuple[Floats, tuple[Floats, ...]]:
     """The recursive polar transform.
 
-    Level 1 makes a radius and an angle, 0 to 2 pi, of every two neighbours; level 2 a radius and an angle, 0 to pi/2, of
+    Level 1 makes a radius and an angle, 0 to 2 pi, of every two neighbors; level 2 a radius and an angle, 0 to pi/2, of
     every two radii; and so on.
     x: float32 or float64 of shape (..., n), 2**levels divides n.  levels: 1 to 30.
     Returns (radii (..., n / 2**levels), angles), angles[l - 1] of shape (..., n / 2**l), in radians; all in the dtype of x.
