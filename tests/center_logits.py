@@ -11,9 +11,11 @@ import json
 import sys
 
 import numpy as np
-from llama_cpp import llama_cpp as api
 
-import tbq.llama
+import tbq.llama  # before the bindings: it puts them on our libraries
+
+# isort: split
+from llama_cpp import llama_cpp as api
 
 spec = json.load(open(sys.argv[1], encoding="utf-8"))
 rng = np.random.default_rng(7)

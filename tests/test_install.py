@@ -218,7 +218,7 @@ def test_a_real_quota():
     group = own_group("cpu", {"cpu.max": "70000 100000", "cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "70000"})
     if isinstance(group, str):
         pytest.skip(f"this machine lets us make no control group with a quota: {group}")
-    program = "import sys; open(sys.argv[1], 'w').write('0')\nfrom tbq import _limits, _run\nprint(_limits.cpus(), _run.cores())"
+    program = "import sys; open(sys.argv[1], 'w').write('0')\nfrom tbq import _limits, _arguments\nprint(_limits.cpus(), _arguments.cores())"
     try:
         done = subprocess.run([sys.executable, "-c", program, group / "cgroup.procs"], capture_output=True, text=True)
     finally:
