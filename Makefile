@@ -52,7 +52,7 @@ lint: $(LINT)/.installed  # ruff, clang-format, codespell, mypy, and whether gen
 	@$(PYTHON) tools/tables.py --check
 
 format: $(LINT)/.installed  # formats everything, and corrects what ruff can
-	@$(LINT)/bin/ruff check --fix --quiet --exit-zero
+	@$(LINT)/bin/ruff check --fix-only --quiet
 	@$(LINT)/bin/ruff format --quiet
 	@$(LINT)/bin/clang-format -i $(C_FILES)
 

@@ -4,7 +4,7 @@
 
     wheel.py                       ggml_tbq-VERSION-cp310-abi3-manylinux_2_31_x86_64.whl: programs, libraries, package
     wheel.py --arch aarch64        the same for arm64, cross-built
-    wheel.py --cuda "80;90"        ggml_tbq_cuda-VERSION-...: the CUDA backend for these architectures, for the first one
+    wheel.py --cuda "80;90"        ggml_tbq_cuda-VERSION-...: the CUDA backend for these architectures, used with it
     wheel.py --dist                the sdist, both CPU wheels, the programs as .tar.gz, and SHA256SUMS
 
 The CPU backend is built for every x86-64 (or arm64) level and chosen at run time.  clang and lld link against Debian 11's

@@ -41,10 +41,12 @@ template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_b
 #define TBQ_ATTENTION_DECLARE(K, V) void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a)
 
 // Keys of K bits, values of V bits: 2, 3, 4 of tbq, 8 of q8_0, 16 of f16.  X(K, V) for every pair that has kernels.
+// clang-format off
 #define TBQ_ATTENTION_PAIRS(X)                                 \
     X(2, 2) X(2, 3) X(2, 4) X(3, 2) X(3, 3) X(3, 4) X(4, 2) X(4, 3) X(4, 4) \
     X(8, 2) X(8, 3) X(8, 4) X(2, 8) X(3, 8) X(4, 8)            \
     X(16, 2) X(16, 3) X(16, 4) X(2, 16) X(3, 16) X(4, 16)
+// clang-format on
 
 #define TBQ_ATTENTION_DECLARE_ONE(K, V) TBQ_ATTENTION_DECLARE(K, V);
 TBQ_ATTENTION_PAIRS(TBQ_ATTENTION_DECLARE_ONE)
