@@ -144,7 +144,7 @@ def test_attention_does_not_notice(kind, made, logits, tmp_path):
     assert max(read_center(center).shares.values()) > 0.005  # there is something to subtract
     plain, nudged = logits(model, flash=False), logits(nudge(model), flash=False)
     assert_same(plain, logits(model, flash=False, center=center), nudged)
-    assert "keys are stored less their means" in logits.log
+    assert "keys are stored minus their means" in logits.log
     # and it is subtracted: keys of 4 bits are others
     if "h80" not in kind:
         assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(plain, nudged)
@@ -445,7 +445,7 @@ def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center,
             fall_asleep(server, times)
             change()
             assert server.complete(prompt, n=8)["content"] == first
-        centers = re.findall(r"keys are stored less their means: .* hash (\w+)", server.log)
+        centers = re.findall(r"keys are stored minus their means: .* hash (\w+)", server.log)
     assert centers == [read_center(demo_center).hash[:12]] * 4
 
 
