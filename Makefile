@@ -12,7 +12,7 @@ STAMP   := build/.installed
 SOURCES := CMakeLists.txt pyproject.toml $(shell find bench cmake ggml_tbq patches python tools -type f -not -name '*.pyc' -not -name '*.md')
 INSTALL := tools/install.py $(VENV)
 
-.PHONY: demo test serve bench install cuda wheel dist clean
+.PHONY: demo test serve bench install cuda wheel dist bump clean
 .DEFAULT_GOAL := demo
 
 demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
@@ -39,6 +39,10 @@ wheel: $(SERVER)  # a wheel for machines without a compiler, in dist/; ARCH=aarc
 
 dist: $(SERVER)  # the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
 	@$(BIN)/python tools/wheel.py --dist
+
+bump:  # the patch series on another llama.cpp, PIN="llama-cpp-python==X"; CONTINUE=1, ABORT=1, TRIAL=1: docs/bump.md
+	@$(PYTHON) tools/patch_series.py bump $(if $(PIN),"$(PIN)") $(if $(FOLDER),--folder "$(FOLDER)") \
+		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(TRIAL),--trial) $(if $(CONTINUE),--continue) $(if $(ABORT),--abort)
 
 # What was built and installed is written down by install.py, with the time of the start, so that an edit during the build
 # is built by the next make.
