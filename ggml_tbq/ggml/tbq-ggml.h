@@ -36,15 +36,15 @@ TBQ_API size_t quantize_tbq(enum ggml_type type, const float * src, void * dst, 
 // The type of that name, for programs that keep a list of their own; GGML_TYPE_COUNT if it is not one of the three.
 TBQ_API enum ggml_type tbq_ggml_type_from_name(const char * name);
 
-// The values of flash attention are summed up in the rotated domain: acc += p . v for a row v of n values, once
-// for every key, and tbq_unrotate on the sum, once for every query.  NULL for types that are not tbq.
+// The values of flash attention are summed in the rotated domain: acc += p . v for a row v of n values, once for
+// every key, and tbq_unrotate on the sum, once for every query.  NULL for types that are not tbq.
 typedef void (*tbq_ggml_mad_t)(const void * v, float p, float * acc, int64_t n);
 TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
 
-// Can the device do what a cache layer of these types asks of it: write rows, and attend, to one token and to a prompt?
-// flash: with FLASH_ATTN_EXT; else by products, for which values are not quantized.  v_in_k: the values are the first
-// channels of the keys (MLA).  What it cannot do would run on the CPU instead, without a word, or abort.  True where
-// neither type is tbq: that is not ours to say.
+// Whether the device supports the operations of a cache layer of these types: write rows, and attend for one token and for a
+// prompt.  flash: with FLASH_ATTN_EXT; otherwise by products, for which values are not quantized.  v_in_k: the values are
+// the first channels of the keys (MLA).  An operation without support would run on the CPU, without a message, or abort.
+// True if neither type is tbq: upstream decides about its own types.
 TBQ_API bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash, bool v_in_k,
                                      int64_t head_size_k, int64_t head_size_v, int64_t n_head, int64_t n_head_kv);
 
