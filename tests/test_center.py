@@ -253,6 +253,26 @@ def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, demo_cent
     logits(tmp_path / "part-00001-of-00003.gguf", center=demo_center, tokens=8)
 
 
+@pytest.mark.parametrize("load", ["relative", "stream"])
+def test_fingerprint_after_the_model_was_loaded(load, made, logits, tmp_path):
+    """It is computed when a center is set: by then the folder may be another, or the FILE closed."""
+    model = shutil.copy(made(gemma3, "windows"), tmp_path / "model.gguf")
+    logits(model, measure=tmp_path / "center.gguf")
+    plain = logits(model, center=tmp_path / "center.gguf", tokens=8)
+    assert (logits(model, center=tmp_path / "center.gguf", tokens=8, load=load) == plain).all()
+
+
+def test_a_model_whose_file_is_gone(made, logits, tmp_path):
+    """A center is refused by name; without one nobody reads the file a second time."""
+    model = shutil.copy(made(gemma3, "windows"), tmp_path / "model.gguf")
+    logits(model, measure=tmp_path / "center.gguf")
+    plain = logits(model, tokens=8)
+    copy = shutil.copy(model, tmp_path / "copy.gguf")
+    assert (logits(copy, tokens=8, gone=True) == plain).all()
+    logits(model, center=tmp_path / "center.gguf", gone=True, status=3)
+    assert f"the model's file {model} cannot be read again: " in logits.log
+
+
 def rewrite(source, target, change, rehash=True):
     """A center with its entries and tensors changed, and with the hash of that unless it is to stay."""
     import gguf
