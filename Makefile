@@ -15,7 +15,7 @@ INSTALL := tools/install.py $(VENV)
 LINT    := .venv-lint
 C_FILES  = $(shell find bench cmake ggml_tbq tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: demo test serve bench install cuda wheel dist lint format help clean
+.PHONY: demo test serve bench install cuda wheel dist bump lint format help clean
 .DEFAULT_GOAL := demo
 
 demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
@@ -42,6 +42,10 @@ wheel: $(SERVER)  # a wheel for machines without a compiler, in dist/; ARCH=aarc
 
 dist: $(SERVER)  # the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
 	@$(BIN)/python tools/wheel.py --dist
+
+bump:  # the patch series on another llama.cpp, PIN="llama-cpp-python==X"; CONTINUE=1, ABORT=1, TRIAL=1: docs/guide/bump.md
+	@$(PYTHON) tools/patch_series.py bump $(if $(PIN),"$(PIN)") $(if $(FOLDER),--folder "$(FOLDER)") \
+		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(TRIAL),--trial) $(if $(CONTINUE),--continue) $(if $(ABORT),--abort)
 
 lint: $(LINT)/.installed  # ruff, clang-format, codespell, mypy, and whether generated files are what their script writes
 	@$(LINT)/bin/ruff check --quiet

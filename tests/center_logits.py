@@ -2,12 +2,14 @@
 """Logits of a model with the pinned bindings, in a process of its own: center_logits.py SPEC.json OUT.npy
 
 SPEC: model; center: a file, or null; measure: a file to write the means to, or null; type_k; tokens; sequences, unified; shift: drop the
-first tokens and move the others forward before the last batch; context: fields of llama_context_params.
+first tokens and move the others forward before the last batch; context: fields of llama_context_params; load: "relative" for
+a path whose folder is left afterwards, "stream" for a FILE that is closed; gone: remove the model's file when it is loaded.
 OUT: float32 (tokens of the last batch, vocabulary).  Ends with status 3 if llama.cpp refuses the center.
 """
 
 import ctypes
 import json
+import os
 import sys
 
 import numpy as np
@@ -30,8 +32,23 @@ lib.llama_cache_center_stats_save.argtypes = [ctypes.c_void_p, ctypes.c_void_p, 
 
 api.llama_backend_init()
 parameters = api.llama_model_default_params()
-model = api.llama_model_load_from_file(spec["model"].encode(), parameters)
+if spec.get("load") == "stream":
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    stream = libc.fopen(spec["model"].encode(), b"rb")
+    lib.llama_model_load_from_file_ptr.argtypes = [ctypes.c_void_p, type(parameters)]
+    lib.llama_model_load_from_file_ptr.restype = ctypes.c_void_p
+    model = lib.llama_model_load_from_file_ptr(stream, parameters)
+    libc.fclose(stream)
+elif spec.get("load") == "relative":
+    os.chdir(os.path.dirname(spec["model"]))
+    model = api.llama_model_load_from_file(os.path.basename(spec["model"]).encode(), parameters)
+    os.chdir("/")
+else:
+    model = api.llama_model_load_from_file(spec["model"].encode(), parameters)
 assert model, "the model does not load"
+if spec.get("gone"):
+    os.unlink(spec["model"])
 n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
 sequences = spec.get("sequences", 1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GCC 12 dropped the stores of llama.cpp's AMX tile configuration (patch 0007): what does our build's code load?
+"""GCC 12 dropped the stores of llama.cpp's AMX tile configuration (patch 0001): what does our build's code load?
 
 Needs no AMX: see amx/tile_config.cpp.  On the unpatched pin, GCC 12.2 at -O3 gives a configuration without rows.
 """

@@ -207,7 +207,7 @@ def test_attention_does_not_notice(kind, made, logits, tmp_path):
     assert max(read_center(center).shares.values()) > 0.005  # there is something to subtract
     plain, nudged = logits(model, flash=False), logits(nudge(model), flash=False)
     assert_same(plain, logits(model, flash=False, center=center), nudged)
-    assert "keys are stored less their means" in logits.log
+    assert "keys are stored minus their means" in logits.log
     # and it is subtracted: keys of 4 bits are others
     if "h80" not in kind:
         assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(
@@ -338,6 +338,26 @@ def test_a_split_has_the_fingerprint_of_the_whole(bin_dir, demo_model, demo_cent
     run(bin_dir / "llama-gguf-split", "--split-max-tensors", 100, demo_model, tmp_path / "part")
     assert fingerprint(tmp_path / "part-00001-of-00003.gguf") == fingerprint(demo_model)
     logits(tmp_path / "part-00001-of-00003.gguf", center=demo_center, tokens=8)
+
+
+@pytest.mark.parametrize("load", ["relative", "stream"])
+def test_fingerprint_after_the_model_was_loaded(load, made, logits, tmp_path):
+    """It is computed when a center is set: by then the folder may be another, or the FILE closed."""
+    model = shutil.copy(made(gemma3, "windows"), tmp_path / "model.gguf")
+    logits(model, measure=tmp_path / "center.gguf")
+    plain = logits(model, center=tmp_path / "center.gguf", tokens=8)
+    assert (logits(model, center=tmp_path / "center.gguf", tokens=8, load=load) == plain).all()
+
+
+def test_a_model_whose_file_is_gone(made, logits, tmp_path):
+    """A center is refused by name; without one nobody reads the file a second time."""
+    model = shutil.copy(made(gemma3, "windows"), tmp_path / "model.gguf")
+    logits(model, measure=tmp_path / "center.gguf")
+    plain = logits(model, tokens=8)
+    copy = shutil.copy(model, tmp_path / "copy.gguf")
+    assert (logits(copy, tokens=8, gone=True) == plain).all()
+    logits(model, center=tmp_path / "center.gguf", gone=True, status=3)
+    assert f"the model's file {model} cannot be read again: " in logits.log
 
 
 def rewrite(source, target, change, rehash=True):
@@ -558,7 +578,7 @@ def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center,
             fall_asleep(server, times)
             change()
             assert server.complete(prompt, n=8)["content"] == first
-        centers = re.findall(r"keys are stored less their means: .* hash (\w+)", server.log)
+        centers = re.findall(r"keys are stored minus their means: .* hash (\w+)", server.log)
     assert centers == [read_center(demo_center).hash[:12]] * 4
 
 

@@ -533,7 +533,7 @@ def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
 @pytest.mark.parametrize("k", ["f16", *TBQ])
 def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k):
     """RoPE on the first 32 channels of 64: a block holds channels that turn and channels that stay. The unpatched view
-    of 32 channels would be half a block: without the padding of patch 0005 every tbq type aborts here."""
+    of 32 channels would be half a block: without the padding of patch 0004 every tbq type aborts here."""
     model = tiny_llama(tmp_path / "m.gguf", 64, arch="stablelm", rope=32)
     _, text = count_on(bin_dir, model, k, "f16", prompt="abc")
     assert len(text) >= 300

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -27,11 +28,27 @@ def blob_id(text):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def patch_text(path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new="two and a half"):
+def patch_text(path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new="two and a half", subject="change",
+               kind="seam"):
     return (f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nDate: Mon, 1 Jan 2024 00:00:00 +0000\n"
-            f"Subject: [PATCH] change\n\nwhy\n---\n"
+            f"Subject: [PATCH] {subject}\n\nwhy\n\nKind: {kind}\n---\n"
             f"diff --git a/{path} b/{path}\nindex {blob_id(before)}..{blob_id(after)} 100644\n"
             f"--- a/{path}\n+++ b/{path}\n@@ -1,3 +1,3 @@\n one\n-{line}\n+{new}\n three\n-- \n2.0\n")
+
+
+#: Of a file with one line.
+OTHER = patch_text("other.txt", "x\n", "y\n", "x", "y", "other").replace(
+    "@@ -1,3 +1,3 @@\n one\n-x\n+y\n three\n", "@@ -1 +1 @@\n-x\n+y\n")
+UPSTREAM = {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE, "other.txt": "x\n",
+            ".git": "gitdir: ../../nowhere\n"}
+
+
+def write_sdist(path, folder, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size, member.mtime = len(text), 1_000_000_000
+            tar.addfile(member, io.BytesIO(text.encode()))
 
 
 @pytest.fixture
@@ -43,12 +60,7 @@ def project(tmp_path):
     for path in (SCRIPT, SCRIPT.with_name("_cli.py")):
         shutil.copy(path, root / "tools")
     sdist = root / "build" / "downloads" / "pinned-1.0.tar.gz"
-    with tarfile.open(sdist, "w:gz") as tar:
-        for name, text in {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE,
-                           "other.txt": "x\n", ".git": "gitdir: ../../nowhere\n"}.items():
-            member = tarfile.TarInfo(f"pinned-1.0/vendor/llama.cpp/{name}")
-            member.size, member.mtime = len(text), 1_000_000_000
-            tar.addfile(member, io.BytesIO(text.encode()))
+    write_sdist(sdist, "pinned-1.0/vendor/llama.cpp", UPSTREAM)
     write_pin(root, hashlib.sha256(sdist.read_bytes()).hexdigest())
     (root / "patches" / "0001-change.patch").write_text(patch_text())
     # The trap: inside another repository `git apply` skips what that repository ignores, and says nothing.
@@ -271,9 +283,150 @@ def test_edit_and_export(project):
     assert (project / "build" / "tree" / "other.txt").read_text() == "y\n"
 
 
+def test_size_tells_fixes_from_seams(project):
+    (project / "patches" / "0001-change.patch").write_text(patch_text(kind="fix of upstream"))
+    (project / "patches" / "0002-other.patch").write_text(OTHER)
+    assert script(project, "size").stdout == (
+        "patch series: 2 patches, 4 changed lines (+2 -2) in 2 upstream files; "
+        "fixes of upstream: 1 patches, 2 changed lines (+1 -1) in 1 upstream files; "
+        "seams: 1 patches, 2 changed lines (+1 -1) in 1 upstream files\n")
+    assert prepare(project).returncode == 0
+
+
+def test_export_has_one_author(project):
+    """Whoever committed; a long name is folded over two lines."""
+    tree = project.parent / "edit"
+    assert script(project, "git-tree", tree).returncode == 0
+    (tree / "other.txt").write_text("y\n")
+    git(tree, "commit", "-qam", "another: more\n\nwhy", "--author",
+        "A person with a name that takes more than a line <somebody@a-machine-with-a-long-name.example.org>")
+    assert script(project, "export", tree).returncode == 0
+    patches = sorted((project / "patches").glob("*.patch"))
+    assert len(patches) == 2
+    for patch in patches:
+        lines = patch.read_text().splitlines()
+        assert lines[1] == "From: ggml-tbq <tbq@example.invalid>" and lines[2].startswith("Date: ")
+
+
 def test_git_tree_does_not_overwrite(project):
     result = script(project, "git-tree", project)
     assert result.returncode != 0 and "exists already" in result.stderr
+
+
+# --- another llama.cpp ------------------------------------------------------------------------------------------
+
+METADATA = "Metadata-Version: 2.1\nName: next\nVersion: 2.0\n"
+BACKEND = """import pathlib
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    path = pathlib.Path(folder, "next-2.0.dist-info")
+    path.mkdir()
+    (path / "METADATA").write_text(%r)
+    (path / "WHEEL").write_text("Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+    return path.name
+def build_wheel(folder, settings=None, metadata=None):
+    raise SystemExit("nobody needs a wheel")
+""" % METADATA
+BUILD = {"PKG-INFO": METADATA, "backend.py": BACKEND,
+         "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'}
+
+
+def bump(root, *arguments, **files):
+    """`make bump`, where the index has next==2.0; files (ggml__list for ggml/list.txt) differ from the pin's."""
+    links = root.parent / "links"
+    links.mkdir(exist_ok=True)
+    upstream = {**UPSTREAM, **{name.replace("__", "/") + ".txt": text for name, text in files.items()}}
+    write_sdist(links / "next-2.0.tar.gz", "next-2.0",
+                {**BUILD, **{f"vendor/llama.cpp/{name}": text for name, text in upstream.items()}})
+    return script(root, "bump", *arguments, env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)})
+
+
+@pytest.fixture
+def two_patches(project):
+    (project / "patches" / "0002-other.patch").write_text(OTHER)
+    return project
+
+
+def state(root):
+    return {p.name: p.read_bytes() for p in (root / "patches").iterdir()}
+
+
+def test_bump(two_patches):
+    """One patch is merged, because lines next to its own changed; the other applies.  The next build takes both."""
+    result = bump(two_patches, "next==2.0", "--commit", "def", ggml__list="zero\nnought\n" + BEFORE + "four\n")
+    assert result.returncode == 0, result.stderr
+    assert "merged: 0001-change.patch" in result.stdout and "2 patches: 1 merged, 1 applied" in result.stdout
+    assert "Left to do:" in result.stdout
+    sdist = two_patches / "build" / "downloads" / "next-2.0.tar.gz"
+    assert json.loads((two_patches / "patches" / "pin.json").read_text()) == {
+        "requirement": "next==2.0", "sha256": hashlib.sha256(sdist.read_bytes()).hexdigest(),
+        "folder": "vendor/llama.cpp", "commit": "def"}
+    assert sorted(p.name for p in (two_patches / "build").iterdir()) == ["downloads"]
+    assert prepare(two_patches).returncode == 0
+    assert (two_patches / "build" / "tree" / "ggml" / "list.txt").read_text() == "zero\nnought\n" + AFTER + "four\n"
+    assert (two_patches / "build" / "tree" / "other.txt").read_text() == "y\n"
+
+
+def test_bump_stops_at_a_conflict_and_goes_on(two_patches):
+    before = state(two_patches)
+    result = bump(two_patches, "next==2.0", ggml__list=BEFORE.replace("two", "deux"))
+    tree = two_patches / "build" / "bump" / "tree"
+    assert result.returncode == 1
+    line, = result.stderr.splitlines()
+    assert line.startswith("error: patch 0001-change.patch conflicts in ggml/list.txt; ")
+    assert str(tree) in line and "make bump CONTINUE=1" in line
+    assert state(two_patches) == before
+
+    result = bump(two_patches, "next==2.0")
+    assert result.returncode == 1 and "a bump to next==2.0 is in progress" in result.stderr
+    result = bump(two_patches, "--continue")
+    assert result.returncode == 1 and "still has conflicts in ggml/list.txt" in result.stderr
+    assert state(two_patches) == before
+
+    (tree / "ggml" / "list.txt").write_text(AFTER.replace("two", "deux"))
+    git(tree, "add", "ggml/list.txt")
+    result = bump(two_patches, "--continue")
+    assert result.returncode == 0, result.stderr
+    assert "by hand: 0001-change.patch" in result.stdout and "2 patches: 1 by hand, 1 applied" in result.stdout
+    assert prepare(two_patches).returncode == 0
+    assert (two_patches / "build" / "tree" / "ggml" / "list.txt").read_text() == AFTER.replace("two", "deux")
+
+
+def test_bump_leaves_a_patch_out(two_patches):
+    """That upstream has, by itself; another by `git am --skip`."""
+    result = bump(two_patches, "next==2.0", ggml__list=BEFORE.replace("two", "deux"), other="y\n")
+    assert result.returncode == 1
+    git(two_patches / "build" / "bump" / "tree", "am", "--skip")
+    result = bump(two_patches, "--continue")
+    assert result.returncode == 1 and "has no commit after tag pin" in result.stderr  # nothing is left of this series
+    tree = two_patches / "build" / "bump" / "tree"
+    (tree / "new.txt").write_text("new\n")
+    git(tree, "add", "new.txt")
+    git(tree, "commit", "-qm", "new\n\nwhy")
+    result = bump(two_patches, "--continue")
+    assert result.returncode == 0, result.stderr
+    assert "left out: 0001-change.patch" in result.stdout and "upstream has it: 0002-other.patch" in result.stdout
+    assert sorted(state(two_patches)) == ["0001-new.patch", "pin.json"]
+
+
+def test_trial_and_abort(two_patches):
+    before = state(two_patches)
+    result = bump(two_patches, "next==2.0", "--trial")
+    assert result.returncode == 0 and "a trial" in result.stdout, result.stderr
+    assert (two_patches / "build" / "bump" / "tree" / "ggml" / "list.txt").read_text() == AFTER
+    assert bump(two_patches, "--abort").returncode == 0
+    assert state(two_patches) == before and sorted(p.name for p in (two_patches / "build").iterdir()) == ["downloads"]
+    result = bump(two_patches, "--continue")
+    assert result.returncode == 1 and "no bump is in progress" in result.stderr
+
+
+@pytest.mark.parametrize("arguments,words", [
+    ((), ("PIN is missing",)), (("next",), ("PIN 'next' is not NAME==VERSION",)),
+    (("next==3.0",), ("next==3.0 cannot be downloaded",)),
+    (("next==2.0", "--folder", "llama.cpp"), ("has no llama.cpp/CMakeLists.txt", "it has vendor/llama.cpp"))])
+def test_bumps_that_do_not_start(project, arguments, words):
+    before = state(project)
+    assert_fails(project, bump(project, *arguments), *words)
+    assert state(project) == before
 
 
 # --- the real series --------------------------------------------------------------------------------------------
@@ -299,9 +452,41 @@ def test_every_patch_says_why():
     readme = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
     for patch in patches:
         header = patch.read_text(encoding="utf-8").split("\ndiff --git ", 1)[0]
-        for heading in ("Why:", "Upstream status:", "Touches:", "Remove when:"):
+        for heading in ("Why:", "Kind:", "Upstream status:", "Touches:", "Remove when:"):
             assert heading in header, f"{patch.name} lacks {heading!r}"
         assert patch.name in readme, f"patches/README.md does not mention {patch.name}"
+
+
+def test_one_author():
+    for patch in (ROOT / "patches").glob("*.patch"):
+        assert patch.read_text(encoding="utf-8").splitlines()[1] == "From: ggml-tbq <tbq@example.invalid>", patch.name
+
+
+def test_titles():
+    """llama.cpp's own form: the module, a colon between blanks, what the patch does."""
+    for patch in (ROOT / "patches").glob("*.patch"):
+        title = re.search(r"^Subject: \[PATCH\] (.*(?:\n .*)*)", patch.read_text(encoding="utf-8"), re.M)[1]
+        assert re.fullmatch(r"[\w-]+(, [\w-]+)* : [a-z].*[^.]", title), patch.name
+
+
+def test_fixes_of_upstream_stand_alone(tmp_path):
+    """They come first, so they apply to upstream; they name nothing of this project."""
+    patches = sorted((ROOT / "patches").glob("*.patch"))
+    kinds = [re.search(r"^Kind: (.*)$", patch.read_text(encoding="utf-8"), re.M)[1] for patch in patches]
+    assert set(kinds) == {"fix of upstream", "seam"} and kinds == sorted(kinds)
+    for patch, kind in zip(patches, kinds):
+        if kind == "fix of upstream":
+            text = patch.read_text(encoding="utf-8").split("\n", 2)[2]
+            added = "\n".join(line for line in text.splitlines() if not line.startswith(" "))
+            assert not re.search("tbq|center", added, re.I), patch.name
+
+
+def test_a_tree_alone_says_what_it_needs(tmp_path):
+    """The tree of git-tree without the code that the seams call: one error, which names the option."""
+    assert script(ROOT, "git-tree", tmp_path / "tree").returncode == 0
+    done = subprocess.run(["cmake", "-S", tmp_path / "tree", "-B", tmp_path / "build"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("CMake Error") == 1 and "-DGGML_TBQ_DIR=" in done.stderr, done.stderr
 
 
 def test_no_index_host_is_named():

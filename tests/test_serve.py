@@ -589,7 +589,7 @@ def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
             serve.until("llama-server is up", seconds=120)
             log = "".join(serve.err)
             assert ("tbq: measuring the mean of the keys" in log) == bool(first)
-            assert ("keys are stored less their means" in log) == (first is not None)
+            assert ("keys are stored minus their means" in log) == (first is not None)
             serve.process.send_signal(signal.SIGTERM)
             serve.end()
     center = next((tmp_path / "ggml-tbq" / "centers").iterdir())

@@ -4,9 +4,10 @@
 
     patch_series.py prepare DIR [--source TREE]   DIR becomes the pin with patches/*.patch applied
     patch_series.py bindings DIR                  llama-cpp-python's own files, which fit the pin
-    patch_series.py size                          the size of the series, one line
+    patch_series.py size                          the size of the series: all, fixes of upstream, seams
     patch_series.py git-tree DIR                  a git repository to edit: tag `pin`, then one commit per patch
     patch_series.py export DIR                    write the commits after tag `pin` of that repository to patches/
+    patch_series.py bump NAME==VERSION            carry the series over to another llama.cpp (docs/guide/bump.md)
 
 The pin (patches/pin.json) is a folder of a source distribution.  pip fetches it, so it comes through whatever
 index the user has configured.  Every error ends in one line and leaves nothing half-written: trees are built
@@ -120,30 +121,35 @@ def pip_error(output, pin):
             f"{last_line(output)}")
 
 
+def download(pin, *arguments):
+    """A source distribution into DOWNLOADS, through pip with these arguments; verified if its hash is known."""
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    for leftover in DOWNLOADS.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=DOWNLOADS, prefix=".tmp-") as tmp:
+        wanted = pathlib.Path(tmp, "requirements.txt")
+        known = f" --hash=sha256:{pin['sha256']}" if "sha256" in pin else ""
+        wanted.write_text(f"{pin['requirement']}{known}\n", encoding="utf-8")
+        result = run([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input",
+                      "--no-deps", "--no-binary", pin["requirement"].split("==")[0], *arguments,
+                      "--dest", tmp, "--requirement", str(wanted)])
+        files = list(pathlib.Path(tmp).glob("*.tar.gz"))
+        if result.returncode != 0 or len(files) != 1:
+            raise Failure(pip_error(result.stdout, pin))
+        if known and sha256(files[0]) != pin["sha256"]:
+            raise Failure(pip_error(f"DO NOT MATCH THE HASHES Got {sha256(files[0])}", pin))
+        os.replace(files[0], DOWNLOADS / files[0].name)
+        return DOWNLOADS / files[0].name
+
+
 def fetch_sdist(pin):
     """The pin's source distribution, verified; downloaded on the first call."""
     found = cached_sdist(pin)
     if found:
         return found
     say(f"downloading {pin['requirement']} (73 MB, once)")
-    DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    for leftover in DOWNLOADS.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    name = pin["requirement"].split("==")[0]
-    with tempfile.TemporaryDirectory(dir=DOWNLOADS, prefix=".tmp-") as tmp:
-        wanted = pathlib.Path(tmp, "requirements.txt")
-        wanted.write_text(f"{pin['requirement']} --hash=sha256:{pin['sha256']}\n", encoding="utf-8")
-        # No build isolation: pip asks the sdist for its metadata, and its build back end is ours too.
-        result = run([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input",
-                      "--no-deps", "--no-binary", name, "--no-build-isolation", "--require-hashes",
-                      "--dest", tmp, "--requirement", str(wanted)])
-        files = list(pathlib.Path(tmp).glob("*.tar.gz"))
-        if result.returncode != 0 or len(files) != 1:
-            raise Failure(pip_error(result.stdout, pin))
-        if sha256(files[0]) != pin["sha256"]:
-            raise Failure(pip_error(f"DO NOT MATCH THE HASHES Got {sha256(files[0])}", pin))
-        os.replace(files[0], DOWNLOADS / files[0].name)
-        return DOWNLOADS / files[0].name
+    # No build isolation: pip asks the sdist for its metadata, and its build back end is this project's too.
+    return download(pin, "--no-build-isolation", "--require-hashes")
 
 
 def extract_pin(pin, sdist, target):
@@ -163,7 +169,15 @@ def extract_pin(pin, sdist, target):
             safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             tar.extract(member, target, **safe)
     if not (target / "CMakeLists.txt").is_file():
-        raise Failure(f"{sdist.name} has no {pin['folder']}/CMakeLists.txt")
+        raise Failure(f"{sdist.name} has no {pin['folder']}/CMakeLists.txt{others_than(pin['folder'], sdist)}")
+
+
+def others_than(folder, sdist):
+    """For a message: folders of a source distribution that hold a llama.cpp."""
+    with tarfile.open(sdist) as tar:
+        names = [name.partition("/")[2] for name in tar.getnames()]
+    found = sorted(name.removesuffix("/ggml/CMakeLists.txt") for name in names if name.endswith("/ggml/CMakeLists.txt"))
+    return f"; it has {', '.join(found)}" if found and folder not in found else ""
 
 
 def left_out(source):
@@ -250,27 +264,45 @@ def apply_patch(tree, patch, pin):
             raise Failure(f"patch {patch.name} left {path} with other content than it promises")
 
 
+def header_of(patch):
+    return patch.read_text(encoding="utf-8", errors="surrogateescape").split("\ndiff --git ", 1)[0]
+
+
+def is_fix(patch):
+    """A fix of upstream stands alone and names nothing of this project; its header says `Kind: fix of upstream`."""
+    return re.search(r"^Kind: fix of upstream$", header_of(patch), re.M) is not None
+
+
+def changed_lines(patch):
+    """What a patch adds and removes in files that upstream has: [(path, "+" or "-"), ...]."""
+    new = {path for path, before, _ in touched_files(patch) if before == NO_FILE}
+    changes = []
+    path = None
+    header = True
+    for line in patch.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        if line.startswith("diff --git a/"):
+            path, header = line.split(" b/", 1)[1], True
+        elif line.startswith("@@"):
+            header = False
+        elif line == "-- ":
+            path = None
+        elif path and not header and path not in new and line[:1] in "+-" and line:
+            changes.append((path, line[0]))
+    return changes
+
+
+def size_of(patches):
+    changes = [change for patch in patches for change in changed_lines(patch)]
+    added = sum(sign == "+" for _, sign in changes)
+    return (f"{len(patches)} patches, {len(changes)} changed lines (+{added} -{len(changes) - added}) "
+            f"in {len({path for path, _ in changes})} upstream files")
+
+
 def series_size(patches):
-    """Changed lines in files that upstream has, the figure that the project keeps low."""
-    added = removed = 0
-    files = set()
-    for patch in patches:
-        new = {path for path, before, _ in touched_files(patch) if before == NO_FILE}
-        path = None
-        header = True
-        for line in patch.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            if line.startswith("diff --git a/"):
-                path, header = line.split(" b/", 1)[1], True
-            elif line.startswith("@@"):
-                header = False
-            elif line == "-- ":
-                path = None
-            elif path and not header and path not in new and line[:1] in "+-" and line:
-                files.add(path)
-                added += line[0] == "+"
-                removed += line[0] == "-"
-    return (f"patch series: {len(patches)} patches, {added + removed} changed lines "
-            f"(+{added} -{removed}) in {len(files)} upstream files")
+    """Changed lines in files that upstream has, the figures that the project keeps low."""
+    fixes = [patch for patch in patches if is_fix(patch)]
+    seams = [patch for patch in patches if not is_fix(patch)]
+    return f"patch series: {size_of(patches)}; fixes of upstream: {size_of(fixes)}; seams: {size_of(seams)}"
 
 
 # --- prepare ----------------------------------------------------------------------------------------------------
@@ -376,8 +408,22 @@ def bindings(folder):
 
 # --- editing the series -----------------------------------------------------------------------------------------
 
-AUTHOR = ["-c", "user.name=ggml-tbq", "-c", "user.email=ggml-tbq@localhost", "-c", "commit.gpgsign=false",
+#: The author of every patch, whoever committed it.
+NAME, EMAIL = "ggml-tbq", "tbq@example.invalid"
+AUTHOR = ["-c", f"user.name={NAME}", "-c", f"user.email={EMAIL}", "-c", "commit.gpgsign=false",
           "-c", "core.hooksPath=" + os.devnull]
+
+
+def commit_pristine(tree, pin):
+    """Everything in a repository's folder becomes a commit with the tag `pin`."""
+    git(["add", "--all", "--force"], tree)
+    git([*AUTHOR, "commit", "-q", "--no-verify", "-m", f"llama.cpp {pin['commit']}"], tree)
+    git(["tag", "-f", "pin"], tree)
+
+
+def apply_mail(tree, patch, *options):
+    """Applies a patch as a commit: git's result."""
+    return git([*AUTHOR, "am", *options, "--whitespace=nowarn", "--keep-cr", str(patch)], tree, check=False)
 
 
 def git_tree(tree):
@@ -391,11 +437,9 @@ def git_tree(tree):
         fresh = tmp / "tree"
         extract_pin(pin, fetch_sdist(pin), fresh)
         git(["init", "-q", "-b", "tbq"], fresh)
-        git(["add", "--all", "--force"], fresh)
-        git([*AUTHOR, "commit", "-q", "--no-verify", "-m", f"llama.cpp {pin['commit']}"], fresh)
-        git(["tag", "pin"], fresh)
+        commit_pristine(fresh, pin)
         for patch in series():
-            result = git([*AUTHOR, "am", "-q", "--whitespace=nowarn", "--keep-cr", str(patch)], fresh, check=False)
+            result = apply_mail(fresh, patch, "-q")
             if result.returncode != 0:
                 failed = re.search(r"patch failed: (.+):(\d+)", result.stdout)
                 where = f"{failed[1]} line {failed[2]}" if failed else last_line(result.stdout)
@@ -403,11 +447,18 @@ def git_tree(tree):
         os.replace(fresh, tree)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-    say(f"{tree}: edit, commit (or rebase -i pin), then run `patch_series.py export {tree}`")
 
 
-def export(tree):
-    """Replaces patches/*.patch with the commits after tag `pin`; the same commits give the same bytes."""
+def with_one_author(patch):
+    """A patch as bytes, with the project's author in place of its own; a long name is folded over several lines."""
+    return re.sub(rb"^From: .*(\n[ \t].*)*$", f"From: {NAME} <{EMAIL}>".encode(), patch, count=1, flags=re.M)
+
+
+def export(tree, pin=None):
+    """Replaces patches/*.patch with the commits after tag `pin`; the same commits give the same bytes.
+
+    pin: what pin.json shall say then.
+    """
     if not (tree / ".git").exists():
         raise Failure(f"{tree} is not a git repository; make one with `patch_series.py git-tree`")
     if git(["status", "--porcelain", "--untracked-files=no"], tree).stdout.strip():
@@ -418,31 +469,204 @@ def export(tree):
         new = sorted(pathlib.Path(tmp).glob("*.patch"))
         if not new:
             raise Failure(f"{tree} has no commit after tag pin")
+        for patch in new:
+            patch.write_bytes(with_one_author(patch.read_bytes()))
+        if pin:
+            pathlib.Path(tmp, "pin.json").write_text(json.dumps(pin, indent=4) + "\n", encoding="utf-8")
+            new.append(pathlib.Path(tmp, "pin.json"))
+        # all is written; from here on files are only renamed and removed
+        for file in new:
+            os.replace(file, PATCHES / file.name)
         for old in set(p.name for p in series()) - set(p.name for p in new):
             (PATCHES / old).unlink()
-        for patch in new:
-            os.replace(patch, PATCHES / patch.name)
     say(series_size(series()))
 
 
-def main():
+# --- another llama.cpp ------------------------------------------------------------------------------------------
+
+# A bump that is not finished: `tree` is the repository in which it happens, state.json what has been done.
+BUMP = ROOT / "build" / "bump"
+TREE = BUMP / "tree"
+GO_ON = "then run `make bump CONTINUE=1`"
+
+
+def read_state():
+    try:
+        return json.loads((BUMP / "state.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise Failure("no bump is in progress; `make bump PIN=NAME==VERSION` starts one") from None
+
+
+def write_state(state):
+    partial = BUMP / "state.json.tbq-partial"
+    partial.write_text(json.dumps(state, indent=4) + "\n", encoding="utf-8")
+    os.replace(partial, BUMP / "state.json")
+
+
+def start_bump(requirement, folder, commit, trial):
+    """A repository with the new pin, and branch `old` with today's series: a three-way merge needs its files."""
+    if BUMP.exists():
+        raise Failure(f"a bump to {read_state()['pin']['requirement']} is in progress in {BUMP}: "
+                      "`make bump CONTINUE=1` or `make bump ABORT=1`")
+    if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", requirement):
+        raise Failure(f"PIN {requirement!r} is not NAME==VERSION, as in llama-cpp-python==0.3.36")
+    say(f"downloading {requirement}")
+    sdist = download({"requirement": requirement})
+    pin = {"requirement": requirement, "sha256": sha256(sdist), "folder": folder or read_pin()["folder"],
+           "commit": commit or requirement.replace("==", "-")}
+    BUMP.parent.mkdir(parents=True, exist_ok=True)
+    tmp = pathlib.Path(tempfile.mkdtemp(dir=BUMP.parent, prefix=f".{BUMP.name}-tmp-"))
+    try:
+        extract_pin(pin, sdist, tmp / "new")
+        git_tree(tmp / "tree")
+        git(["branch", "-m", "tbq", "old"], tmp / "tree")
+        git(["symbolic-ref", "HEAD", "refs/heads/tbq"], tmp / "tree")
+        os.rename(tmp / "tree" / ".git", tmp / "new" / ".git")
+        shutil.rmtree(tmp / "tree")
+        os.rename(tmp / "new", tmp / "tree")
+        commit_pristine(tmp / "tree", pin)
+        shutil.copytree(PATCHES, tmp / "patches")
+        state = {"pin": pin, "trial": trial, "done": {}}
+        (tmp / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        os.rename(tmp, BUMP)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    if not has_bindings(sdist):
+        say(f"{sdist.name} has no llama_cpp/llama_cpp.py: tbq.llama has no bindings of it")
+
+
+def has_bindings(sdist):
+    with tarfile.open(sdist) as tar:
+        return any(re.fullmatch(r"[^/]+/llama_cpp/llama_cpp\.py", name) for name in tar.getnames())
+
+
+def head_of(tree):
+    return git(["rev-parse", "HEAD"], tree).stdout.strip()
+
+
+def is_applying():
+    return (TREE / ".git" / "rebase-apply").exists()
+
+
+def conflicts():
+    return git(["diff", "--name-only", "--diff-filter=U"], TREE).stdout.splitlines()
+
+
+def finish_by_hand(state):
+    """The patch at which the last call stopped, after the user's edits: it becomes a commit, or is left out."""
+    patch = state.pop("at")
+    before = state.pop("head")
+    if is_applying():
+        if left := conflicts():
+            raise Failure(f"patch {patch} still has conflicts in {', '.join(left)}; "
+                          f"resolve and `git add` them in {TREE}, {GO_ON}")
+        result = git([*AUTHOR, "am", "--continue"], TREE, check=False)
+        if result.returncode != 0:
+            raise Failure(f"patch {patch}: {last_line(result.stdout)}; `git add` what you changed in {TREE}, "
+                          f"or leave the patch out with `git am --skip`, {GO_ON}")
+    state["done"][patch] = "left out" if head_of(TREE) == before else "by hand"
+    write_state(state)
+
+
+def apply_next(state, patch):
+    """One patch on the new tree; Failure, with the patch half applied, where somebody must decide."""
+    before = head_of(TREE)
+    result = apply_mail(TREE, patch, "--3way")
+    if result.returncode != 0:
+        write_state({**state, "at": patch.name, "head": before})
+        left = conflicts()
+        what = f"conflicts in {', '.join(left)}" if left else f"does not apply ({last_line(result.stdout)})"
+        raise Failure(f"patch {patch.name} {what}; resolve and `git add` that in {TREE} "
+                      f"(branch `old` has the series on the pin), {GO_ON}")
+    merged = "Falling back" in result.stdout
+    state["done"][patch.name] = "upstream has it" if head_of(TREE) == before else "merged" if merged else "applied"
+    write_state(state)
+
+
+def finish_bump(state):
+    """All patches are on the new tree: what they took, the new patches/ and pin.json, and what is left to do."""
+    for patch, how in state["done"].items():
+        if how != "applied":
+            say(f"{how}: {patch}")
+    ways = list(state["done"].values())
+    counts = ", ".join(f"{ways.count(how)} {how}" for how in dict.fromkeys(ways))
+    say(f"{state['pin']['requirement']}: {len(ways)} patches: {counts}")
+    if state["trial"]:
+        say(f"a trial: {TREE} has the series, patches/ and pin.json are as before; "
+            "`make bump ABORT=1` removes it")
+        return
+    export(TREE, state["pin"])
+    shutil.rmtree(BUMP)
+    print("\n".join(["", "Left to do:", *checklist()]), flush=True)
+
+
+def checklist():
+    """What no program can decide, line by line."""
+    yield "- patches/pin.json: `commit` is upstream's; put it there if COMMIT did not name it."
+    yield "- patches/README.md: the table of patches, and both tables of details: does each still hold?"
+    yield "- Fixes of upstream, which go when upstream has them:"
+    for patch in filter(is_fix, series()):
+        reason = re.search(r"^Remove when: (.*(?:\n .*)*)", header_of(patch), re.M)
+        yield f"    {patch.name[:4]}  {' '.join(reason[1].split()) if reason else 'it does not say when'}"
+    yield "- Types, architectures and libraries that upstream added: `make test` names what lacks them."
+    yield "- `make test`, and tests/cuda/run.sh on a machine with a GPU."
+    yield "- `make bench` and the tables in docs/, before and after; docs/guide/bump.md: what this bump took."
+    yield "- Commit patches/ and what belongs to it together."
+
+
+def bump(arguments):
+    if arguments.abort:
+        read_state()
+        shutil.rmtree(BUMP)
+        say("the bump is given up; patches/ and pin.json are as before")
+        return
+    if not arguments.resume:
+        if not arguments.requirement:
+            raise Failure("PIN is missing: `make bump PIN=NAME==VERSION`, as in llama-cpp-python==0.3.36")
+        start_bump(arguments.requirement, arguments.folder, arguments.commit, arguments.trial)
+    state = read_state()
+    if "at" in state:
+        finish_by_hand(state)
+    for patch in sorted((BUMP / "patches").glob("*.patch")):
+        if patch.name not in state["done"]:
+            apply_next(state, patch)
+    finish_bump(state)
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("prepare", "bindings", "git-tree", "export"):
         command = commands.add_parser(name)
-        command.add_argument("tree", type=pathlib.Path)
+        command.add_argument("tree", type=lambda path: pathlib.Path(path).absolute())
         if name == "prepare":
-            command.add_argument("--source", type=pathlib.Path, help="a llama.cpp tree to copy instead of the pin")
+            command.add_argument("--source", type=lambda path: pathlib.Path(path).absolute(),
+                                 help="a llama.cpp tree to copy instead of the pin")
     commands.add_parser("size")
-    args = parser.parse_args()
-    if args.command == "prepare":
-        prepare(args.tree.absolute(), args.source and args.source.absolute())
-    elif args.command == "bindings":
-        bindings(args.tree.absolute())
-    elif args.command == "git-tree":
-        git_tree(args.tree.absolute())
-    elif args.command == "export":
-        export(args.tree.absolute())
+    command = commands.add_parser("bump")
+    command.add_argument("requirement", nargs="?", metavar="NAME==VERSION",
+                         help="the source distribution of the new pin")
+    command.add_argument("--folder", help="of llama.cpp in it (the present pin's)")
+    command.add_argument("--commit", help="upstream's, for pin.json")
+    command.add_argument("--trial", action="store_true", help="leave patches/ and pin.json alone")
+    command.add_argument("--continue", action="store_true", dest="resume", help="after a conflict was resolved")
+    command.add_argument("--abort", action="store_true", help="give up a bump that is in progress")
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.command == "prepare":
+        prepare(arguments.tree, arguments.source)
+    elif arguments.command == "bindings":
+        bindings(arguments.tree)
+    elif arguments.command == "git-tree":
+        git_tree(arguments.tree)
+        say(f"{arguments.tree}: edit, commit (or rebase -i pin), then run `patch_series.py export {arguments.tree}`")
+    elif arguments.command == "export":
+        export(arguments.tree)
+    elif arguments.command == "bump":
+        bump(arguments)
     else:
         print(series_size(series()))
 

@@ -11,7 +11,7 @@
 
 // Bits of an index, of a q8_0 or an f16 value; 0 for other types.
 static int bits_of(ggml_type type) {
-    return ggml_type_rotates(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
+    return ggml_is_tbq(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
 }
 
 // f(std::integral_constant<int, bits>)
@@ -97,7 +97,7 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
 }
 
 static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!ggml_type_rotates(dst->type)) {
+    if (!ggml_is_tbq(dst->type)) {
         return false;
     }
     encode(dst->type, dst->src[0]->type == GGML_TYPE_F16, set_rows_args(dst), ctx.stream());
@@ -133,15 +133,11 @@ static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
     return true;
 }
 
-static bool is_nothing(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
-}
-
 // The node after i that computes something.
 static int next_node(const ggml_cgraph * graph, int i) {
     do {
         i++;
-    } while (i < graph->n_nodes && is_nothing(graph->nodes[i]));
+    } while (i < graph->n_nodes && ggml_op_is_empty(graph->nodes[i]->op));
     return i;
 }
 
@@ -197,7 +193,7 @@ static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
 
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
-        return t->op == GGML_OP_SET_ROWS && ggml_type_rotates(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
+        return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
     };
     auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     // on another stream than the first, keys and values are branches that do not wait for each other
@@ -347,11 +343,11 @@ static tbq_rows_args rows_of(const ggml_tensor * src, const ggml_tensor * dst) {
 }
 
 static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
-    if (ggml_type_rotates(src->type) && dst->type == GGML_TYPE_F32) {
+    if (ggml_is_tbq(src->type) && dst->type == GGML_TYPE_F32) {
         decode<float>(src->type, rows_of(src, dst), ctx.stream());
         return true;
     }
-    if (ggml_type_rotates(dst->type) && src->type == GGML_TYPE_F32) {
+    if (ggml_is_tbq(dst->type) && src->type == GGML_TYPE_F32) {
         encode(dst->type, false, encode_args(src, dst), ctx.stream());
         return true;
     }
@@ -361,7 +357,7 @@ static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_t
 static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0];
     const ggml_tensor * ids = dst->src[1];
-    if (!ggml_type_rotates(src->type)) {
+    if (!ggml_is_tbq(src->type)) {
         return false;
     }
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
@@ -382,7 +378,7 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 // --- weights --------------------------------------------------------------------------------------------------------
 
 static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, const ggml_tensor * dst) {
-    return ggml_type_rotates(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
+    return ggml_is_tbq(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
            src0->ne[0] > 0 && (ids ? dst->ne[2] <= 8 && ids->ne[0] <= 65535 : src1->ne[1] <= 8 && src1->ne[2] <= 65535 && src1->ne[3] <= 65535);
 }
 
@@ -463,7 +459,7 @@ static bool only_native(const ggml_tensor * dst) {
 }
 
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
-    return !(ggml_type_rotates(dst->src[1]->type) || ggml_type_rotates(dst->src[2]->type)) || !only_native(dst);
+    return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) || !only_native(dst);
 }
 
 // More columns than this are a prompt: converting the cache to f16 once is less work than unpacking it for every 16.
@@ -575,7 +571,7 @@ bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 bool tbq_cuda_kv_type_supported(ggml_type type) {
-    return ggml_type_rotates(type);
+    return ggml_is_tbq(type);
 }
 
 bool tbq_cuda_supports_op(const ggml_tensor * op) {
@@ -584,17 +580,17 @@ bool tbq_cuda_supports_op(const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
-            return ggml_type_rotates(a->type) && b->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 &&
+            return ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 &&
                    a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float);
         case GGML_OP_GET_ROWS:
-            return ggml_type_rotates(a->type) && b->type == GGML_TYPE_I32 &&
+            return ggml_is_tbq(a->type) && b->type == GGML_TYPE_I32 &&
                    (op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16);
         case GGML_OP_SET_ROWS:
-            return ggml_type_rotates(op->type) && (a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) &&
+            return ggml_is_tbq(op->type) && (a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) &&
                    a->nb[0] == ggml_type_size(a->type) && (b->type == GGML_TYPE_I32 || b->type == GGML_TYPE_I64);
         case GGML_OP_CPY:
             // b is where it goes
-            return ((ggml_type_rotates(a->type) && b->type == GGML_TYPE_F32) || (a->type == GGML_TYPE_F32 && ggml_type_rotates(b->type))) &&
+            return ((ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32) || (a->type == GGML_TYPE_F32 && ggml_is_tbq(b->type))) &&
                    ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == ggml_type_size(b->type) &&
                    (b->type != GGML_TYPE_F32 || (b->nb[1] | b->nb[2] | b->nb[3] | b->view_offs) % 16 == 0); // four values at once
         default:

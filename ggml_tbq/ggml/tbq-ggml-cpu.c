@@ -104,7 +104,7 @@ bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct g
 bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * src = dst->src[0];
     const struct ggml_tensor * ids = dst->src[1];
-    if (!ggml_type_rotates(dst->type) || (!dst->src[3] && !dst->src[4])) {
+    if (!ggml_is_tbq(dst->type) || (!dst->src[3] && !dst->src[4])) {
         return false;
     }
     GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) && (ids->type == GGML_TYPE_I64 || ids->type == GGML_TYPE_I32));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The operations of the CPU backend that have kernels of their own for the tbq types; compiled into ggml-cpu,
-// whose threads they run on.
+// Operations of the CPU backend with their own kernels for the tbq types; compiled into ggml-cpu, on whose threads
+// they run.
 #pragma once
 
 #include "ggml.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Centred keys: the cache holds each key less the mean of its layer, head and channel (docs/center.md).
+// Centered keys: the cache holds each key minus the mean of its layer, head and channel (docs/center.md).
 //
 // llama_set_cache_center() in llama.h names the file with the means.  This header is for whoever measures them:
 //
@@ -11,7 +11,7 @@
 //     llama_cache_center_stats_free(stats);
 //
 // The keys are read back from the cache, so what is measured is what a cache holds, whatever the architecture does to
-// a key before.  Functions that fail say why through llama.cpp's log.
+// a key first.  Functions that fail say why through llama.cpp's log.
 #pragma once
 
 #include "llama.h"
@@ -22,7 +22,7 @@ extern "C" {
 
 struct llama_cache_center_stats;
 
-// NULL if the model has no layer whose keys may be centred.
+// NULL if the model has no layer whose keys may be centered.
 LLAMA_API struct llama_cache_center_stats * llama_cache_center_stats_init(const struct llama_context * ctx);
 LLAMA_API void llama_cache_center_stats_free(struct llama_cache_center_stats * stats);
 
@@ -33,7 +33,7 @@ LLAMA_API bool llama_cache_center_stats_eval(struct ggml_tensor * t, bool ask, v
 // Count the keys of sequence 0 whose position is at least `pos`.  Returns how many, negative on failure.
 LLAMA_API int32_t llama_cache_center_stats_add(struct llama_cache_center_stats * stats, struct llama_context * ctx, llama_pos pos);
 
-// The share of the keys' energy that the mean holds, |E k|^2 / E |k|^2 in 0..1; -1 for a layer that is not centred.
+// The share of the keys' energy that the mean holds, |E k|^2 / E |k|^2 in 0..1; -1 for a layer that is not centered.
 LLAMA_API float llama_cache_center_stats_share(const struct llama_cache_center_stats * stats, int32_t il);
 
 // How many cells a context needs so that its keys are those of a context of n_ctx tokens: few, unless the model changes

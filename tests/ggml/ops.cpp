@@ -270,7 +270,7 @@ int main() {
     }
     for (ggml_type tk : all) {
         for (ggml_type tv : all) {
-            if (ggml_type_rotates(tk) || ggml_type_rotates(tv)) {
+            if (ggml_is_tbq(tk) || ggml_is_tbq(tv)) {
                 attentions(tk, tv, std::string(ggml_type_name(tk)) + "/" + ggml_type_name(tv));
             }
         }

@@ -33,7 +33,7 @@ class Center:
 def fingerprint(model: str | os.PathLike[str]) -> str:
     """What ties a center to a GGUF file: SHA-256 of the names, types, shapes, and first and last bytes of its tensors.
 
-    The same as in ggml_tbq/llama/llama-center.cpp, in hexadecimal.  Metadata and the split into files have no part in it.
+    The same as in ggml_tbq/llama/llama-center-file.cpp, in hexadecimal.  Metadata and the split into files have no part in it.
     Raises TBQError for what is no model, OSError for what cannot be read.
     """
     digest = hashlib.sha256()
@@ -55,7 +55,7 @@ def fingerprint(model: str | os.PathLike[str]) -> str:
 
 
 def _hash(center: Center, rope: Sequence[float], factors: Sequence[str]) -> str:
-    """Of everything in a center, as llama-center.cpp computes it.  rope, factors: by layer, in the order of the layers."""
+    """Of everything in a center, as llama-center-file.cpp computes it.  rope, factors: by layer, in the order of the layers."""
     digest, n_rope = (
         hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode()),
         len(rope) // max(1, len(factors)),

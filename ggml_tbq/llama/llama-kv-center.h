@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT
+// What a KV cache holds for centered keys: the means that it subtracts, and what its states say about them.
+// Included by the patched llama-kv-cache.h; the code is in llama-center.cpp.
+#pragma once
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+class llama_io_read_i;
+class llama_io_write_i;
+
+// Of one layer.  A layer without means returns every tensor as it is.
+struct llama_kv_center_layer {
+    ggml_tensor * mean   = nullptr; // f32 [n_embd_k_gqa]
+    ggml_tensor * weight = nullptr; // the same, of the channels; for tbq types
+    int64_t       n_embd_head = 0;
+
+    explicit operator bool() const { return mean; }
+
+    // k: whole rows of the cache, or heads of them, or the first channels of each head
+    ggml_tensor * add     (ggml_context * ctx, ggml_tensor * k) const;
+    ggml_tensor * subtract(ggml_context * ctx, ggml_tensor * k) const;
+
+    // k_cur minus the means into the cache
+    ggml_tensor * set_rows(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_cur, ggml_tensor * k_idxs) const;
+};
+
+// Of a cache.
+struct llama_kv_center {
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs; // of the layers' means
+    std::string hash;                                                       // of their file; empty without means
+
+    void state_write(llama_io_write_i & io) const;
+    void state_read (llama_io_read_i  & io, uint32_t & n_stream) const;
+};
