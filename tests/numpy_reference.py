@@ -3,7 +3,7 @@
 
     python tests/numpy_reference.py    rewrites tests/golden.txt
 
-Written from the description in tbq.h and the steps in tbq-rows.h; shares no code with the library.  Where the
+Written from the description in tbq.h and the steps in rows.inc; shares no code with the library.  Where the
 library runs butterflies, this builds the Hadamard matrix by doubling and sums its products as a balanced tree:
 because a butterfly only adds and subtracts, and rounding is symmetric in sign, the two agree in every bit except
 the sign of a zero.
@@ -171,7 +171,7 @@ def search(bits, q):
 
 
 def shape(bits, x, weight, p, mean_square, d, index):
-    """Moves of single levels to a neighbour that lower the sum of w e^2 over the channels; see tbq-rows.h."""
+    """Moves of single levels to a neighbour that lower the sum of w e^2 over the channels; see rows.inc."""
     levels = np.array(LEVELS[bits], np.float32)
     gap_up = np.append(np.diff(levels), np.float32(0))
     gap_down = np.append(np.float32(0), np.diff(levels))

@@ -138,7 +138,7 @@ def header():
         "// |y|/rms(y) = 1.0 in the fixed-point units of the scale search",
         f"#define TBQ_Q_ONE {Q_ONE}",
         "",
-        "// Noise shaping (cpu/tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel",
+        "// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel",
         f"#define TBQ_SHAPE_STEPS {SHAPE_STEPS}",
         f"#define TBQ_SHAPE_FLOOR {SHAPE_FLOOR}f",
     ]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
-// The steps and the order of every sum are those of cpu/tbq-rows.h, where the reasons stand.  A half-warp takes a
+// The steps and the order of every sum are those of cpu/rows/rows.inc, where the reasons stand.  A half-warp takes a
 // block; lane l has values l, l + 16, l + 32, l + 48, so that butterflies of distance 1, 2, 4, 8 are shuffles, those of
 // 16 and 32 stay in the lane, and the 16 partial sums of squares are the lanes' own.  Nothing may be contracted or
 // approximated, whatever flags the file is compiled with: hence the intrinsics.

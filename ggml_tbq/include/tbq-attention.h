@@ -15,7 +15,7 @@
 // that is NaN becomes NaN; a scale of NaN or Inf among tbq values makes the channels of its block NaN; other values
 // follow IEEE arithmetic.
 //
-// The computation, per tile of 64 cached rows (cpu/tbq-attention-tile.h has the reasons):
+// The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
 //   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
 //     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
 //   - softmax in f32, relative to the tile's maximum

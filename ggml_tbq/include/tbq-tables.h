@@ -9,7 +9,7 @@
 // |y|/rms(y) = 1.0 in the fixed-point units of the scale search
 #define TBQ_Q_ONE 2048
 
-// Noise shaping (cpu/tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel
+// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel
 #define TBQ_SHAPE_STEPS 5
 #define TBQ_SHAPE_FLOOR 0.5f
 

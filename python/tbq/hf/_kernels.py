@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/tbq-rows.h the encoder's steps.
+"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/rows/rows.inc the encoder's steps.
 
 `tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A "row"
 is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// AVX-512 F, BW, DQ and VL.  tbq-avx512vnni.c compiles this file again with VNNI.
-#include "tbq-impl.h"
-#include "tbq-x86.h"
+// AVX-512 F, BW, DQ and VL.  avx512vnni.c compiles this file again with VNNI.
+#include "../tbq-impl.h"
+#include "../tbq-x86.h"
 
 #ifdef __AVX512VNNI__
 #define TBQ_KERNELS      tbq_kernels_avx512vnni
@@ -297,4 +297,4 @@ TBQ_INLINE void mad(int bits, const void * block, float f, float * acc) {
     }
 }
 
-#include "tbq-rows.h"
+#include "rows.inc"

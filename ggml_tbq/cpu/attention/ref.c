@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Attention, the scalar reference.
-#include "tbq-attention-impl.h"
+#include "attention.h"
 
 #include <math.h>
 
@@ -153,4 +153,4 @@ static void values_n(int n, const uint8_t * panel, const int16_t * weights, cons
     }
 }
 
-#include "tbq-attention-tile.h"
+#include "tile.inc"

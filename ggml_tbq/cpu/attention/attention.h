@@ -3,7 +3,7 @@
 #pragma once
 
 #include "tbq-attention.h"
-#include "tbq-impl.h"
+#include "../tbq-impl.h"
 
 enum {
     TBQ_TILE      = 64,   // cached rows that are unpacked, scored and summed up at a time

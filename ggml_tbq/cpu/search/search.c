@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The search's public functions: checks, the layout, and the choice of an implementation.
-#include "tbq-impl.h"
+#include "../tbq-impl.h"
 #include "tbq-scan.h"
 
 int32_t tbq_scan_words(tbq_type type) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Attention with AVX2, FMA and F16C.
-#include "tbq-attention-impl.h"
+#include "attention.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -311,4 +311,4 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
     }
 }
 
-#include "tbq-attention-tile.h"
+#include "tile.inc"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The scalar reference of the search.
-#include "tbq-impl.h"
+#include "../tbq-impl.h"
 
 #include <math.h>
 
@@ -47,4 +47,4 @@ static int above(const float * scores, float bar) {
     return mask;
 }
 
-#include "tbq-scan-impl.h"
+#include "search.inc"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The search with AVX2 and F16C: a group is two vectors of eight lanes.
-#include "tbq-impl.h"
-#include "tbq-x86.h"
+#include "../tbq-impl.h"
+#include "../tbq-x86.h"
 
 #define TBQ_SCAN     tbq_scan_avx2
 #define SCAN_QUERIES 4
@@ -82,4 +82,4 @@ static inline int above(const float * scores, float bar) {
            _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + 8), b, _CMP_GT_OQ)) << 8;
 }
 
-#include "tbq-scan-impl.h"
+#include "search.inc"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Attention with NEON (AArch64).  tbq-attention-neon-dotprod.c compiles this file again with the dot product
+// Attention with NEON (AArch64).  neon-dotprod.c compiles this file again with the dot product
 // instructions.
-#include "tbq-attention-impl.h"
-#include "tbq-dot4.h"
+#include "attention.h"
+#include "../tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -292,4 +292,4 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
     }
 }
 
-#include "tbq-attention-tile.h"
+#include "tile.inc"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// NEON (AArch64).  tbq-neon-dotprod.c compiles this file again with the dot product instructions.
-#include "tbq-impl.h"
-#include "tbq-dot4.h"
+// NEON (AArch64).  neon-dotprod.c compiles this file again with the dot product instructions.
+#include "../tbq-impl.h"
+#include "../tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -112,7 +112,7 @@ static inline uint32_t abs_max(const float * x) {
     return vmaxvq_u32(top);
 }
 
-// ((v0 + v2) + (v1 + v3)), the last three levels of every sum in tbq-rows.h
+// ((v0 + v2) + (v1 + v3)), the last three levels of every sum in rows.inc
 static inline float sum4(float32x4_t v) {
     const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
     return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
@@ -384,4 +384,4 @@ TBQ_INLINE void mad(int bits, const void * block, float f, float * acc) {
     }
 }
 
-#include "tbq-rows.h"
+#include "rows.inc"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Attention with AVX-512 F, BW, DQ and VL.  tbq-attention-avx512vnni.c compiles this file again with VNNI.
-#include "tbq-attention-impl.h"
-#include "tbq-dot4.h"
+// Attention with AVX-512 F, BW, DQ and VL.  avx512vnni.c compiles this file again with VNNI.
+#include "attention.h"
+#include "../tbq-dot4.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -326,4 +326,4 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
     }
 }
 
-#include "tbq-attention-tile.h"
+#include "tile.inc"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The scalar reference: the order of the specification, nothing clever.  Every other implementation is tested
 // against this one, and this one against tests/numpy_reference.py, with which it shares no code.
-#include "tbq-impl.h"
+#include "../tbq-impl.h"
 
 #include <math.h>
 
@@ -222,4 +222,4 @@ static void mad(int bits, const void * block, float f, float * acc) {
     }
 }
 
-#include "tbq-rows.h"
+#include "rows.inc"

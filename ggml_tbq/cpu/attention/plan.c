@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Attention: how a problem is cut up, and who computes the pieces (tbq-attention.h).
-#include "tbq-attention-impl.h"
+#include "attention.h"
 
 enum {
     MAX_TILE_ROWS  = 64,  // query rows that share an unpacked tile: unpacking is then some 3 % of the work

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The search with NEON: a group is four vectors of four lanes.  tbq-scan-neon-dotprod.c compiles this file again with the
+// The search with NEON: a group is four vectors of four lanes.  neon-dotprod.c compiles this file again with the
 // dot product instructions.
-#include "tbq-impl.h"
-#include "tbq-dot4.h"
+#include "../tbq-impl.h"
+#include "../tbq-dot4.h"
 
 #include <arm_neon.h>
 #include <math.h>
@@ -94,4 +94,4 @@ static inline int above(const float * scores, float bar) {
     return mask;
 }
 
-#include "tbq-scan-impl.h"
+#include "search.inc"

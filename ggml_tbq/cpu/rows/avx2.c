@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // AVX2, F16C and FMA.
-#include "tbq-impl.h"
-#include "tbq-x86.h"
+#include "../tbq-impl.h"
+#include "../tbq-x86.h"
 
 #define TBQ_KERNELS      tbq_kernels_avx2
 #define TBQ_ATTENTION    tbq_attention_avx2
@@ -298,4 +298,4 @@ TBQ_INLINE void mad(int bits, const void * block, float f, float * acc) {
     }
 }
 
-#include "tbq-rows.h"
+#include "rows.inc"

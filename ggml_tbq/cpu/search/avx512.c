@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The search with AVX-512 F, BW, DQ and VL: a group is a vector.  tbq-scan-avx512vnni.c compiles this file again with VNNI.
-#include "tbq-impl.h"
-#include "tbq-dot4.h"
+// The search with AVX-512 F, BW, DQ and VL: a group is a vector.  avx512vnni.c compiles this file again with VNNI.
+#include "../tbq-impl.h"
+#include "../tbq-dot4.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -92,4 +92,4 @@ static inline int above(const float * scores, float bar) {
     return _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), _mm512_set1_ps(bar), _CMP_GT_OQ);
 }
 
-#include "tbq-scan-impl.h"
+#include "search.inc"
