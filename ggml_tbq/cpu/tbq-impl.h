@@ -2,7 +2,7 @@
 // What the implementation files share: constants in memory, half conversion, and the list of implementations.
 #pragma once
 
-#include "tbq.h"
+#include "tbq-kernels.h"
 #include "tbq-tables.h"
 
 #include <string.h>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "tbq-ggml.h"
+#include "tbq-kernels.h"
 
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ2_0 == (int) TBQ_TYPE_TBQ2_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ3_0 == (int) TBQ_TYPE_TBQ3_0, "type id");

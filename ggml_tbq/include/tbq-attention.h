@@ -38,7 +38,7 @@
 //     each thread:  for its share of the rows:  tbq_attention_merge(p, k, first, last, work)    unless n_chunks == 1
 #pragma once
 
-#include "tbq.h"
+#include "tbq-kernels.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -72,12 +72,6 @@ TBQ_API tbq_status tbq_scan_prepare(const float * src, tbq_scan_query * dst, int
 TBQ_API tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
                                    int64_t n_queries, int64_t k, float * scores, int64_t * positions);
 
-// One implementation's part of tbq_kernels: index with bits - 2.
-struct tbq_scan_kernels {
-    void (*search[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
-                      int64_t n_queries, int64_t k, float * scores, int64_t * positions);
-};
-
 #ifdef __cplusplus
 }
 #endif

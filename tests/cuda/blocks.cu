@@ -2,6 +2,7 @@
 // Encoder and decoder on the GPU against the scalar reference: the same bytes, the same values.
 //   blocks [rows] [seed]   exit status 1 at a difference
 #include "tbq-dequantize.cuh"
+#include "tbq-kernels.h"
 #include "tbq-quantize.cuh"
 
 #include "check.cuh"

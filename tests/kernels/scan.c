@@ -7,7 +7,7 @@
 // Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read too
 // far.  Prints the implementations that ran; exits 1 on a difference.
 #include "random.h"
-#include "tbq-scan.h"
+#include "tbq-kernels.h"
 
 #include <stdio.h>
 #include <stdlib.h>
