@@ -30,20 +30,22 @@ static dim3 grid_for(int64_t n_threads, int block) {
     return dim3((unsigned) n);
 }
 
-// --- values to blocks ---------------------------------------------------------------------------------------------
-
-static int64_t n_blocks_of(const tbq_encode_args & a) {
-    return a.ne0 * a.ne1 * a.ne2 * a.ne3;
+// The shape of one tensor in blocks, and the strides of another (or of the same) in units of so many bytes.
+static tbq_rows rows_of(const ggml_tensor * shape, const ggml_tensor * strides, size_t unit) {
+    const auto stride = [&](int i) { return (long long) (strides->nb[i] / unit); };
+    return { { shape->ne[0] / TBQ_BLOCK, shape->ne[1], shape->ne[2], shape->ne[3] }, { stride(1), stride(2), stride(3) } };
 }
+
+// --- values to blocks ---------------------------------------------------------------------------------------------
 
 // What the multiprocessors can take at once.  (__reduce_max_sync is of sm_80.)
 static bool is_few(const tbq_encode_args & a) {
     const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
-    return n_blocks_of(a) <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
+    return a.from.n_blocks() <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
 }
 
 static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, cudaStream_t stream) {
-    const int64_t n = n_blocks_of(a);
+    const int64_t n = a.from.n_blocks();
     if (n == 0) {
         return;
     }
@@ -62,20 +64,11 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
 
 // src: f32 or f16, dst: tbq, of the same sizes but for the rows
 static tbq_encode_args encode_args(const ggml_tensor * src, const ggml_tensor * dst) {
-    const size_t    ts = ggml_type_size(src->type);
-    tbq_encode_args a  = {};
-    a.src = src->data;
-    a.dst = (char *) dst->data;
-    a.ne0 = src->ne[0] / TBQ_BLOCK;
-    a.ne1 = src->ne[1];
-    a.ne2 = src->ne[2];
-    a.ne3 = src->ne[3];
-    a.s1  = src->nb[1] / ts;
-    a.s2  = src->nb[2] / ts;
-    a.s3  = src->nb[3] / ts;
-    a.nb1 = dst->nb[1];
-    a.nb2 = dst->nb[2];
-    a.nb3 = dst->nb[3];
+    tbq_encode_args a = {};
+    a.src  = src->data;
+    a.dst  = (char *) dst->data;
+    a.from = rows_of(src, src, ggml_type_size(src->type));
+    a.to   = rows_of(src, dst, 1);
     return a;
 }
 
@@ -230,9 +223,9 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (rope.head_size) {
         const ggml_tensor * x = graph->nodes[i]->src[0];
         a.src = x->data;
-        a.s1  = x->nb[2] / sizeof(float);
+        a.from.s[0] = x->nb[2] / sizeof(float);
     }
-    if (n_blocks_of(a) == 0 || !is_few(a)) {
+    if (a.from.n_blocks() == 0 || !is_few(a)) {
         return 0;
     }
 
@@ -243,15 +236,15 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (v) {
         // two caches, and the second reads nothing that the first writes
         b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || n_blocks_of(b) == 0 || !is_few(b)) {
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 || !is_few(b)) {
             v = nullptr;
         }
     }
     if (!v && !rope.head_size) {
         return 0;
     }
-    const int                            n_a = (int) n_blocks_of(a);
-    const int                            n_b = v ? (int) n_blocks_of(b) : 0;
+    const int                            n_a = (int) a.from.n_blocks();
+    const int                            n_b = v ? (int) b.from.n_blocks() : 0;
     const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
     with_bits(k->type, [&](auto bits_k) {
         with_bits(v ? v->type : k->type, [&](auto bits_v) {
@@ -265,8 +258,8 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
 
 // --- blocks to values ---------------------------------------------------------------------------------------------
 
-template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args & a, cudaStream_t stream) {
-    const int64_t n = a.ne0 * a.ne1 * a.ne2 * a.ne3;
+template <typename dst_t> static void decode(ggml_type type, const tbq_decode_args & a, cudaStream_t stream) {
+    const int64_t n = a.from.n_blocks();
     if (n == 0) {
         return;
     }
@@ -279,19 +272,12 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args
 template <int BITS, typename dst_t>
 static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01, int64_t s02,
                          int64_t s03, cudaStream_t stream) {
-    tbq_rows_args a = {};
-    a.src = (const char *) x;
-    a.dst = y;
-    a.ne0 = ne00 / TBQ_BLOCK;
-    a.ne1 = ne01;
-    a.ne2 = ne02;
-    a.ne3 = ne03;
-    a.nb1 = s01 * tbq_block_bytes(BITS);
-    a.nb2 = s02 * tbq_block_bytes(BITS);
-    a.nb3 = s03 * tbq_block_bytes(BITS);
-    a.s1  = ne00;
-    a.s2  = ne00 * ne01;
-    a.s3  = ne00 * ne01 * ne02;
+    constexpr int64_t bytes = tbq_block_bytes(BITS);
+    tbq_decode_args   a     = {};
+    a.src  = (const char *) x;
+    a.dst  = y;
+    a.from = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { s01 * bytes, s02 * bytes, s03 * bytes } };
+    a.to   = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { ne00, ne00 * ne01, ne00 * ne01 * ne02 } };
     decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
 }
 
@@ -328,27 +314,19 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type) {
     return TBQ_PICK(to_values_nc, type, float);
 }
 
-static tbq_rows_args rows_of(const ggml_tensor * src, const ggml_tensor * dst) {
-    const size_t  ts = ggml_type_size(dst->type);
-    tbq_rows_args a  = {};
-    a.src = (const char *) src->data;
-    a.dst = dst->data;
-    a.ne0 = src->ne[0] / TBQ_BLOCK;
-    a.ne1 = dst->ne[1];
-    a.ne2 = dst->ne[2];
-    a.ne3 = dst->ne[3];
-    a.nb1 = src->nb[1];
-    a.nb2 = src->nb[2];
-    a.nb3 = src->nb[3];
-    a.s1  = dst->nb[1] / ts;
-    a.s2  = dst->nb[2] / ts;
-    a.s3  = dst->nb[3] / ts;
+// src: tbq, dst: values, of the same sizes but for the rows
+static tbq_decode_args decode_args(const ggml_tensor * src, const ggml_tensor * dst) {
+    tbq_decode_args a = {};
+    a.src  = (const char *) src->data;
+    a.dst  = dst->data;
+    a.from = rows_of(dst, src, 1);
+    a.to   = rows_of(dst, dst, ggml_type_size(dst->type));
     return a;
 }
 
 static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     if (ggml_type_rotates(src->type) && dst->type == GGML_TYPE_F32) {
-        decode<float>(src->type, rows_of(src, dst), ctx.stream());
+        decode<float>(src->type, decode_args(src, dst), ctx.stream());
         return true;
     }
     if (ggml_type_rotates(dst->type) && src->type == GGML_TYPE_F32) {
@@ -365,7 +343,7 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
-    tbq_rows_args a = rows_of(src, dst);
+    tbq_decode_args a = decode_args(src, dst);
     a.ids    = (const int *) ids->data;
     a.ids_s0 = ids->nb[0] / sizeof(int);
     a.ids_s1 = ids->nb[1] / sizeof(int);
@@ -397,15 +375,9 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
 
     ggml_cuda_pool_alloc<tbq_activations> x(ctx.pool(), n_all);
     tbq_activations_args                  r = {};
-    r.src = (const float *) src1->data;
-    r.dst = x.ptr;
-    r.ne0 = n_blocks;
-    r.ne1 = src1->ne[1];
-    r.ne2 = src1->ne[2];
-    r.ne3 = src1->ne[3];
-    r.s1  = src1->nb[1] / sizeof(float);
-    r.s2  = src1->nb[2] / sizeof(float);
-    r.s3  = src1->nb[3] / sizeof(float);
+    r.src  = (const float *) src1->data;
+    r.dst  = x.ptr;
+    r.rows = rows_of(src1, src1, sizeof(float));
     ggml_cuda_kernel_launch(tbq_rotate_activations, ggml_cuda_kernel_launch_params(grid_for(32 * n_all, 128), dim3(128), 0, stream), r);
     CUDA_CHECK(cudaGetLastError());
 

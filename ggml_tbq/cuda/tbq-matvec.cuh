@@ -16,26 +16,22 @@ struct tbq_activations {
 struct tbq_activations_args {
     const float * src; // rows of ne0 blocks
     tbq_activations * dst;
-    long long     ne0, ne1, ne2, ne3;
-    long long     s1, s2, s3; // elements
+    tbq_rows      rows; // strides of the source in elements
 };
 
 // A warp to a block.  grid: enough warps for all
 static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_activations_args a) {
     const int       lane = threadIdx.x % 32;
     const long long i    = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    if (i >= a.ne0 * a.ne1 * a.ne2 * a.ne3) {
+    if (i >= a.rows.n_blocks()) {
         return;
     }
-    const long long i0   = i % a.ne0;
-    long long       rest = i / a.ne0;
-    const long long i1   = rest % a.ne1;
-    rest /= a.ne1;
+    const tbq_index4 from = a.rows.index4(i);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    const float * x  = a.src + i0 * 64 + i1 * a.s1 + rest % a.ne2 * a.s2 + rest / a.ne2 * a.s3;
+    const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
     tbq_rotate_warp(lo, hi, lane);
     float top = fmaxf(fabsf(lo), fabsf(hi));

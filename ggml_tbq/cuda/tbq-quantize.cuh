@@ -362,14 +362,13 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
     tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)), block, write, l);
 }
 
-// Rows of values to rows of blocks.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are elements,
-// destination strides bytes.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row ids[i1, i2 % ids_ne1, i3 % ids_ne2].
+// Rows of values to rows of blocks.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row
+// ids[i1, i2 % ids_ne1, i3 % ids_ne2].
 struct tbq_encode_args {
     const void * src;
     char *       dst;
-    long long    ne0, ne1, ne2, ne3;
-    long long    s1, s2, s3;
-    long long    nb1, nb2, nb3;
+    tbq_rows     from; // the shape and the strides of the source, in elements
+    tbq_rows     to;   // the same shape, and the strides of the result in bytes
     const void * ids;
     int          ids_64;
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
@@ -449,34 +448,28 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
     const int       l     = threadIdx.x % 16;
     const long long index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
-    const long long n     = a.ne0 * a.ne1 * a.ne2 * a.ne3;
-    const long long i     = index < n ? index : n - 1;
-    const long long i0    = i % a.ne0;
-    long long       rest  = i / a.ne0;
-    const long long i1    = rest % a.ne1;
-    rest /= a.ne1;
-    const long long i2 = rest % a.ne2;
-    const long long i3 = rest / a.ne2;
-    const tbq_center center(a, i0, l);
+    const long long n     = a.from.n_blocks();
+    const tbq_index4 at   = a.from.index4(index < n ? index : n - 1);
+    const tbq_center center(a, at.i0, l);
     __syncthreads();
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    long long row = i1;
+    long long row = at.i1;
     if (a.ids) {
-        const long long at = i1 * a.ids_s0 + i2 % a.ids_ne1 * a.ids_s1 + i3 % a.ids_ne2 * a.ids_s2;
-        row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
+        const long long id = at.i1 * a.ids_s0 + at.i2 % a.ids_ne1 * a.ids_s1 + at.i3 % a.ids_ne2 * a.ids_s2;
+        row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
-    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    const src_t * src = (const src_t *) a.src + at.i0 * 64 + a.from.offset(at.i1, at.i2, at.i3);
+    char *        dst = a.dst + at.i0 * tbq_block_bytes(BITS) + a.to.offset(row, at.i2, at.i3);
     float x[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(tbq_load(src + l + 16 * j), center.mean[j]);
     }
-    tbq_quantize_block<BITS>(x, a.weight ? center.weight : nullptr, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
-                             &scratch[threadIdx.x / 16], &gaps);
+    tbq_quantize_block<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16], &gaps);
 }
 
 // --- few blocks: the shortest way -------------------------------------------------------------------------------------
@@ -504,15 +497,17 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
     const int l    = threadIdx.x % 16;
     const int hw   = threadIdx.x / 16;
 
-    // 32 bits: there are few.  Divisions are a tenth of all the time here, so none that is not needed.
-    const unsigned i0 = i % (unsigned) a.ne0;
-    unsigned       i1 = i / (unsigned) a.ne0, i2 = 0, i3 = 0;
-    long long      at = 0;
-    if (a.ne2 * a.ne3 > 1) {
-        const unsigned rest = i1 / (unsigned) a.ne1;
-        i1 %= (unsigned) a.ne1;
-        i2 = rest % (unsigned) a.ne2;
-        i3 = rest / (unsigned) a.ne2;
+    // index4 in 32 bits, for there are few blocks, and without the divisions that a single token does not need: they are
+    // a tenth of all the time here.
+    const unsigned ne0 = (unsigned) a.from.ne[0], ne1 = (unsigned) a.from.ne[1], ne2 = (unsigned) a.from.ne[2];
+    const unsigned i0  = i % ne0;
+    unsigned       i1  = i / ne0, i2 = 0, i3 = 0;
+    long long      at  = 0;
+    if (a.from.ne[2] * a.from.ne[3] > 1) {
+        const unsigned rest = i1 / ne1;
+        i1 %= ne1;
+        i2 = rest % ne2;
+        i3 = rest / ne2;
         if (a.ids) {
             at = i2 % (unsigned) a.ids_ne1 * a.ids_s1 + i3 % (unsigned) a.ids_ne2 * a.ids_s2;
         }
@@ -529,12 +524,12 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
         at += i1 * a.ids_s0;
         row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
     }
-    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    const src_t * src = (const src_t *) a.src + i0 * 64 + a.from.offset(i1, i2, i3);
     float    x[4];
     uint32_t top = 0;
     if (rope) {
         const unsigned head = i0 * 64 / rope->head_size;
-        const float *  from = (const float *) a.src + head * rope->s_head + i1 * a.s1;
+        const float *  from = (const float *) a.src + head * rope->s_head + i1 * a.from.s[0];
         const int      pos  = rope->pos[i1];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -691,7 +686,7 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
             index[j] = index_all[l + 16 * j];
         }
         tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)),
-                              a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, lane < 16, l);
+                              a.dst + i0 * tbq_block_bytes(BITS) + a.to.offset(row, i2, i3), lane < 16, l);
     }
 #else
     __trap(); // the host takes tbq_quantize_rows here

@@ -71,7 +71,7 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaMalloc(&center_dev, center.size() * 4));
     CHECK(cudaMemcpy(center_dev, center.data(), center.size() * 4, cudaMemcpyHostToDevice));
     tbq_encode_args e{};
-    e.src = in_dev, e.dst = out_dev, e.ne0 = n_blocks, e.ne1 = e.ne2 = e.ne3 = 1;
+    e.src = in_dev, e.dst = out_dev, e.from = e.to = { { (long long) n_blocks, 1, 1, 1 }, {} };
     const int blocks_per_cta = TBQ_ENCODE_THREADS / 16;
     long bad = 0;
     for (bool centered : { true, false }) { // the second is what is decoded and timed below
@@ -95,8 +95,8 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     cudaFree(center_dev);
 
     CHECK(cudaMemcpy(out_dev, want.data(), want.size(), cudaMemcpyHostToDevice));
-    tbq_rows_args d{};
-    d.src = out_dev, d.dst = back_dev, d.ne0 = n_blocks, d.ne1 = d.ne2 = d.ne3 = 1;
+    tbq_decode_args d{};
+    d.src = out_dev, d.dst = back_dev, d.from = d.to = e.from;
     tbq_dequantize_rows<BITS, float><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
     d.dst = back16_dev;
     tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
@@ -125,7 +125,7 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
     const double encode = ms;
-    e.ne0 = 16;
+    e.from.ne[0] = 16;
     for (int i = 0; i < 21; i++) { // a token's keys; the first call warms up
         if (i == 1) {
             CHECK(cudaEventRecord(from));
@@ -171,7 +171,8 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     for (int i = 0; i < 2; i++) {
         CHECK(cudaMalloc(&out_dev[i], tokens * nb[i]));
         args[i].src = x_dev + i * tokens * width, args[i].dst = out_dev[i];
-        args[i].ne0 = blocks, args[i].ne1 = tokens, args[i].ne2 = args[i].ne3 = 1, args[i].s1 = width, args[i].nb1 = nb[i];
+        args[i].from = { { blocks, tokens, 1, 1 }, { width } };
+        args[i].to   = { { blocks, tokens, 1, 1 }, { nb[i] } };
         args[i].ids = ids_dev, args[i].ids_ne1 = args[i].ids_ne2 = args[i].ids_s0 = 1;
     }
     tbq_rope_args rope = {};
