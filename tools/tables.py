@@ -21,6 +21,7 @@ Gaussian blocks of 64, where they come within 1 % (4 bit), 0.4 % (3 bit) and 0.1
 import argparse
 import math
 import pathlib
+import struct
 import sys
 
 LICENSE = "SPDX-License-Identifier: MIT"  # the first line of what is written here, too
@@ -30,6 +31,11 @@ BITS = (2, 3, 4)
 Q_ONE = 2048
 SHAPE_STEPS = 5
 SHAPE_FLOOR = 0.5
+# Of the largest |x| of a block: below 2^-30, the best d is less than half of the smallest half.  Above 2^50, d saturates
+# whatever the values are, but their squares must not overflow, so the block is quantized times 2^-100.  Below 2^-100, 127
+# over an activation is not finite.
+SMALLEST, HUGE, HUGE_SCALE, SMALLEST_ACT = 2.0**-30, 2.0**50, 2.0**-100, 2.0**-100
+F16_MAX, F16_NAN = 65504.0, 0x7E00
 GRID = {2: (0.88, 1.33, 6), 3: (0.78, 1.45, 8), 4: (0.71, 1.32, 12)}  # first, last, count
 
 
@@ -118,6 +124,16 @@ def gaps(ints):
     return [b - a for a, b in zip(ints, ints[1:])]
 
 
+def float_bits(x):
+    """The bits of a 32-bit float as hexadecimal C and Python."""
+    return f"0x{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
+
+
+def power(x):
+    """A power of two as a hexadecimal float of C."""
+    return f"0x1p{math.frexp(x)[1] - 1}f"
+
+
 def braces(values):
     return "{ " + ", ".join(str(v) for v in values) + " }"
 
@@ -141,6 +157,18 @@ def header():
         "// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel",
         f"#define TBQ_SHAPE_STEPS {SHAPE_STEPS}",
         f"#define TBQ_SHAPE_FLOOR {SHAPE_FLOOR}f",
+        "",
+        "// Bounds on the largest |x| of a block, as the bits of a float: what is not negative orders like its bits.",
+        f"#define TBQ_BITS_SMALLEST     {float_bits(SMALLEST)}u // {power(SMALLEST)}: below, d is 0",
+        f"#define TBQ_BITS_SMALLEST_ACT {float_bits(SMALLEST_ACT)}u // {power(SMALLEST_ACT)}: the same of an activation block",
+        f"#define TBQ_BITS_HUGE         {float_bits(HUGE)}u // {power(HUGE)}: above, the block is quantized times TBQ_HUGE_SCALE",
+        f"#define TBQ_BITS_INF          {float_bits(math.inf)}u // from here on, Inf or NaN: d is NaN",
+        f"#define TBQ_HUGE_SCALE   {power(HUGE_SCALE)}",
+        f"#define TBQ_HUGE_UNSCALE {power(1 / HUGE_SCALE)}",
+        "",
+        "// Halves: the largest, and the NaN that is written",
+        f"#define TBQ_F16_MAX {F16_MAX}f",
+        f"#define TBQ_F16_NAN 0x{F16_NAN:04X}",
     ]
     for bits in BITS:
         levels = lloyd_max(bits)
@@ -174,6 +202,13 @@ def module():
         f"Q_ONE = {Q_ONE}",
         f"SHAPE_STEPS = {SHAPE_STEPS}",
         f"SHAPE_FLOOR = {SHAPE_FLOOR}",
+        f"BITS_SMALLEST = {float_bits(SMALLEST)}",
+        f"BITS_HUGE = {float_bits(HUGE)}",
+        f"BITS_INF = {float_bits(math.inf)}",
+        f"HUGE_SCALE = {HUGE_SCALE!r}",
+        f"HUGE_UNSCALE = {1 / HUGE_SCALE!r}",
+        f"F16_MAX = {F16_MAX}",
+        f"F16_NAN = 0x{F16_NAN:04X}",
         "",
         "# by bits: the codebook, ascending; thresholds of the positive half for each scale of the search",
         "LEVELS = {",

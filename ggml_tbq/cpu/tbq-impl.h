@@ -11,9 +11,6 @@
 #error "tbq kernels promise the same bits everywhere: compile them without -ffast-math"
 #endif
 
-#define TBQ_F16_MAX 65504.0f
-#define TBQ_F16_NAN 0x7E00
-
 // {f(0), ..., f(63)}
 #define TBQ_LIST_16(f, i) \
     f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7), f(i + 8), f(i + 9), f(i + 10), \

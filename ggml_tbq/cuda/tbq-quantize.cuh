@@ -102,8 +102,8 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
 // The norm preserved: d . |k| = |y|.  Saturates at the largest half.
 static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
     const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) kk));
-    const float d    = __fmul_rn(norm, huge ? 0x1p100f : 1.0f);
-    return d < 65504.0f ? d : 65504.0f;
+    const float d    = __fmul_rn(norm, huge ? TBQ_HUGE_UNSCALE : 1.0f);
+    return d < TBQ_F16_MAX ? d : TBQ_F16_MAX;
 }
 
 // By 16 lanes, whose values are l + 16 j.
@@ -177,19 +177,19 @@ template <int BITS> static __device__ __forceinline__ int tbq_level_index(int q,
 
 // What both kernels know of a block before they search.
 struct tbq_measure {
-    bool  bad, zero, huge; // NaN or Inf; too small for any d; above 2^50, where squares would overflow
+    bool  bad, zero, huge; // NaN or Inf; too small for any d; so large that squares would overflow
     float rms, inverse;    // of the rotated values, and TBQ_Q_ONE over it
 };
 
 // x: value l + 16 j in x[j]; z: rotated, not divided by 8.  top: the largest of the bits of |x| of the block.
 static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t top, int l) {
     tbq_measure m;
-    m.bad  = top >= 0x7F800000u;
-    m.zero = top < 0x30800000u; // 2^-30
-    m.huge = top > 0x58800000u && !m.bad;
+    m.bad  = top >= TBQ_BITS_INF;
+    m.zero = top < TBQ_BITS_SMALLEST;
+    m.huge = top > TBQ_BITS_HUGE && !m.bad;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
+        z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], TBQ_HUGE_SCALE) : x[j], l + 16 * j);
     }
     tbq_butterflies_16(z, l);
     float sum = __fmul_rn(z[0], z[0]);
@@ -402,7 +402,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         }
     }
     const float scale = b.zero || b.bad ? 0.0f : tbq_norm_scale(b.rms, b.huge ? best.kk : kk, b.huge);
-    tbq_write_block<BITS>(index, b.bad ? 0x7E00 : __half_as_ushort(__float2half_rn(scale)), block, write, l);
+    tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(scale)), block, write, l);
 }
 
 // --- rows -------------------------------------------------------------------------------------------------------------
@@ -742,7 +742,7 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
         for (int j = 0; j < 4; j++) {
             index[j] = index_all[l + 16 * j];
         }
-        tbq_write_block<BITS>(index, b.bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)),
+        tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(d)),
                               a.dst + at.i0 * tbq_block_bytes(BITS) + a.to.offset(row, at.i2, at.i3), lane < 16, l);
     }
 #else

@@ -24,11 +24,14 @@ Q_ONE = tl.constexpr(_tables.Q_ONE)
 SHAPE_STEPS = tl.constexpr(_tables.SHAPE_STEPS)
 SHAPE_FLOOR = tl.constexpr(_tables.SHAPE_FLOOR)
 
-INF_BITS = tl.constexpr(0x7F800000)
-SMALLEST_BITS = tl.constexpr(0x30800000)  # 2^-30: below, d is zero
-HUGE_BITS = tl.constexpr(0x58800000)  # 2^50: above, squares could overflow
-F16_MAX = tl.constexpr(65504.0)
-F16_NAN = tl.constexpr(0x7E00)
+# tbq-tables.h says what these are
+BITS_SMALLEST = tl.constexpr(_tables.BITS_SMALLEST)
+BITS_HUGE = tl.constexpr(_tables.BITS_HUGE)
+BITS_INF = tl.constexpr(_tables.BITS_INF)
+HUGE_SCALE = tl.constexpr(_tables.HUGE_SCALE)
+HUGE_UNSCALE = tl.constexpr(_tables.HUGE_UNSCALE)
+F16_MAX = tl.constexpr(_tables.F16_MAX)
+F16_NAN = tl.constexpr(_tables.F16_NAN)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -153,12 +156,12 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     BORDERS: tl.constexpr = HALF - 1
     place = tl.arange(0, 64)[None, :]
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    bad = top >= INF_BITS
-    zero = top < SMALLEST_BITS
-    huge = (top > HUGE_BITS) & (top < INF_BITS)
+    bad = top >= BITS_INF
+    zero = top < BITS_SMALLEST
+    huge = (top > BITS_HUGE) & (top < BITS_INF)
     x = tl.where((bad | zero)[:, None], 1.0, x)
     signs = tl.load(tables + SIGNS + place)
-    z = butterflies(tl.where(huge[:, None], x * 7.888609052210118e-31, x) * signs, N)  # 2^-100
+    z = butterflies(tl.where(huge[:, None], x * HUGE_SCALE, x) * signs, N)
     rms = tl.sqrt_rn(sum_squares(z, N) * 0.015625)
     inverse = tl.div_rn(tl.full([N], Q_ONE, tl.float32), rms)
     q = (tl.abs(z) * inverse[:, None] + 0.5).to(tl.int32)
@@ -202,7 +205,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     k = tl.load(tables + LEVELS + index).to(tl.int32)
     kk = tl.sum(k * k, axis=1)
 
-    d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, 1.2676506002282294e30, 1.0)
+    d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, HUGE_UNSCALE, 1.0)
     d = tl.where(zero, 0.0, tl.where(d < F16_MAX, d, F16_MAX))
     half = tl.where(bad, F16_NAN, d.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32))
     index = tl.where((zero | bad)[:, None], 0, index)

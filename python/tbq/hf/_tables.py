@@ -4,6 +4,13 @@ SIGNS = (1, 1, -1, 1, 1, -1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, 1, -1, -1, 1, -
 Q_ONE = 2048
 SHAPE_STEPS = 5
 SHAPE_FLOOR = 0.5
+BITS_SMALLEST = 0x30800000
+BITS_HUGE = 0x58800000
+BITS_INF = 0x7F800000
+HUGE_SCALE = 7.888609052210118e-31
+HUGE_UNSCALE = 1.2676506002282294e+30
+F16_MAX = 65504.0
+F16_NAN = 0x7E00
 
 # by bits: the codebook, ascending; thresholds of the positive half for each scale of the search
 LEVELS = {
