@@ -6,7 +6,7 @@ import sys
 
 import cffi
 
-HEADERS = ("tbq.h", "tbq-attention.h", "tbq-kernels.h", "tbq-scan.h")
+HEADERS = ("tbq.h", "tbq-attention.h", "tbq-kernels.h", "tbq-search.h")
 
 
 def main(cdef, out):

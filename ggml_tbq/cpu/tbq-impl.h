@@ -36,12 +36,12 @@ extern const struct tbq_attention_kernels tbq_attention_avx512vnni;
 extern const struct tbq_attention_kernels tbq_attention_neon;
 extern const struct tbq_attention_kernels tbq_attention_neon_dotprod;
 
-extern const struct tbq_scan_kernels tbq_scan_ref;
-extern const struct tbq_scan_kernels tbq_scan_avx2;
-extern const struct tbq_scan_kernels tbq_scan_avx512;
-extern const struct tbq_scan_kernels tbq_scan_avx512vnni;
-extern const struct tbq_scan_kernels tbq_scan_neon;
-extern const struct tbq_scan_kernels tbq_scan_neon_dotprod;
+extern const struct tbq_search_kernels tbq_search_ref;
+extern const struct tbq_search_kernels tbq_search_avx2;
+extern const struct tbq_search_kernels tbq_search_avx512;
+extern const struct tbq_search_kernels tbq_search_avx512vnni;
+extern const struct tbq_search_kernels tbq_search_neon;
+extern const struct tbq_search_kernels tbq_search_neon_dotprod;
 
 #ifdef _MSC_VER
 #include <intrin.h>

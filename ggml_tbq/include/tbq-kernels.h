@@ -8,7 +8,7 @@
 // name in tbq.h.  Index a [3] array with bits - 2.
 #pragma once
 
-#include "tbq-scan.h"
+#include "tbq-search.h"
 #include "tbq.h"
 
 #ifdef __cplusplus
@@ -16,8 +16,8 @@ extern "C" {
 #endif
 
 // The search of one implementation.
-struct tbq_scan_kernels {
-    void (*search[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
+struct tbq_search_kernels {
+    void (*top_k[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
                       int64_t n_queries, int64_t k, float * scores, int64_t * positions);
 };
 
@@ -35,7 +35,7 @@ typedef struct {
     void (*rotate)(const float * src, float * dst, int64_t n);
     void (*unrotate)(const float * src, float * dst, int64_t n);
     const struct tbq_attention_kernels * attention; // of tbq-attention.h; private to ggml_tbq/cpu/attention
-    const struct tbq_scan_kernels * scan;           // of tbq-scan.h
+    const struct tbq_search_kernels *    search;    // of tbq-search.h
 } tbq_kernels;
 
 // Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their

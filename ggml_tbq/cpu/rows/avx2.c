@@ -5,7 +5,7 @@
 
 #define TBQ_KERNELS      tbq_kernels_avx2
 #define TBQ_ATTENTION    tbq_attention_avx2
-#define TBQ_SCAN_KERNELS tbq_scan_avx2
+#define TBQ_SEARCH tbq_search_avx2
 #define TBQ_KERNELS_NAME "avx2"
 
 static int supported(void) {

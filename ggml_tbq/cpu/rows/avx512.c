@@ -6,12 +6,12 @@
 #ifdef __AVX512VNNI__
 #define TBQ_KERNELS      tbq_kernels_avx512vnni
 #define TBQ_ATTENTION    tbq_attention_avx512vnni
-#define TBQ_SCAN_KERNELS tbq_scan_avx512vnni
+#define TBQ_SEARCH tbq_search_avx512vnni
 #define TBQ_KERNELS_NAME "avx512vnni"
 #else
 #define TBQ_KERNELS      tbq_kernels_avx512
 #define TBQ_ATTENTION    tbq_attention_avx512
-#define TBQ_SCAN_KERNELS tbq_scan_avx512
+#define TBQ_SEARCH tbq_search_avx512
 #define TBQ_KERNELS_NAME "avx512"
 #endif
 

@@ -9,12 +9,12 @@
 #ifdef __ARM_FEATURE_DOTPROD
 #define TBQ_KERNELS      tbq_kernels_neon_dotprod
 #define TBQ_ATTENTION    tbq_attention_neon_dotprod
-#define TBQ_SCAN_KERNELS tbq_scan_neon_dotprod
+#define TBQ_SEARCH tbq_search_neon_dotprod
 #define TBQ_KERNELS_NAME "neon-dotprod"
 #else
 #define TBQ_KERNELS      tbq_kernels_neon
 #define TBQ_ATTENTION    tbq_attention_neon
-#define TBQ_SCAN_KERNELS tbq_scan_neon
+#define TBQ_SEARCH tbq_search_neon
 #define TBQ_KERNELS_NAME "neon"
 #endif
 

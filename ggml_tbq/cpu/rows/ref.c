@@ -7,7 +7,7 @@
 
 #define TBQ_KERNELS      tbq_kernels_ref
 #define TBQ_ATTENTION    tbq_attention_ref
-#define TBQ_SCAN_KERNELS tbq_scan_ref
+#define TBQ_SEARCH tbq_search_ref
 #define TBQ_KERNELS_NAME "ref"
 
 static int supported(void) {

@@ -3,10 +3,10 @@
 #include "../tbq-impl.h"
 #include "../tbq-x86.h"
 
-#define TBQ_SCAN     tbq_scan_avx2
-#define SCAN_QUERIES 4
+#define TBQ_SEARCH     tbq_search_avx2
+#define SEARCH_QUERIES 4
 
-#include "tbq-scan.h"
+#include "tbq-search.h"
 
 static inline __m256i word_of(const tbq_scan_query * q, int w) {
     int32_t bytes;
@@ -25,7 +25,7 @@ TBQ_INLINE void dot_nibbles(__m256i table, __m256i x, int nq, const tbq_scan_que
     }
 }
 
-#define LOAD(w) _mm256_loadu_si256((const __m256i *) (codes + (w) * TBQ_SCAN_GROUP))
+#define LOAD(w) _mm256_loadu_si256((const __m256i *) (codes + (w) * TBQ_SEARCH_GROUP))
 
 // The indices of words w and w + 8 of 16 (four elements each), in the low and the high nibbles.
 TBQ_INLINE __m256i nibbles(int bits, const uint32_t * codes, int w) {
@@ -44,12 +44,12 @@ TBQ_INLINE void half_group(int bits, int nq, const uint16_t * d, const uint32_t 
                            const float * mul, const float * add, float * scores) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     const __m256i table  = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8(64)));
-    __m256        sum[SCAN_QUERIES];
+    __m256        sum[SEARCH_QUERIES];
     for (int i = 0; i < nq; i++) {
         sum[i] = _mm256_setzero_ps();
     }
     for (int64_t b = 0; b < blocks; b++) {
-        __m256i p[SCAN_QUERIES];
+        __m256i p[SEARCH_QUERIES];
         for (int i = 0; i < nq; i++) {
             p[i] = _mm256_set1_epi32(q[i * blocks + b].bias);
         }
@@ -61,12 +61,12 @@ TBQ_INLINE void half_group(int bits, int nq, const uint16_t * d, const uint32_t 
             const __m256 f = _mm256_mul_ps(scale, _mm256_set1_ps(q[i * blocks + b].d));
             sum[i] = _mm256_add_ps(sum[i], _mm256_mul_ps(f, _mm256_cvtepi32_ps(p[i])));
         }
-        codes += tbq_block_words(bits) * TBQ_SCAN_GROUP;
-        d += TBQ_SCAN_GROUP;
+        codes += tbq_block_words(bits) * TBQ_SEARCH_GROUP;
+        d += TBQ_SEARCH_GROUP;
     }
     for (int i = 0; i < nq; i++) {
         sum[i] = mul ? _mm256_mul_ps(sum[i], _mm256_loadu_ps(mul)) : sum[i];
-        _mm256_storeu_ps(scores + i * TBQ_SCAN_GROUP, add ? _mm256_add_ps(sum[i], _mm256_loadu_ps(add)) : sum[i]);
+        _mm256_storeu_ps(scores + i * TBQ_SEARCH_GROUP, add ? _mm256_add_ps(sum[i], _mm256_loadu_ps(add)) : sum[i]);
     }
 }
 

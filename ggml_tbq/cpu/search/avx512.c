@@ -7,13 +7,13 @@
 #include <math.h>
 
 #ifdef __AVX512VNNI__
-#define TBQ_SCAN tbq_scan_avx512vnni
+#define TBQ_SEARCH tbq_search_avx512vnni
 #else
-#define TBQ_SCAN tbq_scan_avx512
+#define TBQ_SEARCH tbq_search_avx512
 #endif
-#define SCAN_QUERIES 8
+#define SEARCH_QUERIES 8
 
-#include "tbq-scan.h"
+#include "tbq-search.h"
 
 // Independent sums of a query, so that one product need not wait for the one before.
 #define CHAINS(nq) ((nq) == 1 ? 4 : (nq) == 2 ? 2 : 1)
@@ -38,7 +38,7 @@ TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_que
     }
 }
 
-#define LOAD(w) _mm512_loadu_si512(codes + (w) * TBQ_SCAN_GROUP)
+#define LOAD(w) _mm512_loadu_si512(codes + (w) * TBQ_SEARCH_GROUP)
 
 // The indices of words w and w + 8 of 16 (four elements each), in the low and the high nibbles.
 TBQ_INLINE __m512i nibbles(int bits, const uint32_t * codes, int w) {
@@ -58,12 +58,12 @@ TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * cod
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     const __m512i table  = _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(64)));
     const int     chains = CHAINS(nq);
-    __m512        sum[SCAN_QUERIES];
+    __m512        sum[SEARCH_QUERIES];
     for (int i = 0; i < nq; i++) {
         sum[i] = _mm512_setzero_ps();
     }
     for (int64_t b = 0; b < blocks; b++) {
-        __m512i p[SCAN_QUERIES];
+        __m512i p[SEARCH_QUERIES];
         for (int i = 0; i < nq * chains; i++) {
             p[i] = i % chains ? _mm512_setzero_si512() : _mm512_set1_epi32(q[i / chains * blocks + b].bias);
         }
@@ -79,12 +79,12 @@ TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * cod
             const __m512 f = _mm512_mul_ps(scale, _mm512_set1_ps(q[i * blocks + b].d));
             sum[i] = _mm512_add_ps(sum[i], _mm512_mul_ps(f, _mm512_cvtepi32_ps(total)));
         }
-        codes += tbq_block_words(bits) * TBQ_SCAN_GROUP;
-        d += TBQ_SCAN_GROUP;
+        codes += tbq_block_words(bits) * TBQ_SEARCH_GROUP;
+        d += TBQ_SEARCH_GROUP;
     }
     for (int i = 0; i < nq; i++) {
         sum[i] = mul ? _mm512_mul_ps(sum[i], _mm512_loadu_ps(mul)) : sum[i];
-        _mm512_storeu_ps(scores + i * TBQ_SCAN_GROUP, add ? _mm512_add_ps(sum[i], _mm512_loadu_ps(add)) : sum[i]);
+        _mm512_storeu_ps(scores + i * TBQ_SEARCH_GROUP, add ? _mm512_add_ps(sum[i], _mm512_loadu_ps(add)) : sum[i]);
     }
 }
 

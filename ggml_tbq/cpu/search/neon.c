@@ -8,13 +8,13 @@
 #include <math.h>
 
 #ifdef __ARM_FEATURE_DOTPROD
-#define TBQ_SCAN tbq_scan_neon_dotprod
+#define TBQ_SEARCH tbq_search_neon_dotprod
 #else
-#define TBQ_SCAN tbq_scan_neon
+#define TBQ_SEARCH tbq_search_neon
 #endif
-#define SCAN_QUERIES 8
+#define SEARCH_QUERIES 8
 
-#include "tbq-scan.h"
+#include "tbq-search.h"
 
 static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
     int32_t bytes;
@@ -32,7 +32,7 @@ TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_sca
     }
 }
 
-#define LOAD(w) vld1q_u8((const uint8_t *) (codes + (w) * TBQ_SCAN_GROUP))
+#define LOAD(w) vld1q_u8((const uint8_t *) (codes + (w) * TBQ_SEARCH_GROUP))
 #define SHIFT(x, n) vshlq_u8(x, vdupq_n_s8((int8_t) (n))) // to the right where n < 0
 
 // The indices of words w and w + 8 of 16 (four elements each), in the low and the high nibbles.
@@ -51,12 +51,12 @@ TBQ_INLINE uint8x16_t nibbles(int bits, const uint32_t * codes, int w) {
 TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
                               const float * mul, const float * add, float * scores) {
     const int8x16_t table = vld1q_s8(tbq_lookup_table(bits)->all);
-    float32x4_t     sum[SCAN_QUERIES];
+    float32x4_t     sum[SEARCH_QUERIES];
     for (int i = 0; i < nq; i++) {
         sum[i] = vdupq_n_f32(0);
     }
     for (int64_t b = 0; b < blocks; b++) {
-        int32x4_t p[SCAN_QUERIES];
+        int32x4_t p[SEARCH_QUERIES];
         for (int i = 0; i < nq; i++) {
             p[i] = vdupq_n_s32(0);
         }
@@ -68,18 +68,18 @@ TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32
             const float32x4_t f = vmulq_f32(scale, vdupq_n_f32(q[i * blocks + b].d));
             sum[i] = vaddq_f32(sum[i], vmulq_f32(f, vcvtq_f32_s32(p[i])));
         }
-        codes += tbq_block_words(bits) * TBQ_SCAN_GROUP;
-        d += TBQ_SCAN_GROUP;
+        codes += tbq_block_words(bits) * TBQ_SEARCH_GROUP;
+        d += TBQ_SEARCH_GROUP;
     }
     for (int i = 0; i < nq; i++) {
         sum[i] = mul ? vmulq_f32(sum[i], vld1q_f32(mul)) : sum[i];
-        vst1q_f32(scores + i * TBQ_SCAN_GROUP, add ? vaddq_f32(sum[i], vld1q_f32(add)) : sum[i]);
+        vst1q_f32(scores + i * TBQ_SEARCH_GROUP, add ? vaddq_f32(sum[i], vld1q_f32(add)) : sum[i]);
     }
 }
 
 TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
                       const float * mul, const float * add, float * scores) {
-    for (int v = 0; v < TBQ_SCAN_GROUP; v += 4) {
+    for (int v = 0; v < TBQ_SEARCH_GROUP; v += 4) {
         quarter_group(bits, nq, d + v, codes + v, blocks, q, mul ? mul + v : NULL, add ? add + v : NULL, scores + v);
     }
 }
@@ -88,7 +88,7 @@ static inline int above(const float * scores, float bar) {
     static const uint32_t bits[4] = { 1, 2, 4, 8 };
     const uint32x4_t      weight  = vld1q_u32(bits);
     int                   mask    = 0;
-    for (int v = 0; v < TBQ_SCAN_GROUP; v += 4) {
+    for (int v = 0; v < TBQ_SEARCH_GROUP; v += 4) {
         mask |= (int) vaddvq_u32(vandq_u32(vcgtq_f32(vld1q_f32(scores + v), vdupq_n_f32(bar)), weight)) << v;
     }
     return mask;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The search's public functions: checks, the layout, and the choice of an implementation.
 #include "../tbq-impl.h"
-#include "tbq-scan.h"
+#include "tbq-search.h"
 
 int32_t tbq_scan_words(tbq_type type) {
     const tbq_type_info * info = tbq_get_type_info(type);
@@ -24,10 +24,10 @@ tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_
     const int64_t   words = tbq_scan_words(type);
     for (int64_t v = first; v < first + n; v++) {
         for (int64_t b = 0; b < blocks; b++, block += tbq_row_bytes(type, TBQ_BLOCK)) {
-            const int64_t at = v / TBQ_SCAN_GROUP * blocks + b;
-            d[at * TBQ_SCAN_GROUP + v % TBQ_SCAN_GROUP] = tbq_load_d(block);
+            const int64_t at = v / TBQ_SEARCH_GROUP * blocks + b;
+            d[at * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP] = tbq_load_d(block);
             for (int64_t w = 0; w < words; w++) {
-                memcpy(codes + (at * words + w) * TBQ_SCAN_GROUP + v % TBQ_SCAN_GROUP, tbq_qs(block) + 4 * w, 4);
+                memcpy(codes + (at * words + w) * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP, tbq_qs(block) + 4 * w, 4);
             }
         }
     }
@@ -48,10 +48,10 @@ tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const
     for (int64_t i = 0; i < n; i++) {
         const int64_t v = positions[i];
         for (int64_t b = 0; b < blocks; b++, block += tbq_row_bytes(type, TBQ_BLOCK)) {
-            const int64_t at = v / TBQ_SCAN_GROUP * blocks + b;
-            tbq_store_d(block, d[at * TBQ_SCAN_GROUP + v % TBQ_SCAN_GROUP]);
+            const int64_t at = v / TBQ_SEARCH_GROUP * blocks + b;
+            tbq_store_d(block, d[at * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP]);
             for (int64_t w = 0; w < words; w++) {
-                memcpy((uint8_t *) tbq_qs(block) + 4 * w, codes + (at * words + w) * TBQ_SCAN_GROUP + v % TBQ_SCAN_GROUP, 4);
+                memcpy((uint8_t *) tbq_qs(block) + 4 * w, codes + (at * words + w) * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP, 4);
             }
         }
     }
@@ -87,12 +87,12 @@ tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t la
     if (status != TBQ_OK) {
         return status;
     }
-    if (first < 0 || first % TBQ_SCAN_GROUP != 0 || last < first || last > rows->n || n_queries < 0 || k < 1) {
+    if (first < 0 || first % TBQ_SEARCH_GROUP != 0 || last < first || last > rows->n || n_queries < 0 || k < 1) {
         return TBQ_ERROR_LENGTH;
     }
     if (n_queries > 0 && (!queries || !scores || !positions || (last > first && (!rows->d || !rows->codes)))) {
         return TBQ_ERROR_NULL;
     }
-    tbq_best_kernels()->scan->search[rows->type - TBQ_TYPE_TBQ2_0](rows, first, last, queries, n_queries, k, scores, positions);
+    tbq_best_kernels()->search->top_k[rows->type - TBQ_TYPE_TBQ2_0](rows, first, last, queries, n_queries, k, scores, positions);
     return TBQ_OK;
 }

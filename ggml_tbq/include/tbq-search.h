@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define TBQ_SCAN_GROUP 16
+#define TBQ_SEARCH_GROUP 16
 
 // A block of a query, rotated: value i is d . qs[i].
 typedef struct {

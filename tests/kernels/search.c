@@ -2,7 +2,7 @@
 // The search on problems of random shape: every implementation against the scalar reference, bit for bit; the reference
 // against plain arithmetic on the dequantized rows; the layout there and back.
 //
-//     scan [problems] [seed]
+//     search [problems] [seed]
 //
 // Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read too
 // far.  Prints the implementations that ran; exits 1 on a difference.
@@ -110,7 +110,7 @@ static result empty(const problem * p) {
 }
 
 static void search(const tbq_kernels * k, const problem * p, result r) {
-    k->scan->search[p->type - TBQ_TYPE_TBQ2_0](&p->rows, p->first, p->last, p->prepared, p->n_queries, p->k, r.scores, r.positions);
+    k->search->top_k[p->type - TBQ_TYPE_TBQ2_0](&p->rows, p->first, p->last, p->prepared, p->n_queries, p->k, r.scores, r.positions);
 }
 
 static int same(const problem * p, result a, result b) {
