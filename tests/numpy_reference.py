@@ -100,7 +100,7 @@ def unrotate(y):
 
 
 def positions(bits):
-    """For each value of a block, in order: (byte, shift) of its low bits and of its third bit, d counted."""
+    """For each value of a block, in order: (byte, shift) of its low bits and of its high bit, d counted."""
     if bits == 4:
         return [(2 + e % 32, 4 * (e // 32)) for e in range(BLOCK)], None
     low = [(2 + e % 16, 2 * (e // 16)) for e in range(BLOCK)]

@@ -59,7 +59,7 @@ struct tbq_attention_args {
     long long v_nb1, v_nb2, v_nb3;
     long long mask_nb1, mask_nb3;
 
-    // by tbq_attention_cut
+    // by tbq_attention_partition
     int gqa;              // query heads of a KV head
     unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^32 / gqa; 0 if gqa == 1
     int n_groups;         // tiles of columns
@@ -129,7 +129,7 @@ static inline int tbq_attention_columns(int n_columns) {
 
 // How the cache is cut: enough parts that every multiprocessor holds as many CTAs as fit, and each warp has at least
 // two slices.  n_resident: CTAs that run at the same time.
-static inline void tbq_attention_cut(tbq_attention_args & a, int n_resident) {
+static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
     a.gqa               = a.n_head / a.n_head_kv;
     a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
     const int n_columns = a.n_q * a.gqa;

@@ -113,7 +113,7 @@ template <int BITS> struct tbq_lookup_table {
 
 // A block has eight "nibble words", the same for every type: nibble 2 i of word w is the index of value 4 w + i,
 // nibble 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 they are the words of qs as they lie in memory; for
-// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the third bits from qh.
+// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the high bits from qh.
 //
 // `qs` is word w of qs for tbq4_0, else word w & 3; `qh` is word w & 1 of qh.
 template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint32_t qs, uint32_t qh, int w) {
@@ -122,7 +122,7 @@ template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint3
     } else if constexpr (BITS == 2) {
         return qs >> (w >> 2) * 2 & 0x33333333u;
     } else {
-        // the third bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
+        // the high bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
         const int at = (w & 2) + (w >> 2);
         return (qs >> (w >> 2) * 2 & 0x33333333u) | (__funnelshift_l(qh, qh, 2 - at) & 0x44444444u);
     }

@@ -85,13 +85,13 @@ typedef struct {
     float * out; // [n_streams][n_tokens][n_head][v_size]
 } tbq_attention;
 
-// How a problem is cut up: a function of its shape alone, never of the number of threads, so that results are not
-// either.  An item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that
-// lie side by side in a cached row.
+// How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of threads.
+// A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that are adjacent
+// in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are merged.
 typedef struct {
     tbq_attention a;
     int64_t       n_items;
-    int64_t       n_chunks;       // of the cache; more than one: partial results, to be merged
+    int64_t       n_chunks;       // of the cache
     int64_t       chunk_rows;     // cached rows in a chunk, a multiple of 64
     int64_t       heads_per_item; // KV heads
     int64_t       n_head_groups;

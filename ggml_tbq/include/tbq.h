@@ -30,7 +30,7 @@
 //
 //   tbq3_0, 26 bytes     | d | qs[0] ... qs[15] | qh[0] ... qh[7] |
 //
-//       qs as in tbq2_0 with the low two bits of each index; the third bit of value e = 16 j + i is
+//       qs as in tbq2_0 with the low two bits of each index; the high bit of value e = 16 j + i is
 //
 //       qh[i & 7]   bit  7     6     5     4     3     2     1     0
 //                   j =  3     2     3     2     1     0     1     0
@@ -92,7 +92,7 @@ TBQ_STATIC_ASSERT(sizeof(block_tbq4_0) == 34, "tbq4_0 block size");
 typedef struct {
     uint16_t d;       // scale, IEEE half
     uint8_t  qs[16];  // low two bits of each index
-    uint8_t  qh[8];   // third bit
+    uint8_t  qh[8];   // high bit plane
 } block_tbq3_0;
 TBQ_STATIC_ASSERT(sizeof(block_tbq3_0) == 26, "tbq3_0 block size");
 

@@ -9,7 +9,7 @@ enum {
     TBQ_TILE      = 64,   // cached rows that are unpacked, scored and summed up at a time
     KEYS_AT_ONCE  = 4,    // queries that a product with keys takes at the most
     TBQ_PANEL     = 4096, // bytes of a block of 64 values of such rows, unpacked
-    TBQ_HEADER    = 16,   // floats in front of the sum in a partial result: top, total, and nothing, for alignment
+    TBQ_HEADER    = 16,   // floats in front of the sum in a partial result: running maximum and sum, then padding for alignment
 };
 
 // The largest weight: 127 . 256 + 127, so that the low byte, signed, leaves a high byte that is one too.
@@ -41,21 +41,21 @@ typedef struct {
     query_block * queries;     // rows x k_size / 64, for tbq keys
     float *       queries_f32; // rows x k_size, for others
     float *       sum;         // rows x v_size: sum of w v
-    float *       top;         // rows: the largest logit so far, -Inf at first
-    float *       total;       // rows: sum of w = exp(logit - top); NaN if the row has seen one
+    float *       running_max; // rows: the largest logit so far, -Inf at first
+    float *       running_sum; // rows: sum of w = exp(logit - running_max); NaN if the row has seen one
     float *       slope;       // rows: ALiBi
     // for the tile and KV head in hand
     float *       logits;      // tile_rows x 64, weights later
     float *       mask;        // tile_rows x 64
     uint8_t *     mask_kind;   // tile_rows
-    float *       decay;       // tile_rows: what the old sum is multiplied with,
-    float *       gain;        // and the tile's weights;
-    float *       factor;      // gain with what the rounding of the weights divided by
+    float *       rescale;      // tile_rows: the factor of the running sums,
+    float *       tile_rescale; // and of the weights of the tile, when the running maximum changes
+    float *       factor;       // tile_rescale times the unit of the rounded weights
     int16_t *     weights;     // tile_rows x 64, rounded; or two planes of bytes
     int32_t *     weight_sums; // tile_rows
     uint8_t *     panel;       // 64 rows unpacked: TBQ_PANEL bytes, or floats of whole rows
     float *       scales;      // 64
-    uint64_t *    third;       // 64: the third bits of tbq3_0
+    uint64_t *    qh;          // 64: the high bit planes of tbq3_0
 } attention_scratch;
 
 static inline int is_tbq(int type) {
@@ -80,14 +80,14 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     ARRAY(queries, is_tbq(p->a.k.type) ? rows * (k / TBQ_BLOCK) : 0);
     ARRAY(queries_f32, is_tbq(p->a.k.type) ? 0 : rows * k);
     ARRAY(sum, rows * v);
-    ARRAY(top, rows);
-    ARRAY(total, rows);
+    ARRAY(running_max, rows);
+    ARRAY(running_sum, rows);
     ARRAY(slope, rows);
     ARRAY(logits, tile);
     ARRAY(mask, tile);
     ARRAY(mask_kind, (size_t) p->tile_rows);
-    ARRAY(decay, (size_t) p->tile_rows + 16);
-    ARRAY(gain, (size_t) p->tile_rows);
+    ARRAY(rescale, (size_t) p->tile_rows + 16);
+    ARRAY(tile_rescale, (size_t) p->tile_rows);
     ARRAY(factor, (size_t) p->tile_rows);
     ARRAY(weights, tile);
     ARRAY(weight_sums, (size_t) p->tile_rows);
@@ -96,12 +96,12 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     const size_t floats   = (k_floats > v_floats ? k_floats : v_floats) * TBQ_TILE * sizeof(float);
     ARRAY(panel, floats > TBQ_PANEL ? floats : TBQ_PANEL);
     ARRAY(scales, (size_t) TBQ_TILE);
-    ARRAY(third, (size_t) TBQ_TILE);
+    ARRAY(qh, (size_t) TBQ_TILE);
 #undef ARRAY
     return at;
 }
 
-// Partial results: for each chunk and row of out top, total, padding to TBQ_HEADER, and the sum.
+// Partial results: for each chunk and row of out the running maximum and sum, padding to TBQ_HEADER, and the sum of w v.
 static inline float * partial_of(const tbq_attention_plan * p, float * partials, int64_t chunk, int64_t row) {
     return partials + (chunk * p->n_rows + row) * (TBQ_HEADER + p->a.v_size);
 }

@@ -78,9 +78,9 @@ static inline lanes lanes_pick(lanes x, lanes limit, lanes a, lanes b) {
 }
 
 static inline unsigned lanes_unbounded(lanes x) {
-    const __m256 top = _mm256_set1_ps(INFINITY);
-    return (unsigned) (_mm256_movemask_ps(_mm256_cmp_ps(x.lo, top, _CMP_NLT_UQ)) |
-                       _mm256_movemask_ps(_mm256_cmp_ps(x.hi, top, _CMP_NLT_UQ)) << 8);
+    const __m256 inf = _mm256_set1_ps(INFINITY);
+    return (unsigned) (_mm256_movemask_ps(_mm256_cmp_ps(x.lo, inf, _CMP_NLT_UQ)) |
+                       _mm256_movemask_ps(_mm256_cmp_ps(x.hi, inf, _CMP_NLT_UQ)) << 8);
 }
 
 static inline float lanes_sum(lanes x) {
@@ -90,7 +90,7 @@ static inline float lanes_sum(lanes x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-static inline float lanes_top(lanes x) {
+static inline float lanes_reduce_max(lanes x) {
     const __m256 a = _mm256_max_ps(x.lo, x.hi);
     __m128       s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -130,17 +130,17 @@ static inline void packed_words(const uint8_t * block, size_t stride, int n, int
     transpose4(w);
 }
 
-// Words 0 and 1 of the third bits of rows r .. r + 7.
-static inline void third_words(const uint64_t * third, int r, __m256i h[2]) {
+// Words 0 and 1 of the high bit planes of rows r .. r + 7.
+static inline void qh_words(const uint64_t * qh, int r, __m256i h[2]) {
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const __m256i a     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (third + r)), order);
-    const __m256i b     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (third + r + 4)), order);
+    const __m256i a     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (qh + r)), order);
+    const __m256i b     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (qh + r + 4)), order);
     h[0] = _mm256_permute2x128_si256(a, b, 0x20);
     h[1] = _mm256_permute2x128_si256(a, b, 0x31);
 }
 
 // Bit `bit` of each byte as a 4, or 0.
-static inline __m256i third_as_four(__m256i h, int bit) {
+static inline __m256i qh_as_four(__m256i h, int bit) {
     const __m256i moved = bit > 2 ? _mm256_srli_epi16(h, bit - 2) : _mm256_slli_epi16(h, 2 - bit);
     return _mm256_and_si256(moved, _mm256_set1_epi8(4));
 }
@@ -149,7 +149,7 @@ static inline void store_keys(uint8_t * panel, int j, int r, __m256i v) {
     _mm256_storeu_si256((__m256i *) (panel + (j * TBQ_TILE + r) * 4), v);
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const __m256i table = level_table(bits, 64);
     for (int r = 0; r < TBQ_TILE; r += 8) {
         __m256i w[4], h[2];
@@ -167,14 +167,14 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
         }
         packed_words(block, stride, n, r, 0, w);
         if (bits == 3) {
-            third_words(third, r, h);
+            qh_words(qh, r, h);
         }
         for (int i = 0; i < 4; i++) {
             for (int j = 0; j < 4; j++) {
                 __m256i index = _mm256_and_si256(_mm256_srli_epi16(w[i], 2 * j), _mm256_set1_epi8(3));
                 if (bits == 3) {
                     const int bit = (j & 1) | (i >> 1) << 1 | (j >> 1) << 2; // tbq.h has the order
-                    index = _mm256_or_si256(index, third_as_four(h[i & 1], bit));
+                    index = _mm256_or_si256(index, qh_as_four(h[i & 1], bit));
                 }
                 store_keys(panel, 4 * j + i, r, _mm256_shuffle_epi8(table, index));
             }
@@ -229,7 +229,7 @@ static inline void store_values(uint8_t * panel, int pair, int c, __m256i table,
     _mm256_storeu_si256((__m256i *) (panel + (pair * TBQ_BLOCK + c) * 2), _mm256_shuffle_epi8(table, index));
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const __m256i table = level_table(bits, 0);
     for (int p = 0; p < TBQ_TILE / 2; p++) {
         const uint8_t * a = tbq_qs(row_of(block, stride, n, 2 * p));
@@ -250,14 +250,14 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
         const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
         __m256i       h   = _mm256_setzero_si256();
         if (bits == 3) { // bytes i & 7 of both rows, and of bits j the one for i < 8 below, for i >= 8 above
-            const __m128i t = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *) (third + 2 * p)),
-                                                _mm_loadl_epi64((const __m128i *) (third + 2 * p + 1)));
+            const __m128i t = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *) (qh + 2 * p)),
+                                                _mm_loadl_epi64((const __m128i *) (qh + 2 * p + 1)));
             h = _mm256_set_m128i(_mm_srli_epi16(t, 2), t);
         }
         for (int j = 0; j < 4; j++) {
             __m256i index = _mm256_and_si256(_mm256_srli_epi16(low, 2 * j), _mm256_set1_epi8(3));
             if (bits == 3) {
-                index = _mm256_or_si256(index, third_as_four(h, (j & 1) | (j >> 1) << 2));
+                index = _mm256_or_si256(index, qh_as_four(h, (j & 1) | (j >> 1) << 2));
             }
             store_values(panel, p, 16 * j, table, index);
         }
@@ -275,7 +275,7 @@ static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * 
 #define VALUES_AT_ONCE 4
 
 // Sixteen channels by n queries.
-TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay,
+TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * rescale,
                           const float * factor, float * sum, int64_t sum_stride) {
     __m256i acc[VALUES_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
@@ -293,7 +293,7 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
         }
     }
     for (int i = 0; i < n; i++) {
-        const __m256 old_factor = _mm256_set1_ps(decay[i]);
+        const __m256 old_factor = _mm256_set1_ps(rescale[i]);
         const __m256 new_factor = _mm256_set1_ps(factor[i]);
         for (int half = 0; half < 2; half++) {
             float *      s   = sum + i * sum_stride + 8 * half;
@@ -304,10 +304,10 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
 }
 
 TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+                         const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
-        values_16(n, panel + 2 * c, weights, decay, factor, sum + c, sum_stride);
+        values_16(n, panel + 2 * c, weights, rescale, factor, sum + c, sum_stride);
     }
 }
 

@@ -52,7 +52,7 @@ static inline float lanes_sum(lanes x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-static inline float lanes_top(lanes x) {
+static inline float lanes_reduce_max(lanes x) {
     return _mm512_reduce_max_ps(x);
 }
 
@@ -86,14 +86,14 @@ static inline void transpose4(__m512i v[4]) {
     v[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// The indices at bits 2 j of low, with bit `bit` of third above them at 3 bits.
-TBQ_INLINE __m512i index_of(int bits, __m512i low, int j, __m512i third, int bit) {
+// The indices at bits 2 j of low, with bit `bit` of high above them at 3 bits.
+TBQ_INLINE __m512i index_of(int bits, __m512i low, int j, __m512i high, int bit) {
     const __m512i two   = _mm512_set1_epi8(3);
     const __m512i moved = _mm512_srli_epi16(low, (unsigned) (2 * j));
     if (bits == 2) {
         return _mm512_and_si512(moved, two);
     }
-    const __m512i four = bit > 2 ? _mm512_srli_epi16(third, (unsigned) (bit - 2)) : _mm512_slli_epi16(third, (unsigned) (2 - bit));
+    const __m512i four = bit > 2 ? _mm512_srli_epi16(high, (unsigned) (bit - 2)) : _mm512_slli_epi16(high, (unsigned) (2 - bit));
     const __m512i both = _mm512_ternarylogic_epi32(two, moved, four, 0xCA); // two ? moved : four
     return _mm512_and_si512(both, _mm512_set1_epi8(7));
 }
@@ -125,16 +125,16 @@ static inline void unpack_keys_4(const uint8_t * block, size_t stride, int n, in
     }
 }
 
-TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * third,
+TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * qh,
                                __m512i table, uint8_t * panel) {
     __m512i w[4], h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
     for (int i = 0; i < 4; i++) {
         w[i] = load_4(block, stride, n, r + i);
     }
     transpose4(w);
-    if (bits == 3) { // words 0 and 1 of the third bits of 16 rows
+    if (bits == 3) { // words 0 and 1 of the high bit planes of 16 rows
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i a    = _mm512_loadu_si512(third + r), b = _mm512_loadu_si512(third + r + 8);
+        const __m512i a    = _mm512_loadu_si512(qh + r), b = _mm512_loadu_si512(qh + r + 8);
         h[0] = _mm512_permutex2var_epi32(a, even, b);
         h[1] = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
     }
@@ -146,13 +146,13 @@ TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, i
     }
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 16) {
         if (bits == 4) {
             unpack_keys_4(block, stride, n, r, table, panel);
         } else {
-            unpack_keys_23(bits, block, stride, n, r, third, table, panel);
+            unpack_keys_23(bits, block, stride, n, r, qh, table, panel);
         }
     }
 }
@@ -229,18 +229,18 @@ static inline void unpack_values_4(const uint8_t * block, size_t stride, int n, 
     }
 }
 
-// Bytes i & 7 of the third bits of four rows interleaved, i = 0 .. 15; from i = 8 on two bits lower, where those of
+// Bytes i & 7 of the high bit planes of four rows interleaved, i = 0 .. 15; from i = 8 on two bits lower, where those of
 // i < 8 are.
-static inline __m512i third_interleaved(const uint64_t * third) {
+static inline __m512i qh_interleaved(const uint64_t * qh) {
     const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
     const __m512i words = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-    const __m512i rows  = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) third));
+    const __m512i rows  = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) qh));
     const __m512i h     = _mm512_permutexvar_epi16(words, _mm512_shuffle_epi8(rows, pairs));
     return _mm512_mask_srli_epi16(h, 0xFFFF0000, h, 2);
 }
 
 // Four groups of four rows, from row r on.
-TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * third,
+TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * qh,
                                  __m512i table, uint8_t * panel) {
     __m512i v[4];
     for (int i = 0; i < 4; i++) {
@@ -255,20 +255,20 @@ TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride,
     v[2] = _mm512_shuffle_i32x4(c, d, 0x88);
     v[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
     for (int g = 0; g < 4; g++) {
-        const __m512i h = bits == 3 ? third_interleaved(third + r + 4 * g) : _mm512_setzero_si512();
+        const __m512i h = bits == 3 ? qh_interleaved(qh + r + 4 * g) : _mm512_setzero_si512();
         for (int j = 0; j < 4; j++) {
             store_values(panel, r / 4 + g, 16 * j, table, index_of(bits, v[g], j, h, (j & 1) | (j >> 1) << 2));
         }
     }
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += bits == 4 ? 8 : 16) {
         if (bits == 4) {
             unpack_values_4(block, stride, n, r, table, panel);
         } else {
-            unpack_values_23(bits, block, stride, n, r, third, table, panel);
+            unpack_values_23(bits, block, stride, n, r, qh, table, panel);
         }
     }
 }
@@ -292,7 +292,7 @@ static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * 
 #define VALUES_AT_ONCE 2
 
 TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+                         const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     __m512i high[VALUES_AT_ONCE][4], low[VALUES_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < 4; c++) {
@@ -319,9 +319,9 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
         const __m512 f = _mm512_set1_ps(factor[i]);
         for (int c = 0; c < 4; c++) {
             float *       s     = sum + i * sum_stride + 16 * c;
-            const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high[i][c], 8), low[i][c]);
-            const __m512  old   = _mm512_mul_ps(_mm512_set1_ps(decay[i]), _mm512_loadu_ps(s));
-            _mm512_storeu_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), f, old));
+            const __m512i product = _mm512_add_epi32(_mm512_slli_epi32(high[i][c], 8), low[i][c]);
+            const __m512  old   = _mm512_mul_ps(_mm512_set1_ps(rescale[i]), _mm512_loadu_ps(s));
+            _mm512_storeu_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), f, old));
         }
     }
 }

@@ -83,9 +83,9 @@ static inline lanes lanes_pick(lanes x, lanes limit, lanes a, lanes b) {
 
 // A bit for each quarter: whether there is one at all is what counts.
 static inline unsigned lanes_unbounded(lanes x) {
-    const float32x4_t top = vdupq_n_f32(INFINITY);
+    const float32x4_t inf = vdupq_n_f32(INFINITY);
     unsigned          r   = 0;
-    FOR_QUARTERS r |= (unsigned) (vminvq_u32(vcltq_f32(x.v[i], top)) == 0) << i;
+    FOR_QUARTERS r |= (unsigned) (vminvq_u32(vcltq_f32(x.v[i], inf)) == 0) << i;
     return r;
 }
 
@@ -95,7 +95,7 @@ static inline float lanes_sum(lanes x) {
     return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
 }
 
-static inline float lanes_top(lanes x) {
+static inline float lanes_reduce_max(lanes x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
 }
 
@@ -110,10 +110,10 @@ static inline uint8x16_t shift_down(uint8x16_t v, int n) {
     return vshlq_u8(v, vdupq_n_s8((int8_t) -n));
 }
 
-// The indices at bits 2 j of low, with bit `bit` of third above them at 3 bits.
-TBQ_INLINE uint8x16_t index_of(int bits, uint8x16_t low, int j, uint8x16_t third, int bit) {
+// The indices at bits 2 j of low, with bit `bit` of high above them at 3 bits.
+TBQ_INLINE uint8x16_t index_of(int bits, uint8x16_t low, int j, uint8x16_t high, int bit) {
     const uint8x16_t pair = vandq_u8(shift_down(low, 2 * j), vdupq_n_u8(3));
-    return bits == 2 ? pair : vorrq_u8(pair, vandq_u8(shift_down(third, bit - 2), vdupq_n_u8(4)));
+    return bits == 2 ? pair : vorrq_u8(pair, vandq_u8(shift_down(high, bit - 2), vdupq_n_u8(4)));
 }
 
 TBQ_INLINE int8x16_t level_table(int bits) {
@@ -140,7 +140,7 @@ static inline void packed_words(const uint8_t * block, size_t stride, int n, int
     w[3] = vreinterpretq_u8_u64(vtrn2q_u64(b, d));
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t w[4];
@@ -157,7 +157,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
         packed_words(block, stride, n, r, 0, w);
         uint32x4x2_t h = { { vdupq_n_u32(0), vdupq_n_u32(0) } };
         if (bits == 3) {
-            h = vld2q_u32((const uint32_t *) (third + r)); // words 0 and 1 of four rows
+            h = vld2q_u32((const uint32_t *) (qh + r)); // words 0 and 1 of four rows
         }
         FOR_QUARTERS {
             for (int j = 0; j < 4; j++) {
@@ -211,7 +211,7 @@ static inline void store_values(uint8_t * panel, int group, int c, int8x16_t tab
     vst4q_s8((int8_t *) panel + (group * TBQ_BLOCK + c) * 4, v);
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t v[4], h[4], index[4];
@@ -228,7 +228,7 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
             continue;
         }
         FOR_QUARTERS { // for i >= 8 two bits lower, where those of i < 8 are
-            const uint8x8_t t = vcreate_u8(third[r + i]);
+            const uint8x8_t t = vcreate_u8(qh[r + i]);
             h[i] = vcombine_u8(t, vshr_n_u8(t, 2));
         }
         for (int j = 0; j < 4; j++) {
@@ -255,7 +255,7 @@ static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * 
 #define VALUES_AT_ONCE 2
 
 // Sixteen channels by n queries.
-TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * decay,
+TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights, const float * rescale,
                           const float * factor, float * sum, int64_t sum_stride) {
     int32x4_t high[VALUES_AT_ONCE][4], low[VALUES_AT_ONCE][4];
     for (int m = 0; m < n; m++) {
@@ -277,18 +277,18 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
         const float32x4_t f = vdupq_n_f32(factor[m]);
         FOR_QUARTERS {
             float *           s     = sum + m * sum_stride + 4 * i;
-            const int32x4_t   total = vaddq_s32(vshlq_n_s32(high[m][i], 8), low[m][i]);
-            const float32x4_t old   = vmulq_f32(vdupq_n_f32(decay[m]), vld1q_f32(s));
-            vst1q_f32(s, vfmaq_f32(old, vcvtq_f32_s32(total), f));
+            const int32x4_t   product = vaddq_s32(vshlq_n_s32(high[m][i], 8), low[m][i]);
+            const float32x4_t old   = vmulq_f32(vdupq_n_f32(rescale[m]), vld1q_f32(s));
+            vst1q_f32(s, vfmaq_f32(old, vcvtq_f32_s32(product), f));
         }
     }
 }
 
 TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
-                         const float * decay, const float * factor, float * sum, int64_t sum_stride) {
+                         const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
-        values_16(n, panel + 4 * c, weights, decay, factor, sum + c, sum_stride);
+        values_16(n, panel + 4 * c, weights, rescale, factor, sum + c, sum_stride);
     }
 }
 

@@ -88,10 +88,10 @@ static inline float lanes_sum(lanes x) {
     return x.f[0];
 }
 
-static inline float lanes_top(lanes x) {
-    float top = x.f[0];
-    FOR_LANES top = x.f[l] > top ? x.f[l] : top;
-    return top;
+static inline float lanes_reduce_max(lanes x) {
+    float largest = x.f[0];
+    FOR_LANES largest = x.f[l] > largest ? x.f[l] : largest;
+    return largest;
 }
 
 // A panel holds the levels of 64 rows one after another.
@@ -104,13 +104,13 @@ static void unpack(int bits, const uint8_t * block, size_t stride, int n, uint8_
     memset(panel + n * TBQ_BLOCK, 0, (size_t) (TBQ_TILE - n) * TBQ_BLOCK);
 }
 
-static void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
-    (void) third;
+static void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+    (void) qh;
     unpack(bits, block, stride, n, panel);
 }
 
-static void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * third, uint8_t * panel) {
-    (void) third;
+static void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+    (void) qh;
     unpack(bits, block, stride, n, panel);
 }
 
@@ -138,17 +138,17 @@ static void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
 
 #define VALUES_AT_ONCE 4
 
-static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums, const float * decay,
+static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums, const float * rescale,
                      const float * factor, float * sum, int64_t sum_stride) {
     const int8_t * v = (const int8_t *) panel;
     (void) weight_sums;
     for (int i = 0; i < n; i++, weights += TBQ_TILE, sum += sum_stride) {
         for (int c = 0; c < TBQ_BLOCK; c++) {
-            int32_t total = 0;
+            int32_t product = 0;
             for (int r = 0; r < TBQ_TILE; r++) {
-                total += weights[r] * v[r * TBQ_BLOCK + c];
+                product += weights[r] * v[r * TBQ_BLOCK + c];
             }
-            sum[c] = fmaf((float) total, factor[i], decay[i] * sum[c]);
+            sum[c] = fmaf((float) product, factor[i], rescale[i] * sum[c]);
         }
     }
 }

@@ -300,8 +300,8 @@ static inline void act_round(const float * y, float inverse_d, int8_t * qs, int3
     }
 }
 
-// Four for every third bit that is set, of elements 16 j + i: one bit of every qh byte (tbq.h has the order).
-TBQ_INLINE uint8x16_t third_bits(const void * block, int j) {
+// Four for every bit of the high bit plane that is set, of elements 16 j + i: one bit of every qh byte (tbq.h has the order).
+TBQ_INLINE uint8x16_t qh_bits(const void * block, int j) {
     const uint8x8_t  qh   = vld1_u8(tbq_qh(block));
     const int        bit  = (j & 1) | (j >> 1) << 2;
     const uint8x16_t mask = vcombine_u8(vdup_n_u8((uint8_t) (1 << bit)), vdup_n_u8((uint8_t) (4 << bit)));
@@ -325,7 +325,7 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
     r.v[2] = vandq_u8(vshrq_n_u8(qs, 4), pair);
     r.v[3] = vshrq_n_u8(qs, 6);
     for (int j = 0; bits == 3 && j < 4; j++) {
-        r.v[j] = vorrq_u8(r.v[j], third_bits(block, j));
+        r.v[j] = vorrq_u8(r.v[j], qh_bits(block, j));
     }
     return r;
 }

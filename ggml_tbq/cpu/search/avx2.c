@@ -34,8 +34,8 @@ TBQ_INLINE __m256i nibbles(int bits, const uint32_t * codes, int w) {
     }
     __m256i x = _mm256_and_si256(_mm256_srli_epi16(LOAD(w & 3), 2 * (w >> 2)), _mm256_set1_epi8(0x33)); // j = e / 16 is w >> 2, and 2 on
     if (bits == 3) {
-        const __m256i third = _mm256_srli_epi16(LOAD(4 + (w & 1)), (w & 2) + (w >> 2));
-        x = _mm256_or_si256(x, _mm256_slli_epi16(_mm256_and_si256(third, _mm256_set1_epi8(0x11)), 2));
+        const __m256i high = _mm256_srli_epi16(LOAD(4 + (w & 1)), (w & 2) + (w >> 2));
+        x = _mm256_or_si256(x, _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(0x11)), 2));
     }
     return x;
 }

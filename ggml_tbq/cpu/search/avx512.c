@@ -47,8 +47,8 @@ TBQ_INLINE __m512i nibbles(int bits, const uint32_t * codes, int w) {
     }
     __m512i x = _mm512_and_si512(_mm512_srli_epi16(LOAD(w & 3), 2 * (w >> 2)), _mm512_set1_epi8(0x33)); // j = e / 16 is w >> 2, and 2 on
     if (bits == 3) {
-        const __m512i third = _mm512_srli_epi16(LOAD(4 + (w & 1)), (w & 2) + (w >> 2));
-        x = _mm512_or_si512(x, _mm512_slli_epi16(_mm512_and_si512(third, _mm512_set1_epi8(0x11)), 2));
+        const __m512i high = _mm512_srli_epi16(LOAD(4 + (w & 1)), (w & 2) + (w >> 2));
+        x = _mm512_or_si512(x, _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi8(0x11)), 2));
     }
     return x;
 }

@@ -42,8 +42,8 @@ TBQ_INLINE uint8x16_t nibbles(int bits, const uint32_t * codes, int w) {
     }
     uint8x16_t x = vandq_u8(SHIFT(LOAD(w & 3), -2 * (w >> 2)), vdupq_n_u8(0x33)); // j = e / 16 is w >> 2, and 2 on
     if (bits == 3) {
-        const uint8x16_t third = SHIFT(LOAD(4 + (w & 1)), -((w & 2) + (w >> 2)));
-        x = vorrq_u8(x, vshlq_n_u8(vandq_u8(third, vdupq_n_u8(0x11)), 2));
+        const uint8x16_t high = SHIFT(LOAD(4 + (w & 1)), -((w & 2) + (w >> 2)));
+        x = vorrq_u8(x, vshlq_n_u8(vandq_u8(high, vdupq_n_u8(0x11)), 2));
     }
     return x;
 }

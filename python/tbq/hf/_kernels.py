@@ -139,7 +139,7 @@ def pack_pairs(index, BITS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def pack_third(index, N: tl.constexpr):
+def pack_qh(index, N: tl.constexpr):
     """The bytes qh of tbq3_0, (N, 8)."""
     a, b = halves(index >> 2, N, 64)
     j0, j1 = halves(a, N, 32)
@@ -217,7 +217,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     else:
         tl.store(target[:, None] + 2 + tl.arange(0, 16)[None, :], pack_pairs(index, BITS, N).to(tl.uint8), ok[:, None])
     if BITS == 3:
-        tl.store(target[:, None] + 18 + tl.arange(0, 8)[None, :], pack_third(index, N).to(tl.uint8), ok[:, None])
+        tl.store(target[:, None] + 18 + tl.arange(0, 8)[None, :], pack_qh(index, N).to(tl.uint8), ok[:, None])
 
 
 @triton.jit
@@ -276,9 +276,9 @@ def levels(qs, qh, codebook, BITS: tl.constexpr):
     else:
         even, odd = word & 0x3333, word >> 2 & 0x3333  # quarters 0 and 2, 1 and 3 of both bytes
         if BITS == 3:
-            third = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
-            even |= (third & 0x1111) << 2
-            odd |= (third >> 1 & 0x1111) << 2
+            high = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
+            even |= (high & 0x1111) << 2
+            odd |= (high >> 1 & 0x1111) << 2
         e0, e1, e2, e3 = look_up(even, codebook, BITS)
         o0, o1, o2, o3 = look_up(odd, codebook, BITS)
         v = tl.join(tl.join(tl.join(e0, e2), tl.join(o0, o2)), tl.join(tl.join(e1, e3), tl.join(o1, o3)))
