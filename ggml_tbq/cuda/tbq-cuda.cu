@@ -10,12 +10,12 @@
 #include "tbq-quantize.cuh"
 
 // Bits of an index, of a q8_0 or an f16 value; 0 for other types.
-static int bits_of(ggml_type type) {
+static int kv_bits(ggml_type type) {
     return ggml_type_rotates(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
 }
 
 // f(std::integral_constant<int, bits>)
-template <typename F> static void with_bits(ggml_type type, F f) {
+template <typename F> static void dispatch_bits(ggml_type type, F f) {
     switch (type) {
         case GGML_TYPE_TBQ2_0: f(std::integral_constant<int, 2>()); break;
         case GGML_TYPE_TBQ3_0: f(std::integral_constant<int, 3>()); break;
@@ -38,8 +38,9 @@ static tbq_rows rows_of(const ggml_tensor * shape, const ggml_tensor * strides, 
 
 // --- values to blocks ---------------------------------------------------------------------------------------------
 
-// What the multiprocessors can take at once.  (__reduce_max_sync is of sm_80.)
-static bool is_few(const tbq_encode_args & a) {
+// Few enough blocks for the multiprocessors to take at once: those of the tokens of a decode step.  (__reduce_max_sync needs
+// sm_80.)
+static bool is_decode_size(const tbq_encode_args & a) {
     const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
     return a.from.n_blocks() <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
 }
@@ -49,14 +50,14 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
     if (n == 0) {
         return;
     }
-    const bool few = is_few(a);
-    const ggml_cuda_kernel_launch_params launch(few ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
-                                                dim3(few ? TBQ_ENCODE_FEW_THREADS : TBQ_ENCODE_THREADS), 0, stream);
-    with_bits(type, [&](auto bits) {
+    const bool decode_size = is_decode_size(a);
+    const ggml_cuda_kernel_launch_params launch(decode_size ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
+                                                dim3(decode_size ? TBQ_DECODE_SIZE_THREADS : TBQ_ENCODE_THREADS), 0, stream);
+    dispatch_bits(type, [&](auto bits) {
         if (half_source) {
-            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
+            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
         } else {
-            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
+            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
         }
     });
     CUDA_CHECK(cudaGetLastError());
@@ -225,7 +226,7 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
         a.src = x->data;
         a.from.s[0] = x->nb[2] / sizeof(float);
     }
-    if (a.from.n_blocks() == 0 || !is_few(a)) {
+    if (a.from.n_blocks() == 0 || !is_decode_size(a)) {
         return 0;
     }
 
@@ -236,7 +237,7 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (v) {
         // two caches, and the second reads nothing that the first writes
         b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 || !is_few(b)) {
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 || !is_decode_size(b)) {
             v = nullptr;
         }
     }
@@ -245,9 +246,9 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     }
     const int                            n_a = (int) a.from.n_blocks();
     const int                            n_b = v ? (int) b.from.n_blocks() : 0;
-    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
-    with_bits(k->type, [&](auto bits_k) {
-        with_bits(v ? v->type : k->type, [&](auto bits_v) {
+    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream());
+    dispatch_bits(k->type, [&](auto bits_k) {
+        dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
             ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>, launch, a,
                                     rope, b, n_a);
         });
@@ -264,7 +265,7 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_decode_ar
         return;
     }
     const ggml_cuda_kernel_launch_params launch(grid_for(4 * n, 256), dim3(256), 0, stream);
-    with_bits(type, [&](auto bits) { ggml_cuda_kernel_launch(tbq_dequantize_rows<bits, dst_t>, launch, a); });
+    dispatch_bits(type, [&](auto bits) { ggml_cuda_kernel_launch(tbq_dequantize_rows<bits, dst_t>, launch, a); });
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -409,7 +410,7 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
     }
     const dim3 grid((a.n_rows + TBQ_MATVEC_WARPS - 1) / TBQ_MATVEC_WARPS, ids ? ids->ne[0] : src1->ne[2], ids ? ids->ne[1] : src1->ne[3]);
     const ggml_cuda_kernel_launch_params launch(grid, dim3(32 * TBQ_MATVEC_WARPS), 0, stream);
-    with_bits(src0->type, [&](auto bits) {
+    dispatch_bits(src0->type, [&](auto bits) {
         switch (a.n_cols) {
             case 1: ggml_cuda_kernel_launch(tbq_matvec<bits, 1>, launch, a); break;
             case 2: ggml_cuda_kernel_launch(tbq_matvec<bits, 2>, launch, a); break;
@@ -451,7 +452,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
 #endif
-    const int bits_k = bits_of(k->type), bits_v = bits_of(v->type);
+    const int bits_k = kv_bits(k->type), bits_v = kv_bits(v->type);
     if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
@@ -477,7 +478,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     }
     for (const ggml_tensor * t : { k, v }) {
         // heads at multiples of their own size, rows where 32-bit arithmetic reaches
-        const size_t align = tbq_attention_align(d, bits_of(t->type));
+        const size_t align = tbq_attention_align(d, kv_bits(t->type));
         for (int i = 1; i < 4; i++) {
             if (t->nb[i] % align != 0) {
                 return false;
@@ -525,7 +526,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb3 = mask->nb[3];
     }
 #define TBQ_CASE(K, V) case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
-    switch (100 * bits_of(k->type) + bits_of(v->type)) {
+    switch (100 * kv_bits(k->type) + kv_bits(v->type)) {
         TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
     }

@@ -241,7 +241,7 @@ static __device__ __forceinline__ void tbq_guess_weights(const float (&x)[4], fl
     for (int j = 0; j < 4; j++) {
         const float square = __fmul_rn(x[j], x[j]);
         const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-        w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
+        w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPING_FLOOR);
     }
 }
 
@@ -310,10 +310,10 @@ static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], f
 }
 
 // Coordinate descent.  Even and odd lanes hold the even and the odd coordinates, which do not interact: both move at once.
-static __device__ __forceinline__ void tbq_descend_16(float (&g)[4], int (&index)[4], float d, bool shaped, const tbq_encoder_scratch * scratch,
+static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], int (&index)[4], float d, bool shaped, const tbq_encoder_scratch * scratch,
                                                       const tbq_encoder_gaps * gaps, int l) {
     const float m0 = scratch->m[0];
-    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
         float gain = 0.0f;
         int   at   = 64;
 #pragma unroll
@@ -368,7 +368,7 @@ static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4]
 // x: value l + 16 j in x[j]; weight: theirs in noise shaping, or null.  All lanes of the warp come here; `write` says whether this
 // half's block exists.
 template <int BITS>
-static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], const float * weight, char * block, bool write, int l,
+static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, bool write, int l,
                                                           tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
     float             z[4];
     const tbq_measure b = tbq_rotate_and_measure(x, z, tbq_abs_max_16(x), l);
@@ -392,7 +392,7 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         w[j] = weight ? weight[j] : w[j];
     }
     tbq_shaping_slopes(w, g, scratch, l);
-    tbq_descend_16(g, index, d, !b.huge && !b.zero && !b.bad, scratch, gaps, l);
+    tbq_coordinate_descent_16(g, index, d, !b.huge && !b.zero && !b.bad, scratch, gaps, l);
     const int kk = tbq_level_squares_16(index, gaps);
 
     if (b.zero || b.bad) {
@@ -514,16 +514,17 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(tbq_load(src + l + 16 * j), center.mean[j]);
     }
-    tbq_quantize_block<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16], &gaps);
+    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16], &gaps);
 }
 
-// --- few blocks: the shortest way -------------------------------------------------------------------------------------
+// --- decode size ------------------------------------------------------------------------------------------------------
 //
-// In decode there is a block or two for each of a few heads, and what counts is how long one takes.  Four warps to a
-// block: eight half-warps rotate it, all the same, and try two scales each; one warp prepares the weights of noise
-// shaping meanwhile; then a warp descends on the even coordinates, a lane to each, and another on the odd ones.
+// In decode there are one or two blocks for each KV head, and the latency of one block counts.  Four warps take a block.
+// Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the weights of
+// noise shaping.  Then one warp runs the coordinate descent on the even coordinates, a lane to each, and another on the odd
+// ones.
 
-#define TBQ_ENCODE_FEW_THREADS 128
+#define TBQ_DECODE_SIZE_THREADS 128
 
 // The place of a block, and what its dimensions 2 and 3 add to the place of its row's number among the ids.
 struct tbq_small_place {
@@ -531,8 +532,8 @@ struct tbq_small_place {
     long long id;
 };
 
-// index4 in 32 bits, for there are few blocks, and without the divisions that a single token does not need: they are a
-// tenth of all the time here.
+// index4 in 32 bits, which the number of blocks allows, and without the divisions that a single token does not need: they
+// are a tenth of the time of this kernel.
 static __device__ __forceinline__ tbq_small_place tbq_place_of(const tbq_encode_args & a, unsigned i) {
     const unsigned  ne0 = (unsigned) a.from.ne[0], ne1 = (unsigned) a.from.ne[1], ne2 = (unsigned) a.from.ne[2];
     tbq_small_place at  = { i % ne0, i / ne0, 0, 0, 0 };
@@ -642,11 +643,11 @@ static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&
 
 // Coordinate descent of a warp on the coordinates of one parity, a lane to each: its slope and index.  Returns the index that
 // it ends at.
-static __device__ __forceinline__ int tbq_descend_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
+static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
                                                      int lane) {
     const float m0 = m_all[0];
     float       up = __fmul_rn(d, gaps.up[index]), down = __fmul_rn(d, gaps.down[index]);
-    for (int step = 0; step < TBQ_SHAPE_STEPS && shaped; step++) {
+    for (int step = 0; step < TBQ_DESCENT_STEPS && shaped; step++) {
         const float    value = tbq_gain(slope > 0.0f ? up : down, slope, m0);
         const uint32_t gain  = value > 0.0f ? __float_as_uint(value) : 0u; // not negative, so that the bits order like the values
         const uint32_t most  = __reduce_max_sync(TBQ_WARP_ALL, gain);
@@ -668,7 +669,7 @@ static __device__ __forceinline__ int tbq_descend_32(const float (&m_all)[64], c
 
 // Block i of a.  rope: null, or the embedding of float rows that a.src points at, head after head.
 template <int BITS, typename src_t>
-static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
+static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
 #if __CUDA_ARCH__ >= 800
     // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
@@ -725,7 +726,7 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
         best = tbq_best_scale<8>({ qk_of[lane % 8], kk_of[lane % 8], number_of[lane % 8] });
         const float          d     = best.least_squares();
         const tbq_coordinate c     = tbq_first_levels<BITS>(z_all, w_all, gaps, best, d, b.inverse, b.zero || b.bad, lane, warp);
-        const int            index = tbq_descend_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
+        const int            index = tbq_coordinate_descent_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
         index_all[2 * lane + warp] = b.zero || b.bad ? 0 : index;
         const int level = (int) gaps.level[index];
         const int total = __reduce_add_sync(TBQ_WARP_ALL, level * level);
@@ -750,18 +751,18 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
 #endif
 }
 
-template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS) tbq_quantize_few(const tbq_encode_args a) {
-    tbq_quantize_one<BITS, src_t>(a, blockIdx.x);
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_decode_size(const tbq_encode_args a) {
+    tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
 // A token's keys and values in one launch: the first n_a CTAs do a, the others b.  ROPE: the keys are as they were before
 // their rotary embedding.
 template <int BITS_A, int BITS_B, bool ROPE>
-__global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS)
+__global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
     tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {
     if (blockIdx.x < n_a) {
-        tbq_quantize_one<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
+        tbq_quantize_block_128<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
     } else {
-        tbq_quantize_one<BITS_B, float>(b, blockIdx.x - n_a);
+        tbq_quantize_block_128<BITS_B, float>(b, blockIdx.x - n_a);
     }
 }

@@ -10,8 +10,8 @@
 #define TBQ_Q_ONE 2048
 
 // Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel
-#define TBQ_SHAPE_STEPS 5
-#define TBQ_SHAPE_FLOOR 0.5f
+#define TBQ_DESCENT_STEPS 5
+#define TBQ_SHAPING_FLOOR 0.5f
 
 // Bounds on the largest |x| of a block, as the bits of a float: what is not negative orders like its bits.
 #define TBQ_BITS_SMALLEST     0x30800000u // 0x1p-30f: below, d is 0

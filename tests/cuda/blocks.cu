@@ -78,10 +78,10 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
         ref->quantize_kv[BITS - 2](x.data(), centered ? center.data() : nullptr, centered ? center.data() + x.size() : nullptr, want.data(), x.size());
         e.mean   = centered ? center_dev : nullptr;
         e.weight = centered ? center_dev + x.size() : nullptr;
-        for (bool few : { false, true }) {
+        for (bool decode_size : { false, true }) {
             CHECK(cudaMemset(out_dev, 0xFF, got.size()));
-            if (few) {
-                tbq_quantize_few<BITS, T><<<n_blocks, TBQ_ENCODE_FEW_THREADS>>>(e);
+            if (decode_size) {
+                tbq_quantize_decode_size<BITS, T><<<n_blocks, TBQ_DECODE_SIZE_THREADS>>>(e);
             } else {
                 tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
             }
@@ -130,19 +130,19 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
         if (i == 1) {
             CHECK(cudaEventRecord(from));
         }
-        tbq_quantize_few<BITS, T><<<16, TBQ_ENCODE_FEW_THREADS>>>(e);
+        tbq_quantize_decode_size<BITS, T><<<16, TBQ_DECODE_SIZE_THREADS>>>(e);
     }
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
-    const double few = ms / 20 * 1000;
+    const double token = ms / 20 * 1000;
     d.dst = back16_dev;
     CHECK(cudaEventRecord(from));
     tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
-    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, few, ms * 1e6 / n_blocks,
+    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, token, ms * 1e6 / n_blocks,
                 n_blocks * (bytes + 128) / (ms * 1e6));
     cudaFree(in_dev); cudaFree(out_dev); cudaFree(back_dev); cudaFree(back16_dev);
     return bad + bad_values + bad_halves;
@@ -178,7 +178,7 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     tbq_rope_args rope = {};
     rope.head_size = d, rope.n_dims = n_dims, rope.neox = neox, rope.pos = ids_dev + 3, rope.s_head = d;
     rope.theta_scale = std::pow(base, -2.0f / n_dims), rope.freq_scale = rope.attn_factor = 1.0f;
-    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_ENCODE_FEW_THREADS>>>(args[0], rope, args[1], tokens * blocks);
+    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(args[0], rope, args[1], tokens * blocks);
     CHECK(cudaGetLastError());
 
     std::vector<float> want = x;

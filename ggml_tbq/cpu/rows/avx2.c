@@ -74,11 +74,11 @@ static inline void inverse(const float * y, float post, float * x) {
 
 static inline uint32_t abs_max(const float * x) {
     const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
-    __m256i       top  = _mm256_setzero_si256();
+    __m256i       largest = _mm256_setzero_si256();
     for (int i = 0; i < TBQ_BLOCK; i += 8) {
-        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_loadu_si256((const __m256i *) (x + i)), mask));
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_loadu_si256((const __m256i *) (x + i)), mask));
     }
-    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4E));
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xB1));
     return (uint32_t) _mm_cvtsi128_si32(t);
@@ -196,7 +196,7 @@ static inline __m256 max_by_parity(__m256 v) {
     return _mm256_max_ps(v, _mm256_permute_ps(v, 0x4E));
 }
 
-TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * slope, float d, uint8_t * index) {
     const uint64_t  even  = 0x5555555555555555;
     const __m128i   ups   = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->up);
     const __m128i   downs = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->down);
@@ -212,24 +212,24 @@ TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float
         _mm256_storeu_ps(up + 8 * r, _mm256_mul_ps(dd, look_up(ups, index + 8 * r)));
         _mm256_storeu_ps(down + 8 * r, _mm256_mul_ps(dd, look_up(downs, index + 8 * r)));
     }
-    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
         uint64_t upwards = 0, best = 0;
-        __m256   top     = zero;
+        __m256   best_gain = zero;
         for (int r = 0; r < 8; r++) {
             const __m256 above = _mm256_cmp_ps(g[r], zero, _CMP_GT_OQ);
             const __m256 gap   = _mm256_blendv_ps(_mm256_loadu_ps(down + 8 * r), _mm256_loadu_ps(up + 8 * r), above);
             const __m256 size  = _mm256_andnot_ps(sign, g[r]);
             gain[r] = _mm256_mul_ps(gap, _mm256_sub_ps(_mm256_add_ps(size, size), _mm256_mul_ps(gap, m0)));
-            top     = _mm256_max_ps(top, gain[r]);
+            best_gain = _mm256_max_ps(best_gain, gain[r]);
             upwards |= (uint64_t) (uint32_t) _mm256_movemask_ps(above) << 8 * r;
         }
-        top = max_by_parity(top);
-        const __m256 gains = _mm256_cmp_ps(top, zero, _CMP_GT_OQ);
+        best_gain = max_by_parity(best_gain);
+        const __m256 gains = _mm256_cmp_ps(best_gain, zero, _CMP_GT_OQ);
         if (!_mm256_movemask_ps(gains)) {
             break;
         }
         for (int r = 0; r < 8; r++) {
-            const __m256 equal = _mm256_and_ps(gains, _mm256_cmp_ps(gain[r], top, _CMP_EQ_OQ));
+            const __m256 equal = _mm256_and_ps(gains, _mm256_cmp_ps(gain[r], best_gain, _CMP_EQ_OQ));
             best |= (uint64_t) (uint32_t) _mm256_movemask_ps(equal) << 8 * r;
         }
         for (int parity = 0; parity < 2; parity++) {

@@ -85,11 +85,11 @@ static inline void inverse(const float * y, float post, float * x) {
 
 static inline uint32_t abs_max(const float * x) {
     const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);
-    __m512i       top  = _mm512_setzero_si512();
+    __m512i       largest = _mm512_setzero_si512();
     for (int i = 0; i < TBQ_BLOCK; i += 16) {
-        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(x + i), mask));
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), mask));
     }
-    return (uint32_t) _mm512_reduce_max_epi32(top);
+    return (uint32_t) _mm512_reduce_max_epi32(largest);
 }
 
 static inline float sum_squares(const float * z) {
@@ -200,7 +200,7 @@ static inline __m512 max_by_parity(__m512 v) {
     return _mm512_max_ps(v, _mm512_permute_ps(v, 0x4E));
 }
 
-TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * slope, float d, uint8_t * index) {
     const uint64_t even = 0x5555555555555555;
     const __m512   up   = scaled_table(tbq_gap_table(bits)->up, d);
     const __m512   down = scaled_table(tbq_gap_table(bits)->down, -d);
@@ -215,7 +215,7 @@ TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float
         g[r] = _mm512_loadu_ps(slope + 16 * r);
         j[r] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (index + 16 * r)));
     }
-    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
         uint64_t upwards = 0, best = 0;
         for (int r = 0; r < 4; r++) {
             const __mmask16 above = _mm512_cmp_ps_mask(g[r], zero, _CMP_GT_OQ);
@@ -226,13 +226,13 @@ TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float
             _mm512_storeu_ps(move + 16 * r, s);
             upwards |= (uint64_t) above << 16 * r;
         }
-        const __m512    top   = max_by_parity(_mm512_max_ps(_mm512_max_ps(gain[0], gain[1]), _mm512_max_ps(gain[2], gain[3])));
-        const __mmask16 gains = _mm512_cmp_ps_mask(top, zero, _CMP_GT_OQ);
+        const __m512    best_gain = max_by_parity(_mm512_max_ps(_mm512_max_ps(gain[0], gain[1]), _mm512_max_ps(gain[2], gain[3])));
+        const __mmask16 gains = _mm512_cmp_ps_mask(best_gain, zero, _CMP_GT_OQ);
         if (!gains) {
             break;
         }
         for (int r = 0; r < 4; r++) {
-            best |= (uint64_t) _mm512_mask_cmp_ps_mask(gains, gain[r], top, _CMP_EQ_OQ) << 16 * r;
+            best |= (uint64_t) _mm512_mask_cmp_ps_mask(gains, gain[r], best_gain, _CMP_EQ_OQ) << 16 * r;
         }
         for (int parity = 0; parity < 2; parity++) {
             const uint64_t half = best & even << parity;

@@ -105,11 +105,11 @@ static inline void inverse(const float * y, float post, float * x) {
 }
 
 static inline uint32_t abs_max(const float * x) {
-    uint32x4_t top = vdupq_n_u32(0);
+    uint32x4_t largest = vdupq_n_u32(0);
     for (int i = 0; i < TBQ_BLOCK; i += 4) {
-        top = vmaxq_u32(top, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7FFFFFFF)));
+        largest = vmaxq_u32(largest, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7FFFFFFF)));
     }
-    return vmaxvq_u32(top);
+    return vmaxvq_u32(largest);
 }
 
 // ((v0 + v2) + (v1 + v3)), the last three levels of every sum in rows.inc
@@ -216,8 +216,8 @@ TBQ_INLINE void values(int bits, const uint8_t * index, float * k) {
 
 // The first lane, in order of the block, whose gain is the largest of its parity, or -1 if that is not positive.
 // gain[r] has lanes 4 r ... 4 r + 3; lanes 0 and 2 of a vector are even.
-static inline int first_best(const float32x4_t gain[N_F32], float32x4_t top, int parity) {
-    const float best = parity ? vgetq_lane_f32(top, 1) : vgetq_lane_f32(top, 0);
+static inline int first_best(const float32x4_t gain[N_F32], float32x4_t best_gain, int parity) {
+    const float best = parity ? vgetq_lane_f32(best_gain, 1) : vgetq_lane_f32(best_gain, 0);
     float       all[TBQ_BLOCK];
     for (int r = 0; r < N_F32; r++) {
         vst1q_f32(all + 4 * r, gain[r]);
@@ -230,7 +230,7 @@ static inline int first_best(const float32x4_t gain[N_F32], float32x4_t top, int
     return -1;
 }
 
-TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float d, uint8_t * index) {
+TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * slope, float d, uint8_t * index) {
     const tbq_gaps * gaps = tbq_gap_table(bits);
     float32x4_t      g[N_F32], gain[N_F32];
     float            up[TBQ_BLOCK], down[TBQ_BLOCK]; // d times the gaps
@@ -239,18 +239,18 @@ TBQ_INLINE int32_t descend(int bits, const float * m, const float * slope, float
     for (int r = 0; r < N_F32; r++) {
         g[r] = vld1q_f32(slope + 4 * r);
     }
-    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
-        float32x4_t top = vdupq_n_f32(0);
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
+        float32x4_t best_gain = vdupq_n_f32(0);
         for (int r = 0; r < N_F32; r++) {
             const float32x4_t gap  = vbslq_f32(vcgtzq_f32(g[r]), vld1q_f32(up + 4 * r), vld1q_f32(down + 4 * r));
             const float32x4_t size = vabsq_f32(g[r]);
             gain[r] = vmulq_f32(gap, vsubq_f32(vaddq_f32(size, size), vmulq_n_f32(gap, m[0])));
-            top     = vmaxq_f32(top, gain[r]);
+            best_gain = vmaxq_f32(best_gain, gain[r]);
         }
-        top = vmaxq_f32(top, vextq_f32(top, top, 2));
+        best_gain = vmaxq_f32(best_gain, vextq_f32(best_gain, best_gain, 2));
         int moved = 0;
         for (int parity = 0; parity < 2; parity++) {
-            const int at = first_best(gain, top, parity);
+            const int at = first_best(gain, best_gain, parity);
             if (at < 0) {
                 continue;
             }

@@ -19,12 +19,12 @@ static inline float half_to_float(uint16_t h) {
 }
 
 static uint32_t abs_max(const float * x) {
-    uint32_t top = 0;
+    uint32_t largest = 0;
     for (int i = 0; i < TBQ_BLOCK; i++) {
         const uint32_t bits = tbq_float_bits(x[i]) & 0x7FFFFFFF;
-        top = bits > top ? bits : top;
+        largest = bits > largest ? bits : largest;
     }
-    return top;
+    return largest;
 }
 
 static void butterflies(float * v) {
@@ -105,7 +105,7 @@ static void transform(float * v) {
 }
 
 // The move of the coordinates j = parity, parity + 2, ... that gains most, if one does.
-static void descend_half(int bits, const float * m, float * g, float d, int parity, uint8_t * index) {
+static void coordinate_descent_step(int bits, const float * m, float * g, float d, int parity, uint8_t * index) {
     const tbq_gaps * gaps = tbq_gap_table(bits);
     float            best = 0;
     int              at   = -1;
@@ -128,13 +128,13 @@ static void descend_half(int bits, const float * m, float * g, float d, int pari
     index[at] = (uint8_t) (index[at] + (up ? 1 : -1));
 }
 
-static int32_t descend(int bits, const float * m, const float * g, float d, uint8_t * index) {
+static int32_t coordinate_descent(int bits, const float * m, const float * g, float d, uint8_t * index) {
     float   slope[TBQ_BLOCK];
     int32_t kk = 0;
     memcpy(slope, g, sizeof(slope));
-    for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
-        descend_half(bits, m, slope, d, 0, index);
-        descend_half(bits, m, slope, d, 1, index);
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
+        coordinate_descent_step(bits, m, slope, d, 0, index);
+        coordinate_descent_step(bits, m, slope, d, 1, index);
     }
     for (int i = 0; i < TBQ_BLOCK; i++) {
         kk += tbq_codebook(bits)[index[i]] * tbq_codebook(bits)[index[i]];

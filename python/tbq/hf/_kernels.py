@@ -21,8 +21,8 @@ LEVEL_BYTES = tl.constexpr(112)  # level + 64, four to an int32
 THRESHOLDS = tl.constexpr(116)
 
 Q_ONE = tl.constexpr(_tables.Q_ONE)
-SHAPE_STEPS = tl.constexpr(_tables.SHAPE_STEPS)
-SHAPE_FLOOR = tl.constexpr(_tables.SHAPE_FLOOR)
+DESCENT_STEPS = tl.constexpr(_tables.DESCENT_STEPS)
+SHAPING_FLOOR = tl.constexpr(_tables.SHAPING_FLOOR)
 
 # tbq-tables.h says what these are
 BITS_SMALLEST = tl.constexpr(_tables.BITS_SMALLEST)
@@ -112,7 +112,7 @@ def levels_above(size, thresholds, BORDERS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def descend_half(g, index, m, m0, d, tables):
+def coordinate_descent_step(g, index, m, m0, d, tables):
     """The move of these 32 coordinates, all even or all odd ones, that gains most, if one does."""
     place = tl.arange(0, 32)[None, :]
     rise = g > 0
@@ -188,7 +188,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     x = tl.where(huge[:, None], 1.0, x)
     squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
     mean_square = rms * rms * 0.015625
-    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPE_FLOOR
+    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPING_FLOOR
     w = tl.reshape(tl.join(w, w), [N, 64])
     m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
     m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
@@ -197,9 +197,9 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     g = butterflies(butterflies(g, N) * w, N) * 0.015625
     g_even, g_odd = tl.split(tl.reshape(g, [N, 32, 2]))
     i_even, i_odd = tl.split(tl.reshape(index, [N, 32, 2]))
-    for _ in range(SHAPE_STEPS):
-        g_even, i_even = descend_half(g_even, i_even, m, m0, d, tables)
-        g_odd, i_odd = descend_half(g_odd, i_odd, m, m0, d, tables)
+    for _ in range(DESCENT_STEPS):
+        g_even, i_even = coordinate_descent_step(g_even, i_even, m, m0, d, tables)
+        g_odd, i_odd = coordinate_descent_step(g_odd, i_odd, m, m0, d, tables)
     shaped = tl.reshape(tl.join(i_even, i_odd), [N, 64])
     index = tl.where(huge[:, None], index, shaped)
     k = tl.load(tables + LEVELS + index).to(tl.int32)
