@@ -34,20 +34,20 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
     tbq_rotate_warp(lo, hi, lane);
-    float top = fmaxf(fabsf(lo), fabsf(hi));
+    float largest = fmaxf(fabsf(lo), fabsf(hi));
 #pragma unroll
     for (int h = 1; h < 32; h *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+        largest = fmaxf(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
     // a NaN or Inf must not vanish in the rounding
     const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= 3.4e38f) || !(fabsf(hi) <= 3.4e38f));
-    const float inverse = top > 0.0f && !bad ? 127.0f / top : 0.0f;
+    const float inverse = largest > 0.0f && !bad ? 127.0f / largest : 0.0f;
     // value e < 32 is byte 2 (e % 4) of word e / 4, but bytes 0..3 are those of channels 0, 32, 1, 33; and so on
     const int at = lane / 4 * 8 + lane % 4 * 2;
     a.dst[i].qs[at]     = (int8_t) __float2int_rn(lo * inverse);
     a.dst[i].qs[at + 1] = (int8_t) __float2int_rn(hi * inverse);
     if (lane == 0) {
-        a.dst[i].d = bad ? __int_as_float(0x7FC00000) : top / 127.0f;
+        a.dst[i].d = bad ? __int_as_float(0x7FC00000) : largest / 127.0f;
     }
 }
 

@@ -181,12 +181,12 @@ struct tbq_measure {
     float rms, inverse;    // of the rotated values, and TBQ_Q_ONE over it
 };
 
-// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  top: the largest of the bits of |x| of the block.
-static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t top, int l) {
+// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  largest: the bits of the largest |x| of the block.
+static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t largest, int l) {
     tbq_measure m;
-    m.bad  = top >= TBQ_BITS_INF;
-    m.zero = top < TBQ_BITS_SMALLEST;
-    m.huge = top > TBQ_BITS_HUGE && !m.bad;
+    m.bad  = largest >= TBQ_BITS_INF;
+    m.zero = largest < TBQ_BITS_SMALLEST;
+    m.huge = largest > TBQ_BITS_HUGE && !m.bad;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], TBQ_HUGE_SCALE) : x[j], l + 16 * j);
@@ -254,16 +254,16 @@ static __device__ __forceinline__ float tbq_gain(float gap, float g, float m0) {
 // --- a block by a half-warp -------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
-    uint32_t top = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
 #pragma unroll
     for (int h = 1; h < 16; h *= 2) {
-        top = max(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+        largest = max(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
-    return top;
+    return largest;
 }
 
 // The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves of what
@@ -696,15 +696,15 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
     float    x[4], z[4];
-    uint32_t top = 0;
+    uint32_t largest = 0;
     tbq_load_block<src_t>(a, at, rope, l, x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(x[j], center.mean[j]);
-        top  = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
-    top = __reduce_max_sync(TBQ_WARP_ALL, top); // both halves hold the same block
-    const tbq_measure b    = tbq_rotate_and_measure(x, z, top, l);
+    largest = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
+    const tbq_measure b    = tbq_rotate_and_measure(x, z, largest, l);
     // b.zero || b.bad has no variable: with one, nvcc 13.0 does not unroll the descent.
     tbq_scale         best = tbq_try_two_scales<BITS>(z, b.inverse, b.zero || b.bad, hw);
     if (l == 0) {
