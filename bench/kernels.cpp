@@ -8,7 +8,7 @@
 // alike.  Rows are read round-robin from a buffer that fits a second-level cache, as attention reads a short cache.
 #include "ggml.h"
 #include "ggml-cpu.h"
-#include "tbq.h"
+#include "tbq-kernels.h"
 
 #include <algorithm>
 #include <chrono>

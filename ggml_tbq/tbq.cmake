@@ -5,7 +5,8 @@ set(TBQ_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}")
 
 function(tbq_add_sources target)
     set(cpu "${TBQ_SOURCE_DIR}/cpu")
-    set(sources "${cpu}/tbq.c" "${cpu}/tbq-ref.c" "${cpu}/tbq-attention.c" "${cpu}/tbq-attention-ref.c" "${cpu}/tbq-scan.c" "${cpu}/tbq-scan-ref.c")
+    set(sources "${cpu}/tbq.c" "${cpu}/rows/ref.c" "${cpu}/attention/plan.c" "${cpu}/attention/ref.c"
+        "${cpu}/search/search.c" "${cpu}/search/ref.c")
     set(have "")
 
     if(CMAKE_OSX_ARCHITECTURES MATCHES ";")
@@ -33,7 +34,7 @@ function(tbq_add_sources target)
     set_source_files_properties(${sources} PROPERTIES COMPILE_FLAGS "${exact}")
     # an instruction set: the kernels of rows, of attention and of the search
     macro(tbq_add_kernels name flags)
-        set(files "${cpu}/tbq-${name}.c" "${cpu}/tbq-attention-${name}.c" "${cpu}/tbq-scan-${name}.c")
+        set(files "${cpu}/rows/${name}.c" "${cpu}/attention/${name}.c" "${cpu}/search/${name}.c")
         set_source_files_properties(${files} PROPERTIES COMPILE_FLAGS "${exact} ${flags}")
         list(APPEND sources ${files})
     endmacro()

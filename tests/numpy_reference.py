@@ -3,7 +3,7 @@
 
     python tests/numpy_reference.py    rewrites tests/golden.txt
 
-Written from the description in tbq.h and the steps in tbq-rows.h; shares no code with the library.  Where the
+Written from the description in tbq.h and the steps in rows.inc; shares no code with the library.  Where the
 library runs butterflies, this builds the Hadamard matrix by doubling and sums its products as a balanced tree:
 because a butterfly only adds and subtracts, and rounding is symmetric in sign, the two agree in every bit except
 the sign of a zero.
@@ -27,8 +27,8 @@ HUGE = np.float32(2.0**50)  # above, squares could overflow: scaled by 2^-100 me
 F16_MAX = np.float32(65504)
 F16_NAN = 0x7E00
 SMALLEST_ACT = np.float32(2.0**-100)
-SHAPE_STEPS = 5  # two levels may move in each
-SHAPE_FLOOR = 0.5  # least weight of a channel
+DESCENT_STEPS = 5  # two levels may move in each
+SHAPING_FLOOR = 0.5  # least weight of a channel
 BATCH = 1024  # blocks at a time, for memory
 
 HEADER = pathlib.Path(__file__).parent.parent / "ggml_tbq" / "include" / "tbq-tables.h"
@@ -100,7 +100,7 @@ def unrotate(y):
 
 
 def positions(bits):
-    """For each value of a block, in order: (byte, shift) of its low bits and of its third bit, d counted."""
+    """For each value of a block, in order: (byte, shift) of its low bits and of its high bit, d counted."""
     if bits == 4:
         return [(2 + e % 32, 4 * (e // 32)) for e in range(BLOCK)], None
     low = [(2 + e % 16, 2 * (e // 16)) for e in range(BLOCK)]
@@ -170,20 +170,20 @@ def search(bits, q):
     return best_m, best_qk, best_kk
 
 
-def shape(bits, x, weight, p, mean_square, d, index):
-    """Moves of single levels to a neighbor that lower the sum of w e^2 over the channels; see tbq-rows.h."""
+def shape_noise(bits, x, weight, p, mean_square, d, index):
+    """Moves of single levels to a neighbor that lower the sum of w e^2 over the channels; see rows.inc."""
     levels = np.array(LEVELS[bits], np.float32)
     gap_up = np.append(np.diff(levels), np.float32(0))
     gap_down = np.append(np.float32(0), np.diff(levels))
     pairs = (x * x).reshape(-1, BLOCK // 2, 2)
     energy = np.repeat(pairs[:, :, 0] + pairs[:, :, 1], 2, axis=1)
-    w = np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPE_FLOOR) if weight is None else weight
+    w = np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPING_FLOOR) if weight is None else weight
     m = tree_sum(H * w[:, None, :]) * np.float32(1 / BLOCK)
     e = p - d[:, None] * levels[index]
     g = tree_sum(H * (tree_sum(H * e[:, None, :]) * w)[:, None, :]) * np.float32(1 / BLOCK)
     rows = np.arange(len(x))
     place = np.arange(BLOCK)
-    for _ in range(SHAPE_STEPS):
+    for _ in range(DESCENT_STEPS):
         for parity in (0, 1):
             rise = g > 0
             gap = d[:, None] * np.where(rise, gap_up[index], gap_down[index])
@@ -206,13 +206,13 @@ def scale_of(rms, qk, kk, one, kv):
     return rms * (qk.astype(np.float32) / (kk.astype(np.float32) * np.float32(one)))
 
 
-def _shape_some(bits, x, weight, z, inverse_rms, rms, qk, kk, index, some):
-    """shape() of the blocks that some selects, in place; their <k, k>."""
+def _shape_noise_of(bits, x, weight, z, inverse_rms, rms, qk, kk, index, some):
+    """shape_noise() of the blocks that some selects, in place; their <k, k>."""
     part = index[some]
     p = z[some] * inverse_rms[some, None]
     mean_square = rms[some] * rms[some] * np.float32(1 / BLOCK)
     d = qk[some].astype(np.float32) / kk[some].astype(np.float32)
-    result = shape(bits, x[some], None if weight is None else weight[some], p, mean_square, d, part)
+    result = shape_noise(bits, x[some], None if weight is None else weight[some], p, mean_square, d, part)
     index[some] = part
     return result
 
@@ -234,7 +234,7 @@ def _quantize_blocks(bits, kv, x, weight=None):
     index = np.where(z < 0, half - 1 - m, half + m)
     shaped = ordinary & ~huge
     if kv:
-        kk[shaped] = _shape_some(bits, safe, weight, z, inverse_rms, rms, qk, kk, index, shaped)
+        kk[shaped] = _shape_noise_of(bits, safe, weight, z, inverse_rms, rms, qk, kk, index, shaped)
 
     d = scale_of(rms * np.float32(0.125), qk, kk, one, kv) * np.where(huge, np.float32(2.0**100), np.float32(1))
     d = np.minimum(d, F16_MAX).astype(np.float16).view(np.uint16)

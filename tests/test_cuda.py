@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels. Without a GPU: that they compile for every architecture, as they should, and that a machine without
-nvcc is told so. With one: tests/cuda/run.sh, which has everything that docs/measurements/cuda.md claims."""
+nvcc is told so. With one, the tests marked gpu: everything that docs/measurements/cuda.md claims but the speed, which bench/cuda.sh
+measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of it."""
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TBQ = ROOT / "ggml_tbq"
+CUDA = ROOT / "tests" / "cuda"
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 
 
@@ -25,7 +27,7 @@ needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU; docs/measur
 def compile_for(arch, out):
     done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-use_fast_math", f"-arch=sm_{arch}", "-Werror", "all-warnings",
                            "-I", TBQ / "include", "-I", TBQ / "cuda", "-Xptxas", "-v", "-cubin", "-o", out,
-                           ROOT / "tests" / "cuda" / "architectures.cu"], capture_output=True, text=True)
+                           CUDA / "architectures.cu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # name, bytes of spilling, registers
     return {name: (int(spill), int(registers)) for name, spill, registers in re.findall(
@@ -48,8 +50,8 @@ def test_compiles(tmp_path, arch):
 
 @needs_nvcc
 def test_standalone_programs_compile(tmp_path):
-    """What run.sh builds: one pair of types is enough here."""
-    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    """What the tests on a GPU build: one program is enough here."""
+    sys.path.insert(0, str(CUDA))
     import build
     build.build(tmp_path, arch="sm_90", programs=("blocks",))
     # without a GPU it must say so, not pass
@@ -99,7 +101,7 @@ int main() {
 
 def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
     """The question that llama_kv_cache asks before it makes a layer; without it the layer would run on the CPU."""
-    source, ggml = ROOT / "tests" / "cuda" / "refusal.cpp", build_dir / "llama.cpp-src" / "ggml"
+    source, ggml = CUDA / "refusal.cpp", build_dir / "llama.cpp-src" / "ggml"
     library = next((build_dir / "bin").glob("lib*ggml-base.*"))
     subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-I", ggml / "include", "-I", ggml / "src", "-I", TBQ / "include", "-I", TBQ / "ggml",
                     "-o", tmp_path / "refusal", source, library, f"-Wl,-rpath,{library.parent}"], check=True)
@@ -107,12 +109,119 @@ def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
     assert done.returncode == 0, done.stdout
 
 
-@needs_gpu
-def test_on_the_gpu(build_dir):
-    """Correctness only; `tests/cuda/run.sh BIN speed` measures."""
-    if not list(build_dir.glob("bin/lib*ggml-cuda*")):
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(needs_gpu(test))
+
+
+@pytest.fixture(scope="module")
+def programs(request):
+    """The folder with the programs of a build with CUDA: what tests/cuda/run.sh was given, or this checkout's."""
+    if given := os.environ.get("TBQ_CUDA_BIN"):
+        return Path(given)
+    folder = request.getfixturevalue("build_dir") / "bin"
+    if not list(folder.glob("lib*ggml-cuda*")):
         pytest.skip("built without CUDA: make cuda")
-    done = subprocess.run([ROOT / "tests" / "cuda" / "run.sh", build_dir / "bin", "check"], env={**os.environ, "PYTHON": sys.executable},
-                          capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory):
+    """The folder with the programs of tests/cuda that run the kernels alone."""
+    sys.path.insert(0, str(CUDA))
+    import build
+    folder = tmp_path_factory.mktemp("standalone")
+    build.build(folder)
+    return folder
+
+
+def run(*command):
+    """The output of a command that ends well, without colors."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace")
+    out = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert done.returncode == 0, f"status {done.returncode}\n{out[-4000:]}"
+    return out
+
+
+@on_gpu
+@needs_nvcc
+def test_gpu_kernels_blocks(standalone):
+    """Encoder and decoder: the bytes and values of the scalar reference."""
+    out = run(standalone / "blocks", "100000")
+    print(re.sub(r"(?m)^ +encode .*\n", "", out))
+    assert "\n0 differences" in out
+
+
+@on_gpu
+@needs_nvcc
+def test_gpu_kernels_attention(standalone):
+    """Random problems against double precision."""
+    out = run(standalone / "attention", "check", "360")
+    print(out)
+    assert "360 problems, 0 wrong" in out
+
+
+@on_gpu
+@needs_nvcc
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("program", [("attention", "check", "18", "7"), ("blocks", "500")], ids=lambda program: program[0])
+def test_gpu_kernels_sanitized(standalone, tool, program):
+    out = run("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", standalone / program[0], *program[1:])
+    print(out.strip().splitlines()[-1])
+
+
+TBQ_OPS = ("SET_ROWS", "ROPE_SET_ROWS", "CENTER_SET_ROWS", "CPY", "GET_ROWS", "MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT")
+# what is fused with the SUB of the mean, and what the patches must leave as it is
+STOCK_OPS = (("CENTER_SET_ROWS", "type=[qif]"), ("SET_ROWS", "type_dst=(f16|q8_0|q4_0)"), ("GET_ROWS", "type=(f16|q8_0|q4_0)"),
+             ("FLASH_ATTN_EXT", "hsk=128,.*type_K=(f16|q8_0|q4_0),type_V=(f16|q8_0|q4_0)"))
+
+
+@on_gpu
+@pytest.mark.parametrize("op, pattern", [*((op, "tbq") for op in TBQ_OPS), *STOCK_OPS])
+def test_gpu_ops(programs, op, pattern):
+    """llama.cpp's own comparison with the CPU."""
+    out = run(programs / "test-backend-ops", "test", "-b", "CUDA0", "-o", op, "-p", pattern)
+    passed, count = map(int, re.search(r"(\d+)/(\d+) tests passed", out).groups())
+    print(f"{op}, {pattern}: {passed}/{count}")
+    assert passed == count > 0
+
+
+def splits(programs, model, k, v):
+    """The parts that the graph falls into; 2 are the embedding on the CPU and the rest."""
+    out = run(programs / "llama-bench", "-m", model, "-ngl", "99", "-fa", "1", "-ctk", k, "-ctv", v, "-p", "8", "-n", "1",
+              "-r", "1", "--no-warmup", "-v")
+    return {int(n) for n in re.findall(r"splits = (\d+)", out)}
+
+
+@on_gpu
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_gpu_splits(programs, tmp_path, head_size):
+    """Every pair of cache types has the splits of f16: no operation falls back to the CPU."""
+    model = tmp_path / "tiny.gguf"
+    run(sys.executable, CUDA / "shape_model.py", model, 2, 512, 8, 2, head_size, 512)
+    kinds = ("f16", "q8_0", "tbq2_0", "tbq3_0", "tbq4_0")
+    found = {(k, v): splits(programs, model, k, v) for k in kinds for v in kinds}
+    wanted = found["f16", "f16"]
+    print(f"head size {head_size}: f16 has {wanted} splits")
+    assert wanted and not {pair: n for pair, n in found.items() if n != wanted}
+
+
+@on_gpu
+def test_gpu_center(programs):
+    """Centered keys wherever a model and its cache can be placed."""
+    model = os.environ.get("CENTER_MODEL")
+    print(run(sys.executable, CUDA / "center.py", programs, *(("--model", model) if model else ())))
+
+
+@on_gpu
+def test_gpu_hf():
+    """The Triton kernels."""
+    for package in ("torch", "transformers", "triton"):
+        pytest.importorskip(package, reason=f"no {package}")
+    out = run(sys.executable, CUDA / "hf_checks.py")
+    print(out)
+    assert out.strip().endswith("all checks passed")

@@ -22,7 +22,7 @@ X86_FLAGS = {
 
 
 def build(folder, *options):
-    """Builds kernels/fuzz.c, attention.c and scan.c; returns the folder with the programs."""
+    """Builds kernels/fuzz.c, attention.c and search.c; returns the folder with the programs."""
     subprocess.run(["cmake", "-S", HERE / "kernels", "-B", folder, *options], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", folder, "--parallel", str(cores())], check=True, capture_output=True)
     return folder
@@ -49,7 +49,7 @@ def attention(*command, problems, seed=1):
     return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
 
 
-def scan(*command, problems, seed=1):
+def search(*command, problems, seed=1):
     """The implementations that were compared on searches."""
     out = run(*command, str(problems), str(seed))
     assert f"\n{problems} problems\n" in out
@@ -68,7 +68,7 @@ def test_x86(tmp_path):
     assert set(compared) == expected_x86()
     assert all(int(blocks) > 1_000_000 for blocks in compared.values())
     assert attention(folder / "attention", problems=200) == expected_x86()
-    assert scan(folder / "scan", problems=400) == expected_x86()
+    assert search(folder / "search", problems=400) == expected_x86()
 
 
 @pytest.mark.skipif(not X86, reason="checks the x86 implementations")
@@ -78,7 +78,7 @@ def test_sanitized(tmp_path, sanitizers):
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g1 -fno-var-tracking"  # without -fno-var-tracking and with -g, 197 s of compiling instead of 120
     folder = build(tmp_path, f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
     assert attention(folder / "attention", problems=32, seed=2) == expected_x86()
-    assert scan(folder / "scan", problems=100, seed=2) == expected_x86()
+    assert search(folder / "search", problems=100, seed=2) == expected_x86()
 
 
 def test_arm(tmp_path):
@@ -87,7 +87,7 @@ def test_arm(tmp_path):
         folder = build(tmp_path)
         assert "neon" in fuzz(folder / "fuzz", "25000")
         assert "neon" in attention(folder / "attention", problems=200)
-        assert "neon" in scan(folder / "scan", problems=400)
+        assert "neon" in search(folder / "search", problems=400)
         return
     compiler, emulator = (
         shutil.which("aarch64-linux-gnu-gcc"),
@@ -106,4 +106,4 @@ def test_arm(tmp_path):
     ):
         assert set(fuzz(emulator, "-cpu", cpu, folder / "fuzz", blocks)) == expected
         assert attention(emulator, "-cpu", cpu, folder / "attention", problems=problems, seed=4) == expected
-        assert scan(emulator, "-cpu", cpu, folder / "scan", problems=4 * problems, seed=4) == expected
+        assert search(emulator, "-cpu", cpu, folder / "search", problems=4 * problems, seed=4) == expected

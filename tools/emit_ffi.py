@@ -7,11 +7,13 @@ import sys
 
 import cffi
 
+HEADERS = ("tbq.h", "tbq-attention.h", "tbq-kernels.h", "tbq-search.h")
+
 
 def main(cdef: str, out: str) -> None:
     ffi = cffi.FFI()
     ffi.cdef(pathlib.Path(cdef).read_text(encoding="utf-8"))
-    ffi.set_source("tbq._ffi", '#include "tbq.h"\n#include "tbq-attention.h"\n#include "tbq-scan.h"')
+    ffi.set_source("tbq._ffi", "".join(f'#include "{header}"\n' for header in HEADERS))
     ffi.emit_c_code(out)
 
 

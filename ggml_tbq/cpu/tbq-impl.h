@@ -2,7 +2,7 @@
 // What the implementation files share: constants in memory, half conversion, and the list of implementations.
 #pragma once
 
-#include "tbq.h"
+#include "tbq-kernels.h"
 #include "tbq-tables.h"
 
 #include <string.h>
@@ -10,9 +10,6 @@
 #ifdef __FAST_MATH__
 #error "tbq kernels promise the same bits everywhere: compile them without -ffast-math"
 #endif
-
-#define TBQ_F16_MAX 65504.0f
-#define TBQ_F16_NAN 0x7E00
 
 // {f(0), ..., f(63)}
 #define TBQ_LIST_16(f, i) \
@@ -39,12 +36,12 @@ extern const struct tbq_attention_kernels tbq_attention_avx512vnni;
 extern const struct tbq_attention_kernels tbq_attention_neon;
 extern const struct tbq_attention_kernels tbq_attention_neon_dotprod;
 
-extern const struct tbq_scan_kernels tbq_scan_ref;
-extern const struct tbq_scan_kernels tbq_scan_avx2;
-extern const struct tbq_scan_kernels tbq_scan_avx512;
-extern const struct tbq_scan_kernels tbq_scan_avx512vnni;
-extern const struct tbq_scan_kernels tbq_scan_neon;
-extern const struct tbq_scan_kernels tbq_scan_neon_dotprod;
+extern const struct tbq_search_kernels tbq_search_ref;
+extern const struct tbq_search_kernels tbq_search_avx2;
+extern const struct tbq_search_kernels tbq_search_avx512;
+extern const struct tbq_search_kernels tbq_search_avx512vnni;
+extern const struct tbq_search_kernels tbq_search_neon;
+extern const struct tbq_search_kernels tbq_search_neon_dotprod;
 
 #ifdef _MSC_VER
 #include <intrin.h>

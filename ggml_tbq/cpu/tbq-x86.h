@@ -42,8 +42,8 @@ static inline float half_to_float(uint16_t h) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 }
 
-// The third bits: each 64-bit half lane (j, i >> 3) tests one bit of every qh byte (tbq.h has the order).
-TBQ_INLINE bytes64 third_bits(const void * block) {
+// The high bit plane: each 64-bit half lane (j, i >> 3) tests one bit of every qh byte (tbq.h has the order).
+TBQ_INLINE bytes64 qh_bits(const void * block) {
     int64_t qh;
     memcpy(&qh, tbq_qh(block), 8);
     const __m256i h    = _mm256_set1_epi64x(qh);
@@ -72,9 +72,9 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
     r.lo = _mm256_and_si256(even, pair);
     r.hi = _mm256_and_si256(_mm256_srli_epi16(even, 4), pair);                             // j = 2 | 3
     if (bits == 3) {
-        const bytes64 third = third_bits(block);
-        r.lo = _mm256_or_si256(r.lo, third.lo);
-        r.hi = _mm256_or_si256(r.hi, third.hi);
+        const bytes64 high = qh_bits(block);
+        r.lo = _mm256_or_si256(r.lo, high.lo);
+        r.hi = _mm256_or_si256(r.hi, high.hi);
     }
     return r;
 }

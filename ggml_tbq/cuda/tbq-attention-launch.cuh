@@ -12,7 +12,7 @@ template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launc
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_cta, kernel, TBQ_ATTENTION_THREADS, smem));
     GGML_ASSERT(n_cta > 0);
-    tbq_attention_cut(a, n_cta * ggml_cuda_info().devices[ctx.device].nsm);
+    tbq_attention_partition(a, n_cta * ggml_cuda_info().devices[ctx.device].nsm);
 
     ggml_cuda_pool_alloc<char> partial(ctx.pool());
     const size_t               bytes = tbq_attention_partial_bytes(a, D);

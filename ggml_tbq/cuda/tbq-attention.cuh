@@ -15,7 +15,7 @@
 //   - values become bfloat16 in pairs of tokens, one `lop3` or `prmt` and one `fma` for two, and weights times scales
 //     are rounded to bfloat16, whose range no product of the two can leave;
 //   - each warp runs by itself: slices of 16 tokens through its own ring in shared memory (cp.async), its own running
-//     maximum and sums, no barrier until the end of its part of the cache.
+//     maximum and sums, no barrier until the end of its split of the cache.
 //
 // THE TILES, for lane 4 g + t of a warp and a slice of 16 tokens
 //
@@ -29,10 +29,10 @@
 // Everything is computed in the rotated domain: queries are rotated when they are loaded, the output is un-rotated
 // when it is written.  The order of all sums depends on the shape of the problem and the number of multiprocessors.
 //
-// ONE SIDE MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large biases on its keys wants that), in the same
-// frame.  q8_0 keys are bytes already, with a scale for 32 channels, and so are the queries then; q8_0 values become
-// bfloat16, in tiles of 32 channels because of their scales.  An f16 side comes by `ldmatrix`, and queries or weights
-// are f16 for it.  Neither is rotated here.
+// K OR V MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large key biases needs that), in the same frame.  q8_0
+// keys are bytes already, with a scale for 32 channels, and queries are rounded likewise.  q8_0 values become bfloat16, in
+// tiles of 32 channels because of their scales.  f16 is loaded with `ldmatrix`, and queries or weights are f16 for it.
+// Neither is rotated here.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -59,12 +59,12 @@ struct tbq_attention_args {
     long long v_nb1, v_nb2, v_nb3;
     long long mask_nb1, mask_nb3;
 
-    // by tbq_attention_cut
+    // set by tbq_attention_partition
     int gqa;              // query heads of a KV head
     unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^32 / gqa; 0 if gqa == 1
     int n_groups;         // tiles of columns
     int kv_per_seq;       // sequences of queries that share one of keys
-    int n_split;          // parts that the cache is cut into
+    int n_split;          // of the cache (split-KV)
     int slices_per_split; // of 16 tokens
 };
 
@@ -72,7 +72,7 @@ struct tbq_attention_args {
 #define TBQ_ATTENTION_SLICE   16
 #define TBQ_ATTENTION_THREADS (32 * TBQ_ATTENTION_WARPS)
 
-// Bytes of 64 values of a side: 2, 3, 4: tbq; 8: two blocks of q8_0, each a half and 32 bytes; 16: f16.
+// Bytes of 64 values of a K or V tensor by bits: 2, 3, 4: tbq; 8: two blocks of q8_0, each a half and 32 bytes; 16: f16.
 constexpr __host__ __device__ int tbq_attention_block(int bits) {
     return bits == 16 ? 128 : bits == 8 ? 68 : tbq_block_bytes(bits);
 }
@@ -93,7 +93,7 @@ constexpr __host__ __device__ int tbq_attention_pitch(int d, int bits) {
     return (tbq_attention_units(d, bits) | 1) * 16;
 }
 
-// Slices of a ring.  Those with an f16 side are large: two leave room for a second CTA.
+// Slices of a ring.  Those with f16 keys or values are large: two leave room for a second CTA.
 constexpr __host__ __device__ int tbq_attention_stages(int bits_k, int bits_v) {
     return bits_k == 16 || bits_v == 16 ? 2 : 3;
 }
@@ -127,9 +127,9 @@ static inline int tbq_attention_columns(int n_columns) {
     return n_columns <= 8 ? 8 : 16;
 }
 
-// How the cache is cut: enough parts that every multiprocessor holds as many CTAs as fit, and each warp has at least
+// How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at least
 // two slices.  n_resident: CTAs that run at the same time.
-static inline void tbq_attention_cut(tbq_attention_args & a, int n_resident) {
+static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
     a.gqa               = a.n_head / a.n_head_kv;
     a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
     const int n_columns = a.n_q * a.gqa;
@@ -146,7 +146,7 @@ static inline void tbq_attention_cut(tbq_attention_args & a, int n_resident) {
     a.n_split           = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
 }
 
-// For every row of the output and every part: D sums, then the maximum and the sum of weights.
+// For every row of the output and every split: D sums, then the maximum and the sum of weights.
 static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, int d) {
     return a.n_split == 1 ? 0 : (size_t) a.n_seq * a.n_q * a.n_head * a.n_split * (d + 2) * sizeof(float);
 }
@@ -293,7 +293,7 @@ static __device__ __forceinline__ float tbq_alibi_slope(float max_bias, int head
 
 // --- the cache in shared memory -----------------------------------------------------------------------------------
 
-// One side of the cache, K or V, as one lane sees it.
+// The K or the V tensor of the cache, as one lane sees it.
 template <int D, int BITS> struct tbq_cache_reader {
     static constexpr int NB    = D / 64;
     static constexpr int BYTES = tbq_attention_block(BITS);
@@ -395,16 +395,16 @@ template <int D, int BITS> struct tbq_cache_reader {
 
 // --- the kernel -----------------------------------------------------------------------------------------------------
 
-// Writes the sums of one output row's part: for later, or, where there is one part, the row itself.
-// Warp by warp: un-rotate, divide, store.
+// Ends an output row, a block for each warp: sink, division, rotation back, store.  m, l: its maximum and the sum of its
+// weights.
 template <bool ROTATED>
 static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l, const float * sink,
                                                            int b, int lane) {
     if (sink) {
         const float s   = *sink * TBQ_LOG2E;
-        const float top = fmaxf(m, s);
-        const float f   = tbq_exp2(m - top);
-        l               = l * f + tbq_exp2(s - top);
+        const float larger = fmaxf(m, s);
+        const float f   = tbq_exp2(m - larger);
+        l               = l * f + tbq_exp2(s - larger);
         m               = f;
     } else {
         m = 1.0f;
@@ -419,7 +419,7 @@ static __device__ __forceinline__ void tbq_attention_store(float * dst, const fl
     dst[64 * b + lane + 32] = hi;
 }
 
-// grid: (parts, tiles of columns times KV heads, sequences)
+// grid: (splits, tiles of columns times KV heads, sequences)
 template <int D, int BITS_K, int BITS_V, int NC>
 __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) tbq_attention(const tbq_attention_args a) {
 #if __CUDA_ARCH__ >= 800
@@ -767,12 +767,12 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         if (__any_sync(TBQ_WARP_ALL, grown)) {
 #pragma unroll
             for (int n = 0; n < NG; n++) {
-                float top = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
-                top       = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, 1));
-                top       = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, 2));
-                top       = fmaxf(top, m[n]);
-                const float f = tbq_exp2(m[n] - top);
-                m[n]          = top;
+                float row_max = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
+                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 1));
+                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 2));
+                row_max       = fmaxf(row_max, m[n]);
+                const float f = tbq_exp2(m[n] - row_max);
+                m[n]          = row_max;
                 l[n] *= f;
                 // columns 2t, 2t + 1 of the sums belong to queries that other lanes hold
                 const float f0 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t);
@@ -917,18 +917,18 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     __syncthreads(); // the rings are free now
     if (threadIdx.x < NC) {
         const int c     = threadIdx.x;
-        float     top   = max_of[0][c];
-        float     total = 0.0f;
+        float     row_max = max_of[0][c];
+        float     row_sum = 0.0f;
         for (int w = 1; w < WARPS; w++) {
-            top = fmaxf(top, max_of[w][c]);
+            row_max = fmaxf(row_max, max_of[w][c]);
         }
         for (int w = 0; w < WARPS; w++) {
-            const float f   = tbq_exp2(max_of[w][c] - top);
+            const float f   = tbq_exp2(max_of[w][c] - row_max);
             factor_of[w][c] = f;
-            total += sum_of[w][c] * f;
+            row_sum += sum_of[w][c] * f;
         }
-        max_of[0][c] = top;
-        sum_of[0][c] = total;
+        max_of[0][c] = row_max;
+        sum_of[0][c] = row_sum;
     }
     __syncthreads();
 
@@ -979,8 +979,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         const int   c     = i / NB;
         const int   b     = i % NB;
         const int   col   = first_col + c;
-        const float top   = max_of[0][c];
-        const float total = sum_of[0][c];
+        const float row_max   = max_of[0][c];
+        const float row_sum = sum_of[0][c];
         float * const sum0 = (float *) smem + c * ROW;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
@@ -990,14 +990,14 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         const int       head = head_of(col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
         if (a.n_split == 1) {
-            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, top, total, a.sinks ? a.sinks + head : nullptr, b, lane);
+            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, row_max, row_sum, a.sinks ? a.sinks + head : nullptr, b, lane);
         } else {
             float * to = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
             to[64 * b + lane]      = sum0[64 * b + lane];
             to[64 * b + lane + 32] = sum0[64 * b + lane + 32];
             if (b == 0 && lane == 0) {
-                to[D]     = top;
-                to[D + 1] = total;
+                to[D]     = row_max;
+                to[D + 1] = row_sum;
             }
         }
     }
@@ -1006,7 +1006,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #endif
 }
 
-// Adds the parts of a row up, un-rotates and stores it.  grid: (rows); block: (D, groups)
+// Merges the splits of a row, rotates it back and stores it.  grid: (rows); block: (D, groups)
 template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
     const int       d    = threadIdx.x;
     const int       grp  = threadIdx.y;
@@ -1014,41 +1014,41 @@ template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *
     const int       head = row % a.n_head;
 
     __shared__ float sums[GROUPS][D];
-    __shared__ float totals[GROUPS];
+    __shared__ float row_sums[GROUPS];
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
-    const float * part = a.partial + row * a.n_split * (D + 2);
+    const float * splits = a.partial + row * a.n_split * (D + 2);
 
-    float top = -1e30f;
+    float row_max = -1e30f;
     for (int i = 0; i < a.n_split; i++) {
-        top = fmaxf(top, part[(long long) i * (D + 2) + D]);
+        row_max = fmaxf(row_max, splits[(long long) i * (D + 2) + D]);
     }
-    float sum = 0.0f, total = 0.0f;
+    float sum = 0.0f, row_sum = 0.0f;
     for (int i = grp; i < a.n_split; i += GROUPS) {
-        const float * p = part + (long long) i * (D + 2);
-        const float   f = tbq_exp2(p[D] - top);
+        const float * p = splits + (long long) i * (D + 2);
+        const float   f = tbq_exp2(p[D] - row_max);
         sum += p[d] * f;
-        total += p[D + 1] * f;
+        row_sum += p[D + 1] * f;
     }
     sums[grp][d] = sum;
     if (d == 0) {
-        totals[grp] = total;
+        row_sums[grp] = row_sum;
     }
     __syncthreads();
     if (grp != 0) {
         return;
     }
-    total = totals[0];
+    row_sum = row_sums[0];
     for (int i = 1; i < GROUPS; i++) {
         sum += sums[i][d];
-        total += totals[i];
+        row_sum += row_sums[i];
     }
     sums[0][d] = sum;
     asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // the threads of group 0
     if (d / 32 < D / 64) {
-        tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], top, total, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
+        tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], row_max, row_sum, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
     }
 }
 

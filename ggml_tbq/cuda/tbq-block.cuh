@@ -21,6 +21,33 @@ constexpr __host__ __device__ int tbq_block_bytes(int bits) {
 #define TBQ_QH_OFFSET 18
 static_assert(TBQ_QS_OFFSET == offsetof(block_tbq3_0, qs) && TBQ_QH_OFFSET == offsetof(block_tbq3_0, qh), "layout");
 
+// --- rows -----------------------------------------------------------------------------------------------------
+
+// The place of a block in a tensor of four dimensions, in ggml's order: block i0 of row (i1, i2, i3).
+struct tbq_index4 {
+    long long i0, i1, i2, i3;
+};
+
+// The shape of such a tensor.  ne[0] counts blocks.  s[k - 1] is the distance between neighbors in dimension k, in bytes or
+// in elements, as the user of the struct says.
+struct tbq_rows {
+    long long ne[4];
+    long long s[3];
+
+    __host__ __device__ __forceinline__ long long n_blocks() const { return ne[0] * ne[1] * ne[2] * ne[3]; }
+
+    // Block number i, counted row after row.
+    __device__ __forceinline__ tbq_index4 index4(long long i) const {
+        const long long row = i / ne[0], rest = row / ne[1];
+        return { i % ne[0], row % ne[1], rest % ne[2], rest / ne[2] };
+    }
+
+    // Of the row (i1, i2, i3), from the start of the tensor.
+    __device__ __forceinline__ long long offset(long long i1, long long i2, long long i3) const {
+        return i1 * s[0] + i2 * s[1] + i3 * s[2];
+    }
+};
+
 // --- levels ---------------------------------------------------------------------------------------------------
 
 // Byte n of a table is level n + 64.  Biased like this every entry is below 128, so that a `prmt` whose selector has
@@ -86,7 +113,7 @@ template <int BITS> struct tbq_lookup_table {
 
 // A block has eight "nibble words", the same for every type: nibble 2 i of word w is the index of value 4 w + i,
 // nibble 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 they are the words of qs as they lie in memory; for
-// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the third bits from qh.
+// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the high bits from qh.
 //
 // `qs` is word w of qs for tbq4_0, else word w & 3; `qh` is word w & 1 of qh.
 template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint32_t qs, uint32_t qh, int w) {
@@ -95,7 +122,7 @@ template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint3
     } else if constexpr (BITS == 2) {
         return qs >> (w >> 2) * 2 & 0x33333333u;
     } else {
-        // the third bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
+        // the high bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
         const int at = (w & 2) + (w >> 2);
         return (qs >> (w >> 2) * 2 & 0x33333333u) | (__funnelshift_l(qh, qh, 2 - at) & 0x44444444u);
     }

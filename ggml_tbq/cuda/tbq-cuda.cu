@@ -10,12 +10,12 @@
 #include "tbq-quantize.cuh"
 
 // Bits of an index, of a q8_0 or an f16 value; 0 for other types.
-static int bits_of(ggml_type type) {
+static int kv_bits(ggml_type type) {
     return ggml_is_tbq(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
 }
 
 // f(std::integral_constant<int, bits>)
-template <typename F> static void with_bits(ggml_type type, F f) {
+template <typename F> static void dispatch_bits(ggml_type type, F f) {
     switch (type) {
         case GGML_TYPE_TBQ2_0: f(std::integral_constant<int, 2>()); break;
         case GGML_TYPE_TBQ3_0: f(std::integral_constant<int, 3>()); break;
@@ -30,31 +30,34 @@ static dim3 grid_for(int64_t n_threads, int block) {
     return dim3((unsigned) n);
 }
 
-// --- values to blocks ---------------------------------------------------------------------------------------------
-
-static int64_t n_blocks_of(const tbq_encode_args & a) {
-    return a.ne0 * a.ne1 * a.ne2 * a.ne3;
+// The shape of one tensor in blocks, and the strides of another (or of the same) in units of so many bytes.
+static tbq_rows rows_of(const ggml_tensor * shape, const ggml_tensor * strides, size_t unit) {
+    const auto stride = [&](int i) { return (long long) (strides->nb[i] / unit); };
+    return { { shape->ne[0] / TBQ_BLOCK, shape->ne[1], shape->ne[2], shape->ne[3] }, { stride(1), stride(2), stride(3) } };
 }
 
-// What the multiprocessors can take at once.  (__reduce_max_sync is of sm_80.)
-static bool is_few(const tbq_encode_args & a) {
+// --- values to blocks ---------------------------------------------------------------------------------------------
+
+// Few enough blocks for the multiprocessors to take at once: those of the tokens of a decode step.  (__reduce_max_sync needs
+// sm_80.)
+static bool is_decode_size(const tbq_encode_args & a) {
     const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
-    return n_blocks_of(a) <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
+    return a.from.n_blocks() <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
 }
 
 static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, cudaStream_t stream) {
-    const int64_t n = n_blocks_of(a);
+    const int64_t n = a.from.n_blocks();
     if (n == 0) {
         return;
     }
-    const bool few = is_few(a);
-    const ggml_cuda_kernel_launch_params launch(few ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
-                                                dim3(few ? TBQ_ENCODE_FEW_THREADS : TBQ_ENCODE_THREADS), 0, stream);
-    with_bits(type, [&](auto bits) {
+    const bool decode_size = is_decode_size(a);
+    const ggml_cuda_kernel_launch_params launch(decode_size ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
+                                                dim3(decode_size ? TBQ_DECODE_SIZE_THREADS : TBQ_ENCODE_THREADS), 0, stream);
+    dispatch_bits(type, [&](auto bits) {
         if (half_source) {
-            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
+            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
         } else {
-            ggml_cuda_kernel_launch(few ? tbq_quantize_few<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
+            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
         }
     });
     CUDA_CHECK(cudaGetLastError());
@@ -62,20 +65,11 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
 
 // src: f32 or f16, dst: tbq, of the same sizes but for the rows
 static tbq_encode_args encode_args(const ggml_tensor * src, const ggml_tensor * dst) {
-    const size_t    ts = ggml_type_size(src->type);
-    tbq_encode_args a  = {};
-    a.src = src->data;
-    a.dst = (char *) dst->data;
-    a.ne0 = src->ne[0] / TBQ_BLOCK;
-    a.ne1 = src->ne[1];
-    a.ne2 = src->ne[2];
-    a.ne3 = src->ne[3];
-    a.s1  = src->nb[1] / ts;
-    a.s2  = src->nb[2] / ts;
-    a.s3  = src->nb[3] / ts;
-    a.nb1 = dst->nb[1];
-    a.nb2 = dst->nb[2];
-    a.nb3 = dst->nb[3];
+    tbq_encode_args a = {};
+    a.src  = src->data;
+    a.dst  = (char *) dst->data;
+    a.from = rows_of(src, src, ggml_type_size(src->type));
+    a.to   = rows_of(src, dst, 1);
     return a;
 }
 
@@ -226,9 +220,9 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (rope.head_size) {
         const ggml_tensor * x = graph->nodes[i]->src[0];
         a.src = x->data;
-        a.s1  = x->nb[2] / sizeof(float);
+        a.from.s[0] = x->nb[2] / sizeof(float);
     }
-    if (n_blocks_of(a) == 0 || !is_few(a)) {
+    if (a.from.n_blocks() == 0 || !is_decode_size(a)) {
         return 0;
     }
 
@@ -239,18 +233,18 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (v) {
         // two caches, and the second reads nothing that the first writes
         b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || n_blocks_of(b) == 0 || !is_few(b)) {
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 || !is_decode_size(b)) {
             v = nullptr;
         }
     }
     if (!v && !rope.head_size) {
         return 0;
     }
-    const int                            n_a = (int) n_blocks_of(a);
-    const int                            n_b = v ? (int) n_blocks_of(b) : 0;
-    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_ENCODE_FEW_THREADS), 0, ctx.stream());
-    with_bits(k->type, [&](auto bits_k) {
-        with_bits(v ? v->type : k->type, [&](auto bits_v) {
+    const int                            n_a = (int) a.from.n_blocks();
+    const int                            n_b = v ? (int) b.from.n_blocks() : 0;
+    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream());
+    dispatch_bits(k->type, [&](auto bits_k) {
+        dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
             ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>, launch, a,
                                     rope, b, n_a);
         });
@@ -261,13 +255,13 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
 
 // --- blocks to values ---------------------------------------------------------------------------------------------
 
-template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args & a, cudaStream_t stream) {
-    const int64_t n = a.ne0 * a.ne1 * a.ne2 * a.ne3;
+template <typename dst_t> static void decode(ggml_type type, const tbq_decode_args & a, cudaStream_t stream) {
+    const int64_t n = a.from.n_blocks();
     if (n == 0) {
         return;
     }
     const ggml_cuda_kernel_launch_params launch(grid_for(4 * n, 256), dim3(256), 0, stream);
-    with_bits(type, [&](auto bits) { ggml_cuda_kernel_launch(tbq_dequantize_rows<bits, dst_t>, launch, a); });
+    dispatch_bits(type, [&](auto bits) { ggml_cuda_kernel_launch(tbq_dequantize_rows<bits, dst_t>, launch, a); });
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -275,19 +269,12 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_rows_args
 template <int BITS, typename dst_t>
 static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01, int64_t s02,
                          int64_t s03, cudaStream_t stream) {
-    tbq_rows_args a = {};
-    a.src = (const char *) x;
-    a.dst = y;
-    a.ne0 = ne00 / TBQ_BLOCK;
-    a.ne1 = ne01;
-    a.ne2 = ne02;
-    a.ne3 = ne03;
-    a.nb1 = s01 * tbq_block_bytes(BITS);
-    a.nb2 = s02 * tbq_block_bytes(BITS);
-    a.nb3 = s03 * tbq_block_bytes(BITS);
-    a.s1  = ne00;
-    a.s2  = ne00 * ne01;
-    a.s3  = ne00 * ne01 * ne02;
+    constexpr int64_t bytes = tbq_block_bytes(BITS);
+    tbq_decode_args   a     = {};
+    a.src  = (const char *) x;
+    a.dst  = y;
+    a.from = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { s01 * bytes, s02 * bytes, s03 * bytes } };
+    a.to   = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { ne00, ne00 * ne01, ne00 * ne01 * ne02 } };
     decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
 }
 
@@ -324,27 +311,19 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type) {
     return TBQ_PICK(to_values_nc, type, float);
 }
 
-static tbq_rows_args rows_of(const ggml_tensor * src, const ggml_tensor * dst) {
-    const size_t  ts = ggml_type_size(dst->type);
-    tbq_rows_args a  = {};
-    a.src = (const char *) src->data;
-    a.dst = dst->data;
-    a.ne0 = src->ne[0] / TBQ_BLOCK;
-    a.ne1 = dst->ne[1];
-    a.ne2 = dst->ne[2];
-    a.ne3 = dst->ne[3];
-    a.nb1 = src->nb[1];
-    a.nb2 = src->nb[2];
-    a.nb3 = src->nb[3];
-    a.s1  = dst->nb[1] / ts;
-    a.s2  = dst->nb[2] / ts;
-    a.s3  = dst->nb[3] / ts;
+// src: tbq, dst: values, of the same sizes but for the rows
+static tbq_decode_args decode_args(const ggml_tensor * src, const ggml_tensor * dst) {
+    tbq_decode_args a = {};
+    a.src  = (const char *) src->data;
+    a.dst  = dst->data;
+    a.from = rows_of(dst, src, 1);
+    a.to   = rows_of(dst, dst, ggml_type_size(dst->type));
     return a;
 }
 
 static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     if (ggml_is_tbq(src->type) && dst->type == GGML_TYPE_F32) {
-        decode<float>(src->type, rows_of(src, dst), ctx.stream());
+        decode<float>(src->type, decode_args(src, dst), ctx.stream());
         return true;
     }
     if (ggml_is_tbq(dst->type) && src->type == GGML_TYPE_F32) {
@@ -361,7 +340,7 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
-    tbq_rows_args a = rows_of(src, dst);
+    tbq_decode_args a = decode_args(src, dst);
     a.ids    = (const int *) ids->data;
     a.ids_s0 = ids->nb[0] / sizeof(int);
     a.ids_s1 = ids->nb[1] / sizeof(int);
@@ -393,15 +372,9 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
 
     ggml_cuda_pool_alloc<tbq_activations> x(ctx.pool(), n_all);
     tbq_activations_args                  r = {};
-    r.src = (const float *) src1->data;
-    r.dst = x.ptr;
-    r.ne0 = n_blocks;
-    r.ne1 = src1->ne[1];
-    r.ne2 = src1->ne[2];
-    r.ne3 = src1->ne[3];
-    r.s1  = src1->nb[1] / sizeof(float);
-    r.s2  = src1->nb[2] / sizeof(float);
-    r.s3  = src1->nb[3] / sizeof(float);
+    r.src  = (const float *) src1->data;
+    r.dst  = x.ptr;
+    r.rows = rows_of(src1, src1, sizeof(float));
     ggml_cuda_kernel_launch(tbq_rotate_activations, ggml_cuda_kernel_launch_params(grid_for(32 * n_all, 128), dim3(128), 0, stream), r);
     CUDA_CHECK(cudaGetLastError());
 
@@ -433,7 +406,7 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
     }
     const dim3 grid((a.n_rows + TBQ_MATVEC_WARPS - 1) / TBQ_MATVEC_WARPS, ids ? ids->ne[0] : src1->ne[2], ids ? ids->ne[1] : src1->ne[3]);
     const ggml_cuda_kernel_launch_params launch(grid, dim3(32 * TBQ_MATVEC_WARPS), 0, stream);
-    with_bits(src0->type, [&](auto bits) {
+    dispatch_bits(src0->type, [&](auto bits) {
         switch (a.n_cols) {
             case 1: ggml_cuda_kernel_launch(tbq_matvec<bits, 1>, launch, a); break;
             case 2: ggml_cuda_kernel_launch(tbq_matvec<bits, 2>, launch, a); break;
@@ -475,7 +448,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
 #endif
-    const int bits_k = bits_of(k->type), bits_v = bits_of(v->type);
+    const int bits_k = kv_bits(k->type), bits_v = kv_bits(v->type);
     if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
@@ -501,7 +474,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     }
     for (const ggml_tensor * t : { k, v }) {
         // heads at multiples of their own size, rows where 32-bit arithmetic reaches
-        const size_t align = tbq_attention_align(d, bits_of(t->type));
+        const size_t align = tbq_attention_align(d, kv_bits(t->type));
         for (int i = 1; i < 4; i++) {
             if (t->nb[i] % align != 0) {
                 return false;
@@ -549,7 +522,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb3 = mask->nb[3];
     }
 #define TBQ_CASE(K, V) case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
-    switch (100 * bits_of(k->type) + bits_of(v->type)) {
+    switch (100 * kv_bits(k->type) + kv_bits(v->type)) {
         TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
     }

@@ -87,37 +87,30 @@ static __device__ __forceinline__ void tbq_store4(nv_bfloat16 * p, float4 x) {
     *(uint2 *) p = make_uint2(*(const uint32_t *) &lo, *(const uint32_t *) &hi);
 }
 
-// Rows of blocks to rows of values.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are bytes,
-// destination strides elements.  With ids (GET_ROWS), row i1 of (i2, i3) is row ids[i1, i2, i3] of the source.
-struct tbq_rows_args {
+// Rows of blocks to rows of values.  With ids (GET_ROWS), row i1 of (i2, i3) is row ids[i1, i2, i3] of the source.
+struct tbq_decode_args {
     const char * src;
     void *       dst;
-    long long    ne0, ne1, ne2, ne3;
-    long long    nb1, nb2, nb3;
-    long long    s1, s2, s3;
+    tbq_rows     from; // the shape of the result, and the strides of the source in bytes
+    tbq_rows     to;   // the same shape, and the strides of the result in elements
     const int *  ids;
     long long    ids_s0, ids_s1, ids_s2; // elements
 };
 
 // grid: enough threads for 4 x the number of blocks; a multiple of 32 of them
-template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_dequantize_rows(const tbq_rows_args a) {
-    const long long index  = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 4;
-    const long long n      = a.ne0 * a.ne1 * a.ne2 * a.ne3;
-    const long long i      = index < n ? index : n - 1; // all lanes take part in the shuffles
-    const int       t      = threadIdx.x % 4;
-    const long long i0     = i % a.ne0;
-    long long       rest   = i / a.ne0;
-    const long long i1     = rest % a.ne1;
-    rest /= a.ne1;
-    const long long i2  = rest % a.ne2;
-    const long long i3  = rest / a.ne2;
+template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_dequantize_rows(const tbq_decode_args a) {
+    const long long  index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 4;
+    const long long  n     = a.from.n_blocks();
+    const tbq_index4 at    = a.from.index4(index < n ? index : n - 1); // all lanes take part in the shuffles
+    const int        t     = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    const long long row = a.ids ? a.ids[i1 * a.ids_s0 + i2 * a.ids_s1 + i3 * a.ids_s2] : i1;
-    dst_t * const   dst = (dst_t *) a.dst + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
-    tbq_dequantize_block<BITS>(a.src + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, t, [&](int e, float4 x) {
+    const long long    row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
+    const char * const src = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);
+    dst_t * const      dst = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(at.i1, at.i2, at.i3);
+    tbq_dequantize_block<BITS>(src, t, [&](int e, float4 x) {
         if (index < n) {
             tbq_store4(dst + e, x);
         }

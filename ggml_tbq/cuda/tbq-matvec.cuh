@@ -16,42 +16,38 @@ struct tbq_activations {
 struct tbq_activations_args {
     const float * src; // rows of ne0 blocks
     tbq_activations * dst;
-    long long     ne0, ne1, ne2, ne3;
-    long long     s1, s2, s3; // elements
+    tbq_rows      rows; // strides of the source in elements
 };
 
 // A warp to a block.  grid: enough warps for all
 static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_activations_args a) {
     const int       lane = threadIdx.x % 32;
     const long long i    = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    if (i >= a.ne0 * a.ne1 * a.ne2 * a.ne3) {
+    if (i >= a.rows.n_blocks()) {
         return;
     }
-    const long long i0   = i % a.ne0;
-    long long       rest = i / a.ne0;
-    const long long i1   = rest % a.ne1;
-    rest /= a.ne1;
+    const tbq_index4 from = a.rows.index4(i);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    const float * x  = a.src + i0 * 64 + i1 * a.s1 + rest % a.ne2 * a.s2 + rest / a.ne2 * a.s3;
+    const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
     tbq_rotate_warp(lo, hi, lane);
-    float top = fmaxf(fabsf(lo), fabsf(hi));
+    float largest = fmaxf(fabsf(lo), fabsf(hi));
 #pragma unroll
     for (int h = 1; h < 32; h *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+        largest = fmaxf(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
     // a NaN or Inf must not vanish in the rounding
     const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= 3.4e38f) || !(fabsf(hi) <= 3.4e38f));
-    const float inverse = top > 0.0f && !bad ? 127.0f / top : 0.0f;
+    const float inverse = largest > 0.0f && !bad ? 127.0f / largest : 0.0f;
     // value e < 32 is byte 2 (e % 4) of word e / 4, but bytes 0..3 are those of channels 0, 32, 1, 33; and so on
     const int at = lane / 4 * 8 + lane % 4 * 2;
     a.dst[i].qs[at]     = (int8_t) __float2int_rn(lo * inverse);
     a.dst[i].qs[at + 1] = (int8_t) __float2int_rn(hi * inverse);
     if (lane == 0) {
-        a.dst[i].d = bad ? __int_as_float(0x7FC00000) : top / 127.0f;
+        a.dst[i].d = bad ? __int_as_float(0x7FC00000) : largest / 127.0f;
     }
 }
 

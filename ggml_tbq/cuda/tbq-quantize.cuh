@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
-// The steps and the order of every sum are those of cpu/tbq-rows.h, where the reasons stand.  A half-warp takes a
+// The steps and the order of every sum are those of cpu/rows/rows.inc, where the reasons stand.  A half-warp takes a
 // block; lane l has values l, l + 16, l + 32, l + 48, so that butterflies of distance 1, 2, 4, 8 are shuffles, those of
 // 16 and 32 stay in the lane, and the 16 partial sums of squares are the lanes' own.  Nothing may be contracted or
 // approximated, whatever flags the file is compiled with: hence the intrinsics.
@@ -102,8 +102,8 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
 // The norm preserved: d . |k| = |y|.  Saturates at the largest half.
 static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
     const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) kk));
-    const float d    = __fmul_rn(norm, huge ? 0x1p100f : 1.0f);
-    return d < 65504.0f ? d : 65504.0f;
+    const float d    = __fmul_rn(norm, huge ? TBQ_HUGE_UNSCALE : 1.0f);
+    return d < TBQ_F16_MAX ? d : TBQ_F16_MAX;
 }
 
 // By 16 lanes, whose values are l + 16 j.
@@ -135,28 +135,61 @@ static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], un
     }
 }
 
-// Is (qk, kk) of scale s better than the other?  qk / sqrt(kk) compared exactly; of equals the smaller scale.
-static __device__ __forceinline__ bool tbq_scale_better(int qk, int kk, int s, int o_qk, int o_kk, int o) {
-    const uint64_t mine   = (uint64_t) qk * (uint64_t) qk * (uint64_t) o_kk;
-    const uint64_t theirs = (uint64_t) o_qk * (uint64_t) o_qk * (uint64_t) kk;
-    return mine > theirs || (mine == theirs && s < o);
+// A scale of the search: its number, and the sums of q k and k k over the block, k the level of the positive half that q
+// falls on.
+struct tbq_scale {
+    int qk, kk, number;
+
+    // The larger qk / sqrt(kk), compared exactly; of equals the smaller number.
+    __device__ __forceinline__ bool better(const tbq_scale & than) const {
+        const uint64_t mine   = (uint64_t) qk * (uint64_t) qk * (uint64_t) than.kk;
+        const uint64_t theirs = (uint64_t) than.qk * (uint64_t) than.qk * (uint64_t) kk;
+        return mine > theirs || (mine == theirs && number < than.number);
+    }
+
+    __device__ __forceinline__ float least_squares() const { return __fdiv_rn((float) qk, (float) kk); }
+};
+
+// The best of what each of LANES neighboring lanes has.
+template <int LANES> static __device__ __forceinline__ tbq_scale tbq_best_scale(tbq_scale best) {
+#pragma unroll
+    for (int h = 1; h < LANES; h *= 2) {
+        const tbq_scale other = { __shfl_xor_sync(TBQ_WARP_ALL, best.qk, h), __shfl_xor_sync(TBQ_WARP_ALL, best.kk, h),
+                                  __shfl_xor_sync(TBQ_WARP_ALL, best.number, h) };
+        if (other.better(best)) {
+            best = other;
+        }
+    }
+    return best;
+}
+
+// The index of the level of a rotated value z, whose size in fixed point is q, with a scale of the search.
+template <int BITS> static __device__ __forceinline__ int tbq_level_index(int q, float z, const tbq_scale & best) {
+    using tables = tbq_encoder_tables<BITS>;
+    constexpr int HALF = 1 << (BITS - 1);
+    int           m    = 0;
+#pragma unroll
+    for (int t = 0; t < tables::N_THRESHOLDS; t++) {
+        m += q > tables::threshold(best.number, t);
+    }
+    return z < 0.0f ? HALF - 1 - m : HALF + m;
 }
 
 // What both kernels know of a block before they search.
 struct tbq_measure {
-    bool  bad, zero, huge; // NaN or Inf; too small for any d; above 2^50, where squares would overflow
+    bool  bad, zero, huge; // NaN or Inf; too small for any d; so large that squares would overflow
     float rms, inverse;    // of the rotated values, and TBQ_Q_ONE over it
 };
 
-// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  top: the largest of the bits of |x| of the block.
-static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t top, int l) {
+// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  largest: the bits of the largest |x| of the block.
+static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t largest, int l) {
     tbq_measure m;
-    m.bad  = top >= 0x7F800000u;
-    m.zero = top < 0x30800000u; // 2^-30
-    m.huge = top > 0x58800000u && !m.bad;
+    m.bad  = largest >= TBQ_BITS_INF;
+    m.zero = largest < TBQ_BITS_SMALLEST;
+    m.huge = largest > TBQ_BITS_HUGE && !m.bad;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], 0x1p-100f) : x[j], l + 16 * j);
+        z[j] = tbq_flip(m.huge ? __fmul_rn(x[j], TBQ_HUGE_SCALE) : x[j], l + 16 * j);
     }
     tbq_butterflies_16(z, l);
     float sum = __fmul_rn(z[0], z[0]);
@@ -200,41 +233,48 @@ template <int BITS> static __device__ __forceinline__ void tbq_encoder_fill_gaps
     }
 }
 
-// x: value l + 16 j in x[j].  All lanes of the warp come here; `write` says whether this half's block exists.
-template <int BITS>
-static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], const float * weight, char * block, bool write, int l,
-                                                          tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
-    using tables = tbq_encoder_tables<BITS>;
-    constexpr int HALF = 1 << (BITS - 1);
-
-    uint32_t top = 0;
+// The weights of noise shaping where none were measured.
+static __device__ __forceinline__ void tbq_guess_weights(const float (&x)[4], float rms, float (&w)[4]) {
+    const float mean_square = __fmul_rn(__fmul_rn(rms, rms), 1.0f / 64);
+    const float scale       = __fdiv_rn(0.5f, mean_square);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        top = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+        const float square = __fmul_rn(x[j], x[j]);
+        const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
+        w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPING_FLOOR);
+    }
+}
+
+// What the move of a coordinate by a gap gains, against its slope g.
+static __device__ __forceinline__ float tbq_gain(float gap, float g, float m0) {
+    const float size = fabsf(g);
+    return __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
+}
+
+// --- a block by a half-warp -------------------------------------------------------------------------------------------
+
+static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
 #pragma unroll
     for (int h = 1; h < 16; h *= 2) {
-        top = max(top, __shfl_xor_sync(TBQ_WARP_ALL, top, h));
+        largest = max(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
-    float             z[4];
-    const tbq_measure what = tbq_rotate_and_measure(x, z, top, l);
-    const bool        bad = what.bad, zero = what.zero, huge = what.huge;
-    const float       rms = what.rms, inverse = what.inverse;
+    return largest;
+}
 
-    int q[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        q[j] = tbq_to_fixed(z[j], inverse, zero || bad);
-    }
-
-    // The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves
-    // of what they have until each has the sums of one scale, and the best is the maximum over the lanes.
+// The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves of what
+// they have until each has the sums of one scale, and the best is the maximum over the lanes.
+template <int BITS> static __device__ __forceinline__ tbq_scale tbq_search_scale(const int (&q)[4], int l) {
     constexpr int N = 16;
     int qk[N], kk[N];
 #pragma unroll
     for (int s = 0; s < N; s++) {
         qk[s] = kk[s] = 0;
-        if (s < tables::N_SCALES) {
+        if (s < tbq_encoder_tables<BITS>::N_SCALES) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int k = tbq_half_level_of<BITS>(q[j], s);
@@ -244,132 +284,136 @@ static __device__ __forceinline__ void tbq_quantize_block(const float (&x)[4], c
         }
     }
     tbq_share_out<8>(qk, kk, l);
-    int best_qk = qk[0], best_kk = kk[0], best = l; // of scale l; none has sums of 0 but those that do not exist
-    best_kk = best_kk == 0 ? 1 : best_kk;
-#pragma unroll
-    for (int h = 1; h < 16; h *= 2) {
-        const int o_qk = __shfl_xor_sync(TBQ_WARP_ALL, best_qk, h);
-        const int o_kk = __shfl_xor_sync(TBQ_WARP_ALL, best_kk, h);
-        const int o    = __shfl_xor_sync(TBQ_WARP_ALL, best, h);
-        if (tbq_scale_better(o_qk, o_kk, o, best_qk, best_kk, best)) {
-            best_qk = o_qk;
-            best_kk = o_kk;
-            best    = o;
-        }
-    }
+    return tbq_best_scale<16>({ qk[0], kk[0] == 0 ? 1 : kk[0], l }); // only a scale that does not exist has sums of 0
+}
 
-    int   index[4];
-    float k[4];
+// The slopes g of the error, and row 0 of its matrix into scratch->m (cpu/rows/rows.inc has the formulas).
+static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], float (&g)[4], tbq_encoder_scratch * scratch, int l) {
+    float m[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        int m = 0;
-#pragma unroll
-        for (int i = 0; i < tables::N_THRESHOLDS; i++) {
-            m += q[j] > tables::threshold(best, i);
-        }
-        index[j] = z[j] < 0.0f ? HALF - 1 - m : HALF + m;
-        k[j]     = gaps->level[index[j]];
+        m[j] = w[j];
     }
-
-    // noise shaping
-    {
-        const float mean_square = __fmul_rn(__fmul_rn(rms, rms), 1.0f / 64);
-        const float scale       = __fdiv_rn(0.5f, mean_square);
-        const float d           = __fdiv_rn((float) best_qk, (float) best_kk);
-        float       w[4], m[4], g[4];
+    tbq_butterflies_16(m, l);
+    tbq_butterflies_16(g, l);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float square = __fmul_rn(x[j], x[j]);
-            const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-            w[j] = weight ? weight[j] : __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
-            m[j] = w[j];
-            g[j] = __fsub_rn(__fmul_rn(z[j], inverse), __fmul_rn(d, k[j]));
-        }
-        tbq_butterflies_16(m, l);
-        tbq_butterflies_16(g, l);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            m[j] = __fmul_rn(m[j], 1.0f / 64);
-            g[j] = __fmul_rn(g[j], w[j]);
-            scratch->m[l + 16 * j] = m[j];
-        }
-        tbq_butterflies_16(g, l);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            g[j] = __fmul_rn(g[j], 1.0f / 64);
-        }
-        __syncwarp();
-        const float m0 = scratch->m[0];
-        // even and odd lanes hold the even and the odd coordinates, which do not interact: both move at once
-        for (int step = 0; step < TBQ_SHAPE_STEPS; step++) {
-            float gain = 0.0f;
-            int   at   = 64;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float gap   = __fmul_rn(d, (g[j] > 0.0f ? gaps->up : gaps->down)[index[j]]);
-                const float size  = fabsf(g[j]);
-                const float value = __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
-                if (value > gain) {
-                    gain = value;
-                    at   = l + 16 * j;
-                }
-            }
-            tbq_first_largest(gain, at);
-            const bool moves = gain > 0.0f && !huge && !zero && !bad;
-            if (!__any_sync(TBQ_WARP_ALL, moves)) {
-                break;
-            }
-            // the lane that holds it says how far
-            float s = 0.0f;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (moves && at == l + 16 * j) {
-                    const bool up = g[j] > 0.0f;
-                    s = __fmul_rn(d, up ? gaps->up[index[j]] : -gaps->down[index[j]]);
-                    index[j] += up ? 1 : -1;
-                }
-            }
-            s = __shfl_sync(TBQ_WARP_ALL, s, (threadIdx.x & 16) | (at & 15));
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float change = __fmul_rn(s, scratch->m[((l + 16 * j) ^ at) & 63]);
-                g[j] = moves ? __fsub_rn(g[j], change) : g[j];
-            }
-        }
-        __syncwarp(); // before the next block overwrites m
-        int total = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int level = (int) gaps->level[index[j]];
-            total += level * level;
-        }
-#pragma unroll
-        for (int h = 1; h < 16; h *= 2) {
-            total += __shfl_xor_sync(TBQ_WARP_ALL, total, h);
-        }
-        best_kk = huge ? best_kk : total;
+    for (int j = 0; j < 4; j++) {
+        g[j] = __fmul_rn(g[j], w[j]);
+        scratch->m[l + 16 * j] = __fmul_rn(m[j], 1.0f / 64);
     }
+    tbq_butterflies_16(g, l);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        g[j] = __fmul_rn(g[j], 1.0f / 64);
+    }
+    __syncwarp();
+}
 
-    float d = tbq_norm_scale(rms, best_kk, huge);
-    if (zero || bad) {
+// Coordinate descent.  Even and odd lanes hold the even and the odd coordinates, which do not interact: both move at once.
+static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], int (&index)[4], float d, bool shaped, const tbq_encoder_scratch * scratch,
+                                                      const tbq_encoder_gaps * gaps, int l) {
+    const float m0 = scratch->m[0];
+    for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
+        float gain = 0.0f;
+        int   at   = 64;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float gap   = __fmul_rn(d, (g[j] > 0.0f ? gaps->up : gaps->down)[index[j]]);
+            const float value = tbq_gain(gap, g[j], m0);
+            if (value > gain) {
+                gain = value;
+                at   = l + 16 * j;
+            }
+        }
+        tbq_first_largest(gain, at);
+        const bool moves = gain > 0.0f && shaped;
+        if (!__any_sync(TBQ_WARP_ALL, moves)) {
+            break;
+        }
+        // the lane that holds it says how far
+        float s = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (moves && at == l + 16 * j) {
+                const bool up = g[j] > 0.0f;
+                s = __fmul_rn(d, up ? gaps->up[index[j]] : -gaps->down[index[j]]);
+                index[j] += up ? 1 : -1;
+            }
+        }
+        s = __shfl_sync(TBQ_WARP_ALL, s, (threadIdx.x & 16) | (at & 15));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float change = __fmul_rn(s, scratch->m[((l + 16 * j) ^ at) & 63]);
+            g[j] = moves ? __fsub_rn(g[j], change) : g[j];
+        }
+    }
+    __syncwarp(); // before the next block overwrites m
+}
+
+// The sum of k k.
+static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4], const tbq_encoder_gaps * gaps) {
+    int total = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int level = (int) gaps->level[index[j]];
+        total += level * level;
+    }
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+        total += __shfl_xor_sync(TBQ_WARP_ALL, total, h);
+    }
+    return total;
+}
+
+// x: value l + 16 j in x[j]; weight: theirs in noise shaping, or null.  All lanes of the warp come here; `write` says whether this
+// half's block exists.
+template <int BITS>
+static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, bool write, int l,
+                                                          tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
+    float             z[4];
+    const tbq_measure b = tbq_rotate_and_measure(x, z, tbq_abs_max_16(x), l);
+    int               q[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        q[j] = tbq_to_fixed(z[j], b.inverse, b.zero || b.bad);
+    }
+    const tbq_scale best = tbq_search_scale<BITS>(q, l);
+    const float     d    = best.least_squares();
+    int             index[4];
+    float           g[4], w[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        index[j] = tbq_level_index<BITS>(q[j], z[j], best);
+        g[j]     = __fsub_rn(__fmul_rn(z[j], b.inverse), __fmul_rn(d, gaps->level[index[j]]));
+    }
+    tbq_guess_weights(x, b.rms, w);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        w[j] = weight ? weight[j] : w[j];
+    }
+    tbq_shaping_slopes(w, g, scratch, l);
+    tbq_coordinate_descent_16(g, index, d, !b.huge && !b.zero && !b.bad, scratch, gaps, l);
+    const int kk = tbq_level_squares_16(index, gaps);
+
+    if (b.zero || b.bad) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             index[j] = 0;
         }
-        d = 0.0f;
     }
-
-    tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)), block, write, l);
+    const float scale = b.zero || b.bad ? 0.0f : tbq_norm_scale(b.rms, b.huge ? best.kk : kk, b.huge);
+    tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(scale)), block, write, l);
 }
 
-// Rows of values to rows of blocks.  Four dimensions in ggml's order; ne0 counts blocks.  Source strides are elements,
-// destination strides bytes.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row ids[i1, i2 % ids_ne1, i3 % ids_ne2].
+// --- rows -------------------------------------------------------------------------------------------------------------
+
+// Rows of values to rows of blocks.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row
+// ids[i1, i2 % ids_ne1, i3 % ids_ne2].
 struct tbq_encode_args {
     const void * src;
     char *       dst;
-    long long    ne0, ne1, ne2, ne3;
-    long long    s1, s2, s3;
-    long long    nb1, nb2, nb3;
+    tbq_rows     from; // the shape and the strides of the source, in elements
+    tbq_rows     to;   // the same shape, and the strides of the result in bytes
     const void * ids;
     int          ids_64;
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
@@ -449,141 +493,224 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
     const int       l     = threadIdx.x % 16;
     const long long index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
-    const long long n     = a.ne0 * a.ne1 * a.ne2 * a.ne3;
-    const long long i     = index < n ? index : n - 1;
-    const long long i0    = i % a.ne0;
-    long long       rest  = i / a.ne0;
-    const long long i1    = rest % a.ne1;
-    rest /= a.ne1;
-    const long long i2 = rest % a.ne2;
-    const long long i3 = rest / a.ne2;
-    const tbq_center center(a, i0, l);
+    const long long n     = a.from.n_blocks();
+    const tbq_index4 at   = a.from.index4(index < n ? index : n - 1);
+    const tbq_center center(a, at.i0, l);
     __syncthreads();
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    long long row = i1;
+    long long row = at.i1;
     if (a.ids) {
-        const long long at = i1 * a.ids_s0 + i2 % a.ids_ne1 * a.ids_s1 + i3 % a.ids_ne2 * a.ids_s2;
-        row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
+        const long long id = at.i1 * a.ids_s0 + at.i2 % a.ids_ne1 * a.ids_s1 + at.i3 % a.ids_ne2 * a.ids_s2;
+        row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
-    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
+    const src_t * src = (const src_t *) a.src + at.i0 * 64 + a.from.offset(at.i1, at.i2, at.i3);
+    char *        dst = a.dst + at.i0 * tbq_block_bytes(BITS) + a.to.offset(row, at.i2, at.i3);
     float x[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(tbq_load(src + l + 16 * j), center.mean[j]);
     }
-    tbq_quantize_block<BITS>(x, a.weight ? center.weight : nullptr, a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, index < n, l,
-                             &scratch[threadIdx.x / 16], &gaps);
+    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16], &gaps);
 }
 
-// --- few blocks: the shortest way -------------------------------------------------------------------------------------
+// --- decode size ------------------------------------------------------------------------------------------------------
 //
-// In decode there is a block or two for each of a few heads, and what counts is how long one takes.  Four warps to a
-// block: eight half-warps rotate it, all the same, and try two scales each; one warp prepares the weights of noise
-// shaping meanwhile; then a warp descends on the even coordinates, a lane to each, and another on the odd ones.
+// In decode there are one or two blocks for each KV head, and the latency of one block counts.  Four warps take a block.
+// Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the weights of
+// noise shaping.  Then one warp runs the coordinate descent on the even coordinates, a lane to each, and another on the odd
+// ones.
 
-#define TBQ_ENCODE_FEW_THREADS 128
+#define TBQ_DECODE_SIZE_THREADS 128
+
+// The place of a block, and what its dimensions 2 and 3 add to the place of its row's number among the ids.
+struct tbq_small_place {
+    unsigned  i0, i1, i2, i3;
+    long long id;
+};
+
+// index4 in 32 bits, which the number of blocks allows, and without the divisions that a single token does not need: they
+// are a tenth of the time of this kernel.
+static __device__ __forceinline__ tbq_small_place tbq_place_of(const tbq_encode_args & a, unsigned i) {
+    const unsigned  ne0 = (unsigned) a.from.ne[0], ne1 = (unsigned) a.from.ne[1], ne2 = (unsigned) a.from.ne[2];
+    tbq_small_place at  = { i % ne0, i / ne0, 0, 0, 0 };
+    if (a.from.ne[2] * a.from.ne[3] > 1) {
+        const unsigned rest = at.i1 / ne1;
+        at.i1 %= ne1;
+        at.i2 = rest % ne2;
+        at.i3 = rest / ne2;
+        if (a.ids) {
+            at.id = at.i2 % (unsigned) a.ids_ne1 * a.ids_s1 + at.i3 % (unsigned) a.ids_ne2 * a.ids_s2;
+        }
+    }
+    return at;
+}
+
+// Values l + 16 j of a block, after their rotary embedding if there is one.
+template <typename src_t>
+static __device__ __forceinline__ void tbq_load_block(const tbq_encode_args & a, const tbq_small_place & at, const tbq_rope_args * rope, int l,
+                                                      float (&x)[4]) {
+    if (rope) {
+        const unsigned head = at.i0 * 64 / rope->head_size;
+        const float *  from = (const float *) a.src + head * rope->s_head + at.i1 * a.from.s[0];
+        const int      pos  = rope->pos[at.i1];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_rope(*rope, from, at.i0 * 64 - head * rope->head_size + l + 16 * j, pos);
+        }
+    } else {
+        const src_t * src = (const src_t *) a.src + at.i0 * 64 + a.from.offset(at.i1, at.i2, at.i3);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = tbq_load(src + l + 16 * j);
+        }
+    }
+}
+
+// The better of the two scales that half-warp number hw tries.
+template <int BITS> static __device__ __forceinline__ tbq_scale tbq_try_two_scales(const float (&z)[4], float inverse, bool none, int hw) {
+    constexpr int N    = tbq_encoder_tables<BITS>::N_SCALES;
+    tbq_scale     best = { 0, 1, hw };
+#pragma unroll
+    for (int r = 0; r < (N + 7) / 8; r++) {
+        tbq_scale s = { 0, 0, hw + 8 * r };
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int q = tbq_to_fixed(z[j], inverse, none);
+            const int k = tbq_half_level_of<BITS>(q, min(s.number, N - 1));
+            s.qk += q * k;
+            s.kk += k * k;
+        }
+#pragma unroll
+        for (int h = 1; h < 16; h *= 2) {
+            s.qk += __shfl_xor_sync(TBQ_WARP_ALL, s.qk, h);
+            s.kk += __shfl_xor_sync(TBQ_WARP_ALL, s.kk, h);
+        }
+        const bool better = s.number < N && s.better(best);
+        best = better ? s : best;
+    }
+    return best;
+}
+
+// The weights of noise shaping and row 0 of the error's matrix, for the other warps.
+static __device__ __forceinline__ void tbq_prepare_shaping(const float (&x)[4], float rms, bool measured, const tbq_center & center, int l,
+                                                           float (&w_all)[64], float (&m_all)[64]) {
+    float w[4];
+    tbq_guess_weights(x, rms, w);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        w[j] = measured ? center.weight[j] : w[j];
+        w_all[l + 16 * j] = w[j];
+    }
+    tbq_butterflies_16(w, l);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        m_all[l + 16 * j] = __fmul_rn(w[j], 1.0f / 64);
+    }
+}
+
+// A coordinate of the descent.
+struct tbq_coordinate {
+    float slope;
+    int   index;
+};
+
+// Levels and slopes of values lane and lane + 32, and of these the lane's share: coordinate 2 lane + parity.
+template <int BITS>
+static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&z_all)[64], const float (&w_all)[64], const tbq_encoder_gaps & gaps,
+                                                                  const tbq_scale & best, float d, float inverse, bool none, int lane, int parity) {
+    float g[2];
+    int   index[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float z = z_all[lane + 32 * r];
+        index[r] = tbq_level_index<BITS>(tbq_to_fixed(z, inverse, none), z, best);
+        g[r]     = __fsub_rn(__fmul_rn(z, inverse), __fmul_rn(d, gaps.level[index[r]]));
+    }
+    tbq_butterflies(g[0], g[1], lane);
+    g[0] = __fmul_rn(g[0], w_all[lane]);
+    g[1] = __fmul_rn(g[1], w_all[lane + 32]);
+    tbq_butterflies(g[0], g[1], lane);
+
+    const int   from = (2 * lane + parity) % 32;
+    const float g_lo = __shfl_sync(TBQ_WARP_ALL, g[0], from), g_hi = __shfl_sync(TBQ_WARP_ALL, g[1], from);
+    const int   i_lo = __shfl_sync(TBQ_WARP_ALL, index[0], from), i_hi = __shfl_sync(TBQ_WARP_ALL, index[1], from);
+    return { __fmul_rn(lane < 16 ? g_lo : g_hi, 1.0f / 64), lane < 16 ? i_lo : i_hi };
+}
+
+// Coordinate descent of a warp on the coordinates of one parity, a lane to each: its slope and index.  Returns the index that
+// it ends at.
+static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
+                                                     int lane) {
+    const float m0 = m_all[0];
+    float       up = __fmul_rn(d, gaps.up[index]), down = __fmul_rn(d, gaps.down[index]);
+    for (int step = 0; step < TBQ_DESCENT_STEPS && shaped; step++) {
+        const float    value = tbq_gain(slope > 0.0f ? up : down, slope, m0);
+        const uint32_t gain  = value > 0.0f ? __float_as_uint(value) : 0u; // not negative, so that the bits order like the values
+        const uint32_t most  = __reduce_max_sync(TBQ_WARP_ALL, gain);
+        if (most == 0) {
+            break;
+        }
+        const int   at     = __ffs(__ballot_sync(TBQ_WARP_ALL, gain == most)) - 1;
+        const float move   = __shfl_sync(TBQ_WARP_ALL, slope > 0.0f ? up : -down, at);
+        const float change = __fmul_rn(move, m_all[(2 * lane) ^ (2 * at)]);
+        if (lane == at) {
+            index += slope > 0.0f ? 1 : -1;
+            up   = __fmul_rn(d, gaps.up[index]);
+            down = __fmul_rn(d, gaps.down[index]);
+        }
+        slope = __fsub_rn(slope, change);
+    }
+    return index;
+}
 
 // Block i of a.  rope: null, or the embedding of float rows that a.src points at, head after head.
 template <int BITS, typename src_t>
-static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
+static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
 #if __CUDA_ARCH__ >= 800
-    using tables = tbq_encoder_tables<BITS>;
-    constexpr int HALF = 1 << (BITS - 1);
-
+    // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
-    __shared__ float            z_all[64], w_all[64], m_all[64];
-    __shared__ int              cand_qk[8], cand_kk[8], cand_s[8];
-    __shared__ int              index_all[64], kk_of[2];
+    __shared__ float            z_all[64], w_all[64], m_all[64]; // rotated values; weights of noise shaping; row 0 of the error's matrix
+    __shared__ int              qk_of[8], kk_of[8], number_of[8]; // the scale of each half-warp
+    __shared__ int              index_all[64], squares_of[2];     // indices; sums of k k over even and odd coordinates
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int l    = threadIdx.x % 16;
     const int hw   = threadIdx.x / 16;
 
-    // 32 bits: there are few.  Divisions are a tenth of all the time here, so none that is not needed.
-    const unsigned i0 = i % (unsigned) a.ne0;
-    unsigned       i1 = i / (unsigned) a.ne0, i2 = 0, i3 = 0;
-    long long      at = 0;
-    if (a.ne2 * a.ne3 > 1) {
-        const unsigned rest = i1 / (unsigned) a.ne1;
-        i1 %= (unsigned) a.ne1;
-        i2 = rest % (unsigned) a.ne2;
-        i3 = rest / (unsigned) a.ne2;
-        if (a.ids) {
-            at = i2 % (unsigned) a.ids_ne1 * a.ids_s1 + i3 % (unsigned) a.ids_ne2 * a.ids_s2;
-        }
-    }
+    const tbq_small_place at = tbq_place_of(a, i);
     tbq_encoder_fill_gaps<BITS>(&gaps);
-    const tbq_center center(a, i0, l);
+    const tbq_center center(a, at.i0, l);
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
 #endif
-    long long row = i1;
+    long long row = at.i1;
     if (a.ids) {
-        at += i1 * a.ids_s0;
-        row = a.ids_64 ? ((const long long *) a.ids)[at] : ((const int *) a.ids)[at];
+        const long long id = at.id + at.i1 * a.ids_s0;
+        row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
-    const src_t * src = (const src_t *) a.src + i0 * 64 + i1 * a.s1 + i2 * a.s2 + i3 * a.s3;
-    float    x[4];
-    uint32_t top = 0;
-    if (rope) {
-        const unsigned head = i0 * 64 / rope->head_size;
-        const float *  from = (const float *) a.src + head * rope->s_head + i1 * a.s1;
-        const int      pos  = rope->pos[i1];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            x[j] = tbq_rope(*rope, from, i0 * 64 - head * rope->head_size + l + 16 * j, pos);
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            x[j] = tbq_load(src + l + 16 * j);
-        }
-    }
+    float    x[4], z[4];
+    uint32_t largest = 0;
+    tbq_load_block<src_t>(a, at, rope, l, x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(x[j], center.mean[j]);
-        top  = max(top, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
-    top = __reduce_max_sync(TBQ_WARP_ALL, top); // both halves hold the same block
-    float             z[4];
-    const tbq_measure what = tbq_rotate_and_measure(x, z, top, l);
-    const bool        bad = what.bad, zero = what.zero, huge = what.huge;
-    const float       rms = what.rms, inverse = what.inverse;
-
-    int best_qk = 0, best_kk = 1, best = hw;
-#pragma unroll
-    for (int r = 0; r < (tables::N_SCALES + 7) / 8; r++) {
-        const int s  = hw + 8 * r;
-        int       qk = 0, kk = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int q = tbq_to_fixed(z[j], inverse, zero || bad);
-            const int k = tbq_half_level_of<BITS>(q, min(s, tables::N_SCALES - 1));
-            qk += q * k;
-            kk += k * k;
-        }
-#pragma unroll
-        for (int h = 1; h < 16; h *= 2) {
-            qk += __shfl_xor_sync(TBQ_WARP_ALL, qk, h);
-            kk += __shfl_xor_sync(TBQ_WARP_ALL, kk, h);
-        }
-        if (s < tables::N_SCALES && tbq_scale_better(qk, kk, s, best_qk, best_kk, best)) {
-            best_qk = qk;
-            best_kk = kk;
-            best    = s;
-        }
-    }
+    largest = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
+    const tbq_measure b    = tbq_rotate_and_measure(x, z, largest, l);
+    // b.zero || b.bad has no variable: with one, nvcc 13.0 does not unroll the descent.
+    tbq_scale         best = tbq_try_two_scales<BITS>(z, b.inverse, b.zero || b.bad, hw);
     if (l == 0) {
-        cand_qk[hw] = best_qk;
-        cand_kk[hw] = best_kk;
-        cand_s[hw]  = best;
+        qk_of[hw]     = best.qk;
+        kk_of[hw]     = best.kk;
+        number_of[hw] = best.number;
     }
     if (warp == 0) {
 #pragma unroll
@@ -591,125 +718,51 @@ static __device__ __forceinline__ void tbq_quantize_one(const tbq_encode_args & 
             z_all[l + 16 * j] = z[j]; // both halves write the same
         }
     } else if (warp == 3) {
-        const float mean_square = __fmul_rn(__fmul_rn(rms, rms), 1.0f / 64);
-        const float scale       = __fdiv_rn(0.5f, mean_square);
-        float       m[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float square = __fmul_rn(x[j], x[j]);
-            const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-            m[j] = a.weight ? center.weight[j] : __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPE_FLOOR);
-            w_all[l + 16 * j] = m[j];
-        }
-        tbq_butterflies_16(m, l);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            m_all[l + 16 * j] = __fmul_rn(m[j], 1.0f / 64);
-        }
+        tbq_prepare_shaping(x, b.rms, a.weight, center, l, w_all, m_all);
     }
     __syncthreads();
 
     if (warp < 2) {
-        best_qk = cand_qk[lane % 8];
-        best_kk = cand_kk[lane % 8];
-        best    = cand_s[lane % 8];
-#pragma unroll
-        for (int h = 1; h < 8; h *= 2) {
-            const int o_qk = __shfl_xor_sync(TBQ_WARP_ALL, best_qk, h);
-            const int o_kk = __shfl_xor_sync(TBQ_WARP_ALL, best_kk, h);
-            const int o    = __shfl_xor_sync(TBQ_WARP_ALL, best, h);
-            if (tbq_scale_better(o_qk, o_kk, o, best_qk, best_kk, best)) {
-                best_qk = o_qk;
-                best_kk = o_kk;
-                best    = o;
-            }
-        }
-        // values lane and lane + 32, in both warps
-        const float d = __fdiv_rn((float) best_qk, (float) best_kk);
-        float       g[2];
-        int         index[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float y = z_all[lane + 32 * r];
-            const int   q = tbq_to_fixed(y, inverse, zero || bad);
-            int         m = 0;
-#pragma unroll
-            for (int t = 0; t < tables::N_THRESHOLDS; t++) {
-                m += q > tables::threshold(best, t);
-            }
-            index[r] = y < 0.0f ? HALF - 1 - m : HALF + m;
-            g[r]     = __fsub_rn(__fmul_rn(y, inverse), __fmul_rn(d, gaps.level[index[r]]));
-        }
-        tbq_butterflies(g[0], g[1], lane);
-        g[0] = __fmul_rn(g[0], w_all[lane]);
-        g[1] = __fmul_rn(g[1], w_all[lane + 32]);
-        tbq_butterflies(g[0], g[1], lane);
-
-        // value 2 lane + warp
-        const int   from    = (2 * lane + warp) % 32;
-        const float g_lo    = __shfl_sync(TBQ_WARP_ALL, g[0], from), g_hi = __shfl_sync(TBQ_WARP_ALL, g[1], from);
-        const int   i_lo    = __shfl_sync(TBQ_WARP_ALL, index[0], from), i_hi = __shfl_sync(TBQ_WARP_ALL, index[1], from);
-        float       slope   = __fmul_rn(lane < 16 ? g_lo : g_hi, 1.0f / 64);
-        int         my      = lane < 16 ? i_lo : i_hi;
-        const float m0      = m_all[0];
-        const bool  shapes  = !huge && !zero && !bad;
-        float       up      = __fmul_rn(d, gaps.up[my]), down = __fmul_rn(d, gaps.down[my]);
-        for (int step = 0; step < TBQ_SHAPE_STEPS && shapes; step++) {
-            const float gap   = slope > 0.0f ? up : down;
-            const float size  = fabsf(slope);
-            const float value = __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
-            // not negative, so that the bits order like the values
-            const uint32_t gain = value > 0.0f ? __float_as_uint(value) : 0u;
-            const uint32_t most = __reduce_max_sync(TBQ_WARP_ALL, gain);
-            if (most == 0) {
-                break;
-            }
-            const int   at     = __ffs(__ballot_sync(TBQ_WARP_ALL, gain == most)) - 1;
-            const float s      = __shfl_sync(TBQ_WARP_ALL, slope > 0.0f ? up : -down, at);
-            const float change = __fmul_rn(s, m_all[(2 * lane) ^ (2 * at)]);
-            if (lane == at) {
-                my += slope > 0.0f ? 1 : -1;
-                up   = __fmul_rn(d, gaps.up[my]);
-                down = __fmul_rn(d, gaps.down[my]);
-            }
-            slope = __fsub_rn(slope, change);
-        }
-        index_all[2 * lane + warp] = zero || bad ? 0 : my;
-        const int level = (int) gaps.level[my];
+        best = tbq_best_scale<8>({ qk_of[lane % 8], kk_of[lane % 8], number_of[lane % 8] });
+        const float          d     = best.least_squares();
+        const tbq_coordinate c     = tbq_first_levels<BITS>(z_all, w_all, gaps, best, d, b.inverse, b.zero || b.bad, lane, warp);
+        const int            index = tbq_coordinate_descent_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
+        index_all[2 * lane + warp] = b.zero || b.bad ? 0 : index;
+        const int level = (int) gaps.level[index];
         const int total = __reduce_add_sync(TBQ_WARP_ALL, level * level);
         if (lane == 0) {
-            kk_of[warp] = total;
+            squares_of[warp] = total;
         }
     }
     __syncthreads();
     if (warp == 0) {
-        const int kk = huge ? best_kk : kk_of[0] + kk_of[1];
-        const float d = zero || bad ? 0.0f : tbq_norm_scale(rms, kk, huge);
-        int index[4];
+        const int   kk = b.huge ? best.kk : squares_of[0] + squares_of[1];
+        const float d  = b.zero || b.bad ? 0.0f : tbq_norm_scale(b.rms, kk, b.huge);
+        int         index[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             index[j] = index_all[l + 16 * j];
         }
-        tbq_write_block<BITS>(index, bad ? 0x7E00 : __half_as_ushort(__float2half_rn(d)),
-                              a.dst + i0 * tbq_block_bytes(BITS) + row * a.nb1 + i2 * a.nb2 + i3 * a.nb3, lane < 16, l);
+        tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(d)),
+                              a.dst + at.i0 * tbq_block_bytes(BITS) + a.to.offset(row, at.i2, at.i3), lane < 16, l);
     }
 #else
     __trap(); // the host takes tbq_quantize_rows here
 #endif
 }
 
-template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS) tbq_quantize_few(const tbq_encode_args a) {
-    tbq_quantize_one<BITS, src_t>(a, blockIdx.x);
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_decode_size(const tbq_encode_args a) {
+    tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
 // A token's keys and values in one launch: the first n_a CTAs do a, the others b.  ROPE: the keys are as they were before
 // their rotary embedding.
 template <int BITS_A, int BITS_B, bool ROPE>
-__global__ void __launch_bounds__(TBQ_ENCODE_FEW_THREADS)
+__global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
     tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {
     if (blockIdx.x < n_a) {
-        tbq_quantize_one<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
+        tbq_quantize_block_128<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
     } else {
-        tbq_quantize_one<BITS_B, float>(b, blockIdx.x - n_a);
+        tbq_quantize_block_128<BITS_B, float>(b, blockIdx.x - n_a);
     }
 }

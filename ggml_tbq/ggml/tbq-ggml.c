@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "tbq-ggml.h"
+#include "tbq-kernels.h"
 
 #include <string.h>
 

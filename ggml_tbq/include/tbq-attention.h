@@ -15,7 +15,7 @@
 // that is NaN becomes NaN; a scale of NaN or Inf among tbq values makes the channels of its block NaN; other values
 // follow IEEE arithmetic.
 //
-// The computation, per tile of 64 cached rows (cpu/tbq-attention-tile.h has the reasons):
+// The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
 //   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
 //     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
 //   - softmax in f32, relative to the tile's maximum
@@ -38,7 +38,7 @@
 //     each thread:  for its share of the rows:  tbq_attention_merge(p, k, first, last, work)    unless n_chunks == 1
 #pragma once
 
-#include "tbq.h"
+#include "tbq-kernels.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -85,13 +85,13 @@ typedef struct {
     float * out; // [n_streams][n_tokens][n_head][v_size]
 } tbq_attention;
 
-// How a problem is cut up: a function of its shape alone, never of the number of threads, so that results are not
-// either.  An item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that
-// lie side by side in a cached row.
+// How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of threads.
+// A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that are adjacent
+// in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are merged.
 typedef struct {
     tbq_attention a;
     int64_t       n_items;
-    int64_t       n_chunks;       // of the cache; more than one: partial results, to be merged
+    int64_t       n_chunks;       // of the cache
     int64_t       chunk_rows;     // cached rows in a chunk, a multiple of 64
     int64_t       heads_per_item; // KV heads
     int64_t       n_head_groups;

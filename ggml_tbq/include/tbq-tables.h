@@ -9,9 +9,21 @@
 // |y|/rms(y) = 1.0 in the fixed-point units of the scale search
 #define TBQ_Q_ONE 2048
 
-// Noise shaping (cpu/tbq-rows.h): steps of the descent, two levels changed in each; the least weight of a channel
-#define TBQ_SHAPE_STEPS 5
-#define TBQ_SHAPE_FLOOR 0.5f
+// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel
+#define TBQ_DESCENT_STEPS 5
+#define TBQ_SHAPING_FLOOR 0.5f
+
+// Bounds on the largest |x| of a block, as the bits of a float: what is not negative orders like its bits.
+#define TBQ_BITS_SMALLEST     0x30800000u // 0x1p-30f: below, d is 0
+#define TBQ_BITS_SMALLEST_ACT 0x0D800000u // 0x1p-100f: the same of an activation block
+#define TBQ_BITS_HUGE         0x58800000u // 0x1p50f: above, the block is quantized times TBQ_HUGE_SCALE
+#define TBQ_BITS_INF          0x7F800000u // from here on, Inf or NaN: d is NaN
+#define TBQ_HUGE_SCALE   0x1p-100f
+#define TBQ_HUGE_UNSCALE 0x1p100f
+
+// Halves: the largest, and the NaN that is written
+#define TBQ_F16_MAX 65504.0f
+#define TBQ_F16_NAN 0x7E00
 
 // tbq2_0: Lloyd-Max levels of N(0,1) times 33.1049; distortion 0.117482, 0.00 % above 0.117482 of the real-valued levels
 #define TBQ2_LEVELS { -50, -15, 15, 50 }

@@ -30,7 +30,7 @@
 //
 //   tbq3_0, 26 bytes     | d | qs[0] ... qs[15] | qh[0] ... qh[7] |
 //
-//       qs as in tbq2_0 with the low two bits of each index; the third bit of value e = 16 j + i is
+//       qs as in tbq2_0 with the low two bits of each index; the high bit of value e = 16 j + i is
 //
 //       qh[i & 7]   bit  7     6     5     4     3     2     1     0
 //                   j =  3     2     3     2     1     0     1     0
@@ -92,7 +92,7 @@ TBQ_STATIC_ASSERT(sizeof(block_tbq4_0) == 34, "tbq4_0 block size");
 typedef struct {
     uint16_t d;       // scale, IEEE half
     uint8_t  qs[16];  // low two bits of each index
-    uint8_t  qh[8];   // third bit
+    uint8_t  qh[8];   // high bit plane
 } block_tbq3_0;
 TBQ_STATIC_ASSERT(sizeof(block_tbq3_0) == 26, "tbq3_0 block size");
 
@@ -186,35 +186,6 @@ TBQ_API tbq_status tbq_dot(tbq_type type, const void * row, const void * act, in
 // dst may be src.
 TBQ_API tbq_status tbq_rotate(const float * src, float * dst, int64_t n);
 TBQ_API tbq_status tbq_unrotate(const float * src, float * dst, int64_t n);
-
-// IMPLEMENTATIONS
-//
-// One table of functions for each instruction set.  Functions take whole rows, check nothing, and follow the
-// conventions of ggml's type traits.  Index a [3] array with bits - 2.
-
-typedef struct {
-    const char * name;         // "ref", "avx2", "avx512", "avx512vnni", "neon", "neon-dotprod"
-    int (*supported)(void);    // does this machine run it?
-    void (*quantize[3])(const float * src, void * dst, int64_t n);
-    void (*quantize_kv[3])(const float * src, const float * mean, const float * weight, void * dst, int64_t n);
-    void (*dequantize[3])(const void * src, float * dst, int64_t n);
-    void (*quantize_act)(const float * src, void * dst, int64_t n);
-    float (*dot[3])(const void * row, const void * act, int64_t n);
-    // acc += scale . d . k[idx] in the rotated domain (acc: n floats): what an attention kernel does with a row
-    // of values; tbq_unrotate returns the sum to the original domain once
-    void (*mad_rotated[3])(const void * src, float scale, float * acc, int64_t n);
-    void (*rotate)(const float * src, float * dst, int64_t n);
-    void (*unrotate)(const float * src, float * dst, int64_t n);
-    const struct tbq_attention_kernels * attention; // what tbq-attention.h uses
-    const struct tbq_scan_kernels * scan;           // what tbq-scan.h uses
-} tbq_kernels;
-
-// Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their
-// number.  Not all of them need be supported by this machine.
-TBQ_API const tbq_kernels * const * tbq_list_kernels(int * count);
-
-// The fastest one that this machine supports: what every other function uses.
-TBQ_API const tbq_kernels * tbq_best_kernels(void);
 
 #ifdef __cplusplus
 }

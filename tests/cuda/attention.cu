@@ -35,7 +35,7 @@ static int n_resident_of(const void * kernel, int smem) {
 template <int D, int K, int V, int NC> static void launch_nc(tbq_attention_args a, float * partial) {
     auto * const kernel = tbq_attention<D, K, V, NC>;
     const int    smem   = tbq_attention_smem(D, K, V, NC);
-    tbq_attention_cut(a, n_resident_of((const void *) kernel, smem));
+    tbq_attention_partition(a, n_resident_of((const void *) kernel, smem));
     a.partial = partial;
     const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
     kernel<<<dim3(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq), TBQ_ATTENTION_THREADS, smem>>>(a);

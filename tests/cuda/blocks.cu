@@ -2,6 +2,7 @@
 // Encoder and decoder on the GPU against the scalar reference: the same bytes, the same values.
 //   blocks [rows] [seed]   exit status 1 at a difference
 #include "tbq-dequantize.cuh"
+#include "tbq-kernels.h"
 #include "tbq-quantize.cuh"
 
 #include "check.cuh"
@@ -70,17 +71,17 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaMalloc(&center_dev, center.size() * 4));
     CHECK(cudaMemcpy(center_dev, center.data(), center.size() * 4, cudaMemcpyHostToDevice));
     tbq_encode_args e{};
-    e.src = in_dev, e.dst = out_dev, e.ne0 = n_blocks, e.ne1 = e.ne2 = e.ne3 = 1;
+    e.src = in_dev, e.dst = out_dev, e.from = e.to = { { (long long) n_blocks, 1, 1, 1 }, {} };
     const int blocks_per_cta = TBQ_ENCODE_THREADS / 16;
     long bad = 0;
     for (bool centered : { true, false }) { // the second is what is decoded and timed below
         ref->quantize_kv[BITS - 2](x.data(), centered ? center.data() : nullptr, centered ? center.data() + x.size() : nullptr, want.data(), x.size());
         e.mean   = centered ? center_dev : nullptr;
         e.weight = centered ? center_dev + x.size() : nullptr;
-        for (bool few : { false, true }) {
+        for (bool decode_size : { false, true }) {
             CHECK(cudaMemset(out_dev, 0xFF, got.size()));
-            if (few) {
-                tbq_quantize_few<BITS, T><<<n_blocks, TBQ_ENCODE_FEW_THREADS>>>(e);
+            if (decode_size) {
+                tbq_quantize_decode_size<BITS, T><<<n_blocks, TBQ_DECODE_SIZE_THREADS>>>(e);
             } else {
                 tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
             }
@@ -94,8 +95,8 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     cudaFree(center_dev);
 
     CHECK(cudaMemcpy(out_dev, want.data(), want.size(), cudaMemcpyHostToDevice));
-    tbq_rows_args d{};
-    d.src = out_dev, d.dst = back_dev, d.ne0 = n_blocks, d.ne1 = d.ne2 = d.ne3 = 1;
+    tbq_decode_args d{};
+    d.src = out_dev, d.dst = back_dev, d.from = d.to = e.from;
     tbq_dequantize_rows<BITS, float><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
     d.dst = back16_dev;
     tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
@@ -124,24 +125,24 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
     const double encode = ms;
-    e.ne0 = 16;
+    e.from.ne[0] = 16;
     for (int i = 0; i < 21; i++) { // a token's keys; the first call warms up
         if (i == 1) {
             CHECK(cudaEventRecord(from));
         }
-        tbq_quantize_few<BITS, T><<<16, TBQ_ENCODE_FEW_THREADS>>>(e);
+        tbq_quantize_decode_size<BITS, T><<<16, TBQ_DECODE_SIZE_THREADS>>>(e);
     }
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
-    const double few = ms / 20 * 1000;
+    const double token = ms / 20 * 1000;
     d.dst = back16_dev;
     CHECK(cudaEventRecord(from));
     tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
-    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, few, ms * 1e6 / n_blocks,
+    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, token, ms * 1e6 / n_blocks,
                 n_blocks * (bytes + 128) / (ms * 1e6));
     cudaFree(in_dev); cudaFree(out_dev); cudaFree(back_dev); cudaFree(back16_dev);
     return bad + bad_values + bad_halves;
@@ -170,13 +171,14 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     for (int i = 0; i < 2; i++) {
         CHECK(cudaMalloc(&out_dev[i], tokens * nb[i]));
         args[i].src = x_dev + i * tokens * width, args[i].dst = out_dev[i];
-        args[i].ne0 = blocks, args[i].ne1 = tokens, args[i].ne2 = args[i].ne3 = 1, args[i].s1 = width, args[i].nb1 = nb[i];
+        args[i].from = { { blocks, tokens, 1, 1 }, { width } };
+        args[i].to   = { { blocks, tokens, 1, 1 }, { nb[i] } };
         args[i].ids = ids_dev, args[i].ids_ne1 = args[i].ids_ne2 = args[i].ids_s0 = 1;
     }
     tbq_rope_args rope = {};
     rope.head_size = d, rope.n_dims = n_dims, rope.neox = neox, rope.pos = ids_dev + 3, rope.s_head = d;
     rope.theta_scale = std::pow(base, -2.0f / n_dims), rope.freq_scale = rope.attn_factor = 1.0f;
-    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_ENCODE_FEW_THREADS>>>(args[0], rope, args[1], tokens * blocks);
+    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(args[0], rope, args[1], tokens * blocks);
     CHECK(cudaGetLastError());
 
     std::vector<float> want = x;

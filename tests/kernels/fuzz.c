@@ -5,7 +5,7 @@
 //
 // Prints the implementations that ran and those that this machine does not support; exits 1 on a difference.
 #include "random.h"
-#include "tbq.h"
+#include "tbq-kernels.h"
 
 #include <math.h>
 #include <stdio.h>

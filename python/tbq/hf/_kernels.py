@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/tbq-rows.h the encoder's steps.
+"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/rows/rows.inc the encoder's steps.
 
 `tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A "row"
 is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.
@@ -21,14 +21,17 @@ LEVEL_BYTES = tl.constexpr(112)  # level + 64, four to an int32
 THRESHOLDS = tl.constexpr(116)
 
 Q_ONE = tl.constexpr(_tables.Q_ONE)
-SHAPE_STEPS = tl.constexpr(_tables.SHAPE_STEPS)
-SHAPE_FLOOR = tl.constexpr(_tables.SHAPE_FLOOR)
+DESCENT_STEPS = tl.constexpr(_tables.DESCENT_STEPS)
+SHAPING_FLOOR = tl.constexpr(_tables.SHAPING_FLOOR)
 
-INF_BITS = tl.constexpr(0x7F800000)
-SMALLEST_BITS = tl.constexpr(0x30800000)  # 2^-30: below, d is zero
-HUGE_BITS = tl.constexpr(0x58800000)  # 2^50: above, squares could overflow
-F16_MAX = tl.constexpr(65504.0)
-F16_NAN = tl.constexpr(0x7E00)
+# tbq-tables.h says what these are
+BITS_SMALLEST = tl.constexpr(_tables.BITS_SMALLEST)
+BITS_HUGE = tl.constexpr(_tables.BITS_HUGE)
+BITS_INF = tl.constexpr(_tables.BITS_INF)
+HUGE_SCALE = tl.constexpr(_tables.HUGE_SCALE)
+HUGE_UNSCALE = tl.constexpr(_tables.HUGE_UNSCALE)
+F16_MAX = tl.constexpr(_tables.F16_MAX)
+F16_NAN = tl.constexpr(_tables.F16_NAN)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -109,7 +112,7 @@ def levels_above(size, thresholds, BORDERS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def descend_half(g, index, m, m0, d, tables):
+def coordinate_descent_step(g, index, m, m0, d, tables):
     """The move of these 32 coordinates, all even or all odd ones, that gains most, if one does."""
     place = tl.arange(0, 32)[None, :]
     rise = g > 0
@@ -136,7 +139,7 @@ def pack_pairs(index, BITS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def pack_third(index, N: tl.constexpr):
+def pack_qh(index, N: tl.constexpr):
     """The bytes qh of tbq3_0, (N, 8)."""
     a, b = halves(index >> 2, N, 64)
     j0, j1 = halves(a, N, 32)
@@ -153,12 +156,12 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     BORDERS: tl.constexpr = HALF - 1
     place = tl.arange(0, 64)[None, :]
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    bad = top >= INF_BITS
-    zero = top < SMALLEST_BITS
-    huge = (top > HUGE_BITS) & (top < INF_BITS)
+    bad = top >= BITS_INF
+    zero = top < BITS_SMALLEST
+    huge = (top > BITS_HUGE) & (top < BITS_INF)
     x = tl.where((bad | zero)[:, None], 1.0, x)
     signs = tl.load(tables + SIGNS + place)
-    z = butterflies(tl.where(huge[:, None], x * 7.888609052210118e-31, x) * signs, N)  # 2^-100
+    z = butterflies(tl.where(huge[:, None], x * HUGE_SCALE, x) * signs, N)
     rms = tl.sqrt_rn(sum_squares(z, N) * 0.015625)
     inverse = tl.div_rn(tl.full([N], Q_ONE, tl.float32), rms)
     q = (tl.abs(z) * inverse[:, None] + 0.5).to(tl.int32)
@@ -185,7 +188,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     x = tl.where(huge[:, None], 1.0, x)
     squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
     mean_square = rms * rms * 0.015625
-    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPE_FLOOR
+    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPING_FLOOR
     w = tl.reshape(tl.join(w, w), [N, 64])
     m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
     m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
@@ -194,15 +197,15 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     g = butterflies(butterflies(g, N) * w, N) * 0.015625
     g_even, g_odd = tl.split(tl.reshape(g, [N, 32, 2]))
     i_even, i_odd = tl.split(tl.reshape(index, [N, 32, 2]))
-    for _ in range(SHAPE_STEPS):
-        g_even, i_even = descend_half(g_even, i_even, m, m0, d, tables)
-        g_odd, i_odd = descend_half(g_odd, i_odd, m, m0, d, tables)
+    for _ in range(DESCENT_STEPS):
+        g_even, i_even = coordinate_descent_step(g_even, i_even, m, m0, d, tables)
+        g_odd, i_odd = coordinate_descent_step(g_odd, i_odd, m, m0, d, tables)
     shaped = tl.reshape(tl.join(i_even, i_odd), [N, 64])
     index = tl.where(huge[:, None], index, shaped)
     k = tl.load(tables + LEVELS + index).to(tl.int32)
     kk = tl.sum(k * k, axis=1)
 
-    d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, 1.2676506002282294e30, 1.0)
+    d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, HUGE_UNSCALE, 1.0)
     d = tl.where(zero, 0.0, tl.where(d < F16_MAX, d, F16_MAX))
     half = tl.where(bad, F16_NAN, d.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32))
     index = tl.where((zero | bad)[:, None], 0, index)
@@ -214,7 +217,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
     else:
         tl.store(target[:, None] + 2 + tl.arange(0, 16)[None, :], pack_pairs(index, BITS, N).to(tl.uint8), ok[:, None])
     if BITS == 3:
-        tl.store(target[:, None] + 18 + tl.arange(0, 8)[None, :], pack_third(index, N).to(tl.uint8), ok[:, None])
+        tl.store(target[:, None] + 18 + tl.arange(0, 8)[None, :], pack_qh(index, N).to(tl.uint8), ok[:, None])
 
 
 @triton.jit
@@ -273,9 +276,9 @@ def levels(qs, qh, codebook, BITS: tl.constexpr):
     else:
         even, odd = word & 0x3333, word >> 2 & 0x3333  # quarters 0 and 2, 1 and 3 of both bytes
         if BITS == 3:
-            third = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
-            even |= (third & 0x1111) << 2
-            odd |= (third >> 1 & 0x1111) << 2
+            high = qh.to(tl.int32) >> (tl.arange(0, 8)[None, :] >> 2 << 1)
+            even |= (high & 0x1111) << 2
+            odd |= (high >> 1 & 0x1111) << 2
         e0, e1, e2, e3 = look_up(even, codebook, BITS)
         o0, o1, o2, o3 = look_up(odd, codebook, BITS)
         v = tl.join(tl.join(tl.join(e0, e2), tl.join(o0, o2)), tl.join(tl.join(e1, e3), tl.join(o1, o3)))

@@ -1,3 +1,0 @@
-// SPDX-License-Identifier: MIT
-// AVX-512 with VNNI: the same code, its flags turn on the fused integer dot products.
-#include "tbq-avx512.c"

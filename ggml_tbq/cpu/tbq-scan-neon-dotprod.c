@@ -1,3 +1,0 @@
-// SPDX-License-Identifier: MIT
-// NEON with the dot product instructions: the same code, its flags turn them on.
-#include "tbq-scan-neon.c"

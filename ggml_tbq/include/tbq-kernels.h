@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+// The implementations behind tbq.h: one table of functions for each instruction set, and the choice of one.
+//
+// For callers that choose an implementation once, such as ggml's type traits, and for the tests and benchmarks, which
+// compare them all.  The tables follow the kernels: unlike tbq.h, this interface changes when they do.
+//
+// The functions take whole rows (n values, a multiple of TBQ_BLOCK), check nothing, and are otherwise those of the same
+// name in tbq.h.  Index a [3] array with bits - 2.
+#pragma once
+
+#include "tbq-search.h"
+#include "tbq.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The search of one implementation.
+struct tbq_search_kernels {
+    void (*top_k[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
+                      int64_t n_queries, int64_t k, float * scores, int64_t * positions);
+};
+
+typedef struct {
+    const char * name;         // "ref", "avx2", "avx512", "avx512vnni", "neon", "neon-dotprod"
+    int (*supported)(void);    // does this machine run it?
+    void (*quantize[3])(const float * src, void * dst, int64_t n);
+    void (*quantize_kv[3])(const float * src, const float * mean, const float * weight, void * dst, int64_t n);
+    void (*dequantize[3])(const void * src, float * dst, int64_t n);
+    void (*quantize_act)(const float * src, void * dst, int64_t n);
+    float (*dot[3])(const void * row, const void * act, int64_t n);
+    // acc += scale . d . k[idx] in the rotated domain (acc: n floats): what an attention kernel does with a row
+    // of values; tbq_unrotate returns the sum to the original domain once
+    void (*mad_rotated[3])(const void * src, float scale, float * acc, int64_t n);
+    void (*rotate)(const float * src, float * dst, int64_t n);
+    void (*unrotate)(const float * src, float * dst, int64_t n);
+    const struct tbq_attention_kernels * attention; // of tbq-attention.h; private to ggml_tbq/cpu/attention
+    const struct tbq_search_kernels *    search;    // of tbq-search.h
+} tbq_kernels;
+
+// Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their
+// number.  Not all of them need be supported by this machine.
+TBQ_API const tbq_kernels * const * tbq_list_kernels(int * count);
+
+// The fastest one that this machine supports: what every other function uses.
+TBQ_API const tbq_kernels * tbq_best_kernels(void);
+
+#ifdef __cplusplus
+}
+#endif
