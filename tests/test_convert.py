@@ -269,8 +269,8 @@ def test_back_to_f16(bin_dir, tiny, tmp_path):
 def test_without_llama_cpp(tiny, tmp_path, monkeypatch):
     """A package that was built without it converts through gguf, but for K types."""
     tbq.convert(tiny, tmp_path / "with.gguf", tensors=[("token_embd|output.weight", "q8_0")])
-    monkeypatch.setattr(codecs, "_ggml", lambda: None)
-    monkeypatch.setattr(codecs, "_fast_half", lambda: None)
+    monkeypatch.setattr(codecs, "_load_ggml", lambda: None)
+    monkeypatch.setattr(codecs, "_fast_f16_decoder", lambda: None)
     with pytest.raises(tbq.TBQError, match="gguf cannot encode type q6_k"):
         tbq.convert(tiny, tmp_path / "without.gguf")
     tbq.convert(tiny, tmp_path / "without.gguf", tensors=[("token_embd|output.weight", "q8_0")])
@@ -303,7 +303,7 @@ def test_splits(bin_dir, tiny, tmp_path):
     assert not any(key.startswith("split.") for key in open_gguf(tmp_path / "from.gguf").metadata)
     assert len(tbq.convert(tiny, tmp_path / "one.gguf", "tbq4_0", split_bytes=10**9).files) == 1
     theirs[1].rename(tmp_path / "elsewhere.gguf")
-    refused(cli(theirs[0], tmp_path / "o.gguf", "--type", "f16"), rf"{theirs[1].name} is not beside it")
+    refused(cli(theirs[0], tmp_path / "o.gguf", "--type", "f16"), rf"{theirs[1].name} is not in the same folder")
 
 
 def test_refusals(tiny, tmp_path):

@@ -166,15 +166,15 @@ ILLEGAL = {
     "key of no bytes": (with_entry(b"", 4, bytes(4)), "key 1 of the metadata is ''"),
     "long key twice": (
         file(ORDINARY, entries=[entry(b"k" * 65535, 4, bytes(4))] * 2),
-        r"metadata k{80}\.\.\. is there twice",
+        r"metadata k{80}\.\.\. occurs twice",
     ),
     "long key, its value cut": (
         file(entries=[text(b"k" * 65535) + struct.pack("<IQ", 8, 99)]),
         r"metadata k{80}\.\.\. would end at byte",
     ),
     "name of 64 bytes": (beside((1, 64), F32, VALUES, "n" * 64), "has a name of 64 bytes or more"),
-    "name twice": (file(ORDINARY, ORDINARY), "tensor first.weight is there twice"),
-    "no name twice": (file(("", *ORDINARY[1:]), ("", *ORDINARY[1:])), "tensor  is there twice"),
+    "name twice": (file(ORDINARY, ORDINARY), "tensor first.weight occurs twice"),
+    "no name twice": (file(("", *ORDINARY[1:]), ("", *ORDINARY[1:])), "tensor  occurs twice"),
     "version 0": (file(ORDINARY, version=0), "has GGUF version 0; 2 and 3 are read"),
     "big-endian": (file(order=">", entries=()), "is big-endian; only little-endian GGUF files are read"),
 }

@@ -150,7 +150,7 @@ HOSTILE = {
     "key of bytes": (header(0, 1) + entry(b"\xff\xfe", 4, bytes(4)) + bytes(99), "is not text"),
     "empty key": (header(0, 1) + entry(b"", 4, bytes(4)) + bytes(99), "key 0 of the metadata is ''"),
     "key of lines": (header(0, 1) + entry(b"a\nb", 4, bytes(4)) + bytes(99), r"key 0 of the metadata is 'a\\nb'"),
-    "key twice": (header(0, 2) + entry(b"k", 4, bytes(4)) * 2 + bytes(99), "metadata k is there twice"),
+    "key twice": (header(0, 2) + entry(b"k", 4, bytes(4)) * 2 + bytes(99), "metadata k occurs twice"),
     "type of an entry": (header(0, 1) + entry(b"k", 13, bytes(4)) + bytes(99), "metadata k has type 13"),
     "string": (header(0, 1) + entry(b"k", 8, text(b"v", 2**40)) + bytes(99), "metadata k would end at byte"),
     "array": (
@@ -215,7 +215,7 @@ HOSTILE = {
     "offset": (header() + tensor(offset=2**64 - 32) + bytes(999), "bytes at 18446744073709551"),
     "odd offset": (header() + tensor(offset=1) + bytes(999), "bytes at"),
     "same bytes": (header(2) + tensor() + tensor(b"b.weight") + bytes(999), "tensors a.weight and b.weight overlap"),
-    "same name": (header(2) + tensor() + tensor(offset=256) + bytes(999), "tensor a.weight is there twice"),
+    "same name": (header(2) + tensor() + tensor(offset=256) + bytes(999), "tensor a.weight occurs twice"),
     "long name": (header() + tensor(b"a" * 64) + bytes(999), "has a name of 64 bytes or more"),
     "name of lines": (header() + tensor(b"a\n\x1b[31mb") + bytes(999), r"the name of tensor 0 is 'a\\n"),
     "experts": (
@@ -298,7 +298,7 @@ def test_splits_that_contradict_themselves(tmp_path):
     for change, message in (
         (dict(no=0), "is not file 2 of 2"),
         (dict(no=1, count=3), "is not file 2 of 2"),
-        (dict(no=1, name="a.weight"), "there twice"),
+        (dict(no=1, name="a.weight"), "occurs twice"),
     ):
         part(2, **change)
         with pytest.raises(tbq.TBQError, match=message):
