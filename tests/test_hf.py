@@ -721,7 +721,7 @@ def test_states_are_not_set_from_outside():
 
 def test_what_attention_does_not_take():
     q = states(1, 2, 1, 64)
-    with pytest.raises(tbq.TBQError, match=r"takes no dropout, and it is 0.1: call model.eval\(\)"):
+    with pytest.raises(tbq.TBQError, match=r"^dropout is 0.1; attn_implementation='tbq' takes none: call model.eval\(\)$"):
         _attention.attention(torch.nn.Module(), q, q, q, None, dropout=0.1)
     with pytest.raises(tbq.TBQError, match="takes no position_bias"):
         _attention.attention(torch.nn.Module(), q, q, q, None, position_bias=q)

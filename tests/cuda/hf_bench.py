@@ -402,7 +402,7 @@ def main():
         from tbq.hf import _cuda
 
     if args.tiny and args.only != "cpu":
-        _backend.of = lambda device: _cuda  # the kernels for CUDA, on the CPU
+        _backend.backend_for = lambda device: _cuda  # the kernels for CUDA, on the CPU
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "triton": triton.__version__, "numpy": np.__version__,
                 "device": "CPU" if args.only == "cpu" else "interpreter" if args.tiny else torch.cuda.get_device_name()}
     print(versions, flush=True)
