@@ -10,8 +10,8 @@ from tbq.errors import TBQError
 from tbq.hf import _backend
 from tbq.hf._cache_layers import PackedStates
 
-#: Query rows of a KV head (query tokens times query heads) up to which CUDA attends to blocks.  A prompt has more; then it
-#: is faster to decode the layer once and to use torch's attention.
+#: Query rows of a KV head (query tokens times query heads) up to which CUDA attends to blocks.  A prompt has more; then
+#: it is faster to decode the layer once and to use torch's attention.
 _DECODE_ROWS = 64
 
 

@@ -11,8 +11,8 @@ from tbq.errors import TBQError
 class Backend(Protocol):
     """The kernels of a device: the modules _cpu and _cuda.
 
-    Keys and values: (batch, KV heads, tokens, head size).  Packed: uint8, (batch, tokens, KV heads, bytes of a row), the
-    last two axes contiguous.  Queries: (batch, heads, tokens, head size).
+    Keys and values: (batch, KV heads, tokens, head size).  Packed: uint8, (batch, tokens, KV heads, bytes of a row),
+    the last two axes contiguous.  Queries: (batch, heads, tokens, head size).
     bits: 2 to 4; 0 for states that are not packed.
     half: with NEOX rotary pairs, the channels c and c + half of the first 2 half channels of a key are a pair, and are
     stored next to each other.  0: channels are stored in the model's order.
@@ -62,7 +62,8 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Attention that reads packed states.
 
-        mask: bool (True is visible) or numbers to add, (batch or 1, heads or 1, tokens or 1, at least the cached tokens).
+        mask: bool (True is visible) or numbers to add, (batch or 1, heads or 1, tokens or 1, at least the cached
+        tokens).
         causal: the last query token sees all cached tokens, the one before it one less, and so on.
         sinks: a logit for each query head.
         Returns (batch, tokens, heads, value size) in the query's dtype.

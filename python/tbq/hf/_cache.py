@@ -35,14 +35,14 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     k_bits, v_bits: bits of keys and values: 2, 3, 4, or None for the model's dtype.
     sliding: "keep" does not pack layers with a sliding window, because they do not grow; "compress" packs them too.
     Layers of other kinds (linear attention, latent indexers) are never packed.
-    pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i and
-    2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing and
-    makes the divergence a quarter smaller.  ("halves" and "neighbours" are older names of "neox" and "interleaved".)
-    Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads them,
-    unless it was loaded with attn_implementation="tbq", which reads blocks.
-    Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens or
-    more is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so once,
-    after the last layer.
+    pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i
+    and 2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing
+    and makes the divergence a quarter smaller.  "halves" and "neighbours", the older names, are still accepted.
+    Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads
+    them, unless it was loaded with attn_implementation="tbq", which reads blocks.
+    Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens
+    or more is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so
+    once, after the last layer.
     Raises TBQError for other values, and for head sizes that are not multiples of 64.
     """
 
@@ -138,7 +138,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of keys and values, packed or not; room to grow (at most 64 tokens or 1.6 %) included."""
+        """Bytes of all tensors of keys and values, packed or not, and of room to grow (at most 64 tokens or 1.6 %)."""
         return sum(_layer_bytes(layer)[0] for layer in self.layers)
 
     @property
@@ -147,7 +147,10 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         return sum(_layer_bytes(layer)[1] for layer in self.layers)
 
     def stats(self) -> dict[str, Any]:
-        """Returns tokens, nbytes, baseline_nbytes, ratio (None while empty), packed_layers, and the same by layer."""
+        """Returns tokens, nbytes, baseline_nbytes, ratio (None while empty), packed_layers, and layers.
+
+        layers has the kind, the bits and the bytes of each layer.
+        """
         layers = []
         for layer in self.layers:
             nbytes, baseline = _layer_bytes(layer)
@@ -175,9 +178,9 @@ def constant_part(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Measures the constant part of keys: what all keys of a head have in common, relative to what they differ by.
 
     For each head it is the length of the keys' mean over the root mean square length of the keys minus their mean.  The
-    largest value of all heads counts.  kv_cache.key_biases computes the same from weights, for slowly rotating channels.
-    k, v: (batch, heads, tokens, size) with GROUP tokens or more.  Returns a float32 scalar on their device; infinity if it
-    is unknown.
+    largest value of all heads counts.  kv_cache.key_biases computes it from weights, for slowly rotating channels.
+    k, v: (batch, heads, tokens, size) with GROUP tokens or more.  Returns a float32 scalar on their device; infinity if
+    it is unknown.
     Of several groups of GROUP tokens, the smallest value counts.  A bias is in every group.  Padding or a repeated word
     have similar keys too, but they are in some groups only.  Where the values are similar in every head, the tokens are
     equal, so such groups do not count.
@@ -224,7 +227,7 @@ def _rotary_half(config: Any, size: int) -> int:
 
 
 def _has_neox_pairs(config: Any) -> bool:
-    """Whether the model's own rotate_half turns c and c + n/2 into each other.  Other models have interleaved pairs, or none."""
+    """Whether the model's own rotate_half turns c and c + n/2 into each other; other pairs are interleaved."""
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     rotate = getattr(module, "rotate_half", None)
     return (

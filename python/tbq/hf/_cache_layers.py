@@ -41,8 +41,8 @@ class StateBuffer:
 class PackedStates(torch.Tensor):
     """Keys or values that are still packed, with the shape, dtype and device of the decoded ones.
 
-    attn_implementation="tbq" reads the blocks.  Any other operation decodes them first, so a model may compute with them
-    between cache and attention.
+    attn_implementation="tbq" reads the blocks.  Any other operation decodes them first, so a model may compute with
+    them between cache and attention.
     """
 
     packed: torch.Tensor  #: uint8 (batch, tokens, heads, bytes)
@@ -82,8 +82,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of full attention.
 
     k_bits, v_bits: 2, 3, 4, or None for the model's own dtype.
-    config: the model's config.  At each update, its attention implementation decides whether the states are returned packed
-    ("tbq") or decoded.  None: decoded.
+    config: the model's config.  At each update, its attention implementation decides whether the states are returned
+    packed ("tbq") or decoded.  None: decoded.
     half: the rotary embedding turns the channels c and c + half, of the first 2 half channels of a key, into each other
     (NEOX pairs).  They are stored next to each other, as the encoder's noise shaping expects (docs/guide/hf.md).
     0: channels are stored in the model's order.
@@ -153,7 +153,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packs new states, (batch, heads, tokens, size).  Returns the states of all cached tokens, decoded or PackedStates.
+        """Packs new states, (batch, heads, tokens, size).  Returns the states of all cached tokens, decoded or
+        PackedStates.
 
         Gradients end here.  Raises TBQError for states that do not fit the earlier ones.
         """
@@ -260,7 +261,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         self._drop_states()
 
     def crop(self, length: int) -> None:
-        """length < 0: removes -length tokens; > 0: keeps length tokens; 0: as in the installed version of transformers."""
+        """length < 0: removes -length tokens; > 0: keeps length tokens; 0: as in the installed transformers."""
         if length < 0 or _CROPS_BY and length == 0:
             self.stop = max(self.start, self.stop + length)
         else:
@@ -348,8 +349,8 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         held, left = self.stop - self.start, max(0, self.cumulative_length - removed)
         if held - removed < min(left, self.sliding_window - 1):
             raise TBQError(
-                f"{removed} tokens cannot be removed: the window of {self.sliding_window} no longer has the tokens before "
-                "them; call activate_past_recording() before adding tokens"
+                f"{removed} tokens cannot be removed: the window of {self.sliding_window} no longer has the tokens "
+                "before them; call activate_past_recording() before adding tokens"
             )
         self.stop -= min(removed, held)
         self.cumulative_length = left
@@ -366,8 +367,8 @@ def _check_states(k: torch.Tensor, v: torch.Tensor) -> None:
     for name, states in (("keys", k), ("values", v)):
         if states.ndim != 4 or states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TBQError(
-                f"{name} are {states.dtype} of shape {tuple(states.shape)}; they must be float32, float16 or bfloat16 of "
-                "shape (batch, heads, tokens, size)"
+                f"{name} are {states.dtype} of shape {tuple(states.shape)}; they must be float32, float16 or bfloat16 "
+                "of shape (batch, heads, tokens, size)"
             )
     _backend.backend_for(k.device)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The kernels for CUDA: launches of the Triton kernels.  All tensors are on one device.  This module does not need libtbq.
+"""The kernels for CUDA: launches of the Triton kernels.
+
+All tensors of a call are on one device.  This module does not need libtbq.
 
 _backend.Backend documents the functions and the shapes.
 """
@@ -48,8 +50,8 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
 def transforms(bits: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """Returns the matrices that rotate back, (2, 64, 64).
 
-    Value c of a block is d times the sum over e of [0, c, e] times level e, in the order of _kernels.element().  Queries are
-    multiplied with the transposed matrix.  [1] has the rows 0, 2, 4, ... 62, 1, 3, ... 63 of [0].
+    Value c of a block is d times the sum over e of [0, c, e] times level e, in the order of _kernels.element().
+    Queries are multiplied with the transposed matrix.  [1] has the rows 0, 2, 4, ... 62, 1, 3, ... 63 of [0].
     """
     hadamard = torch.ones((1, 1))
     for _ in range(6):
@@ -268,7 +270,7 @@ def _tile_shape(rows: int, blocks: int) -> tuple[int, int, int, int]:
 
 
 def _chunk_size(n_kv: int, parts: int, keys: int, programs: int) -> int:
-    """Returns the cached tokens of a program, a multiple of a tile's keys, so that there are about `programs` programs."""
+    """Returns the cached tokens of a program: a multiple of a tile's keys, for about `programs` programs in all."""
     tiles = -(-n_kv // keys)
     return -(-tiles // min(max(1, programs // parts), tiles)) * keys
 
