@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""GCC 12 dropped the stores of llama.cpp's AMX tile configuration (patch 0001): what does our build's code load?
+"""The AMX tile configuration that the patched llama.cpp loads.
 
-Needs no AMX: see amx/tile_config.cpp.  On the unpatched pin, GCC 12.2 at -O3 gives a configuration without rows.
+GCC 12 dropped the stores of this configuration.  A patch of the series makes the configuration a constant.  Without the
+patch, GCC 12.2 at -O3 gives a configuration without rows.
+The test does not need AMX: see amx/tile_config.cpp.
 """
 
 import platform
@@ -27,12 +29,14 @@ def test_tile_configuration_survives_optimization(build_dir, tmp_path, level):
         ROOT / "ggml_tbq/ggml",
     ]
     program = tmp_path / "tile_config"
-    # the functions that the test does not reach may stay without the rest of ggml
+    # functions that the test does not call may remain unresolved
+    compiler = shutil.which("g++") or "c++"
+    flags = ["-std=c++17", level, "-march=sapphirerapids", "-w", "-no-pie", "-ffunction-sections", "-fdata-sections"]
+    linker = ["-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all"]
+    source = HERE / "amx" / "tile_config.cpp"
     subprocess.run(
-        [shutil.which("g++") or "c++", "-std=c++17", level, "-march=sapphirerapids", "-w", "-no-pie",
-         "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all",
-         *[f"-I{folder}" for folder in includes], HERE / "amx" / "tile_config.cpp", "-o", program],
-        check=True)  # fmt: skip
+        [compiler, *flags, *linker, *[f"-I{folder}" for folder in includes], source, "-o", program], check=True
+    )
     run = subprocess.run([program], capture_output=True, text=True)
     if run.returncode == 77:
         pytest.skip("this compiler does not know AMX")

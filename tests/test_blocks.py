@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantize and dequantize: against the NumPy oracle bit for bit, against the golden bytes, and every error."""
+"""Quantize and dequantize: the bits of the NumPy oracle, the golden bytes, and every error."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from conftest import ROOT
 from tbq._ffi import ffi, lib
 
 NAMES = ("tbq2_0", "tbq3_0", "tbq4_0")
-# Distortion of the Lloyd-Max quantizer of a Gaussian (Max 1960).
+# The distortion of the Lloyd-Max quantizer of a Gaussian (Max 1960).
 MAX_1960 = {"tbq2_0": 0.1175, "tbq3_0": 0.03454, "tbq4_0": 0.009497}
 
 
@@ -87,12 +87,10 @@ def quantize_centered(x, name, mean, weight):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_centered(name):
-    """Keys less their mean, with weights for the channels: the oracle's bytes, and error where the weights are small."""
+    """Keys minus their mean, with weights of channels: the oracle's bytes, and more error where weights are small."""
     rng = np.random.default_rng(3)
-    x, mean = (
-        rng.standard_normal((2, 600, 128)).astype(np.float32)[0],
-        np.float32(3) * rng.standard_normal(128).astype(np.float32),
-    )
+    x = rng.standard_normal((2, 600, 128)).astype(np.float32)[0]
+    mean = np.float32(3) * rng.standard_normal(128).astype(np.float32)
     weight = np.repeat(np.exp(rng.standard_normal(64)).astype(np.float32), 2)
     for m, w in ((mean, weight), (mean, None), (None, weight)):
         packed = quantize_centered(x, name, m, w)
@@ -122,7 +120,7 @@ def test_oracle(name, distribution, kv):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoder_takes_any_bytes(name):
-    """Bytes that no encoder writes, every d among them, have a value too."""
+    """Bytes that no encoder writes, with every possible d, have values too."""
     rng = np.random.default_rng(7)
     size = tbq.types[name].block_bytes
     packed = rng.integers(0, 256, (2**16, size), dtype=np.uint8)
@@ -132,7 +130,7 @@ def test_decoder_takes_any_bytes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_bytes(name):
-    """A difference here means that files and saved caches of an earlier build decode to something else."""
+    """If these bytes change, files and saved caches of earlier builds decode to other values."""
     golden = dict(line.rsplit(" ", 1) for line in reference.GOLDEN.read_text(encoding="utf-8").splitlines()[1:])
     for case, x in reference.golden_inputs().items():
         for encoder in ("plain", "kv"):
@@ -173,14 +171,14 @@ def test_distortion_of_a_gaussian(name):
     plain, kv = (
         np.mean((x - tbq.dequantize(tbq.quantize(x, name, kv=kv), name, x.shape)) ** 2) for kv in (False, True)
     )
-    # The search fits the scale to each block and wins 5 to 27 % on the fixed quantizer.
+    # The search fits the scale to each block; its error is 5 to 27 % below that of the fixed quantizer.
     assert 0.7 * MAX_1960[name] < plain < 0.96 * MAX_1960[name]
-    # Shaped error is larger in sum: 6 to 9 % were measured.
+    # Noise shaping makes the total error larger: 6 to 9 % were measured.
     assert 1.03 * plain < kv < 1.11 * plain
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_and_damage_stay_in_their_block(name):
+def test_zero_and_nan_stay_in_their_block(name):
     x = np.ones((1, 256), np.float32)
     x[0, 64:128] = 0
     x[0, 130] = np.nan
@@ -194,13 +192,15 @@ def test_rotation():
     x = DISTRIBUTIONS["heavy tails"]
     y = tbq.rotate(x)
     assert y.shape == x.shape and y.dtype == np.float32
-    assert np.array_equal(y, reference.rotate(x))  # equal numbers; zeros may differ in sign, see the reference
+    assert np.array_equal(y, reference.rotate(x))  # equal numbers; zeros may differ in sign (see the reference)
     exact = (x.reshape(-1, 64) * reference.SIGNS).astype(np.float64) @ reference.H.astype(np.float64).T / 8
     scale = np.linalg.norm(exact, axis=1, keepdims=True)
-    # six additions deep, each off by at most half an ulp of at most the norm times 8
+    # six additions after one another; the error of each is at most half an ulp of a number up to 8 times the norm
     assert np.max(np.abs(y.reshape(-1, 64) - exact) / scale) < 6 * 2.0**-24 * 8
     assert np.array_equal(tbq.unrotate(y), reference.unrotate(y))
-    assert np.array_equal(tbq.rotate(x[..., ::-1]), tbq.rotate(x[..., ::-1].copy()))  # another layout is copied
+    assert np.array_equal(
+        tbq.rotate(x[..., ::-1]), tbq.rotate(x[..., ::-1].copy())
+    )  # an array with another layout is copied
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -242,7 +242,7 @@ def test_shapes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float16(name):
-    # every finite half, in random order, blocks of one magnitude and blocks of all
+    # every finite f16: in order, so that a block has one magnitude, and in random order
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)][: 63488 // 64 * 64]
     for x in (every, np.random.default_rng(5).permutation(every), np.float16(np.nan) * every):
@@ -278,7 +278,7 @@ def test_misaligned_bytes_and_read_only_memory():
 
 
 def test_nothing_is_copied():
-    """The pointer that the library gets is the array's own."""
+    """The library gets the array's own pointer."""
     from tbq import blocks
 
     x = np.zeros((2, 64), np.float32)
@@ -288,7 +288,7 @@ def test_nothing_is_copied():
 
 
 def test_threads():
-    """Calls from several threads at once give what one gives, and other threads run meanwhile."""
+    """Calls from several threads at once give the same result as one call, and other threads run meanwhile."""
     x = np.random.default_rng(9).standard_normal((4096, 1024)).astype(np.float32)
     expected = {name: tbq.quantize(x, name) for name in NAMES}
     with ThreadPoolExecutor(6) as pool:
@@ -301,7 +301,7 @@ def test_threads():
     while not done.is_set():
         ticks += 1
     worker.join()
-    # With the GIL held this loop would see one or two switches; it takes nanoseconds a turn.
+    # If the call held the GIL, this loop would run only once or twice; an iteration takes nanoseconds.
     assert ticks > 1000
 
 
@@ -364,9 +364,12 @@ def exported(path, *options):
     return {line.split()[-1] for line in out.splitlines() if len(line.split()) == 3}
 
 
-def test_kernels_are_chosen_in_no_time():
-    """llama.cpp asks for them at each row.  CPUID would leave a virtual machine, which took 4.5 us where it was measured; the fastest of
-    many short runs is what the call takes without other processes."""
+def test_the_choice_of_kernels_is_fast():
+    """llama.cpp asks for the kernels at each row.
+
+    CPUID would leave a virtual machine, which took 4.5 us where it was measured.  The fastest of many short runs is the
+    time without other processes.
+    """
     source, target = ffi.new("uint8_t[34]"), ffi.new("float[64]")
 
     def run():
@@ -378,7 +381,7 @@ def test_kernels_are_chosen_in_no_time():
     assert min(run() for _ in range(50)) < 2e-6
 
 
-def test_symbols_have_our_prefix(build_dir):
+def test_symbols_have_the_prefix(build_dir):
     symbols = exported(build_dir / "libtbq.a")
     assert "tbq_quantize" in symbols
     assert {s for s in symbols if not s.lstrip("_").startswith("tbq_")} == set()

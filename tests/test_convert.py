@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`tbq convert` and tbq.convert(), beside llama-quantize on the same files: the same bytes in every tensor."""
+"""`tbq convert` and tbq.convert(): every tensor has the same bytes as with llama-quantize."""
 
 import re
 import resource
@@ -73,13 +73,11 @@ def tiny(tmp_path_factory):
 
 
 def test_real_model(bin_dir, f16, tmp_path):
-    """Bytes, and so perplexity; and what the metadata becomes."""
+    """The bytes of tensors, the metadata, and the perplexity."""
     done = cli(f16, tmp_path / "ours.gguf", "--type", "tbq4_0")
     assert done.returncode == 0, done.stderr
-    assert (
-        "token_embd.weight has q8_0, because 256 does not divide its rows of 576\n" in done.stdout
-        and "before" not in done.stdout
-    )
+    assert "token_embd.weight has q8_0, because 256 does not divide its rows of 576\n" in done.stdout
+    assert "before" not in done.stdout
     theirs = llama_quantize(bin_dir, f16, tmp_path / "theirs.gguf", "tbq4_0")
     same(tmp_path / "ours.gguf", theirs)
     ours, source = open_gguf(tmp_path / "ours.gguf").metadata, open_gguf(f16).metadata
@@ -91,27 +89,14 @@ def test_real_model(bin_dir, f16, tmp_path):
     text = python_text(tmp_path / "text")
     perplexity = []
     for name in ("ours.gguf", "theirs.gguf"):
-        done = run_program(
-            bin_dir / "llama-perplexity",
-            "-m",
-            tmp_path / name,
-            "-f",
-            text,
-            "-c",
-            256,
-            "-b",
-            256,
-            "--chunks",
-            2,
-            "-t",
-            2,
-        )
+        options = ["-c", 256, "-b", 256, "--chunks", 2, "-t", 2]
+        done = run_program(bin_dir / "llama-perplexity", "-m", tmp_path / name, "-f", text, *options)
         perplexity.append(number("Final estimate: PPL", done.stdout + done.stderr))
     assert perplexity[0] == perplexity[1]
 
 
 def test_from_quantized(bin_dir, demo_model, tmp_path):
-    """Q4_1 matrices and Q8_0 embeddings, the demo model as it is."""
+    """The demo model itself: Q4_1 matrices and Q8_0 embeddings."""
     done = cli(demo_model, tmp_path / "ours.gguf", "--type", "tbq3_0")
     assert "210 tensors were quantized before" in done.stdout, done.stdout + done.stderr
     same(tmp_path / "ours.gguf", llama_quantize(bin_dir, demo_model, tmp_path / "theirs.gguf", "tbq3_0"))
@@ -119,14 +104,14 @@ def test_from_quantized(bin_dir, demo_model, tmp_path):
 
 @pytest.mark.parametrize("kind", [*TBQ, "q8_0", "f16", "bf16", "f32"])
 def test_tiny(bin_dir, tiny, tmp_path, kind):
-    """With an output matrix (q6_K) and embeddings of their own (q4_K beside two and three bits)."""
+    """A model with an output matrix (which gets q6_K) and separate embeddings (q4_K with 2 and 3 bits)."""
     tbq.convert(tiny, tmp_path / "ours.gguf", kind)
     same(tmp_path / "ours.gguf", llama_quantize(bin_dir, tiny, tmp_path / "theirs.gguf", kind))
 
 
 @pytest.mark.parametrize("experts,embd", [(8, 256), (4, 192)])
 def test_experts_and_fallbacks(bin_dir, tmp_path, experts, embd):
-    """Eight experts have keys and values in q8_0; 256 does not divide 192, so q5_0 and q8_0 stand in for K types."""
+    """With eight experts, keys and values get q8_0.  256 does not divide 192, so q5_0 and q8_0 replace K types."""
     source = tiny_llama(tmp_path / "f32.gguf", 64, experts=experts, embd=embd)
     for kind in TBQ:
         tbq.convert(source, tmp_path / f"{kind}.gguf", kind)
@@ -146,13 +131,12 @@ def test_every_type_decodes_as_in_gguf():
     for kind in GGML:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         try:
-            if kind.name.startswith("IQ"):  # ggml makes tables for seconds before it encodes some of them
+            if kind.name.startswith("IQ"):  # for some of these, ggml makes tables for seconds before it encodes
                 raise tbq.TBQError
             data = codecs.encoder(kind)(values)
         except tbq.TBQError:
-            data = np.random.default_rng(1).integers(
-                0, 60, 1024 // block * block_bytes, np.uint8
-            )  # no NaN: exponents are small
+            # bytes below 60 make small exponents, so there is no NaN
+            data = np.random.default_rng(1).integers(0, 60, 1024 // block * block_bytes, np.uint8)
         try:
             expected = gguf.dequantize(data, kind).reshape(-1)
         except NotImplementedError:
@@ -167,18 +151,9 @@ def test_every_type_decodes_as_in_gguf():
 
 
 def test_patterns(tiny, tmp_path):
-    done = cli(
-        tiny,
-        tmp_path / "o.gguf",
-        "--type",
-        "tbq4_0",
-        "--tensor",
-        r"blk\.1\.ffn_.*=tbq2_0",
-        "--tensor",
-        "ffn_|output.weight=tbq3_0",
-        "--tensor",
-        "token_embd=q5_K",
-    )
+    rules = (r"blk\.1\.ffn_.*=tbq2_0", "ffn_|output.weight=tbq3_0", "token_embd=q5_K")
+    options = [option for rule in rules for option in ("--tensor", rule)]
+    done = cli(tiny, tmp_path / "o.gguf", "--type", "tbq4_0", *options)
     assert done.returncode == 0, done.stderr
     found = kinds(tmp_path / "o.gguf")
     assert found["blk.1.ffn_up.weight"] == found["blk.1.ffn_down.weight"] == "tbq2_0"
@@ -236,25 +211,19 @@ def test_rows_that_do_not_fit_are_kept(tmp_path):
         "blk.0.ffn_gate.weight": "i32, because gguf cannot decode type i32",
     }
     ours, original = contents(tmp_path / "out.gguf"), contents(source)
-    assert (
-        ours["blk.0.ffn_up.weight"] == original["blk.0.ffn_up.weight"]
-        and ours["blk.0.ffn_gate.weight"] == original["blk.0.ffn_gate.weight"]
-    )
+    for name in ("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"):
+        assert ours[name] == original[name]
     assert ours["blk.0.ffn_down.weight"][0] == "tbq4_0"
-    assert (
-        "blk.0.ffn_up.weight has f32, because 64 does not divide its rows of 96\n"
-        in cli(source, tmp_path / "2.gguf", "--type", "tbq2_0").stdout
-    )
+    printed = cli(source, tmp_path / "2.gguf", "--type", "tbq2_0").stdout
+    assert "blk.0.ffn_up.weight has f32, because 64 does not divide its rows of 96\n" in printed
 
 
 def test_back_to_f16(bin_dir, tiny, tmp_path):
-    """No tbq tensor is left, whatever it is; nor is the version of our format."""
+    """No tbq tensor remains, of any kind, and the version of the tbq format is gone."""
     tbq.convert(tiny, tmp_path / "tbq.gguf", "tbq4_0", tensors=[(".", "tbq3_0")])
     tbq.convert(tmp_path / "tbq.gguf", tmp_path / "back.gguf", "f16")
-    assert (
-        set(kinds(tmp_path / "back.gguf").values()) == {"f16", "f32"}
-        and FORMAT_KEY not in open_gguf(tmp_path / "back.gguf").metadata
-    )
+    assert set(kinds(tmp_path / "back.gguf").values()) == {"f16", "f32"}
+    assert FORMAT_KEY not in open_gguf(tmp_path / "back.gguf").metadata
     same(tmp_path / "back.gguf", llama_quantize(bin_dir, tmp_path / "tbq.gguf", tmp_path / "theirs.gguf", "f16"))
     odd = {
         "x_norm.weight": (644, (2, 64), tbq.quantize(np.ones((2, 64), "f4"), "tbq4_0").tobytes()),
@@ -267,10 +236,10 @@ def test_back_to_f16(bin_dir, tiny, tmp_path):
 
 
 def test_without_llama_cpp(tiny, tmp_path, monkeypatch):
-    """A package that was built without it converts through gguf, but for K types."""
+    """A package that was built without llama.cpp converts with the package gguf, except to K types."""
     tbq.convert(tiny, tmp_path / "with.gguf", tensors=[("token_embd|output.weight", "q8_0")])
-    monkeypatch.setattr(codecs, "_ggml", lambda: None)
-    monkeypatch.setattr(codecs, "_fast_half", lambda: None)
+    monkeypatch.setattr(codecs, "_load_ggml", lambda: None)
+    monkeypatch.setattr(codecs, "_fast_f16_decoder", lambda: None)
     with pytest.raises(tbq.TBQError, match="gguf cannot encode type q6_k"):
         tbq.convert(tiny, tmp_path / "without.gguf")
     tbq.convert(tiny, tmp_path / "without.gguf", tensors=[("token_embd|output.weight", "q8_0")])
@@ -283,7 +252,7 @@ def test_without_llama_cpp(tiny, tmp_path, monkeypatch):
 
 
 def test_splits(bin_dir, tiny, tmp_path):
-    """Ours are read by llama.cpp, llama.cpp's by us; from any file of them."""
+    """llama.cpp reads the split files of tbq, and tbq those of llama.cpp, starting from any file."""
     report = tbq.convert(tiny, tmp_path / "ours.gguf", "tbq4_0", split_bytes=200_000)
     assert [path.name for path in report.files] == [
         f"ours-{i + 1:05}-of-{len(report.files):05}.gguf" for i in range(len(report.files))
@@ -303,7 +272,7 @@ def test_splits(bin_dir, tiny, tmp_path):
     assert not any(key.startswith("split.") for key in open_gguf(tmp_path / "from.gguf").metadata)
     assert len(tbq.convert(tiny, tmp_path / "one.gguf", "tbq4_0", split_bytes=10**9).files) == 1
     theirs[1].rename(tmp_path / "elsewhere.gguf")
-    refused(cli(theirs[0], tmp_path / "o.gguf", "--type", "f16"), rf"{theirs[1].name} is not beside it")
+    refused(cli(theirs[0], tmp_path / "o.gguf", "--type", "f16"), rf"{theirs[1].name} is not in the same folder")
 
 
 def test_refusals(tiny, tmp_path):
@@ -367,8 +336,8 @@ def test_values_that_are_not_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tbq4_0", "q8_0"])
-def test_values_that_no_scale_can_hold(tmp_path, kind):
-    """A scale is a half: what it cannot hold is refused, not clamped."""
+def test_values_beyond_the_range_of_scales(tmp_path, kind):
+    """A scale is an f16.  Values beyond its range are refused, not clamped."""
     weights = np.ones((64, 64), "f4")
     weights[5] = 1e9
     source = write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": weights})
@@ -381,7 +350,7 @@ def test_values_that_no_scale_can_hold(tmp_path, kind):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 def test_full_disk(tiny, tmp_path):
-    """A write that fails, here at a limit on the size of files, is a line and leaves nothing."""
+    """A write that fails, here because of a limit on file sizes, gives one line of error and leaves no file."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -395,24 +364,9 @@ def test_full_disk(tiny, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_leaves_nothing(f16, tmp_path, sent):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tbq",
-            "convert",
-            f16,
-            tmp_path / "o.gguf",
-            "--type",
-            "tbq4_0",
-            "--threads",
-            "1",
-            "--tensor",
-            "token_embd|attn|ffn=q5_1",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    options = ["--type", "tbq4_0", "--threads", "1", "--tensor", "token_embd|attn|ffn=q5_1"]
+    command = [sys.executable, "-m", "tbq", "convert", f16, tmp_path / "o.gguf", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".tbq-*/*")):
         time.sleep(0.005)
     process.send_signal(sent)
@@ -423,7 +377,7 @@ def test_interruption_leaves_nothing(f16, tmp_path, sent):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files, /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """One tensor of 1.2 GB; zeros without disk space.  Not ru_maxrss: a child's starts at what this process holds."""
+    """A tensor of 1.2 GB in a sparse file.  ru_maxrss cannot be used: a child's starts at the memory of its parent."""
     source = tmp_path / "in.gguf"
     write_gguf(source, {"general.architecture": "llama"}, {"blk.0.ffn_up.weight": (1, (300_000, 2048), b"")})
     with open(source, "r+b") as file:
@@ -443,7 +397,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_speed(bin_dir, f16, tmp_path):
-    """Not slower than llama-quantize to q4_0 beyond the start of Python and noise: the figures are in docs/measurements/speed.md."""
+    """As fast as llama-quantize to q4_0, apart from Python's start and noise (docs/measurements/speed.md)."""
 
     def fastest(command):
         times = []
@@ -454,27 +408,14 @@ def test_speed(bin_dir, f16, tmp_path):
         return min(times)
 
     theirs = fastest([bin_dir / "llama-quantize", f16, tmp_path / "q4_0.gguf", "q4_0", "2"])
-    ours = fastest(
-        [
-            sys.executable,
-            "-m",
-            "tbq",
-            "convert",
-            f16,
-            tmp_path / "o.gguf",
-            "--type",
-            "tbq4_0",
-            "--force",
-            "--threads",
-            "2",
-        ]
-    )
+    options = ["--type", "tbq4_0", "--force", "--threads", "2"]
+    ours = fastest([sys.executable, "-m", "tbq", "convert", f16, tmp_path / "o.gguf", *options])
     start = fastest([sys.executable, "-m", "tbq", "--version"])
     assert ours - start < 1.5 * theirs, (ours, start, theirs)
 
 
 def test_alignment_is_kept(tmp_path):
-    """A file whose offsets are multiples of 256 is written as one."""
+    """If the offsets of a file are multiples of 256, those of the new file are too."""
     weights = {f"blk.{i}.ffn_up.weight": np.full((2, 64), i + 1, "f4") for i in range(3)}
     writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
     writer.add_custom_alignment(256)
@@ -489,7 +430,7 @@ def test_alignment_is_kept(tmp_path):
 
 
 def test_rules_are_those_of_the_pin(build_dir):
-    """The names that stay are those of llama-quant.cpp; a new one there shows here."""
+    """The names of tensors that keep their type are those of llama-quant.cpp; a new one there fails this test."""
     text = (build_dir / "llama.cpp-src" / "src" / "llama-quant.cpp").read_text(encoding="utf-8")
     rules = text[text.index("static bool tensor_allows_quantization") : text.index("// tensor type selection")]
     general, special = re.split(r"if \(arch == LLM_ARCH_GLM5_NEXT\) \{", rules)

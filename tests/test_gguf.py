@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The package gguf after `import tbq`."""
+"""The package gguf knows the tbq types after `import tbq`."""
 
 import importlib
 import subprocess
@@ -14,7 +14,7 @@ import tbq
 from llama_tools import TBQ, complete, tiny_llama
 from tbq.gguf_files import register
 
-# Runs alone, in an interpreter whose gguf is another one.
+# Runs in another interpreter, which may have another release of gguf.
 ROUND_TRIP = """
     import sys
     first, folder = sys.argv[1:]
@@ -60,22 +60,9 @@ def test_written_and_read(first, tmp_path):
 @pytest.mark.parametrize("release", ["0.17.*", "0.18.*", "0.19.*"])
 def test_releases(release, tmp_path):
     target = tmp_path / "site"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--target",
-            target,
-            f"gguf=={release}",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", target]
+    command = [sys.executable, "-m", "pip", "install", *options, f"gguf=={release}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"gguf {release} cannot be installed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     assert round_trip("tbq", tmp_path, target).startswith(str(target))
@@ -102,8 +89,8 @@ def test_twice_is_once():
     assert before == (len(gguf.GGMLQuantizationType), len(gguf.LlamaFileType), len(gguf.GGML_QUANT_SIZES))
 
 
-def test_somebody_elses_number():
-    """A gguf that gives 644, or our name, to another type is refused."""
+def test_conflicting_numbers_and_names():
+    """A gguf in which another type has the number or the name of a tbq type is refused."""
     with pytest.raises(tbq.TBQError, match="TBQ9_0 or the number 644"):
         register._add_member(gguf.GGMLQuantizationType, "TBQ9_0", 644)
     with pytest.raises(tbq.TBQError, match="the name F16 or the number 9999"):
@@ -117,7 +104,7 @@ def test_rows_that_64_does_not_divide(kind):
 
 
 def test_a_file_of_the_writer_runs(bin_dir, tmp_path):
-    """Weights that gguf.quantize made, in a file that GGUFWriter wrote, in llama.cpp."""
+    """llama.cpp runs a file that GGUFWriter wrote, with weights from gguf.quantize."""
     source = gguf.GGUFReader(tiny_llama(tmp_path / "f32.gguf", 64))
     kind = gguf.GGMLQuantizationType.TBQ4_0
     writer = gguf.GGUFWriter(tmp_path / "tbq.gguf", "llama")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Corrupt and hostile GGUF files: one line, status 2, nothing left, nothing allocated that the file does not have."""
+"""Corrupt and hostile GGUF files: one line of error, status 2, no file left, no more memory than the file has bytes."""
 
 import os
 import re
@@ -48,7 +48,10 @@ def good(tmp_path):
 
 
 def attempt(tmp_path, data):
-    """Opens, converts and inspects; returns the error or None.  No other exception, nothing left, little memory."""
+    """Opens, converts and inspects a file; returns the error or None.
+
+    Fails for any other exception, a file that is left, or too much memory.
+    """
     source, target = tmp_path / "in.gguf", tmp_path / "out.gguf"
     source.write_bytes(data)
     before = sorted(os.listdir(tmp_path))
@@ -60,7 +63,7 @@ def attempt(tmp_path, data):
         finally:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            assert peak < 600_000 + 4 * len(data)  # what is read at a time, and the header
+            assert peak < 600_000 + 4 * len(data)  # the bytes that are read at a time, and the header
         tbq.convert(source, target, "tbq4_0", threads=1)
         target.unlink()
         as_text(inspect(source, source, threads=1))
@@ -82,12 +85,12 @@ def test_the_good_file_is_good(tmp_path, good):
 def test_truncated_anywhere(tmp_path, good):
     data, start = good
     for size in [*range(0, start, 3), *range(start, len(data), 97), len(data) - 1 - 0]:
-        if size < len(data) - 32:  # the last tensor may be without its padding
+        if size < len(data) - 32:  # the padding of the last tensor may be missing
             assert attempt(tmp_path, data[:size]), size
 
 
 def test_bits_flipped(tmp_path, good):
-    """Every bit of the header, one at a time, then a few at a time: an error or a file that still makes sense."""
+    """Bits of the header, one at a time, then a few at a time: an error, or a file that is still valid."""
     data, start = good
     errors = 0
     for bit in range(0, 8 * start, 3):
@@ -104,7 +107,7 @@ def test_bits_flipped(tmp_path, good):
 
 
 def test_weights_flipped(tmp_path, good):
-    """Any bytes are blocks; what is not finite is said."""
+    """Any bytes are blocks; values that are not finite are an error."""
     data, start = good
     rng = np.random.default_rng(2)
     seen = set()
@@ -150,7 +153,7 @@ HOSTILE = {
     "key of bytes": (header(0, 1) + entry(b"\xff\xfe", 4, bytes(4)) + bytes(99), "is not text"),
     "empty key": (header(0, 1) + entry(b"", 4, bytes(4)) + bytes(99), "key 0 of the metadata is ''"),
     "key of lines": (header(0, 1) + entry(b"a\nb", 4, bytes(4)) + bytes(99), r"key 0 of the metadata is 'a\\nb'"),
-    "key twice": (header(0, 2) + entry(b"k", 4, bytes(4)) * 2 + bytes(99), "metadata k is there twice"),
+    "key twice": (header(0, 2) + entry(b"k", 4, bytes(4)) * 2 + bytes(99), "metadata k occurs twice"),
     "type of an entry": (header(0, 1) + entry(b"k", 13, bytes(4)) + bytes(99), "metadata k has type 13"),
     "string": (header(0, 1) + entry(b"k", 8, text(b"v", 2**40)) + bytes(99), "metadata k would end at byte"),
     "array": (
@@ -215,7 +218,7 @@ HOSTILE = {
     "offset": (header() + tensor(offset=2**64 - 32) + bytes(999), "bytes at 18446744073709551"),
     "odd offset": (header() + tensor(offset=1) + bytes(999), "bytes at"),
     "same bytes": (header(2) + tensor() + tensor(b"b.weight") + bytes(999), "tensors a.weight and b.weight overlap"),
-    "same name": (header(2) + tensor() + tensor(offset=256) + bytes(999), "tensor a.weight is there twice"),
+    "same name": (header(2) + tensor() + tensor(offset=256) + bytes(999), "tensor a.weight occurs twice"),
     "long name": (header() + tensor(b"a" * 64) + bytes(999), "has a name of 64 bytes or more"),
     "name of lines": (header() + tensor(b"a\n\x1b[31mb") + bytes(999), r"the name of tensor 0 is 'a\\n"),
     "experts": (
@@ -249,8 +252,8 @@ def test_command_line(tmp_path, name, command):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files")
-def test_hostile_lengths_that_the_file_has(tmp_path):
-    """40 GB of zeros on no disk: a string of 30 GB, a list of a billion strings, are inside the file and still refused."""
+def test_hostile_lengths_in_a_large_file(tmp_path):
+    """In a sparse file of 40 GB, a string of 30 GB or a list of a billion strings would fit, but is refused."""
     for value in (
         entry(b"k", 8, text(b"", 30 << 30)),
         entry(b"k", 9, struct.pack("<IQ", 8, 10**9)),
@@ -267,7 +270,7 @@ def test_hostile_lengths_that_the_file_has(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_what_is_not_a_file(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
         with pytest.raises(tbq.TBQError, match="is not a regular file"):
@@ -277,7 +280,7 @@ def test_what_is_not_a_file(tmp_path):
 
 
 def test_a_file_that_becomes_shorter(tmp_path, good, monkeypatch):
-    """Between the header's check and the reading of weights."""
+    """The file is truncated between the check of the header and the reading of weights."""
     path = tmp_path / "in.gguf"
     path.write_bytes(good[0])
     model = open_gguf(path)
@@ -298,7 +301,7 @@ def test_splits_that_contradict_themselves(tmp_path):
     for change, message in (
         (dict(no=0), "is not file 2 of 2"),
         (dict(no=1, count=3), "is not file 2 of 2"),
-        (dict(no=1, name="a.weight"), "there twice"),
+        (dict(no=1, name="a.weight"), "occurs twice"),
     ):
         part(2, **change)
         with pytest.raises(tbq.TBQError, match=message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The vector index: what it finds, its errors, its files, its commands."""
+"""The vector index: its results, its errors, its files, its commands."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ METRICS = ("ip", "cosine", "l2")
 
 
 def vectors(n, dim, seed=0):
-    """Of different lengths, in overlapping clusters, so that there are neighbors to find."""
+    """Vectors of different lengths, in overlapping clusters, so that there are neighbors to find."""
     rng = np.random.default_rng(seed)
     centers = rng.standard_normal((20, dim))
     x = centers[rng.integers(0, 20, n)] + 0.7 * rng.standard_normal((n, dim))
@@ -38,7 +38,7 @@ def unit(x):
 
 
 def exact(metric, q, x):
-    """Scores in double precision, the higher the nearer."""
+    """Scores in double precision; nearer vectors have higher scores."""
     q, x = q.astype(np.float64), x.astype(np.float64)
     if metric == "l2":
         return -np.stack([((row - x) ** 2).sum(-1) for row in q])
@@ -54,14 +54,14 @@ def share(scores, ids, k):
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth)]) / k
 
 
-# --- what it finds ------------------------------------------------------------------------------------------------
+# --- search results -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_finds_neighbours(metric):
+def test_finds_neighbors(metric):
     x = vectors(3000, 100)
     q = vectors(50, 100)
-    # measured, for the worst metric: 0.85, 0.74 and 0.58 with 4, 3 and 2 bits
+    # measured with 4, 3 and 2 bits, for the worst metric: 0.85, 0.74 and 0.58
     for bits, least in ((4, 0.82), (3, 0.69), (2, 0.52)):
         index = Index(100, bits, metric, keep="float32")
         assert index.add(x).tolist() == list(range(3000))
@@ -78,8 +78,8 @@ def test_finds_neighbours(metric):
 @pytest.mark.parametrize("estimator", ("mse", "unbiased"))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", (1, 3, 63, 64, 65, 200))
-def test_scores_are_products_with_what_is_reconstructed(metric, estimator, dim):
-    """For every vector; the query's rounding to 8 bits is what remains."""
+def test_scores_are_products_with_reconstructed_vectors(metric, estimator, dim):
+    """For every vector, up to the rounding of the query to 8 bits."""
     x, q = vectors(70, dim), vectors(5, dim, seed=1)
     index = Index(dim, 4, metric, estimator=estimator)
     index.add(x)
@@ -92,7 +92,7 @@ def test_scores_are_products_with_what_is_reconstructed(metric, estimator, dim):
         product = np.maximum(
             (q.astype(np.float64) ** 2).sum(-1)[:, None] + (x[ids].astype(np.float64) ** 2).sum(-1) - 2 * product, 0
         )
-    # 127 levels: a rotated value is off by 1/254 of the largest, at most 8 times their rms
+    # 127 levels: the error of a rotated value is at most 1/254 of the largest one, which is at most 8 times their rms
     size = np.linalg.norm(queries, axis=-1)[:, None] * np.linalg.norm(decoded, axis=-1)
     assert (np.abs(scores - product) < (2 if metric == "l2" else 1) * size * 0.03 + 1e-6).all()
     assert np.sqrt(np.mean(((scores - product) / size) ** 2)) < 0.012
@@ -106,16 +106,15 @@ def test_reconstruct():
     scaled = (unit(x) * math.sqrt(128)).astype(np.float32)
     expected = tbq.dequantize(tbq.quantize(scaled, "tbq3_0"), "tbq3_0", scaled.shape) / math.sqrt(128)
     got = index.reconstruct(np.arange(40))
-    assert np.mean((got - expected) ** 2) < 1e-3 * np.mean(
-        (got - unit(x)) ** 2
-    )  # a level may differ where scaling rounds otherwise
+    # a level may differ where scaling rounds differently
+    assert np.mean((got - expected) ** 2) < 1e-3 * np.mean((got - unit(x)) ** 2)
     assert index.reconstruct(7).shape == (128,) and (index.reconstruct(7) == got[7]).all()
     assert index.reconstruct([]).shape == (0, 128)
 
 
 @pytest.mark.parametrize("bits, lost", ((4, 0.0070), (3, 0.0294), (2, 0.114)))
 def test_estimators(bits, lost):
-    """Products of correlated pairs, regressed on the true ones: slope 1, or 1 - the energy that quantization lost."""
+    """The slope of estimated products over true ones: 1, or 1 minus the energy that quantization lost."""
     rng = np.random.default_rng(bits)
     x = unit(rng.standard_normal((4000, 128))).astype(np.float32)
     slopes = {}
@@ -136,7 +135,7 @@ def test_estimators(bits, lost):
 
 
 def test_lengths_of_any_size():
-    """Halves hold the scales of unit vectors, a float each one's length."""
+    """The scales are those of unit vectors, which fit f16; each length is a float."""
     x, q = vectors(500, 48), vectors(20, 48, seed=1)
     plain = Index(48)
     plain.add(x)
@@ -175,7 +174,7 @@ def test_input_types():
 
 @pytest.mark.parametrize("queries", (1, 3, 100))
 def test_threads_do_not_matter(queries):
-    """Neither how the work is divided: by queries, or by vectors and merged.  Ties go to the vector that was added first."""
+    """Work is divided by queries, or by vectors and merged.  Of equal scores, the vector that was added first wins."""
     x = np.repeat(vectors(3000, 192), 7, axis=0)
     q = vectors(queries, 192, seed=2)
     first = Index(192)
@@ -196,11 +195,11 @@ def test_threads_do_not_matter(queries):
     "metric, estimator, keep", (("ip", "mse", None), ("l2", "unbiased", "float32"), ("cosine", "mse", "float16"))
 )
 def test_changes(metric, estimator, keep, tmp_path):
-    """Against a new index of the same vectors, after each of many random changes."""
+    """Equal to a new index of the same vectors, after each of many random changes."""
     rng = np.random.default_rng(5)
     x, q = vectors(600, 72), vectors(4, 72, seed=1)
     index, held, used = Index(72, 3, metric, estimator=estimator, keep=keep), {}, 0
-    for step in range(60):
+    for _ in range(60):
         kind = rng.integers(0, 4)
         if kind == 0:
             some = rng.integers(0, 600, rng.integers(0, 40))
@@ -237,8 +236,8 @@ def test_changes(metric, estimator, keep, tmp_path):
     assert used > 100
 
 
-def test_nothing_is_left_of_what_was_removed(tmp_path):
-    """The file of an index does not depend on what was once in it, or almost."""
+def test_nothing_is_left_of_removed_vectors(tmp_path):
+    """Of removed vectors, the file of an index shows only the next id."""
     x = vectors(50, 64)
     index = Index(64, keep="float16")
     index.add(x)
@@ -279,7 +278,7 @@ def test_data_that_is_not_centered(metric, c):
 
 @pytest.mark.parametrize("metric", ("ip", "cosine"))
 def test_queries_that_are_not_like_the_vectors(metric):
-    """On the other side of 0, around 0, and short: each finds its neighbors among the others."""
+    """Queries opposite to the vectors, around 0, and short ones: each finds its neighbors."""
     x = normal(3000, 64, 5)
     q = np.concatenate([normal(100, 64, -5, 1), normal(100, 64, 0, 2), normal(100, 64, 5, 3) * np.float32(1e-3)])[
         np.random.default_rng(0).permutation(300)
@@ -288,14 +287,14 @@ def test_queries_that_are_not_like_the_vectors(metric):
     index.add(x)
     scores, ids = index.search(q, 10)
     assert recall(metric, q, x, ids, 10) > 0.88
-    for some in (slice(0, 1), slice(5, 40)):  # a query's result does not depend on its company
+    for some in (slice(0, 1), slice(5, 40)):  # a query's result does not depend on the other queries
         assert all((a == b[some]).all() for a, b in zip(index.search(q[some], 10), (scores, ids)))
 
 
 @pytest.mark.parametrize("metric, keep", (("ip", None), ("cosine", "float16"), ("l2", "float32")))
 @pytest.mark.parametrize("n", (1, 2, 255, 256, 300))
-def test_how_vectors_are_cut_does_not_matter(metric, keep, n, tmp_path):
-    """The same file after one add and after many, with files in between."""
+def test_how_vectors_are_divided_into_calls_does_not_matter(metric, keep, n, tmp_path):
+    """The same file after one add and after many, with saving and loading in between."""
     x, path = normal(n, 70, 2), tmp_path / "index"
     files = set()
     for step in (1, 7, 100, 300):
@@ -322,7 +321,7 @@ def test_center_is_fixed_once_there_are_enough():
     index.remove(np.arange(1000))
     assert (index.center == fixed).all()
     index.remove(index.ids)
-    assert not index.center.any()  # of nothing there is none
+    assert not index.center.any()  # an empty index has none
     index.add(normal(300, 20, 70))
     assert np.abs(index.center - 70).max() < 0.5
 
@@ -383,7 +382,7 @@ def test_a_few_vectors_far_away_do_not_move_the_center():
 
 
 def test_center_and_halves():
-    """What float16 holds is what is left of a vector; a center that moves never throws out what was taken."""
+    """float16 must hold the residual of a vector.  When the center moves, vectors that were accepted stay."""
     index = Index(8, 4, "l2", keep="float16")
     index.add(normal(3, 8, 1e5))
     with pytest.raises(TBQError, match=r"vectors\[1\] is too far from the center for float16"):
@@ -407,9 +406,15 @@ WRONG = {
     "shape": (lambda i: i.add(np.ones((3, 7))), "vectors have shape (3, 7); it must be (n, 8), or (8,) for one"),
     "axes": (lambda i: i.add(np.ones((1, 3, 8))), "vectors have shape (1, 3, 8); it must be (n, 8), or (8,) for one"),
     "scalar": (lambda i: i.add(1.0), "vectors have shape (); it must be (n, 8), or (8,) for one"),
-    "text": (lambda i: i.add(["abc"]), "vectors have dtype <U3; it must be a real number's"),
-    "complex": (lambda i: i.add(np.ones(8, complex)), "vectors have dtype complex128; it must be a real number's"),
-    "objects": (lambda i: i.add(np.array([None] * 8)), "vectors have dtype object; it must be a real number's"),
+    "text": (lambda i: i.add(["abc"]), "the dtype of vectors is <U3; it must be a type of real numbers"),
+    "complex": (
+        lambda i: i.add(np.ones(8, complex)),
+        "the dtype of vectors is complex128; it must be a type of real numbers",
+    ),
+    "objects": (
+        lambda i: i.add(np.array([None] * 8)),
+        "the dtype of vectors is object; it must be a type of real numbers",
+    ),
     "ragged": (lambda i: i.add([[1, 2], [3]]), "vectors are ragged; rows must have one length"),
     "nan": (lambda i: i.add(np.vstack([np.ones((2, 8)), NAN])), "vectors[2] holds a NaN or an infinity"),
     "nan far": (
@@ -430,9 +435,9 @@ WRONG = {
     ),
     "center shape": (lambda i: Index(8, center=np.ones(9)), "center has shape (9,); it must be (8,)"),
     "center nan": (lambda i: Index(8, center=NAN[0]), "center[0] holds a NaN or an infinity"),
-    "center text": (lambda i: Index(8, center="no"), "center have dtype <U2; it must be a real number's"),
-    "id twice": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 9]), "id 9 is there twice"),
-    "id taken": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 2]), "id 2 is in the index already"),
+    "center text": (lambda i: Index(8, center="no"), "the dtype of center is <U2; it must be a type of real numbers"),
+    "id twice": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 9]), "id 9 occurs twice"),
+    "id taken": (lambda i: i.add_with_ids(np.ones((2, 8)), [9, 2]), "id 2 is already in the index"),
     "id count": (lambda i: i.add_with_ids(np.ones((2, 8)), [9]), "there are 2 vectors and 1 ids"),
     "id float": (
         lambda i: i.add_with_ids(np.ones(8), [1.5]),
@@ -448,7 +453,7 @@ WRONG = {
         "id 9223372036854775808 is not from 0 to 2^63 - 2",
     ),
     "remove": (lambda i: i.remove([1, 77]), "id 77 is not in the index"),
-    "remove twice": (lambda i: i.remove([1, 2, 1]), "id 1 is there twice"),
+    "remove twice": (lambda i: i.remove([1, 2, 1]), "id 1 occurs twice"),
     "reconstruct": (lambda i: i.reconstruct(-1), "id -1 is not from 0 to 2^63 - 2"),
     "reconstruct missing": (lambda i: i.reconstruct(5), "id 5 is not in the index"),
     "query shape": (lambda i: i.search(np.ones(9), 1), "queries have shape (9,); it must be (n, 8), or (8,) for one"),
@@ -477,7 +482,7 @@ def _one(metric):
 
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_arguments(what):
-    """One line each, and the index is as before."""
+    """Each error is one line, and does not change the index."""
     index = Index(8)
     index.add(vectors(5, 8))
     before = index.ids.tolist(), index.search(np.ones(8), 5)[0].tolist(), index.nbytes
@@ -493,7 +498,7 @@ LAST = 2**63 - 2  # of the ids
 
 
 def test_ids_end(tmp_path):
-    """What has been saved can be loaded; what has no id left is refused before anything changes."""
+    """An index with the last ids can be saved and loaded; vectors without an id are refused before anything changes."""
     x, path = vectors(12, 8), tmp_path / "index"
     index = Index(8)
     index.add_with_ids(x[:1], [LAST - 3])
@@ -534,7 +539,7 @@ def test_ids_end(tmp_path):
     ),
     ids=str,
 )
-def test_ids_that_are_none(ids, message):
+def test_invalid_ids(ids, message):
     index = Index(8)
     index.add(vectors(2, 8))
     for act in (
@@ -605,7 +610,7 @@ def test_file(saved):
     for a, b in zip(index.search(q, 9, rescore=2), loaded.search(q, 9, rescore=2)):
         assert (a == b).all()
     assert repr(loaded) == repr(index)
-    # as the module says: the header is 128 bytes, sections at multiples of 64; 3 groups of 2 blocks
+    # as the module documents: a header of 128 bytes, sections at multiples of 64; 3 groups of 2 blocks
     sizes = [70 * 4, 3 * 2 * 32, 3 * 2 * 16 * 24, 48 * 4, 48 * 4, 37 * 8, 37 * 70 * 2, 37 * 70 * 4]
     at = 128
     for size in sizes[:-1]:
@@ -628,7 +633,7 @@ def _scaled(index, row):
 
 
 def test_files_of_version_1(tmp_path):
-    """Written out here as they were: no center, whatever is added."""
+    """Made here byte by byte: such an index has no center, whatever is added."""
     x, q = vectors(300, 70) + np.float32(1), vectors(3, 70, seed=1)
     for metric in METRICS:
         index = Index(70, 3, metric, keep="float16", center=np.zeros(70))
@@ -661,7 +666,7 @@ def test_file_is_mapped_and_never_written_to(saved):
     index.remove(100)
     index.add(vectors(1, 70))
     assert path.read_bytes() == before
-    index.save(path)  # over what another one still reads
+    index.save(path)  # the other index still reads the old file
     again = Index.load(path)
     assert 100 not in again and 137 in again and len(again) == 37
 
@@ -680,7 +685,7 @@ def test_truncated(saved, tmp_path):
 
 
 def test_tampered(saved, tmp_path):
-    """Any bit: in the header, in a section, or in what fills it up, which has no effect."""
+    """Any bit: in the header, in a section, or between sections, where it has no effect."""
     _, path = saved
     data = path.read_bytes()
     other = tmp_path / "other"
@@ -705,23 +710,12 @@ def test_tampered(saved, tmp_path):
     assert refused == 192
 
 
+_FIELDS = "magic version format bits metric estimator keep dim n next center source"
+
+
 def _forged(data, **fields):
     """A file with other numbers in its header and valid checksums."""
-    names = (
-        "magic",
-        "version",
-        "format",
-        "bits",
-        "metric",
-        "estimator",
-        "keep",
-        "dim",
-        "n",
-        "next",
-        "center",
-        "source",
-    )
-    values = dict(zip(names, struct.unpack_from("<8s6I3Q2I", data))) | fields
+    values = dict(zip(_FIELDS.split(), struct.unpack_from("<8s6I3Q2I", data))) | fields
     head = struct.pack("<8s6I3Q2I", *values.values()) + data[64:96]
     return head + struct.pack("<I", zlib.crc32(head)) + data[100:]
 
@@ -755,7 +749,7 @@ def _forged(data, **fields):
     ids=str,
 )
 def test_forged(saved, tmp_path, fields):
-    """Numbers that do not fit the file's size: refused before memory is taken for them."""
+    """Numbers that do not fit the file's size are refused before memory is allocated for them."""
     _, path = saved
     other = tmp_path / "other"
     other.write_bytes(_forged(path.read_bytes(), **fields))
@@ -765,15 +759,15 @@ def test_forged(saved, tmp_path, fields):
 
 
 def test_garbage_under_valid_checksums(saved, tmp_path):
-    """verify=False trusts what it reads, but stays within it."""
-    index, path = saved
+    """verify=False does not check values, but never reads outside the file."""
+    _, path = saved
     data = bytearray(path.read_bytes())
     data[_SCALES:] = np.random.default_rng(0).integers(0, 256, len(data) - _SCALES, np.uint8).tobytes()
     other = tmp_path / "other"
     other.write_bytes(data)
     with np.errstate(all="ignore"):
         Index.load(other, verify=False).search(vectors(3, 70), 9, rescore=2)
-    for wrong in (np.inf, np.nan, 1e30):  # the center meets every query
+    for wrong in (np.inf, np.nan, 1e30):  # every query uses the center
         data[128:132] = np.float32(wrong).tobytes()
         other.write_bytes(data)
         with pytest.raises(TBQError, match="is corrupt: its center has a NaN or is too far away"):
@@ -813,7 +807,7 @@ def test_mode_and_link(tmp_path):
 
 
 def test_full_disk(saved):
-    """The old file stays, and nothing beside it."""
+    """The old file stays, and no other file is left."""
     index, path = saved
     before = path.read_bytes()
     index.add(vectors(500, 70))
@@ -953,7 +947,7 @@ def test_wrong_files(folder, what, monkeypatch, capsys):
     not pathlib.Path("/proc/self/maps").exists(), reason="cannot tell when the work has begun: no /proc"
 )
 def test_interrupted(folder):
-    """Ctrl-C in the middle: no traceback, and nothing new in the folder."""
+    """Ctrl-C during the work: no traceback, and nothing new in the folder."""
     np.save(folder / "large.npy", np.ones((400000, 384), np.float16))
     before = sorted(os.listdir(folder))
     process = subprocess.Popen(
@@ -974,11 +968,11 @@ def test_interrupted(folder):
     os.unlink(folder / "large.npy")
 
 
-# --- beside faiss -------------------------------------------------------------------------------------------------
+# --- compared with faiss ------------------------------------------------------------------------------------------
 
 
 def test_bench(tmp_path, capsys):
-    """The claims, on a small set; the sizes are those that a file would have."""
+    """The claims, on a small set.  Sizes are those of a file."""
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ggml-tbq[bench]'")
     picture = tmp_path / "recall.png"
@@ -1010,7 +1004,7 @@ def test_bench(tmp_path, capsys):
 
 
 def test_bench_texts(capsys):
-    """The sentence embeddings are of sentences: near in the vectors is near in the words."""
+    """Sentences of similar meaning have near embeddings."""
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'ggml-tbq[bench]'")
     for name in ("wordllama", "tokenizers"):
         if importlib.util.find_spec(name) is None:  # importing wordllama takes seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`tbq inspect`."""
+"""`tbq inspect`: scales, use of the codebook, errors, output, pictures."""
 
 import json
 import re
@@ -29,22 +29,18 @@ def refused(done, message):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model as f32, f16 and each of our types."""
+    """A model as f32, f16 and each tbq type."""
     folder = tmp_path_factory.mktemp("inspect")
     tiny_llama(folder / "f32.gguf", 64)
     for kind in (*TBQ, "f16"):
-        tbq.convert(
-            folder / "f32.gguf",
-            folder / f"{kind}.gguf",
-            kind,
-            tensors=[("ffn_up", "tbq2_0")] if kind == "tbq4_0" else [],
-        )
+        tensors = [("ffn_up", "tbq2_0")] if kind == "tbq4_0" else []
+        tbq.convert(folder / "f32.gguf", folder / f"{kind}.gguf", kind, tensors=tensors)
     return folder
 
 
 @pytest.mark.parametrize("kind", TBQ)
 def test_scales_and_use(folder, kind):
-    """What the NumPy reference unpacks."""
+    """The same as from what the NumPy reference unpacks."""
     report = inspect(folder / f"{kind}.gguf", threads=2)
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / f"{kind}.gguf").tensors}
     total = 0
@@ -55,10 +51,8 @@ def test_scales_and_use(folder, kind):
         index, d = numpy_reference.unpack(bits, read[entry.tensor.name].data.reshape(-1, tbq.types[kind].block_bytes))
         d = d.view(np.float16).astype(np.float32)
         assert entry.blocks.use.tolist() == np.bincount(index.reshape(-1), minlength=2**bits).tolist()
-        assert entry.blocks.scales == (d.min(), np.median(d), d.max()) and (
-            entry.blocks.zero,
-            entry.blocks.corrupt,
-        ) == (0, 0)
+        assert entry.blocks.scales == (d.min(), np.median(d), d.max())
+        assert (entry.blocks.zero, entry.blocks.corrupt) == (0, 0)
         assert entry.blocks.histogram.sum() == len(d)
         assert bits - 0.35 < entry.blocks.entropy < bits
         total += index.size
@@ -66,7 +60,7 @@ def test_scales_and_use(folder, kind):
 
 
 def test_errors(folder):
-    """Against the reader's and gguf's values; a Gaussian's distortion at four bits is 0.0069."""
+    """The same as from values that gguf reads and decodes.  A Gaussian's distortion with 4 bits is 0.0069."""
     report = inspect(folder / "tbq4_0.gguf", folder / "f32.gguf")
     new, old = (
         {
@@ -137,7 +131,7 @@ def test_header_alone_reads_no_weights(folder):
     assert "tbq4_0" in cli(folder / "tbq4_0.gguf", "--header").stdout
 
 
-def test_damaged_and_zero_blocks(tmp_path):
+def test_corrupt_and_zero_blocks(tmp_path):
     packed = tbq.quantize(np.random.default_rng(0).standard_normal((4, 64), dtype=np.float32), "tbq4_0")
     packed[0, :2] = 0
     packed[1, :2] = 255
@@ -149,7 +143,7 @@ def test_damaged_and_zero_blocks(tmp_path):
     assert json.loads(cli(path, "--json", "--against", path).stdout)["tensors"][0]["error"] is None
 
 
-def test_a_file_without_our_types(folder):
+def test_a_file_without_tbq_types(folder):
     done = cli(folder / "f16.gguf")
     assert done.returncode == 0 and "MOSTLY_F16" in done.stdout and "level" not in done.stdout
 
@@ -178,7 +172,7 @@ def test_errors_of_pictures(folder, tmp_path):
 
 
 def test_a_name_for_the_terminal(tmp_path):
-    """What a file says may be anything, escape sequences too."""
+    """A name in a file may have any characters, escape sequences too."""
     source = write_gguf(
         tmp_path / "in.gguf",
         {"general.architecture": "llama", "general.name": "\x1b]0;boo\x07"},

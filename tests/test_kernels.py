@@ -13,7 +13,7 @@ from tbq._arguments import cores
 
 HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# What /proc/cpuinfo must show for an implementation to run.
+# The flags in /proc/cpuinfo with which an implementation must run.
 X86_FLAGS = {
     "avx2": {"avx2", "f16c", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"},
@@ -37,12 +37,12 @@ def run(*command):
 
 
 def fuzz(*command):
-    """The implementations that were compared on blocks, and on how many, after none of them differed."""
+    """Returns the implementations that were compared on blocks, and on how many; none differed."""
     return dict(re.findall(r"compared with ref: (\S+), (\d+) blocks", run(*command)))
 
 
 def attention(*command, problems, seed=1):
-    """The implementations that were compared on attention.  Some of the problems must have split the cache."""
+    """Returns the implementations that were compared on attention.  Some problems must have split the cache."""
     out = run(*command, str(problems), str(seed))
     count, chunked = map(int, re.search(r"(\d+) problems, (\d+) of them in chunks", out).groups())
     assert count == problems and chunked >= problems // 8
@@ -50,7 +50,7 @@ def attention(*command, problems, seed=1):
 
 
 def search(*command, problems, seed=1):
-    """The implementations that were compared on searches."""
+    """Returns the implementations that were compared on exhaustive search."""
     out = run(*command, str(problems), str(seed))
     assert f"\n{problems} problems\n" in out
     return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
@@ -75,24 +75,23 @@ def test_x86(tmp_path):
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitized(tmp_path, sanitizers):
     """Reads past a buffer's end, undefined arithmetic, and races between the threads that share a cache."""
-    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g1 -fno-var-tracking"  # without -fno-var-tracking and with -g, 197 s of compiling instead of 120
+    # with -g and without -fno-var-tracking, compiling takes 197 s instead of 120 s
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -g1 -fno-var-tracking"
     folder = build(tmp_path, f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
     assert attention(folder / "attention", problems=32, seed=2) == expected_x86()
     assert search(folder / "search", problems=100, seed=2) == expected_x86()
 
 
 def test_arm(tmp_path):
-    """NEON, natively or under an emulator."""
+    """NEON, on the machine itself or in an emulator."""
     if platform.machine() in ("aarch64", "arm64"):
         folder = build(tmp_path)
         assert "neon" in fuzz(folder / "fuzz", "25000")
         assert "neon" in attention(folder / "attention", problems=200)
         assert "neon" in search(folder / "search", problems=400)
         return
-    compiler, emulator = (
-        shutil.which("aarch64-linux-gnu-gcc"),
-        shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"),
-    )
+    compiler = shutil.which("aarch64-linux-gnu-gcc")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not compiler or not emulator:
         pytest.skip(
             "NEON not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the scripts here end: an error is one line on stderr and status 1 (standard library only, any Python 3)."""
+"""Errors of the scripts in this folder: one line on stderr and status 1 (standard library only, any Python 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Failure(Exception):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Runs a script's main function and turns what it raises into that line."""
+    """Runs a script's main function, and turns errors into that line."""
     try:
         main()
     except Failure as failure:
@@ -20,5 +20,5 @@ def run_main(main: Callable[[], object]) -> None:
     except OSError as error:
         sys.exit(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}")
     except KeyboardInterrupt:
-        # on a terminal, ^C stands at the start of the line
-        sys.exit("\n" * sys.stderr.isatty() + "error: interrupted; the same command goes on from here")
+        # a terminal shows ^C at the start of the line
+        sys.exit("\n" * sys.stderr.isatty() + "error: interrupted; the same command continues from here")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""emit_ffi.py CDEF OUT: writes the C source of the module tbq._ffi."""
+"""emit_ffi.py CDEF OUT: writes the C source of the module tbq._ffi to OUT, from the declarations in CDEF."""
 
 import pathlib
 import sys

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: MIT
 """Builds everything and installs it into a virtual environment (standard library only).
 
-    install.py VENV --server  llama-server and the package: what the demo runs; more only if it was there before
-    install.py VENV           all programs of llama.cpp
+    install.py VENV --server  llama-server and the package, for the demo; all programs if they were built before
+    install.py VENV           the package and all programs of llama.cpp
     install.py VENV --cuda    the same with the CUDA backend, here and in every later build of this folder
     install.py VENV --tests   installs what the tests import, and builds llama.cpp's own tests in the same build folder
     install.py VENV --bench   builds the kernels' benchmarks there, and runs them
-    install.py VENV --moved   mends the paths in an environment whose checkout was moved
+    install.py VENV --moved   corrects the paths in an environment whose checkout was moved
 
-Every step can be interrupted and repeated: pip replaces packages as a whole, ninja goes on where it stopped.  The
-complete output goes to build/install.log.
+Every step can be interrupted and repeated: pip replaces a package in one step, and ninja continues where it stopped.
+The complete output is written to build/install.log.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from _cli import Failure, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOG = ROOT / "build" / "install.log"
-# What is installed: make compares the times of these files with those of the sources.
+# These files say what is installed: make compares their times with those of the sources.
 SERVER_STAMP = ROOT / "build" / ".installed-server"
 STAMP = ROOT / "build" / ".installed"
-# The folder of the checkout, which the scripts of the environment name.
+# This file has the path of the checkout, which the scripts of the environment contain.
 WHERE = ROOT / "build" / ".where"
-# A fresh build, its downloads and the environment; a build that exists needs only what has changed.
+# For a fresh build, its downloads and the environment.  A later build needs less.
 DISK_BYTES = 1_500_000_000
-# The largest of llama.cpp's sources need 1.2 GB in g++.
+# g++ needs 1.2 GB for the largest of llama.cpp's sources.
 BYTES_PER_JOB = 1_300_000_000
 
 
@@ -66,8 +66,8 @@ def check_machine() -> None:
         raise Failure(f"no disk space: {free / 1e9:.1f} GB free under {ROOT}, {DISK_BYTES / 1e9:.1f} GB needed")
 
 
-def container() -> ModuleType:
-    """The package's module that knows a container's limits, which stands alone: the package is not installed yet."""
+def load_limits() -> ModuleType:
+    """Loads tbq/_limits.py, the limits of a container, alone: the package is not installed yet."""
     spec = importlib.util.spec_from_file_location("limits", ROOT / "python" / "tbq" / "_limits.py")
     assert spec is not None and spec.loader is not None  # a .py file has both
     module = importlib.util.module_from_spec(spec)
@@ -76,8 +76,11 @@ def container() -> ModuleType:
 
 
 def jobs(root: pathlib.Path = pathlib.Path("/")) -> int:
-    """Compiler processes at once: one a core, fewer if memory is short.  root: of /proc and /sys."""
-    limits = container()
+    """Returns how many compilers may run at once: one for each core, fewer if memory is short.
+
+    root: the folder with proc and sys.
+    """
+    limits = load_limits()
     count: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(count, math.ceil(limits.cpus(root) or count))
     memory: list[int | None] = [limits.memory(root)]
@@ -88,16 +91,16 @@ def jobs(root: pathlib.Path = pathlib.Path("/")) -> int:
 
 
 def build_dir() -> pathlib.Path | None:
-    """CMake's folder of the last install, pyproject.toml's build-dir; None before the first one."""
+    """Returns CMake's build folder of the last install (build-dir in pyproject.toml), or None before the first one."""
     found = [path.parent for path in ROOT.glob("build/cp*/CMakeCache.txt")]
     return max(found, key=lambda folder: (folder / "CMakeCache.txt").stat().st_mtime, default=None)
 
 
-# --- running things, with progress ------------------------------------------------------------------------------
+# --- running commands, with progress ----------------------------------------------------------------------------
 
 
 class Progress:
-    """Shows ninja's [n/m] as a percentage: on a terminal in place, elsewhere a line for each tenth."""
+    """Shows ninja's [n/m] as a percentage: in place on a terminal, and elsewhere a line for each 10 %."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
@@ -125,12 +128,12 @@ class Progress:
 def run(
     command: Sequence[str | os.PathLike[str]], log: TextIO, extra: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Runs a command with its output in the log; returns (exit status, output)."""
+    """Runs a command and writes its output to the log.  Returns (exit status, output)."""
     log.write(f"\n$ {' '.join(map(str, command))}\n")
     lines = []
     progress = Progress()
-    # A session of its own, so that an interruption ends pip, CMake, ninja and the compilers together.  The child
-    # inherits the log and its lock: if this process is killed, the next make waits for what it left running.
+    # The command has its own session, so that an interruption ends pip, CMake, ninja and the compilers together.  It
+    # inherits the log and its lock: if this process is killed, the next make waits until the command has ended.
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -161,7 +164,7 @@ def run(
 
 
 def explain(output: str) -> str:
-    """The one line, out of thousands, that says why a build failed."""
+    """Finds the line of a build's output that says why it failed."""
     for pattern, text in (
         (r"tbq: (?:CMake )?error: (.+)", "{0}"),
         (r"(No space left on device)", "no disk space left"),
@@ -180,7 +183,7 @@ def explain(output: str) -> str:
     return "it failed"
 
 
-def step(number: int, text: str) -> None:
+def announce_step(number: int, text: str) -> None:
     print(f"[{number}/3] {text}", flush=True)
 
 
@@ -188,11 +191,11 @@ def step(number: int, text: str) -> None:
 
 
 def make_venv(venv: pathlib.Path, log: TextIO) -> pathlib.Path:
-    """Creates the environment, or again if an earlier attempt left half of one."""
+    """Creates the environment; also if an earlier attempt left an incomplete one."""
     python = venv / "bin" / "python"
     if python.exists() and run([python, "-m", "pip", "--version"], log)[0] == 0:
         return python
-    step(1, f"creating {venv.name}")
+    announce_step(1, f"creating {venv.name}")
     status, output = run([sys.executable, "-m", "venv", "--clear", str(venv)], log)
     if status:
         if "ensurepip" in output:
@@ -202,7 +205,7 @@ def make_venv(venv: pathlib.Path, log: TextIO) -> pathlib.Path:
 
 
 def requirements() -> list[str]:
-    """What builds the package: pyproject.toml's list."""
+    """Returns the packages that the build needs: the list in pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r"(?m)^requires = (\[.*\])$", text)
     if not found:
@@ -221,14 +224,14 @@ def install_requirements(python: pathlib.Path, log: TextIO) -> None:
     wanted = requirements()
     if pip(python, ["install", "--quiet", "--no-index", "--dry-run", *wanted], log)[0] == 0:
         return
-    step(2, "installing cmake, ninja and the Python packages that the build needs")
+    announce_step(2, "installing cmake, ninja and the Python packages that the build needs")
     status, output = pip(python, ["install", *wanted], log)
     if status:
         raise Failure(explain(output))
 
 
 def check_cuda() -> None:
-    """nvcc is looked for before an hour of work, and where CMake does: $CUDACXX, then $PATH."""
+    """Checks that nvcc is installed, before an hour of work.  CMake looks in the same places: $CUDACXX, then $PATH."""
     compiler = os.environ.get("CUDACXX", "nvcc")
     if not shutil.which(compiler):
         raise Failure(
@@ -236,8 +239,8 @@ def check_cuda() -> None:
         )
 
 
-def built_tools() -> bool:
-    """Whether the last build had all programs; a server alone must not take them away."""
+def has_all_programs() -> bool:
+    """Whether the last build had all programs.  Then --server builds all of them again, so that none is removed."""
     folder = build_dir()
     return folder is not None and "TBQ_TOOLS:BOOL=ON" in (folder / "CMakeCache.txt").read_text(
         encoding="utf-8", errors="replace"
@@ -249,26 +252,28 @@ def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) 
     again = folder and (folder / "bin" / "llama-server").exists()
     what = "llama.cpp" if tools else "llama-server"
     if cuda:
-        step(3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work")
+        announce_step(
+            3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work"
+        )
     else:
         minutes = 9 if tools else 7
-        step(
+        announce_step(
             3,
             f"building {what} with the tbq types"
             + ("" if again else f", the first time about {minutes} minutes on 2 cores"),
         )
-    # CMake's cache keeps the choice for later builds
+    # CMake's cache keeps these choices for later builds
     options = [
         f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}",
         *(["-Ccmake.define.TBQ_CUDA=ON"] if cuda else []),
     ]
     status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, "."], log, environment(python))
     if status:
-        raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+        raise Failure(f"{explain(output)} (complete output: {LOG.relative_to(ROOT)})")
 
 
 def install_test_requirements(python: pathlib.Path, log: TextIO) -> None:
-    """The extra `test` of the package that is installed."""
+    """Installs the packages of the extra `test`."""
     wanted = "ggml-tbq[test]"
     if pip(python, ["install", "--quiet", "--no-index", "--dry-run", wanted], log)[0] == 0:
         return
@@ -279,7 +284,7 @@ def install_test_requirements(python: pathlib.Path, log: TextIO) -> None:
 
 
 def environment(python: pathlib.Path) -> dict[str, str]:
-    """CMake and ninja of the virtual environment, and how many compilers run at once."""
+    """The environment of a build: the virtual environment's CMake and ninja, and the number of compilers at once."""
     return {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs())),
@@ -287,7 +292,7 @@ def environment(python: pathlib.Path) -> dict[str, str]:
 
 
 def build_target(venv: pathlib.Path, log: TextIO, target: str) -> pathlib.Path:
-    """Builds more in the folder of the last install; returns that folder."""
+    """Builds a target in the build folder of the last install, and returns that folder."""
     folder = build_dir()
     if not folder:
         raise Failure("nothing is built yet; run make first")
@@ -295,18 +300,18 @@ def build_target(venv: pathlib.Path, log: TextIO, target: str) -> pathlib.Path:
         [venv / "bin" / "cmake", "--build", folder, "--target", target], log, environment(venv / "bin" / "python")
     )
     if status:
-        raise Failure(f"{explain(output)} (all of it: {LOG.relative_to(ROOT)})")
+        raise Failure(f"{explain(output)} (complete output: {LOG.relative_to(ROOT)})")
     return folder
 
 
-def mend_paths(venv: pathlib.Path) -> None:
-    """Scripts name their Python, and activate its folder, by absolute paths: those of the folder where they were made."""
+def correct_paths(venv: pathlib.Path) -> None:
+    """Replaces the old path of the checkout in the environment: its scripts have absolute paths."""
     before = f"{WHERE.read_text(encoding='utf-8')}/{venv.name}"
     print(f"This checkout was in {before.removesuffix('/' + venv.name)}: mending the paths in {venv.name}", flush=True)
     for path in [venv / "pyvenv.cfg", *(venv / "bin").iterdir()]:
         if path.is_symlink() or not path.is_file():
             continue
-        with contextlib.suppress(UnicodeDecodeError):  # a program
+        with contextlib.suppress(UnicodeDecodeError):  # a binary file
             text = path.read_text(encoding="utf-8")
             if before in text:
                 path.write_text(text.replace(before, str(venv)), encoding="utf-8")
@@ -314,7 +319,7 @@ def mend_paths(venv: pathlib.Path) -> None:
 
 
 def mark(stamps: Sequence[pathlib.Path], start: float) -> None:
-    """The time of a stamp is that of the start, so that an edit during the build is built by the next make."""
+    """Sets stamps to the time when the build started: the next make builds files that were edited meanwhile."""
     for stamp in stamps:
         stamp.touch()
         os.utime(stamp, (start, start))
@@ -322,9 +327,9 @@ def mark(stamps: Sequence[pathlib.Path], start: float) -> None:
 
 
 def open_log() -> TextIO:
-    """The log, locked: two builds in one folder would break each other, so the second waits for the first."""
+    """Opens and locks the log.  Two builds in one folder would break each other, so the second one waits."""
     LOG.parent.mkdir(exist_ok=True)
-    log = open(LOG, "a", encoding="utf-8")
+    log = open(LOG, "a", encoding="utf-8")  # noqa: SIM115  the caller closes it
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -343,7 +348,7 @@ def main(venv: pathlib.Path, extra: str | None) -> None:
     signal.signal(signal.SIGHUP, interrupt)
     with open_log() as log:
         if extra == "--moved":
-            mend_paths(venv)
+            correct_paths(venv)
             return
         if extra == "--tests":
             install_test_requirements(venv / "bin" / "python", log)
@@ -361,7 +366,7 @@ def main(venv: pathlib.Path, extra: str | None) -> None:
         start = time.time()
         python = make_venv(venv, log)
         install_requirements(python, log)
-        tools = extra != "--server" or built_tools()
+        tools = extra != "--server" or has_all_programs()
         install_package(python, log, tools, cuda=extra == "--cuda")
         mark([SERVER_STAMP, *([STAMP] if tools else [])], start)
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""The headers and libraries that wheels are linked against: Debian 11's C and C++ libraries, Debian 12's OpenSSL.
+"""Makes a folder with the headers and libraries that wheels are linked against.
 
     sysroot.py DIR [--arch amd64|arm64]
 
-Debian 11 has glibc 2.31, so that what is built against it runs there, on Ubuntu 22.04 and on everything newer.  Its
-OpenSSL is 1.1, which llama.cpp does not take, so OpenSSL 3 comes from Debian 12, as static libraries.  The packages are
-downloaded by apt from the mirror that this Debian machine is set up for, checked by its keys, and unpacked into DIR; nothing
-is installed, and root is not needed.
+The C and C++ libraries are Debian 11's.  It has glibc 2.31, so the wheels run there, on Ubuntu 22.04 and on everything
+newer.  OpenSSL is Debian 12's, as static libraries, because Debian 11 has OpenSSL 1.1, which llama.cpp does not take.
+apt downloads the packages from the mirror that this Debian machine uses, and checks them with its keys.  They are
+unpacked into DIR.  Nothing is installed, and root is not needed.
 """
 
 import argparse
@@ -20,24 +20,16 @@ import tempfile
 from _cli import Failure, run_main
 
 PACKAGES = {
-    "bullseye": [
-        "libc6",
-        "libc6-dev",
-        "linux-libc-dev",
-        "libcrypt-dev",
-        "libcrypt1",
-        "libgcc-s1",
-        "libgcc-10-dev",
-        "libstdc++6",
-        "libstdc++-10-dev",
-    ],
-    "bookworm": ["libssl-dev"],
+    "bullseye": (
+        "libc6 libc6-dev linux-libc-dev libcrypt-dev libcrypt1 libgcc-s1 libgcc-10-dev libstdc++6 libstdc++-10-dev"
+    ),
+    "bookworm": "libssl-dev",
 }
 STAMP = ".tbq-sysroot"
 
 
 def mirror() -> str:
-    """The URI of Debian's main archive in this machine's sources of apt."""
+    """Returns the URI of Debian's main archive in this machine's apt sources."""
     folder = pathlib.Path("/etc/apt")
     for path in [folder / "sources.list", *sorted(folder.glob("sources.list.d/*"))]:
         if path.suffix not in (".list", ".sources") or not path.is_file():
@@ -46,7 +38,7 @@ def mirror() -> str:
             found = re.match(r"(?:URIs:|deb\s+(?:\[[^]]*\]\s+)?)\s*(\S+/debian/?)(?:\s|$)", line)
             if found:
                 return found[1]
-    raise Failure("this machine's apt has no Debian archive; run it on Debian 12 or in a container of it")
+    raise Failure("this machine's apt sources have no Debian archive; run this on Debian 12 or in a container of it")
 
 
 def run(command: list[str], folder: pathlib.Path) -> None:
@@ -60,16 +52,13 @@ def run(command: list[str], folder: pathlib.Path) -> None:
         check=False,
     )
     if done.returncode:
-        lines = (
-            [line for line in done.stdout.splitlines() if line.startswith("E:")]
-            or done.stdout.splitlines()
-            or ["no message"]
-        )
+        output = done.stdout.splitlines()
+        lines = [line for line in output if line.startswith("E:")] or output or ["no message"]
         raise Failure(f"{command[0]} failed: {lines[-1]}")
 
 
 def download(folder: pathlib.Path, suite: str, arch: str, packages: list[str]) -> list[pathlib.Path]:
-    """The .deb files of a suite's packages."""
+    """Downloads packages of a suite, and returns the .deb files."""
     state = folder / suite
     for part in ("lists/partial", "cache/archives/partial", "debs"):
         (state / part).mkdir(parents=True)
@@ -94,7 +83,7 @@ def download(folder: pathlib.Path, suite: str, arch: str, packages: list[str]) -
 
 
 def relative_links(root: pathlib.Path) -> None:
-    """Links to absolute paths would leave the folder; /lib is a folder of its own in old packages, a link to usr/lib since."""
+    """Makes absolute links relative, because they would point out of the folder."""
     for path in root.rglob("*"):
         if path.is_symlink() and path.readlink().is_absolute():
             target = root / path.readlink().relative_to("/")
@@ -106,13 +95,13 @@ def make(root: pathlib.Path, arch: str) -> None:
     if (root / STAMP).is_file() and (root / STAMP).read_text(encoding="utf-8") == arch:
         return
     if root.exists() and any(root.iterdir()):
-        raise Failure(f"{root} is not empty, and no {arch} sysroot")
+        raise Failure(f"{root} is not empty, and is not a sysroot for {arch}")
     for program in ("apt-get", "dpkg-deb"):
         if not shutil.which(program):
-            raise Failure(f"{program} is not installed; run it on Debian 12 or in a container of it")
+            raise Failure(f"{program} is not installed; run this on Debian 12 or in a container of it")
     with tempfile.TemporaryDirectory() as tmp:
         for suite, packages in PACKAGES.items():
-            for package in download(pathlib.Path(tmp), suite, arch, packages):
+            for package in download(pathlib.Path(tmp), suite, arch, packages.split()):
                 root.mkdir(parents=True, exist_ok=True)
                 run(["dpkg-deb", "-x", str(package), str(root)], root)
     relative_links(root)

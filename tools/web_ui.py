@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""web_ui.py DIR: llama-server's web UI in DIR/dist, if npm can build it; otherwise one line says why it is not there.
+"""web_ui.py DIR: builds llama-server's web UI in DIR/dist if npm can; otherwise prints one line that says why not.
 
-The default build leaves the UI out, because it needs npm and the packages behind it.  llama-server serves a folder
-with --path just as well as what is compiled in, so nothing is built again for it.  Exits with 0 either way.
+The default build has no UI, because it would need npm and many packages.  llama-server can serve this folder with
+--path, so it need not be built again.  The exit status is 0 either way.
 """
 
 import os
@@ -33,12 +33,12 @@ def run(command: list[str], folder: pathlib.Path, log: pathlib.Path, **environme
 
 
 def build(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Builds beside target and renames: an interrupted build leaves nothing that looks complete."""
+    """Builds in a temporary folder and renames it at the end, so that an interrupted build never looks complete."""
     log = target.parent / "npm.log"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as tmp:
         work, dist = pathlib.Path(tmp, "src"), pathlib.Path(tmp, "dist")
         shutil.copytree(source, work)
-        # install scripts of packages are not needed and not run
+        # the packages' install scripts are not needed, so they are not run
         run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"], work, log)
         run(["npm", "run", "build"], work, log, LLAMA_UI_OUT_DIR=str(dist))
         if not (dist / "index.html").is_file():

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Wheels for machines without a compiler, into dist/.
+"""Builds wheels for machines without a compiler, into dist/.
 
     wheel.py                       ggml_tbq-VERSION-cp310-abi3-manylinux_2_31_x86_64.whl: programs, libraries, package
     wheel.py --arch aarch64        the same for arm64, cross-built
-    wheel.py --cuda "80;90"        ggml_tbq_cuda-VERSION-...: the CUDA backend for these architectures, used with it
+    wheel.py --cuda "80;90"        ggml_tbq_cuda-VERSION-...: the CUDA backend for these architectures, an addition to
+                                   the first wheel
     wheel.py --dist                the sdist, both CPU wheels, the programs as .tar.gz, and SHA256SUMS
 
-The CPU backend is built for every x86-64 (or arm64) level and chosen at run time.  clang and lld link against Debian 11's
-libraries (tools/sysroot.py), and auditwheel checks that nothing newer is needed, so it must run on Debian 12 or in a
-container of it.  What is built stays in build/, and is built again only where something has changed.
+The CPU backend is built for every x86-64 (or arm64) level, and the level is chosen at run time.  clang and lld link
+against Debian 11's libraries (tools/sysroot.py), so this script must run on Debian 12 or in a container of it.
+auditwheel checks that the wheel needs nothing newer.  Builds stay in build/, and only what has changed is built again.
 """
 
 import argparse
@@ -28,28 +29,17 @@ from _cli import Failure, run_main
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 DIST = ROOT / "dist"
-#: The oldest glibc that a wheel runs with: that of the sysroot.
+#: The oldest glibc that a wheel runs with, which is that of the sysroot.
 GLIBC = "2_31"
 DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 TOOLS = ["auditwheel>=6.1", "build>=1", "wheel>=0.40"]
-#: CUDA's libraries that the backend loads; PyPI has them in packages of these names.
+#: Packages on PyPI with the CUDA libraries that the backend loads.
 CUDA_PACKAGES = ["nvidia-cuda-runtime", "nvidia-cublas"]
 
+#: Environment variables of the user that a build must not see.
 _COMPILER_VARIABLES = (
-    "CC",
-    "CXX",
-    "CUDAHOSTCXX",
-    "NVCC_PREPEND_FLAGS",
-    "NVCC_APPEND_FLAGS",
-    "NVCC_CCBIN",
-    "CFLAGS",
-    "CXXFLAGS",
-    "CUDAFLAGS",
-    "LDFLAGS",
-    "CPATH",
-    "C_INCLUDE_PATH",
-    "CPLUS_INCLUDE_PATH",
-    "LIBRARY_PATH",
+    "CC CXX CUDAHOSTCXX NVCC_PREPEND_FLAGS NVCC_APPEND_FLAGS NVCC_CCBIN CFLAGS CXXFLAGS CUDAFLAGS LDFLAGS "
+    "CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH LIBRARY_PATH"
 )
 
 
@@ -58,7 +48,7 @@ def say(text: str) -> None:
 
 
 def run(command: list[str], log: str = "", **options: object) -> str:
-    """Runs a command; its output goes into build/LOG.log if log is given.  Returns the output."""
+    """Runs a command and returns its output.  log: also write the output to build/LOG.log."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -74,7 +64,7 @@ def run(command: list[str], log: str = "", **options: object) -> str:
     if log:
         path = BUILD / f"{log}.log"
         path.write_text(done.stdout, encoding="utf-8")
-        where = f" (all of it: {path.relative_to(ROOT)})"
+        where = f" (complete output: {path.relative_to(ROOT)})"
     if done.returncode:
         errors = re.findall(r"(?m)^.*?(?:error|ERROR):? .+$", done.stdout) or done.stdout.splitlines() or ["no message"]
         raise Failure(f"{pathlib.Path(command[0]).name} failed: {errors[0].strip()}{where}")
@@ -85,8 +75,8 @@ def pip(*arguments: str, log: str = "", **options: object) -> str:
     return run([sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"], log, **options)
 
 
-def clang() -> str:
-    """The newest clang that has its lld and llvm-strip beside it."""
+def find_clang() -> str:
+    """Returns the newest clang for which lld and llvm-strip of the same version are installed."""
     found = [
         path
         for folder in os.environ["PATH"].split(os.pathsep)
@@ -104,9 +94,9 @@ def clang() -> str:
 
 
 def environment() -> dict[str, str]:
-    """CMake and ninja of this virtual environment; compilers and flags are the toolchain's, not the user's."""
+    """The environment of a build: this environment's CMake and ninja, none of the user's compilers and flags."""
     folder = pathlib.Path(sys.executable).parent
-    kept = {name: value for name, value in os.environ.items() if name not in _COMPILER_VARIABLES}
+    kept = {name: value for name, value in os.environ.items() if name not in _COMPILER_VARIABLES.split()}
     return {
         **kept,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
@@ -115,20 +105,20 @@ def environment() -> dict[str, str]:
 
 
 def toolchain(arch: str) -> dict[str, str]:
-    """CMake's definitions for a build against the sysroot."""
+    """Returns CMake's definitions for a build against the sysroot."""
     sysroot = BUILD / "sysroot" / DEBIAN_ARCH[arch]
     run([sys.executable, str(ROOT / "tools" / "sysroot.py"), str(sysroot), "--arch", DEBIAN_ARCH[arch]])
     return {
         "CMAKE_TOOLCHAIN_FILE": str(ROOT / "cmake" / "sysroot.cmake"),
         "TBQ_SYSROOT": str(sysroot),
         "TBQ_ARCH": arch,
-        "TBQ_CLANG": clang(),
+        "TBQ_CLANG": find_clang(),
         "TBQ_PORTABLE": "ON",
     }
 
 
-def built(source: pathlib.Path, name: str, defines: dict[str, str]) -> pathlib.Path:
-    """The wheel of a project, built in build/NAME, as scikit-build-core names it."""
+def build_wheel(source: pathlib.Path, name: str, defines: dict[str, str]) -> pathlib.Path:
+    """Builds the wheel of a project in build/NAME.  It has the name that scikit-build-core gives it."""
     target = BUILD / f"{name}-wheel"
     shutil.rmtree(target, ignore_errors=True)
     pip(
@@ -147,8 +137,8 @@ def built(source: pathlib.Path, name: str, defines: dict[str, str]) -> pathlib.P
     return next(target.glob("*.whl"))
 
 
-def tagged(wheel: pathlib.Path, arch: str) -> pathlib.Path:
-    """The wheel in dist/, with the tag of the glibc that it needs, once auditwheel has found nothing newer in it."""
+def tag_wheel(wheel: pathlib.Path, arch: str) -> pathlib.Path:
+    """Moves a wheel to dist/, with the tag of its glibc, after auditwheel has checked that it needs nothing newer."""
     tag = f"manylinux_{GLIBC}_{arch}"
     name = run(
         [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{arch}", str(wheel)]
@@ -169,11 +159,11 @@ def tagged(wheel: pathlib.Path, arch: str) -> pathlib.Path:
 
 def cpu_wheel(arch: str) -> pathlib.Path:
     say(f"Building llama.cpp for every level of {arch} (the first time about 25 minutes on 2 cores)")
-    return tagged(built(ROOT, f"portable-{arch}", toolchain(arch)), arch)
+    return tag_wheel(build_wheel(ROOT, f"portable-{arch}", toolchain(arch)), arch)
 
 
 def cuda_toolkit() -> dict[str, str]:
-    """CMake's definitions for nvcc of this machine and cuBLAS of PyPI's packages, which the wheel loads at run time."""
+    """Returns CMake's definitions for this machine's nvcc and PyPI's cuBLAS, which the wheel loads at run time."""
     compiler = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if not compiler:
         raise Failure(
@@ -188,24 +178,11 @@ def cuda_toolkit() -> dict[str, str]:
         if not link.exists():
             link.symlink_to(path.name)
     stub = libraries / "libcuda.so"
-    if not stub.exists():  # the driver's library is not in any package; what links needs its name alone
-        run(
-            [
-                clang(),
-                "-shared",
-                "-nostdlib",
-                "-fuse-ld=lld",
-                "-Wl,-soname,libcuda.so.1",
-                "-x",
-                "c",
-                "-o",
-                str(stub),
-                os.devnull,
-            ]
-        )
-    toolkit = pathlib.Path(
-        run([compiler, "-E", "-v", "-x", "cu", os.devnull]).partition("TOP=")[2].split("\n")[0].strip()
-    ).resolve()
+    if not stub.exists():  # no package has the driver's library; linking needs only its name
+        flags = ["-shared", "-nostdlib", "-fuse-ld=lld", "-Wl,-soname,libcuda.so.1"]
+        run([find_clang(), *flags, "-x", "c", "-o", str(stub), os.devnull])
+    output = run([compiler, "-E", "-v", "-x", "cu", os.devnull])
+    toolkit = pathlib.Path(output.partition("TOP=")[2].split("\n")[0].strip()).resolve()
     return {
         "CMAKE_CUDA_COMPILER": compiler,
         "CUDAToolkit_ROOT": str(toolkit),
@@ -216,18 +193,18 @@ def cuda_toolkit() -> dict[str, str]:
 def cuda_wheel(architectures: str) -> pathlib.Path:
     if not re.fullmatch(r"\d+[a-z]?(-real|-virtual)?([; ,]\d+[a-z]?(-real|-virtual)?)*", architectures):
         raise Failure(f"CUDA architectures {architectures!r} are not a list such as 80;90: name them in CUDAARCHS")
-    say(f"Building the CUDA backend for {architectures} (about 20 minutes of two cores for each architecture)")
+    say(f"Building the CUDA backend for {architectures} (about 20 minutes on 2 cores for each architecture)")
     defines = {
         **toolchain("x86_64"),
         **cuda_toolkit(),
         "TBQ_CUDA": "ON",
         "CMAKE_CUDA_ARCHITECTURES": re.sub("[ ,]", ";", architectures),
     }
-    return tagged(built(ROOT / "packaging" / "cuda", "portable-cuda", defines), "x86_64")
+    return tag_wheel(build_wheel(ROOT / "packaging" / "cuda", "portable-cuda", defines), "x86_64")
 
 
-def programs(wheel: pathlib.Path) -> None:
-    """The programs and libraries of a wheel as a .tar.gz, for machines without Python."""
+def pack_programs(wheel: pathlib.Path) -> None:
+    """Packs the programs and libraries of a wheel into a .tar.gz, for machines without Python."""
     version, arch = re.match(r"ggml_tbq-([^-]+)-.*manylinux_\d+_\d+_(\w+)\.whl", wheel.name).groups()  # type: ignore[union-attr]
     top = f"ggml-tbq-{version}-linux-{arch}"
     with zipfile.ZipFile(wheel) as archive, tarfile.open(DIST / f"{top}.tar.gz", "w:gz") as tar:
@@ -242,8 +219,8 @@ def programs(wheel: pathlib.Path) -> None:
     say(f"dist/{top}.tar.gz")
 
 
-def checksums() -> None:
-    """SHA256SUMS of everything in dist/, as `sha256sum --check` reads it."""
+def write_checksums() -> None:
+    """Writes SHA256SUMS of everything in dist/, for `sha256sum --check`."""
     lines = [
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
         for path in sorted(DIST.iterdir())
@@ -253,12 +230,12 @@ def checksums() -> None:
     say(f"dist/SHA256SUMS of {len(lines)} files")
 
 
-def dist() -> None:
+def build_dist() -> None:
     say("Packing the source")
     run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(DIST)], "sdist", env=environment())
     for arch in DEBIAN_ARCH:
-        programs(cpu_wheel(arch))
-    checksums()
+        pack_programs(cpu_wheel(arch))
+    write_checksums()
 
 
 def main() -> None:
@@ -271,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     pip("install", "--quiet", *TOOLS)
     if args.dist:
-        dist()
+        build_dist()
     elif args.cuda is not None:
         cuda_wheel(args.cuda)
     else:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """Draws the picture of the README: python tools/figures/quality.py [docs/pictures/quality.png].
 
-The points are the first table of docs/measurements/quality.md, so that the picture has no figures of its own.
+The points are read from the first table of docs/measurements/quality.md, so the figures are not repeated here.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "measurements" / "quality.md"
 OURS, OTHERS = "#c0392b", "#5d6d7e"
 
-#: What is drawn, by its label: the pair, and how far the label is to the right of and above its upper point.
+#: The points by label: the type pair, and the label's offset to the right of and above the upper point.
 LABELS = {
     "q8_0": ("q8_0 / q8_0", (-9, 9)),
     "q4_1": ("q4_1 / q4_1", (9, -3)),
@@ -30,7 +30,7 @@ LABELS = {
     "tbq2_0": ("tbq2_0 / tbq2_0", (10, 4)),
 }
 
-#: Two types have 4.5 bits; this one is drawn to the right of that, so that both can be seen.
+#: Two types have 4.5 bits.  This one is drawn further to the right, so that both can be seen.
 ASIDE = {"iq4_nl": 0.11}
 
 
@@ -41,18 +41,18 @@ class Point:
     centered: float | None
 
 
-def read(text: str) -> dict[str, Point]:
-    """The rows of the first table with a column of bits, by pair."""
+def read_points(text: str) -> dict[str, Point]:
+    """Reads the rows of the first table with a column of bits, by type pair."""
     points = {}
     table = text[text.index("| K / V | bits per value |") :].split("\n\n", 1)[0]
     for line in table.splitlines()[2:]:
         pair, bits, plain, centered = (cell.strip() for cell in line.split("|")[1:5])
-        points[pair] = Point(float(bits), mean(plain) or 0.0, mean(centered))
+        points[pair] = Point(float(bits), read_mean(plain) or 0.0, read_mean(centered))
     return points
 
 
-def mean(cell: str) -> float | None:
-    """Of "**0.0197** ± 0.0006"."""
+def read_mean(cell: str) -> float | None:
+    """Returns the mean in a cell such as "**0.0197** ± 0.0006"."""
     found = re.match(r"\**([\d.]+)", cell)
     return float(found[1]) if found else None
 
@@ -69,7 +69,7 @@ def draw(axes: Axes, label: str, point: Point, offset: tuple[int, int]) -> None:
 
 
 def main() -> None:
-    points = read(PAGE.read_text(encoding="utf-8"))
+    points = read_points(PAGE.read_text(encoding="utf-8"))
     figure = Figure(figsize=(7, 4.2), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

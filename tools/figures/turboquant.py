@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """Measures the distortions of TurboQuant and draws them with the bounds: python tools/figures/turboquant.py FOLDER.
 
-The figures of the paper's section of experiments, of docs/measurements/turboquant.md.
+The pictures are like those in the paper's section of experiments.  docs/measurements/turboquant.md shows them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tbq._files import replace
 from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError, one_line
 from tbq.programs.signals import interruptible
-from tbq.turboquant._checks import stream
+from tbq.turboquant._checks import random_stream
 from tbq.turboquant.rotations import DENSE_LIMIT
 
 if TYPE_CHECKING:
@@ -52,26 +52,26 @@ class Measured:
 
 @dataclass(frozen=True)
 class Distortions:
-    """Of one kind of input, for each number of bits."""
+    """Errors for one kind of input, by number of bits."""
 
     mse: list[Measured]  #: E |x - x'|^2 of MSEQuantizer
     product: list[Measured]  #: dim * E (<y, x> - <y, x'>)^2 of InnerProductQuantizer
-    rescaled: list[Measured]  #: the same of MSEQuantizer, unbiased
+    rescaled: list[Measured]  #: the same error of MSEQuantizer, unbiased
 
 
-def random_directions(count: int, dim: int, purpose: str) -> Array:
-    return directions(stream(0, purpose).standard_normal((count, dim)))
+def random_unit_vectors(count: int, dim: int, purpose: str) -> Array:
+    return to_unit_vectors(random_stream(0, purpose).standard_normal((count, dim)))
 
 
-def directions(rows: Array) -> Array:
+def to_unit_vectors(rows: Array) -> Array:
     found: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return found
 
 
 def embeddings(model: pathlib.Path) -> Array:
-    """Directions of token embeddings of a GGUF file, spread over its vocabulary: (VECTORS, dim)."""
+    """Reads token embeddings of a GGUF file, spread over its vocabulary, as unit vectors: (VECTORS, dim)."""
     from tbq.gguf_files.codecs import decoder
-    from tbq.gguf_files.reader import open_gguf, pieces
+    from tbq.gguf_files.reader import open_gguf, read_pieces
 
     found = [
         tensor for tensor in open_gguf(model).tensors if tensor.name == "token_embd.weight" and len(tensor.shape) == 2
@@ -80,20 +80,23 @@ def embeddings(model: pathlib.Path) -> Array:
         raise TBQError(f"{model} has no tensor token_embd.weight with two axes")
     rows, dim = found[0].shape
     decode, step, kept = decoder(found[0].type), max(1, rows // VECTORS), []
-    for data in pieces(found[0], step * dim):
+    for data in read_pieces(found[0], step * dim):
         usable = [
             row for row in decode(data).reshape(-1, dim).astype(np.float64) if np.isfinite(row).all() and np.any(row)
         ]
         kept += usable[:1]
     if len(kept) < VECTORS:
         raise TBQError(f"{model} has {len(kept)} token embeddings that could be used; {VECTORS} are needed")
-    return directions(np.stack(kept[:VECTORS]))
+    return to_unit_vectors(np.stack(kept[:VECTORS]))
 
 
 def measure(x: Array, advance: Callable[[], object]) -> Distortions:
-    """x: unit vectors (n, dim).  Queries are random, and, so that some inner products are not small, x themselves."""
+    """Measures the errors for unit vectors x, (n, dim).
+
+    Queries are random vectors and vectors of x, so that some inner products are large.
+    """
     dim = x.shape[1]
-    queries = np.concatenate([random_directions(QUERIES, dim, "queries"), x[:QUERIES]])
+    queries = np.concatenate([random_unit_vectors(QUERIES, dim, "queries"), x[:QUERIES]])
     exact = queries @ x.T
     mse: list[list[float]] = [[] for _ in BITS]
     product: list[list[float]] = [[] for _ in BITS]
@@ -112,10 +115,10 @@ def measure(x: Array, advance: Callable[[], object]) -> Distortions:
 
 
 def measure_bias(dim: int, bits: int, advance: Callable[[], object]) -> dict[str, tuple[Array, Array]]:
-    """(mean, standard deviation) of <y, x'> - <y, x> at each of COSINES, of the quantizers by name."""
-    x = random_directions(VECTORS, dim, "vectors")
-    across = random_directions(VECTORS, dim, "directions")
-    across = directions(across - np.sum(across * x, axis=1, keepdims=True) * x)
+    """Measures <y, x'> - <y, x> at each of COSINES: (mean, standard deviation), by name of the quantizer."""
+    x = random_unit_vectors(VECTORS, dim, "vectors")
+    across = random_unit_vectors(VECTORS, dim, "directions")
+    across = to_unit_vectors(across - np.sum(across * x, axis=1, keepdims=True) * x)
     queries = COSINES[:, None, None] * x + np.sqrt(1 - COSINES**2)[:, None, None] * across
     errors: dict[str, list[Array]] = {}
     for seed in range(SEEDS):
@@ -136,8 +139,11 @@ def measure_bias(dim: int, bits: int, advance: Callable[[], object]) -> dict[str
     }
 
 
-def sparse(dim: int) -> Array:
-    """Unit vectors of 1, 2, 4 ... equal values, the first ones and evenly spaced ones: the hard inputs of Hadamard transforms."""
+def sparse_vectors(dim: int) -> Array:
+    """Makes unit vectors with 1, 2, 4 ... equal values, at the start or evenly spaced.
+
+    Hadamard transforms have the largest errors with these.
+    """
     rows = []
     for count in (1 << k for k in range(dim.bit_length())):
         for at in (np.arange(count), np.arange(count) * dim // count):
@@ -148,11 +154,14 @@ def sparse(dim: int) -> Array:
 
 
 def measure_rotations(advance: Callable[[], object]) -> dict[str, list[float]]:
-    """E |x - x'|^2 over what it is with "haar", of the worst of sparse(), for each of ROTATION_DIMS and ROTATION_BITS."""
+    """Measures E |x - x'|^2, relative to its value with "haar", for the worst of sparse_vectors().
+
+    By rounds: a figure for each of ROTATION_DIMS and ROTATION_BITS.
+    """
     found: dict[str, list[float]] = {}
     for rounds in (1, 2, 3, 4):
         for dim in ROTATION_DIMS:
-            x, errors = sparse(dim), np.zeros((len(ROTATION_BITS), 2 * dim.bit_length()))
+            x, errors = sparse_vectors(dim), np.zeros((len(ROTATION_BITS), 2 * dim.bit_length()))
             for seed in range(ROTATION_SEEDS):
                 rotation = tq.HadamardRotation(dim, seed, rounds)
                 for i, bits in enumerate(ROTATION_BITS):
@@ -165,28 +174,23 @@ def measure_rotations(advance: Callable[[], object]) -> dict[str, list[float]]:
     return found
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------------
+# --- tables and pictures ----------------------------------------------------------------------------------------------
 
 
 def table(measured: dict[str, Distortions], dim: int) -> str:
-    """Markdown: two tables, a row for each number of bits; after the bounds what is expected and what was measured."""
+    """Makes two tables in Markdown, with a row for each number of bits: bounds, expected and measured errors."""
     kinds = list(measured)
     squared = [f"| bits | lower bound | upper bound | expected | {' | '.join(kinds)} |"]
     product = [
-        f"| bits | lower bound | upper bound | expected, at most | {' | '.join(kinds)} | MSEQuantizer, unbiased: {kinds[0]} |"
+        f"| bits | lower bound | upper bound | expected, at most | {' | '.join(kinds)} "
+        f"| MSEQuantizer, unbiased: {kinds[0]} |"
     ]
     for i, bits in enumerate(BITS):
-        squared.append(
-            f"| {bits} | {tq.mse_lower_bound(bits, dim):.3g} | {tq.mse_upper_bound(bits):.3g} | {tq.mse_distortion(bits, dim):.3g} | "
-            + " | ".join(_text(measured[kind].mse[i]) for kind in kinds)
-            + " |"
-        )
-        product.append(
-            f"| {bits} | {dim * tq.inner_product_lower_bound(bits, dim):.3g} | {dim * tq.inner_product_upper_bound(bits, dim):.3g} | "
-            f"{dim * tq.inner_product_distortion(bits, dim):.3g} | "
-            + " | ".join(_text(measured[kind].product[i]) for kind in kinds)
-            + f" | {_text(measured[kinds[0]].rescaled[i])} |"
-        )
+        theory = (tq.mse_lower_bound(bits, dim), tq.mse_upper_bound(bits), tq.mse_distortion(bits, dim))
+        squared.append(_row(bits, theory, [measured[kind].mse[i] for kind in kinds]))
+        bounds = (tq.inner_product_lower_bound, tq.inner_product_upper_bound, tq.inner_product_distortion)
+        samples = [measured[kind].product[i] for kind in kinds]
+        product.append(_row(bits, [dim * f(bits, dim) for f in bounds], [*samples, measured[kinds[0]].rescaled[i]]))
     for lines in (squared, product):
         lines.insert(1, "|---" * (lines[0].count("|") - 1) + "|")
     return "\n".join(
@@ -203,7 +207,7 @@ def table(measured: dict[str, Distortions], dim: int) -> str:
 
 
 def rotation_table(found: dict[str, list[float]]) -> str:
-    """Markdown, a row for each number of rounds."""
+    """Makes a table in Markdown, with a row for each number of rounds."""
     lines = [
         "| rounds | "
         + " | ".join(f"dim {dim}, {bits} bit{'s' * (bits > 1)}" for dim in ROTATION_DIMS for bits in ROTATION_BITS)
@@ -216,6 +220,11 @@ def rotation_table(found: dict[str, list[float]]) -> str:
     return "\n".join(
         ["HadamardRotation: squared error of the worst sparse vector, relative to what is expected", "", *lines]
     )
+
+
+def _row(bits: int, theory: Sequence[float], measured: Sequence[Measured]) -> str:
+    cells = [f"{bits}", *(f"{value:.3g}" for value in theory), *map(_text, measured)]
+    return f"| {' | '.join(cells)} |"
 
 
 def _text(measured: Measured) -> str:
@@ -237,32 +246,15 @@ def draw_distortions(measured: dict[str, Distortions], dim: int) -> "Figure":
         [dim * tq.inner_product_upper_bound(b, dim) for b in steps],
         [dim * tq.inner_product_lower_bound(b, dim) for b in steps],
     )
-    right.plot(
-        BITS,
-        [dim * tq.inner_product_distortion(b, dim) for b in BITS],
-        color="tab:blue",
-        label="expected, InnerProductQuantizer",
-    )
+    expected = [dim * tq.inner_product_distortion(b, dim) for b in BITS]
+    right.plot(BITS, expected, color="tab:blue", label="expected, InnerProductQuantizer")
     for (kind, found), marker, color in zip(measured.items(), "osx", ("tab:orange", "tab:purple", "black")):
         for axes, values in ((left, found.mse), (right, found.product)):
-            axes.errorbar(
-                BITS,
-                [m.mean for m in values],
-                [2 * m.error for m in values],
-                fmt=marker,
-                color=color,
-                markersize=5 + 3 * (marker == "s"),
-                fillstyle="none",
-                capsize=3,
-                label=kind,
-            )
-    right.plot(
-        BITS,
-        [m.mean for m in next(iter(measured.values())).rescaled],
-        ":",
-        color="tab:green",
-        label="MSEQuantizer, unbiased",
-    )
+            style: dict[str, Any] = dict(fmt=marker, color=color, fillstyle="none", capsize=3)
+            style["markersize"] = 5 + 3 * (marker == "s")
+            axes.errorbar(BITS, [m.mean for m in values], [2 * m.error for m in values], **style, label=kind)
+    rescaled = [m.mean for m in next(iter(measured.values())).rescaled]
+    right.plot(BITS, rescaled, ":", color="tab:green", label="MSEQuantizer, unbiased")
     left.set(title="squared error of a unit vector", ylabel="E |x - x'|²")
     right.set(title="squared error of an inner product, times dim", ylabel="dim · E (⟨y, x⟩ - ⟨y, x'⟩)²")
     for axes in (left, right):
@@ -283,15 +275,8 @@ def draw_bias(errors: dict[str, tuple[Array, Array]], dim: int, bits: int) -> "F
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (name, (mean, deviation)) in zip(figure.subplots(1, len(errors), sharey=True), errors.items()):
-        axes.fill_between(
-            COSINES,
-            mean - deviation,
-            mean + deviation,
-            color="tab:blue",
-            alpha=0.25,
-            linewidth=0,
-            label="± one standard deviation",
-        )
+        style: dict[str, Any] = dict(color="tab:blue", alpha=0.25, linewidth=0)
+        axes.fill_between(COSINES, mean - deviation, mean + deviation, **style, label="± one standard deviation")
         axes.plot(COSINES, mean, color="tab:blue", marker="o", markersize=4, label="mean")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="⟨y, x⟩")
@@ -302,12 +287,12 @@ def draw_bias(errors: dict[str, tuple[Array, Array]], dim: int, bits: int) -> "F
     return figure
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
     try:
-        import matplotlib  # noqa: F401  before anything that takes time
+        import matplotlib  # noqa: F401  fails before the slow work
     except ImportError:
         raise TBQError("the figures need matplotlib: pip install 'ggml-tbq[plot]'") from None
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -320,11 +305,11 @@ def run(folder: pathlib.Path, dim: int, model: pathlib.Path | None) -> None:
         dim = inputs["token embeddings"].shape[1]
     if dim > math.isqrt(DENSE_LIMIT):
         raise TBQError(
-            f"vectors have {dim} values; the figures are of dense rotations, which take up to {math.isqrt(DENSE_LIMIT)}"
+            f"vectors have {dim} values; the figures need dense rotations, which take at most {math.isqrt(DENSE_LIMIT)}"
         )
     single = np.zeros((VECTORS, dim))
     single[np.arange(VECTORS), np.arange(VECTORS) % dim] = 1
-    inputs = {"random": random_directions(VECTORS, dim, "vectors"), "one coordinate": single, **inputs}
+    inputs = {"random": random_unit_vectors(VECTORS, dim, "vectors"), "one coordinate": single, **inputs}
     with tqdm(total=SEEDS * (len(inputs) * len(BITS) + 1) + 4 * len(ROTATION_DIMS), unit="step") as bar:
         measured = {name: measure(x, bar.update) for name, x in inputs.items()}
         errors = measure_bias(dim, 2, bar.update)
@@ -344,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="turboquant.py",
         description="measures distortions and draws them with the bounds",
-        epilog="example: python tools/figures/turboquant.py docs --model model.gguf",
+        epilog="example: python tools/figures/turboquant.py docs/pictures --model model.gguf",
     )
     parser.add_argument(
         "folder", type=pathlib.Path, metavar="FOLDER", help="where turboquant-distortion.png and turboquant-bias.png go"
@@ -354,7 +339,7 @@ def main() -> None:
         type=at_least_one,
         default=1536,
         metavar="N",
-        help="values of a vector (%(default)s; with --model, the model's)",
+        help="values of a vector (%(default)s; with --model, the size of the model's embeddings)",
     )
     parser.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="also measure on its token embeddings")
     args = parser.parse_args()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files: reading, the types in the package gguf, converting, comparing."""
+"""GGUF files: the reader, the tbq types in the package gguf, conversion, inspection."""

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Blocks of any type to float32 and back: ours by libtbq, the others by the ggml that lies beside it, whose bytes are
-llama-quantize's; without llama.cpp (-DTBQ_LLAMA=OFF) by gguf, which is slower and cannot encode the K types.
+"""Decodes blocks of any type to float32, and encodes them.
 
-Called from many threads; everything here runs without the GIL.
+libtbq converts the tbq types.  The ggml of this package converts the others, so they get llama-quantize's bytes.
+A build without llama.cpp (-DTBQ_LLAMA=OFF) uses the package gguf, which is slower and cannot encode the K types.
+
+Many threads call these functions; all of them run without the GIL.
 """
 
 import ctypes
@@ -27,15 +29,17 @@ Floats = npt.NDArray[np.float32]
 
 
 def decoder(type: GGMLQuantizationType) -> Callable[[Bytes], Floats]:
-    """A function from whole blocks (one axis of bytes) to their values; TBQError if there is none."""
+    """Returns a function from whole blocks (one axis of bytes) to their values.  Raises TBQError if there is none."""
     name = type.name.lower()
     if name in types:
         return lambda data: blocks.dequantize(data, name, len(data) // types[name].block_bytes * BLOCK)
     if type == GGMLQuantizationType.F32:
         return lambda data: data.view("<f4")
-    function = (_fast_half() if type == GGMLQuantizationType.F16 else None) or _symbol(_decoder_name(name))
+    function = (_fast_f16_decoder() if type == GGMLQuantizationType.F16 else None) or _ggml_function(
+        _decoder_name(name)
+    )
     if function is None:
-        return _probed(lambda data: gguf.dequantize(data, type), type, Bytes, "decode")
+        return _try_out(lambda data: gguf.dequantize(data, type), type, Bytes, "decode")
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
 
     def decode(data: Bytes) -> Floats:
@@ -47,17 +51,17 @@ def decoder(type: GGMLQuantizationType) -> Callable[[Bytes], Floats]:
 
 
 def encoder(type: GGMLQuantizationType) -> Callable[[Floats], Bytes]:
-    """A function from the values of whole blocks (one axis) to their bytes; TBQError if there is none."""
+    """Returns a function from values of whole blocks (one axis) to their bytes.  Raises TBQError if there is none."""
     name = type.name.lower()
     if name in types:
         return lambda values: blocks.quantize(values, name)
     if type == GGMLQuantizationType.F32:
         return lambda values: values.view(np.uint8)
-    needs_matrix, quantize = _symbol("ggml_quantize_requires_imatrix"), _symbol("ggml_quantize_chunk")
+    needs_matrix, quantize = _ggml_function("ggml_quantize_requires_imatrix"), _ggml_function("ggml_quantize_chunk")
     if needs_matrix is None or quantize is None:
-        return _probed(lambda values: gguf.quantize(values, type).view(np.uint8), type, Floats, "encode")
+        return _try_out(lambda values: gguf.quantize(values, type).view(np.uint8), type, Floats, "encode")
     needs_matrix.restype, quantize.restype = ctypes.c_bool, ctypes.c_size_t
-    if _symbol(_decoder_name(name)) is None:
+    if _ggml_function(_decoder_name(name)) is None:
         raise TBQError(f"type {name} is not one that weights can have")
     if needs_matrix(int(type)):
         raise TBQError(f"type {name} needs an importance matrix; llama-quantize takes one")
@@ -78,11 +82,8 @@ def encoder(type: GGMLQuantizationType) -> Callable[[Floats], Bytes]:
 
 
 def _decoder_name(name: str) -> str:
-    special = {
-        "f16": "ggml_fp16_to_fp32_row",
-        "bf16": "ggml_bf16_to_fp32_row",
-        "q8_k": "",
-    }  # q8_k: for activations only
+    # q8_k is for activations only
+    special = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row", "q8_k": ""}
     return special.get(name, f"dequantize_row_{re.sub('_k$', '_K', name)}")
 
 
@@ -90,31 +91,31 @@ def _pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-def _symbol(name: str) -> Any:
-    """A function of ggml, or None."""
-    return getattr(_ggml(), name, None) if name else None
+def _ggml_function(name: str) -> Any:
+    """Returns a function of ggml, or None if ggml does not have it."""
+    return getattr(_load_ggml(), name, None) if name else None
 
 
 @functools.cache
-def _ggml() -> ctypes.CDLL | None:
-    return _library("ggml-base")
+def _load_ggml() -> ctypes.CDLL | None:
+    return _load_library("ggml-base")
 
 
-def _library(name: str) -> ctypes.CDLL | None:
+def _load_library(name: str) -> ctypes.CDLL | None:
     try:
         found = paths()
     except TBQError:
         return None
-    for folder in (found["lib"], found["bin"]):  # on Windows libraries are beside the programs
+    for folder in (found["lib"], found["bin"]):  # on Windows the libraries are in the folder of the programs
         for path in sorted(pathlib.Path(folder).glob(f"*{name}.*")):
             if path.suffix in (".so", ".dylib", ".dll"):
                 return ctypes.CDLL(str(path))
     return None
 
 
-def _cpu_backend() -> ctypes.CDLL | None:
-    """The library of the CPU backend; of a portable build's many the one that ggml would choose here."""
-    found = _library("ggml-cpu")
+def _load_cpu_backend() -> ctypes.CDLL | None:
+    """Returns the library of the CPU backend.  A portable build has several: the one that ggml would choose here."""
+    found = _load_library("ggml-cpu")
     if found is not None:
         return found
     try:
@@ -130,12 +131,13 @@ def _cpu_backend() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _fast_half() -> Any:
-    """The CPU backend's half to float, ten times as fast as ggml-base's and NumPy's, or None.
+def _fast_f16_decoder() -> Any:
+    """Returns the CPU backend's function from f16 to float, or None.  It is ten times as fast as ggml-base and NumPy.
 
-    Without the instructions it reads a table that is empty until the backend starts, so all halves are compared.
+    On a CPU without instructions for f16 the function reads a table, which is empty until the backend starts.
+    So the results for all f16 values are checked here.
     """
-    function = getattr(_cpu_backend(), "ggml_cpu_fp16_to_fp32", None)
+    function = getattr(_load_cpu_backend(), "ggml_cpu_fp16_to_fp32", None)
     if function is not None:
         halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
         values = np.empty(1 << 16, np.float32)
@@ -145,10 +147,10 @@ def _fast_half() -> Any:
     return function
 
 
-def _probed(
+def _try_out(
     function: Callable[[Any], Any], type: GGMLQuantizationType, argument: Any, verb: str
 ) -> Callable[[Any], Any]:
-    """The function, once it has done a block: gguf says only then what it cannot do."""
+    """Returns the function after a trial with one block: only then does gguf say that it cannot convert a type."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     try:
         function(np.zeros(block_bytes, np.uint8) if argument is Bytes else np.zeros(block, np.float32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Converts GGUF files from one type of weights to another: `tbq convert`."""
+"""Converts the weights of GGUF files to another type: `tbq convert`."""
 
 import collections
 import contextlib
@@ -23,28 +23,36 @@ from tbq._types import types
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
 from tbq.gguf_files.codecs import decoder, encoder
-from tbq.gguf_files.reader import FORMAT_KEY, GGUFModel, Tensor, as_path, entry, header, open_gguf, pieces
+from tbq.gguf_files.reader import (
+    FORMAT_KEY,
+    GGUFModel,
+    Tensor,
+    as_path,
+    make_entry,
+    make_header,
+    open_gguf,
+    read_pieces,
+)
 from tbq.gguf_files.rules import FILE_TYPES, fitting_type, wanted_types
 
-#: Values that a thread takes at a time: a multiple of every type's block.
+#: Values that a thread converts at a time: a multiple of every type's block.
 CHUNK = 1 << 20
 
-#: From here on the scale of a block may leave the range of a half.
+#: From this value on the scale of a block may leave the range of f16.
 _LARGE = 65504 / 8
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What convert() has done."""
+    """The result of convert()."""
 
     files: tuple[pathlib.Path, ...]
     bytes_in: int  #: of the tensors
     bytes_out: int
-    bits_per_value: float  #: of the tensors written, all together
+    bits_per_value: float  #: of all tensors that were written
     counts: dict[tuple[str, str], int]  #: (type before, type after): tensors
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  #: name of a tensor that did not get its type: what it has, and why
+    #: for each tensor that did not get its type, by name: the type that it has, and why
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def convert(
@@ -60,17 +68,19 @@ def convert(
 ) -> Conversion:
     """Writes a GGUF file with weights of another type.
 
-    source: a file, or one of a split (all of it is read).  target: the file to write; it appears when it is complete.
-    type: tbq2_0, tbq3_0, tbq4_0, q8_0, f16, bf16 or f32.  Which tensors get it is as with llama-quantize: norms and
-    other small ones stay, the output matrix (or embeddings that serve as one) gets q6_K or q8_0.  Into a float type, a
-    tbq tensor goes always.
-    tensors: (pattern, type) pairs that come before these rules, the first that is found in a name counts; types of
-    llama.cpp are possible where they need no importance matrix.
-    force: replace target.  split_bytes: write files of at most so many bytes of tensors each, NAME-00001-of-00003.gguf.
+    source: a file, or one file of a split (all files of the split are read).
+    target: the file to write; it appears when it is complete.
+    type: tbq2_0, tbq3_0, tbq4_0, q8_0, f16, bf16 or f32.  llama-quantize's rules decide which tensors get it: norms and
+    other small tensors keep their type; the output matrix (or embeddings that serve as one) gets q6_K or q8_0.  If type
+    is a float type, every tbq tensor is converted.
+    tensors: (pattern, type) pairs, which take precedence over these rules.  The first pattern that is found in a
+    tensor's name counts.  Any type of llama.cpp that needs no importance matrix is possible.
+    force: replace target if it exists.
+    split_bytes: write several files, each with at most so many bytes of tensors: NAME-00001-of-00003.gguf.
     threads: all cores if None.  progress: show a bar.
-    Weights that were quantized before lose precision twice.  A tensor whose rows its new type does not divide is kept;
-    see Report.notes.
-    Raises TBQError for a bad file, type, pattern or value (NaN, infinity); nothing is left behind then.
+    Weights that were quantized before lose precision a second time.  A tensor keeps its type if the block of the new
+    type does not divide its rows; see Conversion.notes.
+    Raises TBQError for a bad file, type, pattern or value (NaN, infinity).  Then no file is left behind.
     """
     path = as_path(target)
     if threads is None:
@@ -84,26 +94,30 @@ def convert(
         (tensor, fitting_type(tensor, wanted, notes))
         for tensor, wanted in zip(model.tensors, wanted_types(model, type, tensors))
     ]
-    parts = _parts(plan, path, split_bytes)
+    parts = _assign_to_files(plan, path, split_bytes)
     names = [name for name, _ in parts]
     _check_target(model, names, force)
-    headers = [_header(model, parts, i, FILE_TYPES[type]) for i in range(len(parts))]
+    headers = [_part_header(model, parts, i, FILE_TYPES[type]) for i in range(len(parts))]
     try:
-        # the first file of a split gets its name last: without it, no program opens the rest
-        with _files.writing(path, names) as files, _bar(plan, progress) as advance, ThreadPoolExecutor(threads) as pool:
-            _check_room(names, headers)  # once what a killed writer left is gone
+        # the first file of a split gets its name last: without it, no program opens the others
+        with (
+            _files.writing(path, names) as files,
+            _progress_bar(plan, progress) as advance,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            _check_room(names, headers)  # after the files that a killed writer left are gone
             for (_, part), (text, offsets, size), file in zip(parts, headers, files):
                 file.write(text)
-                for tensor, offset, data in _converted(part, offsets, pool, 2 * threads):
+                for tensor, offset, data in _convert_tensors(part, offsets, pool, 2 * threads):
                     file.write(bytes(offset - file.tell()) if offset > file.tell() else b"")
                     file.write(data)
                     advance(tensor, len(data))
                 file.write(bytes(size - file.tell()))
     except OSError as error:
-        if error.filename not in map(str, names):  # the source's, for example
+        if error.filename not in map(str, names):  # the source, for example
             raise
         raise TBQError(f"{error.filename} cannot be written: {error.strerror}") from None
-    return _report(plan, names, notes)
+    return _summarize(plan, names, notes)
 
 
 TypedTensors = list[tuple[Tensor, GGML]]
@@ -112,20 +126,22 @@ TypedTensors = list[tuple[Tensor, GGML]]
 # --- the files ----------------------------------------------------------------------------------------------------
 
 
-def _n_bytes(tensor: Tensor, type: GGML) -> int:
+def _bytes_as(tensor: Tensor, type: GGML) -> int:
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     return tensor.n_values // block * block_bytes
 
 
-def _parts(plan: TypedTensors, target: pathlib.Path, limit: int | None) -> list[tuple[pathlib.Path, TypedTensors]]:
-    """The files to write; one if limit is None or everything fits in one."""
+def _assign_to_files(
+    plan: TypedTensors, target: pathlib.Path, limit: int | None
+) -> list[tuple[pathlib.Path, TypedTensors]]:
+    """Assigns tensors to the files to write: one file if limit is None or everything fits in one."""
     groups: list[TypedTensors] = [[]]
     size = 0
     for tensor, type in plan:
-        size += _n_bytes(tensor, type)
+        size += _bytes_as(tensor, type)
         if limit is not None and size > limit and groups[-1]:
             groups.append([])
-            size = _n_bytes(tensor, type)
+            size = _bytes_as(tensor, type)
         groups[-1].append((tensor, type))
     if len(groups) == 1:
         return [(target, plan)]
@@ -135,14 +151,14 @@ def _parts(plan: TypedTensors, target: pathlib.Path, limit: int | None) -> list[
     return [(target.with_name(f"{stem}-{i + 1:05}-of-{len(groups):05}.gguf"), group) for i, group in enumerate(groups)]
 
 
-def _header(
+def _part_header(
     model: GGUFModel, parts: list[tuple[pathlib.Path, TypedTensors]], index: int, file_type: int
 ) -> tuple[bytes, list[int], int]:
-    """header() of a part: the first has the metadata, as the source has it but for what is new."""
+    """Returns the header of a part.  The first part has the metadata of the source, with what changes replaced."""
     entries: dict[str, bytes] = {}
 
     def put(key: str, kind: GGUFValueType, value: int) -> None:
-        entries[key] = entry(key, kind, value)
+        entries[key] = make_entry(key, kind, value)
 
     if index == 0:
         entries.update(model.metadata.raw)
@@ -158,7 +174,7 @@ def _header(
         put(gguf.Keys.Split.LLM_KV_SPLIT_NO, GGUFValueType.UINT16, index)
         put(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, GGUFValueType.UINT16, len(parts))
         put(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, GGUFValueType.INT32, sum(len(part) for _, part in parts))
-    return header(
+    return make_header(
         entries, [(tensor.name, type, tensor.shape) for tensor, type in parts[index][1]], model.metadata.alignment
     )
 
@@ -196,17 +212,19 @@ def _check_room(paths: list[pathlib.Path], headers: list[tuple[bytes, list[int],
 # --- the tensors --------------------------------------------------------------------------------------------------
 
 
-def _converted(
+def _convert_tensors(
     plan: TypedTensors, offsets: list[int], pool: ThreadPoolExecutor, window: int
 ) -> Iterator[tuple[Tensor, int, Any]]:
-    """(tensor, where in the file, bytes) in the order of the file, up to `window` pieces ahead of the reader."""
+    """Yields (tensor, offset in the file, bytes) in the order of the file.  Converts up to `window` pieces in advance.
+
+    The offset is 0 for a piece that follows the one before it.
+    """
     waiting: collections.deque[tuple[Tensor, int, Future[Any]]] = collections.deque()
     try:
         for (tensor, type), offset in zip(plan, offsets):
-            work = _work(tensor, type)
-            for data in pieces(tensor, CHUNK):
-                waiting.append((tensor, offset, pool.submit(work, data)))
-                offset = 0  # the next one follows
+            convert_piece = _piece_converter(tensor, type)
+            for i, data in enumerate(read_pieces(tensor, CHUNK)):
+                waiting.append((tensor, 0 if i else offset, pool.submit(convert_piece, data)))
                 if len(waiting) >= window:
                     first, at, future = waiting.popleft()
                     yield first, at, future.result()
@@ -218,16 +236,16 @@ def _converted(
             future.cancel()
 
 
-def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.uint8]]], Any]:
-    """What a thread does with a piece of the tensor."""
+def _piece_converter(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.uint8]]], Any]:
+    """Returns the function that a thread calls for each piece of the tensor."""
     if type == tensor.type:
         return lambda data: data
     decode, encode = decoder(tensor.type), encoder(type)
     limit = float(np.finfo(np.float16).max) if type == GGML.F16 else None
 
-    def work(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+    def convert_piece(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         values = decode(data)
-        low, high = float(values.min()), float(values.max())  # a NaN anywhere is both
+        low, high = float(values.min()), float(values.max())  # one NaN makes both of them NaN
         if not (math.isfinite(low) and math.isfinite(high)):
             raise TBQError(f"tensor {tensor.name} has values that are not finite; the file is corrupt")
         if limit is not None and max(high, -low) > limit:
@@ -237,23 +255,23 @@ def _work(tensor: Tensor, type: GGML) -> Callable[[np.ndarray[Any, np.dtype[np.u
         result = encode(values)
         if type not in (GGML.F32, GGML.F16) and max(high, -low) > _LARGE:
             lost = np.linalg.norm(decoder(type)(result).astype(np.float64) - values)
-            if not lost < 0.5 * np.linalg.norm(values.astype(np.float64)):  # of 2 bits it is a third
+            if not lost < 0.5 * np.linalg.norm(values.astype(np.float64)):  # with 2 bits a third is lost
                 raise TBQError(
                     f"tensor {tensor.name} has values beyond the range of {type.name.lower()}; f32 can hold them"
                 )
         return result
 
-    return work
+    return convert_piece
 
 
 @contextlib.contextmanager
-def _bar(plan: TypedTensors, show: bool) -> Iterator[Callable[[Tensor, int], None]]:
+def _progress_bar(plan: TypedTensors, show: bool) -> Iterator[Callable[[Tensor, int], None]]:
     if not show:
         yield lambda tensor, size: None
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    total = sum(_n_bytes(tensor, type) for tensor, type in plan)
+    total = sum(_bytes_as(tensor, type) for tensor, type in plan)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, disable=None) as bar:
 
         def advance(tensor: Tensor, size: int) -> None:
@@ -263,8 +281,8 @@ def _bar(plan: TypedTensors, show: bool) -> Iterator[Callable[[Tensor, int], Non
         yield advance
 
 
-def _report(plan: TypedTensors, files: list[pathlib.Path], notes: dict[str, str]) -> Conversion:
-    size = sum(_n_bytes(tensor, type) for tensor, type in plan)
+def _summarize(plan: TypedTensors, files: list[pathlib.Path], notes: dict[str, str]) -> Conversion:
+    size = sum(_bytes_as(tensor, type) for tensor, type in plan)
     return Conversion(
         files=tuple(files),
         bytes_in=sum(tensor.n_bytes for tensor, _ in plan),

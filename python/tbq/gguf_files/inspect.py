@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Says what is in a GGUF file, and what its weights lost: `tbq inspect`."""
+"""Reads what is in a GGUF file, and measures how far its weights are from an original: `tbq inspect`."""
 
 import contextlib
 import math
@@ -18,31 +18,31 @@ from tbq._arguments import cores
 from tbq._types import BLOCK, TypeInfo, types
 from tbq.errors import TBQError
 from tbq.gguf_files.codecs import decoder
-from tbq.gguf_files.reader import GGUFModel, Tensor, open_gguf, pieces
+from tbq.gguf_files.reader import GGUFModel, Tensor, open_gguf, read_pieces
 
-CHUNK = 1 << 17  # values at a time: a multiple of every type's block, and what is made of them fits the cache
+#: Values at a time: a multiple of every type's block, and few enough that all intermediate results fit the CPU's cache.
+CHUNK = 1 << 17
 
-#: Bins of errors from -1 to 1, relative to the root mean square of the weights around them, for the picture.
+#: Bins for the picture: errors from -1 to 1, relative to the root mean square of the weights around them.
 ERROR_BINS = 200
-#: Bins of log10 of scales: half precision has 6e-8 to 65504.
+#: Bins of log10 of scales: f16 reaches from 6e-8 to 65504.
 SCALE_BINS = np.linspace(-7.5, 5, 251)
 
 
 @dataclass
 class Blocks:
-    """What the blocks of a tbq tensor, or of all tensors of a type, have."""
+    """Statistics of the blocks of a tbq tensor, or of all tensors of a type."""
 
-    scales: tuple[float, float, float] = (math.nan,) * 3  #: smallest, median, largest; of a tensor only
+    scales: tuple[float, float, float] = (math.nan,) * 3  #: smallest, median, largest; for a single tensor only
     zero: int = 0  #: blocks with scale 0
     corrupt: int = 0  #: blocks whose scale is NaN or infinite
-    use: npt.NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  #: how often each level of the codebook is used
+    #: how often each level of the codebook is used
+    use: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SCALE_BINS) - 1, np.int64))
 
     @property
     def entropy(self) -> float:
-        """Bits that an index carries; log2 of the number of levels if all are used alike."""
+        """Bits of information in an index; log2 of the number of levels if all levels are used equally often."""
         share = self.use[self.use > 0] / max(1, self.use.sum())
         return float(-(share * np.log2(share)).sum())
 
@@ -53,10 +53,9 @@ class Entry:
 
     tensor: Tensor
     blocks: Blocks | None = None  #: of tbq tensors
-    error: float | None = (
-        None  #: norm of the difference to the original over the norm of the original; None without values
-    )
-    cosine: float | None = None  #: of the angle to the original
+    #: norm of the difference from the original, divided by the norm of the original; None without values
+    error: float | None = None
+    cosine: float | None = None  #: of the angle between the tensor and the original
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Inspection:
     entries: list[Entry]
     totals: dict[str, Blocks]  #: by tbq type
     errors: dict[str, npt.NDArray[np.int64]]  #: by type: counts in ERROR_BINS
-    missing: list[str]  #: tensors that the original does not have
+    missing: list[str]  #: names of tensors that the original does not have
 
 
 def inspect(
@@ -76,11 +75,11 @@ def inspect(
     threads: int | None = None,
     progress: bool = False,
 ) -> Inspection:
-    """Reads a GGUF file (all files of a split): tensors; of tbq tensors the scales and the use of the codebook.
+    """Reads a GGUF file (all files of a split): its tensors, and the scales and codebook use of tbq tensors.
 
-    against: the file that it was converted from; gives `error` and `cosine` of each tensor.
-    header_only: no weights are read.  threads: all cores if None.  progress: show a bar.
-    Raises TBQError for a bad file, or two that have no tensor in common.
+    against: the file that this one was converted from.  If it is given, each tensor has an `error` and a `cosine`.
+    header_only: read no weights.  threads: all cores if None.  progress: show a bar.
+    Raises TBQError for a bad file, or for two files that have no tensor in common.
     """
     model = open_gguf(path)
     report = Inspection(model, [Entry(tensor) for tensor in model.tensors], {}, {}, [])
@@ -94,9 +93,9 @@ def inspect(
         threads = cores() if threads is None else threads
         if not isinstance(threads, int) or threads < 1:
             raise TBQError(f"threads is {threads!r}; it must be an integer, at least 1")
-        with ThreadPoolExecutor(threads) as pool, _bar(pairs, progress) as advance:
+        with ThreadPoolExecutor(threads) as pool, _progress_bar(pairs, progress) as advance:
             for entry, original in pairs:
-                _read(report, entry, original, pool, 2 * threads, advance)
+                _read_tensor(report, entry, original, pool, 2 * threads, advance)
     return report
 
 
@@ -104,7 +103,8 @@ def _check_pairs(pairs: Sequence[tuple[Entry, Tensor | None]], path: object, aga
     for entry, original in pairs:
         if original is not None and original.shape != entry.tensor.shape:
             raise TBQError(
-                f"{path} was not made from {against}: {entry.tensor.name} is {list(entry.tensor.shape)} and {list(original.shape)}"
+                f"{path} was not made from {against}: {entry.tensor.name} is {list(entry.tensor.shape)} "
+                f"and {list(original.shape)}"
             )
     if all(original is None for _, original in pairs):
         raise TBQError(f"{path} and {against} have no tensor in common")
@@ -115,7 +115,7 @@ def _check_pairs(pairs: Sequence[tuple[Entry, Tensor | None]], path: object, aga
 
 @dataclass
 class _Sums:
-    """What a piece of a tensor adds."""
+    """What a piece of a tensor adds to the statistics."""
 
     scales: npt.NDArray[np.float16] | None = None
     use: npt.NDArray[np.int64] | None = None
@@ -123,7 +123,7 @@ class _Sums:
     errors: npt.NDArray[np.int64] | None = None
 
 
-def _read(
+def _read_tensor(
     report: Inspection,
     entry: Entry,
     original: Tensor | None,
@@ -139,20 +139,22 @@ def _read(
     if entry.tensor.n_values == 0 or info is None and not decoders:
         return
     sums = list(
-        _mapped(
+        _map_pieces(
             pool,
             window,
             advance,
-            lambda new, old: _sums(info, decoders, new, old),
-            pieces(entry.tensor, CHUNK),
-            pieces(original, CHUNK) if original and decoders else None,
+            lambda new, old: _sum_piece(info, decoders, new, old),
+            read_pieces(entry.tensor, CHUNK),
+            read_pieces(original, CHUNK) if original and decoders else None,
         )
     )
     if info is not None:
-        entry.blocks = _blocks(
+        entry.blocks = _block_statistics(
             [s.scales for s in sums if s.scales is not None], [s.use for s in sums if s.use is not None]
         )
-        _add(report.totals.setdefault(info.name, Blocks(use=np.zeros(len(info.levels), np.int64))), entry.blocks)
+        _add_to_total(
+            report.totals.setdefault(info.name, Blocks(use=np.zeros(len(info.levels), np.int64))), entry.blocks
+        )
     if decoders:
         new, old, both, difference = np.sum([s.products for s in sums if s.products is not None], axis=0)
         with np.errstate(all="ignore"):
@@ -162,7 +164,7 @@ def _read(
         counts += np.sum([s.errors for s in sums if s.errors is not None], axis=0)
 
 
-def _mapped(
+def _map_pieces(
     pool: ThreadPoolExecutor,
     window: int,
     advance: Callable[[int], None],
@@ -170,7 +172,7 @@ def _mapped(
     new: Iterable[npt.NDArray[np.uint8]],
     old: Iterable[npt.NDArray[np.uint8]] | None,
 ) -> Iterator[_Sums]:
-    """function of each pair, in order, with few pieces in memory."""
+    """Yields function(piece, original piece) for all pieces, in order.  Few pieces are in memory at a time."""
     waiting: deque[Any] = deque()
     for pair in zip(new, old) if old is not None else ((piece, None) for piece in new):
         waiting.append(pool.submit(function, *pair))
@@ -181,7 +183,9 @@ def _mapped(
         yield waiting.popleft().result()
 
 
-def _sums(info: TypeInfo | None, decoders: Any, new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> _Sums:
+def _sum_piece(
+    info: TypeInfo | None, decoders: Any, new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None
+) -> _Sums:
     sums = _Sums()
     if info is not None:
         sums.scales, sums.use = scales_and_use(new, info)
@@ -189,7 +193,7 @@ def _sums(info: TypeInfo | None, decoders: Any, new: npt.NDArray[np.uint8], old:
         with np.errstate(all="ignore"):
             x, y = (decode(data).astype(np.float64) for decode, data in zip(decoders, (new, old)))
             difference = x - y
-            # not x @ y: BLAS would start threads of its own in each of ours
+            # not x @ y: in each of these threads, BLAS would start threads of its own
             sums.products = np.array(
                 [np.einsum("i,i->", a, b) for a, b in ((x, x), (y, y), (x, y), (difference, difference))]
             )
@@ -202,9 +206,9 @@ def _sums(info: TypeInfo | None, decoders: Any, new: npt.NDArray[np.uint8], old:
 def scales_and_use(
     data: npt.NDArray[np.uint8], info: TypeInfo
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
-    """The scales of blocks, and how often each level of the codebook is used.
+    """Returns the scales of blocks, and how often each level of the codebook is used.
 
-    The library decodes the blocks with a scale of 1 and rotates what it gets: that is the codebook's integers again.
+    The library decodes the blocks with a scale of 1.  Rotating the result gives the integers of the codebook again.
     """
     packed = data.reshape(-1, info.block_bytes).copy()
     scales = packed[:, :2].copy().view("<f2").reshape(-1)  # a block begins with its scale (tbq.h)
@@ -216,7 +220,7 @@ def scales_and_use(
     return scales, counts[np.array(info.levels) - lowest]
 
 
-def _blocks(scales: list[npt.NDArray[np.float16]], use: list[npt.NDArray[np.int64]]) -> Blocks:
+def _block_statistics(scales: list[npt.NDArray[np.float16]], use: list[npt.NDArray[np.int64]]) -> Blocks:
     d = np.concatenate(scales).astype(np.float32)
     good = d[np.isfinite(d)]
     result = Blocks(zero=int((good == 0).sum()), corrupt=len(d) - len(good), use=np.sum(use, axis=0))
@@ -226,7 +230,7 @@ def _blocks(scales: list[npt.NDArray[np.float16]], use: list[npt.NDArray[np.int6
     return result
 
 
-def _add(total: Blocks, part: Blocks) -> None:
+def _add_to_total(total: Blocks, part: Blocks) -> None:
     total.zero += part.zero
     total.corrupt += part.corrupt
     total.use = total.use + part.use
@@ -234,7 +238,7 @@ def _add(total: Blocks, part: Blocks) -> None:
 
 
 @contextlib.contextmanager
-def _bar(pairs: Sequence[tuple[Entry, Tensor | None]], show: bool) -> Iterator[Callable[[int], None]]:
+def _progress_bar(pairs: Sequence[tuple[Entry, Tensor | None]], show: bool) -> Iterator[Callable[[int], None]]:
     if not show:
         yield lambda size: None
         return

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Opens GGUF files that may be corrupt or hostile: every count, length, offset and size is held against the size of the
-file before it is used.
+"""Opens GGUF files that may be corrupt or hostile.
 
-gguf.GGUFReader trusts them, makes an array of each element of each list (3 s for a vocabulary of 49,000; 0.1 s here), and
-does not keep an entry's bytes, which is what copies it unchanged.  The numbers of the format are gguf's.
+Every count, length, offset and size is compared with the size of the file before it is used.
+
+gguf.GGUFReader is not used, for three reasons.  It trusts these numbers.  It makes an array of each element of each
+list, which takes 3 s for a vocabulary of 49,000; this module takes 0.1 s.  And it does not keep the bytes of an entry,
+which are needed to copy the entry unchanged.  The constants of the format are those of the package gguf.
 """
 
 import os
@@ -21,20 +23,20 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-import tbq.gguf_files.register  # noqa: F401  the types' numbers must be known
+import tbq.gguf_files.register  # noqa: F401  adds the numbers of the tbq types to gguf
 from tbq._version import FORMAT_VERSION
 from tbq.errors import TBQError
 
-#: Where the header must end; that of a vocabulary of 256,000 tokens is 16 MiB.
+#: Bytes of the longest header that is read; a vocabulary of 256,000 tokens takes 16 MiB.
 MAX_HEADER = 256 << 20
-#: As in ggml: GGML_MAX_DIMS, and GGML_MAX_NAME with its terminator.
+#: As in ggml: GGML_MAX_DIMS and GGML_MAX_NAME, which includes the terminator.
 MAX_DIMS, MAX_NAME = 4, 64
-#: Far above any model's; an object each must stay small beside the file.
+#: Tensors, and entries of the metadata: far more than any model has, so few that their objects take little memory.
 MAX_COUNT = 1 << 17
-#: Padding beyond a page of memory has no use, and is copied.
+#: Padding beyond a page of memory has no use, but would be written.
 MAX_ALIGNMENT = 1 << 16
 
-#: The key under which files with tbq tensors have the version of the block layout.
+#: The key of the version of the block layout, in files with tbq tensors.
 FORMAT_KEY = "tbq.format_version"
 
 #: struct's letter for each value of fixed size.
@@ -56,13 +58,16 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is; open_gguf has checked that the file has these bytes.  An axis of 0 is legal: n_bytes is 0 then."""
+    """Where a tensor is.  open_gguf has checked that the file has these bytes.
+
+    An axis of 0 is legal; n_bytes is 0 then.
+    """
 
     name: str
     type: GGMLQuantizationType
-    shape: tuple[int, ...]  #: as NumPy has it: rows last but one, the values of a row last; at least one axis
-    path: pathlib.Path  #: of the file, which may be one of a split
-    offset: int  #: of the first byte in that file
+    shape: tuple[int, ...]  #: in NumPy's order: the values of a row are the last axis; at least one axis
+    path: pathlib.Path  #: the file, which may be one of a split
+    offset: int  #: position of the first byte in that file
     n_bytes: int
 
     @property
@@ -71,24 +76,24 @@ class Tensor:
 
     @property
     def bits_per_value(self) -> float:
-        """Of the type, so that a tensor without values has it too."""
+        """Bits per value of the type, so that a tensor without values has them too."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
         return 8 * block_bytes / block
 
 
 class Metadata(Mapping[str, Any]):
-    """The entries by key, decoded when asked for: int, float, bool, str, or a list of them.
+    """The entries by key, decoded on access: int, float, bool, str, or a list of them.
 
-    raw[key] is the whole entry as the file has it, the key included.
+    raw[key] has the bytes of the whole entry in the file, including the key.
     """
 
     def __init__(self, entries: Mapping[str, tuple[bytes, int]]) -> None:
-        self._entries = entries  # key: (bytes, where the type begins)
+        self._entries = entries  # key: (bytes, offset of the type in them)
 
     def __getitem__(self, key: str) -> Any:
         entry, start = self._entries[key]
-        cursor = _Cursor.of_bytes(entry[start:])
-        return _value(cursor, cursor.u32())
+        cursor = _Cursor.from_bytes(entry[start:])
+        return _read_value(cursor, cursor.u32())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -98,31 +103,34 @@ class Metadata(Mapping[str, Any]):
 
     @property
     def alignment(self) -> int:
-        """What divides the offsets of tensors."""
+        """The number that divides the offsets of tensors."""
         return int(self.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
 
     def type(self, key: str) -> GGUFValueType:
-        """Of the value of a key that is there."""
+        """Returns the type of the value of a key that exists."""
         data, start = self._entries[key]
-        return GGUFValueType(_Cursor.of_bytes(data[start:]).u32())
+        return GGUFValueType(_Cursor.from_bytes(data[start:]).u32())
 
     @property
     def raw(self) -> dict[str, bytes]:
         return {key: entry for key, (entry, _) in self._entries.items()}
 
     def integer(self, key: str, default: int) -> int:
-        """The value of a key that must be an integer of 0 or more, if it is there."""
+        """Returns the value of a key, which must be an integer of 0 or more; default if there is no such key."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise TBQError(f"metadata {_short(key)} is {str(value)[:40]!r}; it must be an integer, 0 or more")
+            raise TBQError(f"metadata {_shorten(key)} is {str(value)[:40]!r}; it must be an integer, 0 or more")
         return value
 
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file, or all files of a split; whatever takes the path of a model takes one of these, and reads no header again."""
+    """A GGUF file, or all files of a split.
 
-    path: pathlib.Path  #: the file that was opened
+    Functions that take the path of a model also take one of these; then they need not read the header again.
+    """
+
+    path: pathlib.Path  #: the file that open_gguf was given
     files: tuple[pathlib.Path, ...]
     metadata: Metadata  #: of the first file
     tensors: tuple[Tensor, ...]  #: in the order of the files
@@ -135,11 +143,12 @@ class GGUFModel:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
-    """Checks a file and says what it has; if it is one of a split, with all others, which must lie beside it.
+    """Checks the header of a GGUF file and returns its contents.
 
-    Allocates no more than the header's size (at most MAX_HEADER of each file); reads no tensor.
-    Raises TBQError for what is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself; OSError
-    for what cannot be opened.
+    If the file is one of a split, the others are opened too; they must be in the same folder.
+    Takes no more memory than the header's size (at most MAX_HEADER for each file).  Reads no tensor.
+    Raises TBQError for a file that is not GGUF (version 2 or 3, little-endian), is truncated or contradicts itself.
+    Raises OSError for a file that cannot be opened.
     """
     if isinstance(path, GGUFModel):
         return path
@@ -155,7 +164,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     for i in range(count):
         paths.append(path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf"))
         if not paths[i].exists():
-            raise TBQError(f"{path} is one of {count} files of a split; {paths[i].name} is not beside it")
+            raise TBQError(f"{path} is one of {count} files of a split; {paths[i].name} is not in the same folder")
         parts.append((metadata, tensors) if paths[i] == path else _read_file(paths[i]))
         if (parts[i][0].integer("split.no", 0), _split_count(paths[i], parts[i][0])) != (i, count):
             raise TBQError(f"{paths[i]} is not file {i + 1} of {count} of the split, as its name says")
@@ -168,10 +177,10 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """TBQError for what cannot be the name of a file."""
+    """Returns a Path.  Raises TBQError for what cannot be the name of a file."""
     try:
         path = pathlib.Path(path)
-        path.exists()  # Python 3.10 to 3.12 find a null character only now
+        path.exists()  # Python 3.10 to 3.12 notice a null character only here
     except (TypeError, ValueError):
         raise TBQError(f"{path!r} cannot be the name of a file") from None
     if "\0" in str(path):
@@ -179,8 +188,8 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
-def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a tensor, front to back, each time those of n_values values (which every type's block divides)."""
+def read_pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields the bytes of a tensor from front to back, n_values values at a time (a multiple of every type's block)."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
     left = tensor.n_bytes
     with open(tensor.path, "rb", buffering=0) as file:
@@ -197,12 +206,13 @@ def pieces(tensor: Tensor, n_values: int) -> Iterator[npt.NDArray[np.uint8]]:
             left -= len(data)
 
 
-def header(
+def make_header(
     entries: Mapping[str, bytes], tensors: Iterable[tuple[str, GGMLQuantizationType, tuple[int, ...]]], alignment: int
 ) -> tuple[bytes, list[int], int]:
-    """What a file begins with: entries as Metadata.raw has them or entry() makes them; names, types and shapes of tensors.
+    """Makes the header of a file.
 
-    Returns the bytes, padded; where each tensor belongs in the file; the size of the file.
+    entries: by key, from Metadata.raw or make_entry().  tensors: names, types and shapes.
+    Returns the bytes, padded; the offset of each tensor in the file; the size of the file.
     """
     infos, offsets, end = [], [], 0
     for name, type, shape in tensors:
@@ -214,20 +224,20 @@ def header(
         )
         offsets.append(end)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
-        end += _padded(prod(shape) // block * block_bytes, alignment)
+        end += _round_up(prod(shape) // block * block_bytes, alignment)
     start = struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(infos), len(entries))
     text = b"".join([start, *entries.values(), *infos])
-    text += bytes(_padded(len(text), alignment) - len(text))
+    text += bytes(_round_up(len(text), alignment) - len(text))
     return text, [len(text) + offset for offset in offsets], len(text) + end
 
 
-def entry(key: str, kind: GGUFValueType, value: int) -> bytes:
-    """An integer of the metadata."""
+def make_entry(key: str, kind: GGUFValueType, value: int) -> bytes:
+    """Makes an entry of the metadata, an integer."""
     encoded = key.encode()
     return struct.pack(f"<Q{len(encoded)}sI{_SCALARS[kind]}", len(encoded), encoded, kind, value)
 
 
-def _padded(size: int, alignment: int) -> int:
+def _round_up(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
@@ -247,13 +257,13 @@ class _Cursor:
         self.position = 0
 
     @classmethod
-    def of_bytes(cls, data: bytes) -> "_Cursor":
+    def from_bytes(cls, data: bytes) -> "_Cursor":
         cursor = cls(None, len(data), "metadata")
         cursor.buffer += data
         return cursor
 
     def require(self, size: int, what: str) -> None:
-        """That so many bytes follow; they are in `buffer` afterwards."""
+        """Checks that so many bytes follow, and reads them into `buffer`."""
         stop = self.position + size
         if stop > self._end:
             raise TBQError(f"{self.path} is truncated or not GGUF: {what} would end at byte {stop} of {self._end}")
@@ -279,7 +289,7 @@ class _Cursor:
         return int(self.unpack("I", what)[0])
 
     def skip_string(self, what: str) -> tuple[int, int]:
-        """First and last+1 byte of a string."""
+        """Skips a string.  Returns the positions of its first byte and of the byte after its last."""
         (length,) = self.unpack("Q", f"the length of {what}")
         self.require(length, what)
         start = self.position
@@ -287,35 +297,36 @@ class _Cursor:
         return start, self.position
 
     def skip_strings(self, count: int, what: str) -> None:
-        """The same for many, without a call for each: nearly all of a header is the vocabulary."""
+        """Skips many strings, without a call for each: the vocabulary is nearly all of a header."""
         unpack, buffer, position = struct.Struct("<Q").unpack_from, self.buffer, self.position
         for _ in range(count):
             if position + 8 > len(buffer) or position + 8 + unpack(buffer, position)[0] > len(buffer):
                 self.position = position
-                _, position = self.skip_string(what)  # reads on, or says what is wrong
+                _, position = self.skip_string(what)  # reads more of the file, or raises
             else:
                 position += 8 + unpack(buffer, position)[0]
         self.position = position
 
     def name(self, what: str, empty: bool = False) -> str:
-        """A string that can be printed on one line; empty: whether it may have no characters."""
+        """Reads a string that can be printed on one line.  empty: whether it may have no characters."""
         start, stop = self.skip_string(what)
         try:
             text = self.buffer[start:stop].decode()
         except UnicodeDecodeError:
             raise TBQError(f"{self.path}: {what} is not text") from None
         if not (text or empty) or not text.isprintable():
-            raise TBQError(f"{self.path}: {what} is {text[:40]!r}")
+            rule = "printable" if empty else "printable and not empty"
+            raise TBQError(f"{self.path}: {what} is {text[:40]!r}; it must be {rule}")
         return text
 
 
-def _short(key: str) -> str:
-    """A key in a message; the longest has 65535 bytes."""
+def _shorten(key: str) -> str:
+    """Shortens a key for a message; the longest one has 65535 bytes."""
     return key if len(key) <= 80 else f"{key[:80]}..."
 
 
-def _array(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
-    """Type of the elements and how many there are; that many fit."""
+def _read_array_head(cursor: _Cursor, what: str) -> tuple[GGUFValueType, int]:
+    """Reads the type and the number of an array's elements, and checks that the file is long enough for them."""
     kind, count = cursor.unpack("IQ", what)
     if kind == GGUFValueType.ARRAY:
         raise TBQError(f"{cursor.path}: {what} is an array of arrays, which llama.cpp does not read either")
@@ -331,7 +342,7 @@ def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
     if kind == GGUFValueType.STRING:
         cursor.skip_string(what)
     elif kind == GGUFValueType.ARRAY:
-        element, count = _array(cursor, what)
+        element, count = _read_array_head(cursor, what)
         if element == GGUFValueType.STRING:
             cursor.skip_strings(count, what)
         else:
@@ -342,8 +353,8 @@ def _skip_value(cursor: _Cursor, kind: int, what: str) -> None:
         raise TBQError(f"{cursor.path}: {what} has type {kind}, which GGUF does not have")
 
 
-def _value(cursor: _Cursor, kind: int) -> Any:
-    """What _skip_value has been over."""
+def _read_value(cursor: _Cursor, kind: int) -> Any:
+    """Decodes a value that _skip_value has checked."""
 
     def text() -> str:
         start, stop = cursor.skip_string("a string")
@@ -353,7 +364,7 @@ def _value(cursor: _Cursor, kind: int) -> Any:
         return text()
     if kind != GGUFValueType.ARRAY:
         return cursor.unpack(_SCALARS[GGUFValueType(kind)], "a value")[0]
-    element, count = _array(cursor, "an array")
+    element, count = _read_array_head(cursor, "an array")
     if element == GGUFValueType.STRING:
         return [text() for _ in range(count)]
     return np.frombuffer(cursor.buffer, np.dtype("<" + _SCALARS[element]), count, cursor.position).tolist()
@@ -365,16 +376,16 @@ def _read_file(path: pathlib.Path) -> tuple[Metadata, tuple[Tensor, ...]]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(file, size, path)
-        n_tensors, n_entries = _preamble(cursor, path)
-        metadata = _entries(cursor, path, n_entries)
+        n_tensors, n_entries = _read_counts(cursor, path)
+        metadata = _read_entries(cursor, path, n_entries)
         if metadata.get(FORMAT_KEY, FORMAT_VERSION) != FORMAT_VERSION:
             raise TBQError(
                 f"{path}: {FORMAT_KEY} is {str(metadata[FORMAT_KEY])[:40]!r}; this tbq reads {FORMAT_VERSION}"
             )
-        return metadata, _tensors(cursor, path, n_tensors, _alignment(path, metadata), size)
+        return metadata, _read_tensors(cursor, path, n_tensors, _read_alignment(path, metadata), size)
 
 
-def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
+def _read_counts(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
     magic = cursor.u32("the magic number")
     if magic != gguf.GGUF_MAGIC:
         raise TBQError(f"{path} is not a GGUF file: it begins with {bytes(cursor.buffer[:4])!r}")
@@ -388,7 +399,8 @@ def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
         raise TBQError(
             f"{path} says that it has {n_tensors} tensors and {n_entries} entries; at most {MAX_COUNT} are read"
         )
-    # the smallest tensor: name's length, dimensions, type, offset; the smallest entry: key's length, a character, type, value
+    # The smallest tensor: length of the name, number of dimensions, type, offset.
+    # The smallest entry: length of the key, one character, type, value of one byte.
     cursor.require(
         n_tensors * (8 + 4 + 4 + 8) + n_entries * (9 + 4 + 1),
         f"a header of {n_tensors} tensors and {n_entries} entries",
@@ -396,25 +408,26 @@ def _preamble(cursor: _Cursor, path: pathlib.Path) -> tuple[int, int]:
     return n_tensors, n_entries
 
 
-def _entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
+def _read_entries(cursor: _Cursor, path: pathlib.Path, count: int) -> Metadata:
     entries = {}
     for i in range(count):
         start = cursor.position
         key = cursor.name(f"key {i} of the metadata")
         if key in entries:
-            raise TBQError(f"{path}: metadata {_short(key)} is there twice")
-        type_start, what = cursor.position, f"metadata {_short(key)}"
+            raise TBQError(f"{path}: metadata {_shorten(key)} occurs twice")
+        type_start, what = cursor.position, f"metadata {_shorten(key)}"
         _skip_value(cursor, cursor.u32(what), what)
         entries[key] = bytes(cursor.buffer[start : cursor.position]), type_start - start
     return Metadata(entries)
 
 
-def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
-    """As llama.cpp has it: of 32 bits without sign, a power of two."""
+def _read_alignment(path: pathlib.Path, metadata: Metadata) -> int:
+    """Returns the alignment.  llama.cpp's rule: the value is a uint32 and a power of two."""
     key = gguf.Keys.General.ALIGNMENT
     if key in metadata and metadata.type(key) != GGUFValueType.UINT32:
         raise TBQError(
-            f"{path}: {key} is {str(metadata[key])[:40]!r} of type {metadata.type(key).name.lower()}; it must be a uint32"
+            f"{path}: {key} is {str(metadata[key])[:40]!r} of type {metadata.type(key).name.lower()}; "
+            "it must be a uint32"
         )
     value = metadata.alignment
     if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
@@ -422,7 +435,7 @@ def _alignment(path: pathlib.Path, metadata: Metadata) -> int:
     return value
 
 
-def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, size: int) -> tuple[Tensor, ...]:
+def _read_tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, size: int) -> tuple[Tensor, ...]:
     found = []
     for i in range(count):
         name = cursor.name(f"the name of tensor {i}", empty=True)
@@ -432,21 +445,20 @@ def _tensors(cursor: _Cursor, path: pathlib.Path, count: int, alignment: int, si
         if n_dims > MAX_DIMS:
             raise TBQError(f"{path}: tensor {name} has {n_dims} dimensions; {MAX_DIMS} are possible")
         *dims, kind, offset = cursor.unpack("Q" * n_dims + "IQ", f"tensor {name}")
-        found.append((name, tuple(reversed(dims)) or (1,), kind, offset))  # ggml's tensors have an axis at least
-    start = _padded(cursor.position, alignment)
-    tensors = tuple(_tensor(path, *each, alignment, start, size) for each in found)
+        found.append((name, tuple(reversed(dims)) or (1,), kind, offset))  # a tensor of ggml has at least one axis
+    start = _round_up(cursor.position, alignment)
+    tensors = tuple(_check_tensor(path, *each, alignment, start, size) for each in found)
     _check_unique([tensor.name for tensor in tensors], path)
     end, before = start, ""
-    for tensor in sorted(
-        tensors, key=lambda t: (t.offset, t.n_bytes)
-    ):  # one of no bytes shares its offset with the next
+    # a tensor of no bytes has the same offset as the next one
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.n_bytes)):
         if tensor.offset < end:
             raise TBQError(f"{path}: tensors {before} and {tensor.name} overlap")
         end, before = tensor.offset + tensor.n_bytes, tensor.name
     return tensors
 
 
-def _tensor(
+def _check_tensor(
     path: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, start: int, size: int
 ) -> Tensor:
     try:
@@ -456,7 +468,7 @@ def _tensor(
     block, block_bytes = gguf.GGML_QUANT_SIZES[type]
     if shape[-1] % block:
         raise TBQError(f"{path}: tensor {name} is {type.name.lower()} in rows of {shape[-1]}; {block} must divide them")
-    if 0 in shape and prod(n or 1 for n in shape) >= 2**60:  # NumPy multiplies them although nothing is there
+    if 0 in shape and prod(n or 1 for n in shape) >= 2**60:  # NumPy multiplies them, although there are no values
         raise TBQError(
             f"{path}: tensor {name} has shape {shape}; its axes that are not 0 must multiply to less than 2^60"
         )
@@ -472,5 +484,5 @@ def _check_unique(names: list[str], path: pathlib.Path) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise TBQError(f"{path}: tensor {name} is there twice")
+            raise TBQError(f"{path}: tensor {name} occurs twice")
         seen.add(name)

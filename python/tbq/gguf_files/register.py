@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Makes the package gguf know the types; done when this module, and so tbq, is imported.
+"""Adds the tbq types to the package gguf, when this module is imported; `import tbq` imports it.
 
-gguf has no way to add a type, so this extends its enums and tables in place: GGMLQuantizationType.TBQ4_0 and its
-neighbors, GGML_QUANT_SIZES, LlamaFileType.MOSTLY_TBQ4_0 (the numbers of the patched llama-quantize, which are those of
-the types), and what gguf.quantize and gguf.dequantize look types up in.  tests/test_gguf.py runs it on each release of
-gguf that pyproject.toml allows.
+gguf has no interface for adding a type, so this module extends its enums and tables in place:
+
+- GGMLQuantizationType.TBQ4_0 and the others, and GGML_QUANT_SIZES;
+- LlamaFileType.MOSTLY_TBQ4_0 and the others, with the numbers of the types, as in the patched llama-quantize;
+- the table in which gguf.quantize and gguf.dequantize look up types.
+
+tests/test_gguf.py tests it with each release of gguf that pyproject.toml allows.
 """
 
 import enum
@@ -22,9 +25,9 @@ from tbq.errors import TBQError
 
 
 def register() -> None:
-    """Adds what gguf does not have yet; the second call changes nothing.
+    """Adds what gguf does not have yet.  A second call changes nothing.
 
-    Raises TBQError if gguf gives a number or a name of ours to something else.
+    Raises TBQError if gguf uses the number or the name of a tbq type for something else.
     """
     for info in types.values():
         member = _add_member(gguf.GGMLQuantizationType, info.name.upper(), info.id)
@@ -37,7 +40,7 @@ def register() -> None:
 
 
 def _add_member(kind: Any, name: str, value: int) -> Any:
-    """The member of an IntEnum with this name and value, added as EnumMeta would have."""
+    """Returns the member of an IntEnum with this name and value; adds it the way EnumMeta does if it is missing."""
     known = kind.__members__.get(name), kind._value2member_map_.get(value)
     if known[0] is not None and known[0] is known[1]:
         return known[0]
@@ -46,7 +49,7 @@ def _add_member(kind: Any, name: str, value: int) -> Any:
     member = int.__new__(kind, value)
     member._name_, member._value_, member.__objclass__ = name, value, kind
     member._sort_order_ = len(kind._member_names_)
-    enum.EnumMeta.__setattr__(kind, name, member)  # before the map: a member in the map cannot be set
+    enum.EnumMeta.__setattr__(kind, name, member)  # first: EnumMeta refuses to set a member that is in the map
     kind._member_names_.append(name)
     kind._member_map_[name] = kind._value2member_map_[value] = member
     return member
@@ -61,20 +64,22 @@ def _add_coder(info: TypeInfo, member: Any) -> None:
     def dequantize_blocks(cls: Any, array: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return blocks.dequantize(array, info.name, (len(array), BLOCK))
 
-    # rows without values: gguf would divide their number among 0, for every type of blocks
+    # Rows without values: for every type with blocks, gguf would divide by 0.
 
     def quantize(cls: Any, array: Any) -> Any:
-        return np.empty(array.shape, np.uint8) if _no_columns(array) else base.quantize.__func__(cls, array)
+        return np.empty(array.shape, np.uint8) if _has_no_columns(array) else base.quantize.__func__(cls, array)
 
     def dequantize(cls: Any, array: Any) -> Any:
-        return np.empty(array.shape, np.float32) if _no_columns(array) else base.dequantize.__func__(cls, array)
+        return np.empty(array.shape, np.float32) if _has_no_columns(array) else base.dequantize.__func__(cls, array)
 
     functions = (quantize_blocks, dequantize_blocks, quantize, dequantize)
     body = {"__module__": __name__, **{function.__name__: classmethod(function) for function in functions}}
-    new_class(info.name.upper(), (base,), {"qtype": member}, lambda space: space.update(body))  # registers itself
+    new_class(
+        info.name.upper(), (base,), {"qtype": member}, lambda space: space.update(body)
+    )  # gguf registers the class
 
 
-def _no_columns(array: Any) -> bool:
+def _has_no_columns(array: Any) -> bool:
     return isinstance(array, np.ndarray) and array.shape[-1:] == (0,)
 
 

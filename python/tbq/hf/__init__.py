@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""tbq.hf: HuggingFace models with a cache of 2 to 4 bits per value; needs ggml-tbq[hf].
+"""tbq.hf: HuggingFace models with a cache of 2 to 4 bits per value.  It needs ggml-tbq[hf].
 
     >>> from tbq.hf import TBQCache
     >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tbq")
@@ -8,8 +8,8 @@
     >>> cache.baseline_nbytes / cache.nbytes
     3.76
 
-Importing it registers the attention implementation "tbq", which reads the blocks; with any other ("sdpa", "eager", ...) the
-cache decodes a layer at a time.
+Importing this package registers the attention implementation "tbq", which reads the blocks.  With any other ("sdpa",
+"eager", ...) the cache decodes one layer at a time.
 """
 
 try:
@@ -29,5 +29,5 @@ from tbq.hf._cache_layers import PackedStates, TBQLayer, TBQSlidingLayer
 __all__ = ["PackedStates", "TBQCache", "TBQLayer", "TBQSlidingLayer", "attention"]
 
 AttentionInterface.register("tbq", attention)
-# masks as for torch's attention: True is seen; none where causality or a single token says it all
+# Masks as for torch's attention: True is visible; no mask if attention is only causal, or for a single token.
 AttentionMaskInterface.register("tbq", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""attn_implementation="tbq": attention straight from the packed cache."""
+"""attn_implementation="tbq": attention that reads the packed cache."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from tbq.errors import TBQError
 from tbq.hf import _backend
 from tbq.hf._cache_layers import PackedStates
 
-#: Query tokens . heads of a KV head up to which CUDA attends to blocks.  With more, a prompt's, decoding a layer once and
-#: torch's own attention is faster.
-_MOST_ROWS = 64
+#: Query rows of a KV head (query tokens times query heads) up to which CUDA attends to blocks.  A prompt has more; then
+#: it is faster to decode the layer once and to use torch's attention.
+_DECODE_ROWS = 64
 
 
 def attention(
@@ -28,19 +28,24 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' AttentionInterface calls.  query: (batch, heads, tokens, size).  key, value: of a TBQCache, or any.
+    """Attention as transformers' AttentionInterface calls it.
 
-    softcap, s_aux (attention sinks, one for each head) as in transformers' flash attention.
+    query: (batch, heads, tokens, size).  key, value: states of a TBQCache, or any others.
+    softcap, s_aux (attention sinks, one for each head): as in transformers' flash attention.
     Returns (batch, tokens, heads, value size), and no weights.
     """
     if kwargs.get("position_bias") is not None:
         raise TBQError("attn_implementation='tbq' takes no position_bias; 'sdpa' does")
     if dropout:
-        raise TBQError(f"attn_implementation='tbq' takes no dropout, and it is {dropout}: call model.eval()")
+        raise TBQError(f"dropout is {dropout}; attn_implementation='tbq' takes none: call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    if isinstance(key, PackedStates) and isinstance(value, PackedStates) and _takes(query, key, value, softcap, s_aux):
+    if (
+        isinstance(key, PackedStates)
+        and isinstance(value, PackedStates)
+        and _kernels_take(query, key, value, softcap, s_aux)
+    ):
         query = query if query.stride(3) == 1 else query.contiguous()
         return _backend.backend_for(query.device).attention(
             query,
@@ -57,25 +62,28 @@ def attention(
         ), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:
-        return _plain(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
+        return _plain_attention(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
     out: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scale, is_causal=causal
     )
     return out
 
 
-def _takes(
+def _kernels_take(
     query: torch.Tensor, key: PackedStates, value: PackedStates, softcap: float | None, s_aux: torch.Tensor | None
 ) -> bool:
-    """Whether the kernels of this device do: those for CUDA not every head size, and prompts only if torch cannot."""
+    """Whether the kernels of this device are used.
+
+    CUDA's do not take every head size, and take prompts only if torch's attention cannot.
+    """
     if query.device.type == "cpu":
         return True
     most = _backend.backend_for(query.device).MOST_BLOCKS * 64
-    few = query.shape[1] // key.shape[1] * query.shape[2] <= _MOST_ROWS
-    return key.shape[3] <= most and value.shape[3] <= most and (few or bool(softcap) or s_aux is not None)
+    decode_size = query.shape[1] // key.shape[1] * query.shape[2] <= _DECODE_ROWS
+    return key.shape[3] <= most and value.shape[3] <= most and (decode_size or bool(softcap) or s_aux is not None)
 
 
-def _plain(
+def _plain_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -85,7 +93,7 @@ def _plain(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Soft-caps and sinks over states that are not packed, which torch's attention does not know."""
+    """Attention with soft-caps and sinks over states that are not packed; torch's attention has neither."""
     batch, heads, tokens, _ = query.shape
     group, n_kv = heads // key.shape[1], key.shape[2]
     logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scale

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which kernels a device has, and what they do."""
+"""The interface of the kernels, and their choice by device."""
 
 from typing import Protocol, cast
 
@@ -11,12 +11,14 @@ from tbq.errors import TBQError
 class Backend(Protocol):
     """The kernels of a device: the modules _cpu and _cuda.
 
-    Shapes: keys and values (batch, KV heads, tokens, head size); packed, uint8, (batch, tokens, KV heads, bytes of a row);
-    queries (batch, heads, tokens, head size).  bits: 2 to 4; 0 for states that are not packed.  half: rotary pairs of neighbors
-    that lie this far apart, 0 where each lies next to its own.
+    Keys and values: (batch, KV heads, tokens, head size).  Packed: uint8, (batch, tokens, KV heads, bytes of a row),
+    the last two axes contiguous.  Queries: (batch, heads, tokens, head size).
+    bits: 2 to 4; 0 for states that are not packed.
+    half: with NEOX rotary pairs, the channels c and c + half of the first 2 half channels of a key are a pair, and are
+    stored next to each other.  0: channels are stored in the model's order.
     """
 
-    #: Blocks of 64 values of a head up to which attention() takes it.
+    #: The largest head size that attention() takes, in blocks of 64 values.
     MOST_BLOCKS: int
 
     def encode(
@@ -29,7 +31,7 @@ class Backend(Protocol):
         v_bits: int,
         half: int = 0,
     ) -> None:
-        """Packs keys and values, those with bits, into what is given for them."""
+        """Packs keys into k_packed and values into v_packed; those with 0 bits are left out."""
 
     def decode(
         self,
@@ -42,7 +44,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
         half: int = 0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values as floats; None for a side without bits.  The sizes are of heads."""
+        """Decodes keys and values to dtype; None for those with 0 bits.  k_size, v_size: head sizes."""
 
     def attention(
         self,
@@ -58,11 +60,18 @@ class Backend(Protocol):
         sinks: torch.Tensor | None = None,
         half: int = 0,
     ) -> torch.Tensor:
-        """Attention straight from packed states: (batch, tokens, heads, head size)."""
+        """Attention that reads packed states.
+
+        mask: bool (True is visible) or numbers to add, (batch or 1, heads or 1, tokens or 1, at least the cached
+        tokens).
+        causal: the last query token sees all cached tokens, the one before it one less, and so on.
+        sinks: a logit for each query head.
+        Returns (batch, tokens, heads, value size) in the query's dtype.
+        """
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The kernels of a device; TBQError for one that has none."""
+    """Returns the kernels of a device.  Raises TBQError if there are none."""
     if device.type == "cpu":
         from tbq.hf import _cpu
 

@@ -16,29 +16,34 @@ from tbq.hf import _tables
 from tbq.hf._cache_layers import TBQLayer, TBQSlidingLayer
 
 SLIDING = ("keep", "compress")
-PAIRS = ("auto", "halves", "neighbours")
+#: The layouts of rotary pairs, each with the name that it had before.
+NEOX, INTERLEAVED = ("neox", "halves"), ("interleaved", "neighbours")
+PAIRS = ("auto", NEOX[0], INTERLEAVED[0])
 
-#: constant_part() looks at groups of so many tokens, and at so many groups at most.
+#: constant_part() looks at groups of so many tokens, at most so many groups.
 GROUP, _MOST_GROUPS = 16, 16
 
 
 class TBQCache(DynamicCache):  # type: ignore[misc]
-    """A cache of keys and values in tbq blocks, for any decoder of transformers whose head sizes 64 divides.
+    """A cache of keys and values in tbq blocks, for any decoder of transformers whose head sizes are multiples of 64.
 
         cache = TBQCache(model.config, k_bits=4, v_bits=4)
         model.generate(**inputs, past_key_values=cache)
 
-    config: of the model (or the model), for its kinds of layers; None: every layer is of full attention, values are decoded.
-    k_bits, v_bits: 2, 3, 4, or None to leave that side in the model's dtype.  sliding: "keep" leaves layers with a sliding
-    window as they are, since they do not grow; "compress" packs them too.  Layers of other kinds (linear attention, latent
-    indexers) are left alone.  pairs: how the rotary embedding pairs the channels of a key, "halves" (c and c + n/2) or
-    "neighbours", "auto" to ask the model's own code; halves are stored as neighbors, which costs nothing and a quarter less in
-    divergence.
-    Each new token is encoded once, as llama.cpp's cache would; a layer's states are decoded when it is its turn, unless the
-    model was loaded with attn_implementation="tbq", which reads blocks.
-    Keys are not centered, and those with large biases (Qwen2, Qwen2.5) do not bear it: if the first prompt of GROUP tokens or more
-    has such keys by the planner's rule (tbq._key_biases), a UserWarning says so once, when it has gone through the layers.
-    Raises TBQError for other values, and for head sizes that 64 does not divide.
+    config: the model's config, or the model; it says which kinds of layers there are.  None: every layer has full
+    attention, and states are always decoded.
+    k_bits, v_bits: bits of keys and values: 2, 3, 4, or None for the model's dtype.
+    sliding: "keep" does not pack layers with a sliding window, because they do not grow; "compress" packs them too.
+    Layers of other kinds (linear attention, latent indexers) are never packed.
+    pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i
+    and 2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing
+    and makes the divergence a quarter smaller.  "halves" and "neighbours", the older names, are still accepted.
+    Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads
+    them, unless it was loaded with attn_implementation="tbq", which reads blocks.
+    Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens
+    or more is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so
+    once, after the last layer.
+    Raises TBQError for other values, and for head sizes that are not multiples of 64.
     """
 
     layers: list[Any]
@@ -55,14 +60,15 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
             if bits is not None and (isinstance(bits, bool) or bits not in _tables.BLOCK_BYTES):
                 raise TBQError(f"{name} is {bits!r}; it must be 2, 3, 4 or None")
-        for name, value, known in (("sliding", sliding, SLIDING), ("pairs", pairs, PAIRS)):
-            if value not in known:
-                raise TBQError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if sliding not in SLIDING:
+            raise TBQError(f"sliding is {sliding!r}; it must be one of {', '.join(SLIDING)}")
+        if pairs not in ("auto", *NEOX, *INTERLEAVED):
+            raise TBQError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")
         config = getattr(config, "config", config)
         if config is not None and not hasattr(config, "get_text_config"):
             raise TBQError(f"config is a {type(config).__name__}; it must be a model's config, or the model")
         self.k_bits, self.v_bits = k_bits, v_bits
-        #: By layer: constant_part() of the first prompt's keys, on their device; None when they have been looked at.
+        #: By layer: constant_part() of the first prompt's keys, on their device; None after they have been read.
         self._constant_parts: dict[int, torch.Tensor] | None = {} if k_bits else None
         self._name, self._last = "this model", -1
         super().__init__(config=config)
@@ -70,18 +76,18 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
             return
         decoder = config.get_text_config(decoder=True)
-        configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(
-            self.layers
-        )  # transformers 5: sizes by layer
-        together = pairs == "halves" or pairs == "auto" and _pairs_halves(decoder)
+        # transformers 5 has sizes by layer
+        configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(self.layers)
+        neox = pairs in NEOX or pairs == "auto" and _has_neox_pairs(decoder)
         self.layers = [
-            self._replacement(layer, decoder, layer_config, sliding, together)
+            self._replace_layer(layer, decoder, layer_config, sliding, neox)
             for layer, layer_config in zip(self.layers, configs)
         ]
         self._name = getattr(config, "_name_or_path", "") or config.model_type
         self._last = max((i for i, layer in enumerate(self.layers) if isinstance(layer, TBQLayer)), default=-1)
 
-    def _replacement(self, layer: Any, config: Any, layer_config: Any, sliding: str, together: bool) -> Any:
+    def _replace_layer(self, layer: Any, config: Any, layer_config: Any, sliding: str, neox: bool) -> Any:
+        """Returns the packed layer for a layer of DynamicCache, or this layer if it is not packed."""
         window = type(layer) is DynamicSlidingWindowLayer and sliding == "compress"
         if type(layer) is not DynamicLayer and not window:
             return layer
@@ -90,7 +96,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             raise TBQError(
                 f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache"
             )
-        half = _rotary_half(layer_config, size) if together else 0
+        half = _rotary_half(layer_config, size) if neox else 0
         if window:
             return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half)
         return TBQLayer(self.k_bits, self.v_bits, config, half)
@@ -101,11 +107,11 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         """As in DynamicCache."""
         states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._constant_parts is not None and (self._constant_parts or key_states.shape[2] >= GROUP):
-            self._watch(key_states, value_states, layer_idx)
+            self._check_key_biases(key_states, value_states, layer_idx)
         return states
 
-    def _watch(self, k: torch.Tensor, v: torch.Tensor, index: int) -> None:
-        """Measures each layer's keys once, and reads the figures when all are there: the device is waited for a single time."""
+    def _check_key_biases(self, k: torch.Tensor, v: torch.Tensor, index: int) -> None:
+        """Measures the keys of each layer once.  Reads the figures after the last layer: one wait for the device."""
         parts, layer = self._constant_parts, self.layers[index]
         assert parts is not None
         again = index in parts
@@ -118,29 +124,36 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         if large:
             worst = max(large, key=lambda i: large[i])
             warnings.warn(
-                f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: {large[worst]:.0f} times the rest "
-                f"of the key): keys of {self.k_bits} bits lose much; TBQCache(..., k_bits=None) keeps them as they are",
+                f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: "
+                f"{large[worst]:.0f} times the rest of the key): keys of {self.k_bits} bits degrade badly; "
+                "TBQCache(..., k_bits=None) keeps them in the model's dtype",
                 stacklevel=3,
             )
 
     def __repr__(self) -> str:
-        return f"TBQCache(k_bits={self.k_bits}, v_bits={self.v_bits}, layers={len(self.layers)}, tokens={self.get_seq_length()}, nbytes={self.nbytes})"
+        return (
+            f"TBQCache(k_bits={self.k_bits}, v_bits={self.v_bits}, layers={len(self.layers)}, "
+            f"tokens={self.get_seq_length()}, nbytes={self.nbytes})"
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of keys and values, packed or not; room to grow (at most 64 tokens or 1.6 %) included."""
-        return sum(_bytes(layer)[0] for layer in self.layers)
+        """Bytes of all tensors of keys and values, packed or not, and of room to grow (at most 64 tokens or 1.6 %)."""
+        return sum(_layer_bytes(layer)[0] for layer in self.layers)
 
     @property
     def baseline_nbytes(self) -> int:
         """Bytes of the same tokens in a DynamicCache."""
-        return sum(_bytes(layer)[1] for layer in self.layers)
+        return sum(_layer_bytes(layer)[1] for layer in self.layers)
 
     def stats(self) -> dict[str, Any]:
-        """tokens, nbytes, baseline_nbytes, ratio (None while empty), packed_layers, and layers: kind, bits, tokens and bytes of each."""
+        """Returns tokens, nbytes, baseline_nbytes, ratio (None while empty), packed_layers, and layers.
+
+        layers has the kind, the bits and the bytes of each layer.
+        """
         layers = []
         for layer in self.layers:
-            nbytes, baseline = _bytes(layer)
+            nbytes, baseline = _layer_bytes(layer)
             k_bits, v_bits = layer.bits if isinstance(layer, TBQLayer) else (0, 0)
             layers.append(
                 {
@@ -162,20 +175,23 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
 
 
 def constant_part(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """How large what all keys of a head have in common is: the length of their mean over the root mean square length of the rest,
-    of the head where it is largest; what plan.key_biases() computes from weights, for the channels that turn slowly.
+    """Measures the constant part of keys: what all keys of a head have in common, relative to what they differ by.
 
-    k, v: (batch, heads, tokens, size) with GROUP tokens or more.  Returns a float32 scalar on their device; infinity: unknown.
-    The smallest of groups of GROUP tokens counts: a bias is in each, and padding or a repeated word, whose keys are alike too, are
-    in some.  Where values are alike in every head the tokens are, so such groups tell nothing.
+    For each head it is the length of the keys' mean over the root mean square length of the keys minus their mean.  The
+    largest value of all heads counts.  kv_cache.key_biases computes it from weights, for slowly rotating channels.
+    k, v: (batch, heads, tokens, size) with GROUP tokens or more.  Returns a float32 scalar on their device; infinity if
+    it is unknown.
+    Of several groups of GROUP tokens, the smallest value counts.  A bias is in every group.  Padding or a repeated word
+    have similar keys too, but they are in some groups only.  Where the values are similar in every head, the tokens are
+    equal, so such groups do not count.
     """
-    of_keys, of_values = _common(k), _common(v)
-    told = of_values.amin(1, keepdim=True) < LARGE_BIAS
-    return of_keys.where(told, torch.inf).amin((0, 2)).amax()
+    of_keys, of_values = _mean_over_rest(k), _mean_over_rest(v)
+    tokens_differ = of_values.amin(1, keepdim=True) < LARGE_BIAS
+    return of_keys.where(tokens_differ, torch.inf).amin((0, 2)).amax()
 
 
-def _common(states: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, groups): length of the mean of a group's tokens over the root mean square length of what they differ by."""
+def _mean_over_rest(states: torch.Tensor) -> torch.Tensor:
+    """Returns (batch, heads, groups): the length of a group's mean over the root mean square length of the rest."""
     batch, heads, tokens, size = states.shape
     groups = min(tokens // GROUP, _MOST_GROUPS)
     grouped = states[:, :, : groups * GROUP].float().reshape(batch, heads, groups, GROUP, size)
@@ -184,8 +200,8 @@ def _common(states: torch.Tensor) -> torch.Tensor:
     return (mean.square().sum((3, 4)) / rest.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
 
-def _bytes(layer: Any) -> tuple[int, int]:
-    """Of a layer's states, and of the same in the model's dtype."""
+def _layer_bytes(layer: Any) -> tuple[int, int]:
+    """Returns the bytes of a layer's states, and of the same states in the model's dtype."""
     if isinstance(layer, TBQLayer):
         return layer.nbytes(), layer.baseline_nbytes()
     states = [tensor for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)) if tensor is not None]
@@ -194,7 +210,7 @@ def _bytes(layer: Any) -> tuple[int, int]:
 
 
 def _head_size(config: Any) -> int:
-    """Before a prompt is computed, where the config says it; 0 where not: the layers check what they get."""
+    """Returns the head size if the config says it, and otherwise 0; the layers check the states that they get."""
     if hasattr(config, "kv_lora_rank"):  # keys and values have sizes of their own
         return 0
     size = getattr(config, "head_dim", None)
@@ -204,14 +220,14 @@ def _head_size(config: Any) -> int:
 
 
 def _rotary_half(config: Any, size: int) -> int:
-    """Half of the channels that the rotary embedding turns, the first of a head."""
+    """Returns half the number of rotary channels, which are the first channels of a head."""
     parameters = getattr(config, "rope_parameters", None) or {}
     share = getattr(config, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
     return int(size * share) // 2
 
 
-def _pairs_halves(config: Any) -> bool:
-    """Whether the model's own rotate_half turns c and c + n/2 into each other; other models pair neighbors, or none."""
+def _has_neox_pairs(config: Any) -> bool:
+    """Whether the model's own rotate_half turns c and c + n/2 into each other; other pairs are interleaved."""
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     rotate = getattr(module, "rotate_half", None)
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A flat vector index over tbq blocks: exhaustive search, no training.
+"""A flat index of vectors in tbq blocks: exhaustive search, no training.
 
 >>> from tbq.index import Index
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of what an index is given."""
+"""Checks the arguments of an index."""
 
 import operator
 from typing import Any, SupportsIndex
@@ -19,37 +19,41 @@ def as_numbers(values: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
     except ValueError:
         raise TBQError(f"{what} are ragged; rows must have one length") from None
     if array.dtype.kind not in "fiu":
-        raise TBQError(f"{what} have dtype {array.dtype}; it must be a real number's")
+        raise TBQError(f"the dtype of {what} is {array.dtype}; it must be a type of real numbers")
     return array
 
 
-def unit_vectors(x: Floats, what: str, row: int, *, zero_is_fine: bool) -> tuple[Floats, npt.NDArray[np.float64]]:
-    """Vectors of length 1 (or 0), and what the lengths were; TBQError for those that cannot be."""
-    top = np.abs(x).max(axis=1)
-    complain(~np.isfinite(top), what, row, "holds a NaN or an infinity")
-    if not zero_is_fine:
-        complain(top == 0, what, row, "is zero, which has no cosine with anything")
-    some: Floats = np.where(top > 0, top, np.float32(1))
-    unit: Floats = np.divide(x, some[:, None])  # so that no square is too large or too small for a float
+def unit_vectors(x: Floats, what: str, row: int, *, allow_zero: bool) -> tuple[Floats, npt.NDArray[np.float64]]:
+    """Returns the vectors scaled to length 1 (a zero vector stays zero), and their lengths.
+
+    Raises TBQError for a vector with a NaN or an infinity, or too long; for a zero vector unless allow_zero.
+    """
+    largest = np.abs(x).max(axis=1)
+    refuse_rows(~np.isfinite(largest), what, row, "holds a NaN or an infinity")
+    if not allow_zero:
+        refuse_rows(largest == 0, what, row, "is zero, which has no cosine with anything")
+    scale: Floats = np.where(largest > 0, largest, np.float32(1))
+    unit: Floats = np.divide(x, scale[:, None])  # so that no square overflows or underflows
     length = np.sqrt(np.einsum("ij,ij->i", unit, unit))
     unit /= np.where(length > 0, length, np.float32(1))[:, None]
-    whole = some.astype(np.float64) * length.astype(np.float64)
-    complain(whole >= LONGEST, what, row, "has a length of 2^60 or more")
-    return unit, whole
+    lengths = scale.astype(np.float64) * length.astype(np.float64)
+    refuse_rows(lengths >= LONGEST, what, row, "has a length of 2^60 or more")
+    return unit, lengths
 
 
-def complain(bad: npt.NDArray[np.bool_], what: str, row: int, why: str) -> None:
+def refuse_rows(bad: npt.NDArray[np.bool_], what: str, row: int, why: str) -> None:
+    """Raises TBQError for the first bad row.  row: the caller's number of the first row."""
     if bad.any():
         raise TBQError(f"{what}[{row + int(bad.argmax())}] {why}")
 
 
-def check_integer(value: SupportsIndex, name: str, least: int, most: int, of: str = "") -> int:
+def check_integer(value: SupportsIndex, name: str, least: int, most: int, note: str = "") -> int:
     try:
         n = operator.index(value)
     except TypeError:
         raise TBQError(f"{name} is {value!r}; it must be an integer from {least} to {most}") from None
     if not least <= n <= most:
-        raise TBQError(f"{name} is {n}; it must be from {least} to {most}{of}")
+        raise TBQError(f"{name} is {n}; it must be from {least} to {most}{note}")
     return n
 
 
@@ -60,7 +64,7 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
 
 
 def as_ids(ids: npt.ArrayLike) -> Ids:
-    """One axis of int64."""
+    """Returns ids as int64 with one axis."""
     try:
         array = np.asarray(ids)
     except ValueError:
@@ -77,4 +81,4 @@ def check_unique(ids: Ids) -> None:
     ordered = np.sort(ids)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
-        raise TBQError(f"id {twice[0]} is there twice")
+        raise TBQError(f"id {twice[0]} occurs twice")

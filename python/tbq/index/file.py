@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The file of an index: written whole or not at all, checked, mapped into memory.  tbq.index.index has its layout."""
+"""Writes the file of an index in one step, checks it, and maps it into memory.
+
+tbq.index.index documents its layout.
+"""
 
 import math
 import mmap
@@ -35,7 +38,7 @@ from tbq.index.layout import (
 MAGIC, VERSION, HEADER = b"TBQINDEX", 2, 128
 START = struct.Struct("<8s2I")
 _OLD_SECTIONS = ("d", "codes", "mul", "add", "ids", "originals")
-#: By version: the fields of the header, and the sections, each with a checksum behind them.
+#: By version: the fields of the header, and the names of the sections.  Their checksums follow the fields.
 FORMATS = {
     1: (struct.Struct("<8s6I3Q"), _OLD_SECTIONS),
     2: (struct.Struct("<8s6I3Q2I"), ("center", *_OLD_SECTIONS, "first")),
@@ -46,7 +49,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save(path: str | os.PathLike[str], properties: Properties, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Writes an index: the whole file or none of it.  arrays: with room for more vectors than there are."""
+    """Writes the file of an index, or nothing.  arrays: may have room for more vectors than the index has."""
     _check_little_endian()
     sections = [arrays[name][: shape[0]] for name, (shape, _) in properties.arrays().items()]
     p = properties
@@ -74,7 +77,7 @@ def save(path: str | os.PathLike[str], properties: Properties, arrays: Mapping[s
 
 
 def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
-    """What a file has, its arrays mapped into memory and read-only.  See Index.load(), which documents the errors."""
+    """Reads the header of a file, and maps its arrays into memory, read-only.  Index.load() documents the errors."""
     _check_little_endian()
     if not stat.S_ISREG(path.stat().st_mode):
         raise TBQError(f"{path} is not a regular file")
@@ -85,7 +88,8 @@ def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
         expected = _offsets(layout)
         if size != expected[-1]:
             raise TBQError(
-                f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: it is truncated or corrupt"
+                f"{path} has {size} bytes; an index of {properties.n} vectors has {expected[-1]}: "
+                "it is truncated or corrupt"
             )
         with _files.naming(path):
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -102,7 +106,10 @@ def load(path: pathlib.Path, verify: bool) -> tuple[Properties, Arrays]:
 
 
 def read_header(head: bytes, path: pathlib.Path) -> tuple[Properties, dict[str, int]]:
-    """What a header says, and the checksums of the sections; TBQError for one that makes no sense.  path: for messages."""
+    """Returns the properties in a header and the checksums of the sections; TBQError if it is invalid.
+
+    path: for messages.
+    """
     if len(head) < len(MAGIC) or not head.startswith(MAGIC):
         raise TBQError(f"{path} is not an index of tbq")
     if len(head) < HEADER:
@@ -131,22 +138,22 @@ def read_header(head: bytes, path: pathlib.Path) -> tuple[Properties, dict[str, 
         or (source == MEASURING and n >= FIRST)
         or any(head[at + SUM.size :])
     ):
-        raise TBQError(f"{path} is corrupt: its header makes no sense")
+        raise TBQError(f"{path} is corrupt: its header is invalid")
     properties = Properties(dim, bits, METRICS[metric], ESTIMATORS[estimator], kept, n, next_id, bool(centered), source)
     return properties, {name: sum for name, (sum,) in zip(names, SUM.iter_unpack(head[fixed.size : at]))}
 
 
 def _check_values(path: pathlib.Path, properties: Properties, arrays: Arrays) -> None:
-    """What checksums do not show in a file that somebody made up."""
+    """Checks values that could be wrong under valid checksums, in a forged file."""
     ids = np.sort(arrays["ids"])
     if len(ids) and (ids[0] < 0 or ids[-1] >= properties.next_id or (ids[1:] == ids[:-1]).any()):
-        raise TBQError(f"{path} is corrupt: an id is there twice or out of range")
+        raise TBQError(f"{path} is corrupt: an id occurs twice or out of range")
     if not all(np.isfinite(arrays[name]).all() for name in ("d", "mul", "add", "first") if name in arrays):
         raise TBQError(f"{path} is corrupt: it has a NaN or an infinity")
 
 
 def _offsets(layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> list[int]:
-    """Where each section begins, and where the last one ends."""
+    """Returns the offset of each section, and the end of the last one."""
     offsets, at = [], HEADER
     for shape, dtype in layout.values():
         offsets.append(at := -(-at // ALIGN) * ALIGN)
@@ -156,4 +163,4 @@ def _offsets(layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> list[i
 
 def _check_little_endian() -> None:
     if sys.byteorder != "little":
-        raise TBQError("files of indices are for little-endian machines")
+        raise TBQError("files of indices can be used on little-endian machines only")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the arrays of an index are laid out in memory and in its file."""
+"""The arrays of an index: their shapes and dtypes, in memory and in its file."""
 
 import math
 import sys
@@ -21,40 +21,40 @@ METRICS: tuple[Metric, ...] = ("ip", "cosine", "l2")
 ESTIMATORS: tuple[Estimator, ...] = ("mse", "unbiased")
 ALIGN = 64  # bytes: sections of a file, arrays in memory
 KEEPS = {None: 0, "float16": 2, "float32": 4}
-LANES = 16  # vectors of a group, as in tbq-scan.h
-LONGEST = 2.0**60  # of a vector: products and squares then fit floats
+LANES = 16  # vectors in a group, as in tbq-scan.h
+LONGEST = 2.0**60  # the length that a vector must not reach: below it, products and squares fit floats
 MOST_DIMENSIONS = 1 << 20
 
-FIRST = 256  # vectors that the center is measured from
-GIVEN, MEASURED, MEASURING = 0, 1, 2  # where it is from, as in a file
+FIRST = 256  # vectors from which the center is measured
+GIVEN, MEASURED, MEASURING = 0, 1, 2  # the source of the center, as in a file
 
 
 @dataclass(frozen=True)
 class Properties:
-    """What an index is, but for its arrays."""
+    """Everything about an index except its arrays."""
 
     dim: int
     bits: int
     metric: Metric
     estimator: Estimator
-    keep: str | None  #: dtype of the originals
-    n: int  #: vectors
+    keep: str | None  #: dtype of the vectors that are kept
+    n: int  #: number of vectors
     next_id: int
     centered: bool
-    source: int  #: of the center: GIVEN, MEASURED or MEASURING
+    source: int  #: source of the center: GIVEN, MEASURED or MEASURING
 
     @property
     def type_id(self) -> int:
-        """ggml's number of the type of the blocks."""
+        """ggml's number of the blocks' type."""
         return types[f"tbq{self.bits}_0"].id
 
     @property
     def blocks(self) -> int:
-        """Blocks of 64 values of a vector."""
+        """Blocks of 64 values in a vector."""
         return -(-self.dim // 64)
 
     def arrays(self, n: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype of each array for n vectors, in the order of the file; None: for those that are there."""
+        """Returns the shape and dtype of each array, in the order of the file, for n vectors (self.n if None)."""
         n = self.n if n is None else n
         groups = -(-n // LANES)
         lanes = groups * LANES
@@ -70,15 +70,15 @@ class Properties:
         }
 
 
-def places_in(name: str, places: Ids) -> Any:
-    """What indexes the vectors at places in an array: the places come first in the result, whatever is between."""
-    return (places // LANES, ..., places % LANES) if name in ("d", "codes") else places
+def lane_index(name: str, positions: Ids) -> Any:
+    """Returns the index that selects the vectors at these positions in an array; vectors are the first axis then."""
+    return (positions // LANES, ..., positions % LANES) if name in ("d", "codes") else positions
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Aligned to 64 bytes, so that no vector register is loaded from two cache lines."""
+    """Returns zeros, aligned to 64 bytes so that no vector register is loaded from two cache lines."""
     size = math.prod(shape) * dtype.itemsize
-    if size > sys.maxsize - ALIGN:  # NumPy's own error is one of several
+    if size > sys.maxsize - ALIGN:  # NumPy would raise one of several other errors
         raise MemoryError
     raw = np.zeros(size + ALIGN, np.uint8)
     start = -raw.ctypes.data % ALIGN

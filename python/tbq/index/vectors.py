@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files of vectors, and `tbq search`."""
+"""Reads files of vectors."""
 
 import contextlib
 import pathlib
@@ -16,7 +16,10 @@ _SHAPES = {1: "(n,)", 2: "(n, dim)"}  # by the number of axes
 
 
 def read_vectors(path: pathlib.Path, axes: int = 2) -> npt.NDArray[Any]:
-    """The array of a .npy file, memory-mapped.  TBQError if it is none, is truncated, or has another number of axes."""
+    """Maps the array of a .npy file into memory.
+
+    Raises TBQError for a file that is not a .npy file or is truncated, and for another number of axes.
+    """
     if not path.exists():
         raise TBQError(f"{path} does not exist")
     if not path.is_file():
@@ -39,6 +42,7 @@ def read_vectors(path: pathlib.Path, axes: int = 2) -> npt.NDArray[Any]:
 
 @contextlib.contextmanager
 def room(n: int) -> Iterator[None]:
+    """Turns a MemoryError into the TBQError that n vectors need too much memory."""
     try:
         yield
     except MemoryError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TurboQuant's algorithms in NumPy, for any dimension: to explore, to check, to measure against.
+"""TurboQuant's algorithms in NumPy, for any dimension: to explore them, and to check and compare other implementations.
 
     >>> import numpy as np
     >>> from tbq import turboquant as tq
@@ -12,8 +12,8 @@
     >>> bool(np.mean(error**2) / np.mean(x**2) < tq.mse_upper_bound(4))
     True
 
-Vectors lie along the last axis of arrays of float32 or float64, and results have the dtype of the vectors.  Every random choice
-follows from a seed.  Errors are TBQErrors.  The tensor types of llama.cpp are tbq.quantize, not this.
+Arrays are float32 or float64, and vectors are along the last axis.  Results have the dtype of the vectors.  Every
+random choice follows from a seed.  Errors are TBQErrors.  For the tensor types of llama.cpp use tbq.quantize instead.
 
 TurboQuant: arXiv 2504.19874.  QJL: arXiv 2406.03482.  PolarQuant: arXiv 2502.02617.
 """

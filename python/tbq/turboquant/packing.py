@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Indices of 1 to 8 bits, one after the other."""
+"""Packs indices of 1 to 8 bits, without gaps."""
 
 from typing import Any, SupportsIndex
 
@@ -7,28 +7,29 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import Bytes, integer
+from tbq.turboquant._checks import Bytes, check_integer
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
 
 def packed_bytes(count: SupportsIndex, bits: SupportsIndex) -> int:
-    """Bytes of so many indices: count * bits, rounded up to bytes.
+    """Returns the bytes of `count` packed indices: count * bits, rounded up to bytes.
 
-    count: 0 or more.  bits: 1 to 8.  Raises TBQError for others.
+    count: 0 or more.  bits: 1 to 8.  Raises TBQError for other values.
     """
-    return (integer(count, "count", 0) * integer(bits, "bits", 1, 8) + 7) // 8
+    return (check_integer(count, "count", 0) * check_integer(bits, "bits", 1, 8) + 7) // 8
 
 
 def pack(indices: npt.ArrayLike, bits: SupportsIndex) -> Bytes:
-    """Indices along the last axis as bytes.
+    """Packs the indices along the last axis into bytes.
 
-    Bit j of index i is bit i * bits + j of its row, where bit k is bit k % 8 of byte k // 8; what is left of the last byte is 0.
-    indices: integers of shape (..., n), 0 to 2**bits - 1.  bits: 1 to 8.
+    Bit j of index i is bit i * bits + j of its row, and bit k of a row is bit k % 8 of byte k // 8.  Unused bits of the
+    last byte are 0.
+    indices: integers from 0 to 2**bits - 1, of shape (..., n).  bits: 1 to 8.
     Returns uint8 of shape (..., packed_bytes(n, bits)).
     Raises TBQError for another dtype, an index out of range, no axis or bits out of range.
     """
-    width = integer(bits, "bits", 1, 8)
+    width = check_integer(bits, "bits", 1, 8)
     array = _integers(indices)
     if array.size and not (0 <= array.min() and array.max() < 2**width):
         raise TBQError(f"indices reach from {array.min()} to {array.max()}; {width} bits hold 0 to {2**width - 1}")
@@ -36,7 +37,7 @@ def pack(indices: npt.ArrayLike, bits: SupportsIndex) -> Bytes:
 
 
 def pack_unchecked(indices: Bytes, bits: int) -> Bytes:
-    """pack, for what an encoder made."""
+    """pack() without checks."""
     exploded = np.unpackbits(indices[..., None], axis=-1, count=bits, bitorder="little")
     packed: Bytes = np.packbits(
         exploded.reshape(*indices.shape[:-1], indices.shape[-1] * bits), axis=-1, bitorder="little"
@@ -51,7 +52,7 @@ def unpack(packed: npt.ArrayLike, bits: SupportsIndex, count: SupportsIndex) -> 
     Returns uint8 of shape (..., count).
     Raises TBQError for another dtype or last axis, and for bits or count out of range.
     """
-    width, n = integer(bits, "bits", 1, 8), integer(count, "count", 0)
+    width, n = check_integer(bits, "bits", 1, 8), check_integer(count, "count", 0)
     array = np.asarray(packed)
     if array.dtype != np.uint8 or array.ndim == 0:
         raise TBQError(

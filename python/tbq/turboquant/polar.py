@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PolarQuant (arXiv 2502.02617): polar coordinates of pairs, of the radii of pairs, and so on, and their quantizer."""
+"""PolarQuant (arXiv 2502.02617): polar coordinates of pairs of values, of pairs of radii, and so on, quantized."""
 
 import dataclasses
 import math
@@ -10,26 +10,35 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import Bytes, Floats, floats, integer, lengths, slices, vectors
-from tbq.turboquant._checks import seed as check_seed
+from tbq.turboquant._checks import (
+    Bytes,
+    Floats,
+    as_floats,
+    as_vectors,
+    check_integer,
+    check_lengths,
+    check_seed,
+    slices,
+)
 from tbq.turboquant.codebooks import angle_codebook
 from tbq.turboquant.packing import pack_unchecked, packed_bytes, unpack
-from tbq.turboquant.rotations import Rotation, find
+from tbq.turboquant.rotations import Rotation, find_rotation
 
 __all__ = ["PolarCode", "PolarQuantizer", "from_polar", "to_polar"]
 
 
 def to_polar(x: npt.ArrayLike, levels: SupportsIndex) -> tuple[Floats, tuple[Floats, ...]]:
-    """The recursive polar transform.
+    """Computes the recursive polar transform.
 
-    Level 1 makes a radius and an angle, 0 to 2 pi, of every two neighbors; level 2 a radius and an angle, 0 to pi/2, of
-    every two radii; and so on.
-    x: float32 or float64 of shape (..., n), 2**levels divides n.  levels: 1 to 30.
-    Returns (radii (..., n / 2**levels), angles), angles[l - 1] of shape (..., n / 2**l), in radians; all in the dtype of x.
+    Level 1 turns each pair of neighboring values into a radius and an angle from 0 to 2 pi.  Level 2 turns each pair of
+    radii into a radius and an angle from 0 to pi/2.  Further levels are like level 2.
+    x: float32 or float64 of shape (..., n); n must be a multiple of 2**levels.  levels: 1 to 30.
+    Returns (radii (..., n / 2**levels), angles), angles[l - 1] of shape (..., n / 2**l), in radians.
+    All have the dtype of x.
     Raises TBQError for another dtype, n or levels, an empty axis, NaN, infinity, and radii too large for the dtype.
     """
-    depth = integer(levels, "levels", 1, 30)
-    radii = floats(x, "x")
+    depth = check_integer(levels, "levels", 1, 30)
+    radii = as_floats(x, "x")
     if radii.shape[-1] % 2**depth:
         raise TBQError(f"x has shape {radii.shape}; its last axis must be a multiple of {2**depth} for {depth} levels")
     with np.errstate(over="ignore"):
@@ -40,14 +49,14 @@ def to_polar(x: npt.ArrayLike, levels: SupportsIndex) -> tuple[Floats, tuple[Flo
 
 
 def from_polar(radii: npt.ArrayLike, angles: Iterable[npt.ArrayLike]) -> Floats:
-    """The inverse of to_polar, up to rounding.
+    """Inverts to_polar, up to rounding.
 
-    radii: float32 or float64 of shape (..., m).  angles: of the levels from 1 on, as to_polar returns them; at least one.
+    radii: float32 or float64 of shape (..., m).  angles: from level 1 on, as to_polar returns them; at least one level.
     Returns an array of shape (..., m * 2**levels) in the dtype of radii.
     Raises TBQError for other shapes or dtypes, an empty axis, NaN and infinity.
     """
-    result = floats(radii, "radii")
-    steps = [floats(angle, f"angles[{i}]") for i, angle in enumerate(angles)]
+    result = as_floats(radii, "radii")
+    steps = [as_floats(angle, f"angles[{i}]") for i, angle in enumerate(angles)]
     if not steps:
         raise TBQError("angles is empty; to_polar returns those of at least one level")
     for i, angle in reversed(list(enumerate(steps))):
@@ -61,14 +70,17 @@ def from_polar(radii: npt.ArrayLike, angles: Iterable[npt.ArrayLike]) -> Floats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PolarCode:
-    """Of vectors (..., dim): packed angles of each level, uint8, and radii (..., dim / 2**levels) in the dtype of the vectors."""
+    """The code of vectors (..., dim).
+
+    angles: packed, uint8, for each level.  radii: (..., dim / 2**levels) in the dtype of the vectors.
+    """
 
     angles: tuple[Bytes, ...]
     radii: Floats
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the vectors, without their last axis."""
+        """The shape of the vectors, without their last axis."""
         return self.radii.shape[:-1]
 
     @property
@@ -77,12 +89,15 @@ class PolarCode:
 
 
 class PolarQuantizer:
-    """PolarQuant: rotate, then quantize the angles of the polar transform, each level with its own optimal codebook.
+    """PolarQuant: rotates, then quantizes the angles of the polar transform, each level with its own optimal codebook.
 
-    No norm is stored, but one radius for every 2**levels values, unquantized.  E |x - dequantize(quantize(x))|^2 over seeds
-    is polar_distortion(bits) * |x|^2.
-    dim: a multiple of 2**levels.  bits: of the angles of each level, 1 to 8, from level 1 on; the paper has (4, 2, 2, 2), which
-    with radii of 16 bits is 3.875 a value.  seed, rotation: as in MSEQuantizer.  Raises TBQError for others.
+    Instead of a norm it stores one radius for every 2**levels values, unquantized.  The mean of
+    |x - dequantize(quantize(x))|^2 over seeds is polar_distortion(bits) * |x|^2.
+    dim: a multiple of 2**levels.
+    bits: the bits of an angle for each level, from level 1 on, 1 to 8.  The paper has (4, 2, 2, 2); with radii of 16
+    bits that is 3.875 bits a value.
+    seed, rotation: as in MSEQuantizer.
+    Raises TBQError for other values.
     """
 
     def __init__(
@@ -93,13 +108,13 @@ class PolarQuantizer:
         seed: SupportsIndex = 0,
         rotation: Rotation | str = "haar",
     ) -> None:
-        self.dim, self.seed = integer(dim, "dim", 2), check_seed(seed)
-        self.bits = widths(bits)
+        self.dim, self.seed = check_integer(dim, "dim", 2), check_seed(seed)
+        self.bits = check_level_bits(bits)
         if self.dim % 2 ** len(self.bits):
             raise TBQError(
                 f"dim is {self.dim}; it must be a multiple of {2 ** len(self.bits)} for {len(self.bits)} levels of bits"
             )
-        self.rotation = find(rotation, self.dim, self.seed)
+        self.rotation = find_rotation(rotation, self.dim, self.seed)
         self.codebooks = tuple(angle_codebook(b, level) for level, b in enumerate(self.bits, 1))
 
     def quantize(self, x: npt.ArrayLike) -> PolarCode:
@@ -107,10 +122,10 @@ class PolarQuantizer:
 
         Raises TBQError for another dtype or last axis, an empty axis, NaN, infinity, and radii too large for the dtype.
         """
-        array = vectors(x, self.dim)
+        array = as_vectors(x, self.dim)
         rows, shape = array.reshape(-1, self.dim), array.shape[:-1]
         radii = np.empty((len(rows), self.dim >> len(self.bits)), array.dtype)
-        packed = [np.empty((len(rows), width), np.uint8) for width in self._widths()]
+        packed = [np.empty((len(rows), width), np.uint8) for width in self._packed_widths()]
         for part in slices(len(rows), self.dim):
             with np.errstate(over="ignore", invalid="ignore"):
                 radii[part], angles = _to_polar(self.rotation.forward(rows[part]), len(self.bits))
@@ -132,14 +147,14 @@ class PolarQuantizer:
         return result.reshape(*code.shape, self.dim)
 
     def inner_products(self, queries: npt.ArrayLike, code: PolarCode) -> Floats:
-        """<query, vector> of each query and each vector of a code; only queries are rotated.
+        """Returns <query, vector> for each query and each vector of a code.  Only queries are rotated.
 
         queries: float32 or float64 of shape (..., dim).
         Returns an array of shape (queries' leading axes, code's axes), in the wider of the two dtypes.
         Raises TBQError for queries as quantize does for x, for a code as dequantize does.
         """
         radii = self._check(code)
-        array = vectors(queries, self.dim, "queries")
+        array = as_vectors(queries, self.dim, "queries")
         rows = self.rotation.forward(array.reshape(-1, self.dim))
         result = np.empty((len(rows), math.prod(code.shape)), np.result_type(array, radii))
         for part, rotated in self._rotated(code):
@@ -147,7 +162,7 @@ class PolarQuantizer:
         return result.reshape((*array.shape[:-1], *code.shape))
 
     def _rotated(self, code: PolarCode) -> Iterator[tuple[slice, Floats]]:
-        """Which vectors of a code, and these, not rotated back: (n, dim)."""
+        """Yields slices of a code's vectors, with these vectors in the rotated domain: (n, dim)."""
         rows = code.radii.reshape(-1, code.radii.shape[-1])
         packed = [angle.reshape(len(rows), -1) for angle in code.angles]
         for part in slices(len(rows), self.dim):
@@ -157,16 +172,16 @@ class PolarQuantizer:
             ]
             yield part, _from_polar(rows[part], angles)
 
-    def _widths(self) -> list[int]:
+    def _packed_widths(self) -> list[int]:
         return [packed_bytes(self.dim >> level, bits) for level, bits in enumerate(self.bits, 1)]
 
     def _check(self, code: PolarCode) -> Floats:
         if not isinstance(code, PolarCode):
             raise TBQError(f"code is a {type(code).__name__}; it must be a PolarCode")
-        radii = lengths(code.radii, "code.radii")
+        radii = check_lengths(code.radii, "code.radii")
         if not radii.ndim or radii.shape[-1] != self.dim >> len(self.bits):
             raise TBQError(f"code.radii has shape {radii.shape}; its last axis must be {self.dim >> len(self.bits)}")
-        expected = [(*radii.shape[:-1], width) for width in self._widths()]
+        expected = [(*radii.shape[:-1], width) for width in self._packed_widths()]
         found = [
             angle.shape if isinstance(angle, np.ndarray) and angle.dtype == np.uint8 else None for angle in code.angles
         ]
@@ -175,11 +190,11 @@ class PolarQuantizer:
         return radii
 
 
-def widths(bits: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Bits of each level; TBQError for what they cannot be."""
+def check_level_bits(bits: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Checks the bits of each level."""
     if not isinstance(bits, Iterable):
         raise TBQError(f"bits is {bits!r}; it must be a list with the bits of each level, such as (4, 2, 2, 2)")
-    result = tuple(integer(b, f"bits[{i}]", 1, 8) for i, b in enumerate(bits))
+    result = tuple(check_integer(b, f"bits[{i}]", 1, 8) for i, b in enumerate(bits))
     if not 1 <= len(result) <= 30:
         raise TBQError(f"bits has {len(result)} levels; it must have 1 to 30")
     return result

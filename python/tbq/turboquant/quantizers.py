@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TurboQuant: the MSE quantizer, QJL, and the inner-product quantizer that is made of both."""
+"""TurboQuant: the MSE quantizer, QJL, and the inner-product quantizer, which combines both."""
 
 import dataclasses
 import math
@@ -10,11 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq.errors import TBQError
-from tbq.turboquant._checks import Bytes, Floats, integer, lengths, slices, split, vectors
-from tbq.turboquant._checks import seed as check_seed
+from tbq.turboquant._checks import (
+    Bytes,
+    Floats,
+    as_vectors,
+    check_integer,
+    check_lengths,
+    check_seed,
+    slices,
+    split_lengths,
+)
 from tbq.turboquant.codebooks import sphere_codebook
 from tbq.turboquant.packing import pack_unchecked, packed_bytes, unpack
-from tbq.turboquant.rotations import Rotation, find, gaussians
+from tbq.turboquant.rotations import Rotation, find_rotation, gaussian_matrix
 
 __all__ = ["InnerProductCode", "InnerProductQuantizer", "MSECode", "MSEQuantizer", "QJL", "QJLCode"]
 
@@ -26,7 +34,7 @@ class _Code:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the vectors, without their last axis."""
+        """The shape of the vectors, without their last axis."""
         return self.norms.shape
 
     @property
@@ -35,23 +43,32 @@ class _Code:
 
 
 class MSECode(_Code):
-    """Of vectors (..., dim): packed indices, uint8 (..., packed_bytes(dim, bits)), and norms (...), in the dtype of the vectors."""
+    """The code of vectors (..., dim).
+
+    packed: indices, uint8 (..., packed_bytes(dim, bits)).  norms: (...), in the dtype of the vectors.
+    """
 
 
 class QJLCode(_Code):
-    """Of vectors (..., dim): packed signs, uint8 (..., packed_bytes(rows, 1)), and norms (...), in the dtype of the vectors."""
+    """The code of vectors (..., dim).
+
+    packed: signs, uint8 (..., packed_bytes(rows, 1)).  norms: (...), in the dtype of the vectors.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InnerProductCode:
-    """Of vectors (..., dim): the first stage, None if bits is 1; the signs and the norms of what it left."""
+    """The code of vectors (..., dim).
+
+    mse: the first stage, None if bits is 1.  residual: the signs and the norms of its residuals.
+    """
 
     mse: MSECode | None
     residual: QJLCode
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the vectors, without their last axis."""
+        """The shape of the vectors, without their last axis."""
         return self.residual.shape
 
     @property
@@ -60,24 +77,29 @@ class InnerProductCode:
 
 
 class MSEQuantizer:
-    """TurboQuant's Algorithm 1: rotate, then the nearest level of the sphere's Lloyd-Max codebook for each coordinate.
+    """TurboQuant's Algorithm 1: rotates, then quantizes each coordinate with the sphere's Lloyd-Max codebook.
 
-    Theorem 1: for every x, E |x - dequantize(quantize(x))|^2 <= sqrt(3) pi / 2 * 4^-bits * |x|^2, the mean being over seeds;
-    exactly, it is mse_distortion(bits, dim) * |x|^2.
-    dim: 1 or more.  bits: 1 to 8.  seed: 0 to 2**64 - 1.  rotation: "haar", for which the theorem is proven; "hadamard",
-    which keeps no matrix; or a Rotation.  Raises TBQError for others.
+    Theorem 1: for every x, E |x - dequantize(quantize(x))|^2 <= sqrt(3) pi / 2 * 4^-bits * |x|^2, a mean over seeds.
+    The exact value is mse_distortion(bits, dim) * |x|^2.
+    dim: 1 or more.  bits: 1 to 8.  seed: 0 to 2**64 - 1.
+    rotation: "haar", for which the theorem is proven; "hadamard", which keeps no matrix; or a Rotation.
+    Raises TBQError for other values.
     """
 
     def __init__(
         self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar"
     ) -> None:
-        self.dim, self.bits, self.seed = integer(dim, "dim", 1), integer(bits, "bits", 1, 8), check_seed(seed)
-        self.rotation = find(rotation, self.dim, self.seed)
+        self.dim, self.bits, self.seed = (
+            check_integer(dim, "dim", 1),
+            check_integer(bits, "bits", 1, 8),
+            check_seed(seed),
+        )
+        self.rotation = find_rotation(rotation, self.dim, self.seed)
         self.codebook = sphere_codebook(self.bits, self.dim)
 
     @property
     def gain(self) -> float:
-        """E <x, dequantize(quantize(x))> / |x|^2 with "haar", below 1: reconstructions are too short."""
+        """E <x, dequantize(quantize(x))> / |x|^2 with "haar".  It is below 1, because decoded vectors are too short."""
         return 1 - self.dim * self.codebook.distortion
 
     def quantize(self, x: npt.ArrayLike) -> MSECode:
@@ -85,32 +107,29 @@ class MSEQuantizer:
 
         Raises TBQError for another dtype or last axis, an empty axis, NaN and infinity.
         """
-        return MSECode(
-            *_quantize(
-                x, self.dim, packed_bytes(self.dim, self.bits), lambda part: self._encode(self.rotation.forward(part))
-            )
-        )
+        width = packed_bytes(self.dim, self.bits)
+        return MSECode(*_quantize(x, self.dim, width, lambda part: self._encode(self.rotation.forward(part))))
 
     def dequantize(self, code: MSECode, *, unbiased: bool = False) -> Floats:
-        """The vectors of a code, (..., dim), in the dtype that was quantized.
+        """Decodes the vectors of a code, (..., dim), in the dtype that was quantized.
 
-        unbiased: divide by gain.  With "haar", the mean over seeds is then x itself; the squared error is larger by the
-        same factor.  The paper spends a bit on that instead (InnerProductQuantizer); a scale for the purpose is what EDEN
-        has (Vargaftik et al. 2022).
+        unbiased: divide by gain.  With "haar", the mean over seeds is then x itself, and the squared error is larger by
+        the same factor.  EDEN has such a scale (Vargaftik et al. 2022).  TurboQuant's paper spends a bit on it instead,
+        in InnerProductQuantizer.
         Raises TBQError for a code that this quantizer cannot have made.
         """
         norms = self._scaled(code, unbiased)
         return _dequantize(code, norms, self.dim, lambda part, dtype: self.rotation.backward(self._levels(part, dtype)))
 
     def inner_products(self, queries: npt.ArrayLike, code: MSECode, *, unbiased: bool = False) -> Floats:
-        """<query, vector> of each query and each vector of a code; only queries are rotated.
+        """Returns <query, vector> for each query and each vector of a code.  Only queries are rotated.
 
         queries: float32 or float64 of shape (..., dim).  unbiased: as in dequantize.
         Returns an array of shape (queries' leading axes, code's axes), in the wider of the two dtypes.
         Raises TBQError for queries as quantize does for x, for a code as dequantize does.
         """
         norms = self._scaled(code, unbiased)
-        array = vectors(queries, self.dim, "queries")
+        array = as_vectors(queries, self.dim, "queries")
         rotated = self.rotation.forward(array.reshape(-1, self.dim))
         return _products(rotated, code, norms, self._levels).reshape((*array.shape[:-1], *code.shape))
 
@@ -122,7 +141,7 @@ class MSEQuantizer:
         return found
 
     def _scaled(self, code: MSECode, unbiased: bool) -> Floats:
-        norms = _checked(code, MSECode, packed_bytes(self.dim, self.bits))
+        norms = _check_code(code, MSECode, packed_bytes(self.dim, self.bits))
         return norms / norms.dtype.type(self.gain) if unbiased else norms
 
 
@@ -130,14 +149,15 @@ class QJL:
     """The signs of random projections, one bit each (QJL, arXiv 2406.03482).
 
     The mean over seeds of <y, dequantize(quantize(x))> is <y, x>; the variance is (pi/2 |x|^2 |y|^2 - <x, y>^2) / rows.
-    dim: values of a vector, 1 or more.  rows: projections, dim if None; rows * dim at most 2**26.  seed: 0 to 2**64 - 1.
-    Raises TBQError for others.
+    dim: values of a vector, 1 or more.  rows: number of projections, dim if None; rows * dim must be at most 2**26.
+    seed: 0 to 2**64 - 1.
+    Raises TBQError for other values.
     """
 
     def __init__(self, dim: SupportsIndex, rows: SupportsIndex | None = None, *, seed: SupportsIndex = 0) -> None:
-        self.dim, self.seed = integer(dim, "dim", 1), check_seed(seed)
-        self.rows = self.dim if rows is None else integer(rows, "rows", 1)
-        self.matrix = gaussians(self.rows, self.dim, self.seed, "projection")
+        self.dim, self.seed = check_integer(dim, "dim", 1), check_seed(seed)
+        self.rows = self.dim if rows is None else check_integer(rows, "rows", 1)
+        self.matrix = gaussian_matrix(self.rows, self.dim, self.seed, "projection")
 
     def quantize(self, x: npt.ArrayLike) -> QJLCode:
         """x: float32 or float64 of shape (..., dim), vectors of any length.
@@ -147,22 +167,22 @@ class QJL:
         return QJLCode(*_quantize(x, self.dim, packed_bytes(self.rows, 1), self._encode))
 
     def dequantize(self, code: QJLCode) -> Floats:
-        """sqrt(pi/2) / rows * |x| * S^T sign(S x) of each x of a code, (..., dim), in the dtype that was quantized.
+        """Returns sqrt(pi/2) / rows * |x| * S^T sign(S x) for each x of a code, (..., dim), in the dtype of x.
 
-        For inner products; as a reconstruction it is poor.
+        It is meant for inner products.  As an approximation of x it is poor.
         Raises TBQError for a code that this quantizer cannot have made.
         """
         return _dequantize(code, self._check(code), self.dim, self._decode)
 
     def inner_products(self, queries: npt.ArrayLike, code: QJLCode) -> Floats:
-        """The estimate of <query, vector> for each query and each vector of a code.
+        """Estimates <query, vector> for each query and each vector of a code.
 
         queries: float32 or float64 of shape (..., dim).
         Returns an array of shape (queries' leading axes, code's axes), in the wider of the two dtypes.
         Raises TBQError for queries as quantize does for x, for a code as dequantize does.
         """
         norms = self._check(code)
-        array = vectors(queries, self.dim, "queries")
+        array = as_vectors(queries, self.dim, "queries")
         return self._products(array.reshape(-1, self.dim), code, norms).reshape((*array.shape[:-1], *code.shape))
 
     def _encode(self, rows: Floats) -> Bytes:
@@ -182,24 +202,29 @@ class QJL:
         return _products(queries @ self.matrix.T.astype(queries.dtype, copy=False), code, norms, self._signs)
 
     def _check(self, code: QJLCode) -> Floats:
-        return _checked(code, QJLCode, packed_bytes(self.rows, 1))
+        return _check_code(code, QJLCode, packed_bytes(self.rows, 1))
 
 
 class InnerProductQuantizer:
-    """TurboQuant's Algorithm 2: MSEQuantizer with one bit less, and QJL with that bit on what it leaves.
+    """TurboQuant's Algorithm 2: MSEQuantizer with bits - 1, and QJL with one bit for its residual.
 
-    Theorem 2: for every x and y, the mean over seeds of <y, dequantize(quantize(x))> is <y, x>, and the mean squared error
-    at most sqrt(3) pi^2 / dim * 4^-bits * |x|^2 |y|^2; see inner_product_distortion.  The mean is so for every rotation,
-    because the projections do not depend on it.
-    dim: 1 to 8192.  bits: 1 to 8; with 1, it is QJL.  seed, rotation: as in MSEQuantizer.  Raises TBQError for others.
+    Theorem 2: for every x and y, the mean over seeds of <y, dequantize(quantize(x))> is <y, x>, and the mean squared
+    error is at most sqrt(3) pi^2 / dim * 4^-bits * |x|^2 |y|^2; see inner_product_distortion.  The mean is <y, x> with
+    every rotation, because the projections do not depend on it.
+    dim: 1 to 8192.  bits: 1 to 8; with 1 bit, it is QJL.  seed, rotation: as in MSEQuantizer.
+    Raises TBQError for other values.
     """
 
     def __init__(
         self, dim: SupportsIndex, bits: SupportsIndex, *, seed: SupportsIndex = 0, rotation: Rotation | str = "haar"
     ) -> None:
-        self.dim, self.bits, self.seed = integer(dim, "dim", 1), integer(bits, "bits", 1, 8), check_seed(seed)
+        self.dim, self.bits, self.seed = (
+            check_integer(dim, "dim", 1),
+            check_integer(bits, "bits", 1, 8),
+            check_seed(seed),
+        )
         self.qjl = QJL(self.dim, seed=self.seed)
-        self.rotation = find(rotation, self.dim, self.seed)
+        self.rotation = find_rotation(rotation, self.dim, self.seed)
         self.mse = (
             MSEQuantizer(self.dim, self.bits - 1, seed=self.seed, rotation=self.rotation) if self.bits > 1 else None
         )
@@ -209,14 +234,15 @@ class InnerProductQuantizer:
 
         Raises TBQError for another dtype or last axis, an empty axis, NaN and infinity.
         """
-        array = vectors(x, self.dim)
+        array = as_vectors(x, self.dim)
         rows, shape = array.reshape(-1, self.dim), array.shape[:-1]
         indices = np.empty((len(rows), packed_bytes(self.dim, self.bits - 1) if self.mse else 0), np.uint8)
         signs = np.empty((len(rows), packed_bytes(self.dim, 1)), np.uint8)
         norms, left = np.empty(len(rows), array.dtype), np.empty(len(rows), array.dtype)
         for part in slices(len(rows), self.dim):
-            norms[part], directions = split(rows[part])
-            # Left rotated: S times a rotation is as Gaussian as S, and as independent of the rotation.
+            norms[part], directions = split_lengths(rows[part])
+            # The residual stays rotated: S times a rotation has the distribution of S,
+            # and is independent of the rotation.
             residual = self.rotation.forward(directions)
             if self.mse:
                 indices[part] = self.mse._encode(residual)
@@ -227,11 +253,13 @@ class InnerProductQuantizer:
         return InnerProductCode(mse, QJLCode(signs.reshape(*shape, -1), left.reshape(shape)))
 
     def dequantize(self, code: InnerProductCode) -> Floats:
-        """The vectors of a code, (..., dim), in the dtype that was quantized; for inner products, not for the least error.
+        """Decodes the vectors of a code, (..., dim), in the dtype that was quantized.
+
+        They are meant for inner products; their squared error is not the smallest.
 
         Raises TBQError for a code that this quantizer cannot have made.
         """
-        norms, left = self._check(code)
+        _, left = self._check(code)
         result = _dequantize(
             code.residual, left, self.dim, lambda part, dtype: self.rotation.backward(self.qjl._decode(part, dtype))
         )
@@ -240,14 +268,14 @@ class InnerProductQuantizer:
         return result
 
     def inner_products(self, queries: npt.ArrayLike, code: InnerProductCode) -> Floats:
-        """The estimate of <query, vector> for each query and each vector of a code; only queries are rotated.
+        """Estimates <query, vector> for each query and each vector of a code.  Only queries are rotated.
 
         queries: float32 or float64 of shape (..., dim).
         Returns an array of shape (queries' leading axes, code's axes), in the wider of the two dtypes.
         Raises TBQError for queries as quantize does for x, for a code as dequantize does.
         """
         norms, left = self._check(code)
-        array = vectors(queries, self.dim, "queries")
+        array = as_vectors(queries, self.dim, "queries")
         rotated = self.rotation.forward(array.reshape(-1, self.dim))
         result = self.qjl._products(rotated, code.residual, left)
         if self.mse and code.mse:
@@ -255,13 +283,14 @@ class InnerProductQuantizer:
         return result.reshape((*array.shape[:-1], *code.shape))
 
     def _check(self, code: InnerProductCode) -> tuple[Floats, Floats]:
-        """(norms, norms of the residuals)."""
+        """Returns (norms, norms of the residuals)."""
         if not isinstance(code, InnerProductCode):
             raise TBQError(f"code is a {type(code).__name__}; it must be an InnerProductCode")
         left = self.qjl._check(code.residual)
         if (self.mse is None) != (code.mse is None):
             raise TBQError(
-                f"code has {'two stages' if code.mse else 'one stage'}; with {self.bits} bits it has {'two' if self.mse else 'one'}"
+                f"code has {'two stages' if code.mse else 'one stage'}; "
+                f"with {self.bits} bits it must have {'two' if self.mse else 'one'}"
             )
         if not self.mse or not code.mse:
             return left, left
@@ -275,12 +304,12 @@ class InnerProductQuantizer:
 
 
 def _quantize(x: npt.ArrayLike, dim: int, width: int, encode: Callable[[Floats], Bytes]) -> tuple[Bytes, Floats]:
-    """(packed (..., width), norms (...)) of vectors; encode takes directions (n, dim)."""
-    array = vectors(x, dim)
+    """Returns (packed (..., width), norms (...)) of vectors.  encode: called with directions (n, dim)."""
+    array = as_vectors(x, dim)
     rows = array.reshape(-1, dim)
     packed, norms = np.empty((len(rows), width), np.uint8), np.empty(len(rows), array.dtype)
     for part in slices(len(rows), max(dim, 8 * width)):
-        norms[part], directions = split(rows[part])
+        norms[part], directions = split_lengths(rows[part])
         packed[part] = encode(directions)
     return packed.reshape(*array.shape[:-1], width), norms.reshape(array.shape[:-1])
 
@@ -294,7 +323,7 @@ def _dequantize(code: _Code, norms: Floats, dim: int, decode: Callable[[Bytes, n
 
 
 def _products(queries: Floats, code: _Code, norms: Floats, decode: Callable[[Bytes, np.dtype[Any]], Floats]) -> Floats:
-    """(queries, vectors), of queries in the domain of what decode gives."""
+    """Returns products of shape (queries, vectors).  Queries are in the domain of the vectors that decode returns."""
     packed, scale = code.packed.reshape(norms.size, -1), norms.reshape(-1)
     result = np.empty((len(queries), norms.size), np.result_type(queries, norms))
     for part in slices(norms.size, 8 * packed.shape[1]):
@@ -302,11 +331,11 @@ def _products(queries: Floats, code: _Code, norms: Floats, decode: Callable[[Byt
     return result
 
 
-def _checked(code: _Code, kind: type[_Code], width: int) -> Floats:
-    """The norms of a code; TBQError for what no quantize returned."""
+def _check_code(code: _Code, kind: type[_Code], width: int) -> Floats:
+    """Returns the norms of a code.  Raises TBQError for anything that quantize cannot have returned."""
     if not isinstance(code, kind):
         raise TBQError(f"code is a {type(code).__name__}; it must be a {kind.__name__}")
-    norms = lengths(code.norms, "code.norms")
+    norms = check_lengths(code.norms, "code.norms")
     packed: object = code.packed
     if not isinstance(packed, np.ndarray) or packed.dtype != np.uint8 or packed.shape != (*norms.shape, width):
         found = f"{packed.dtype} {packed.shape}" if isinstance(packed, np.ndarray) else type(packed).__name__
