@@ -236,7 +236,7 @@ def main():
         from tbq.hf import _cuda
 
         if args.tiny:
-            _backend.of = lambda device: _cuda  # the kernels for CUDA, on the CPU
+            _backend.backend_for = lambda device: _cuda  # the kernels for CUDA, on the CPU
         print(versions := versions | {"triton": triton.__version__}, flush=True)
         if args.only != "model" and not args.tiny:
             time_kernels(_cuda, device, 64, 32, 8, args.tokens, figures)
