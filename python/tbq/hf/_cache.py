@@ -17,7 +17,7 @@ from tbq.hf._cache_layers import TBQLayer, TBQSlidingLayer
 
 SLIDING = ("keep", "compress")
 #: The layouts of rotary pairs, each with the name that it had before.
-NEOX, INTERLEAVED = ("neox", "halves"), ("interleaved", "neighbours")
+NEOX, INTERLEAVED = ("neox", "halves"), ("interleaved", "neighbours")  # codespell:ignore neighbours
 PAIRS = ("auto", NEOX[0], INTERLEAVED[0])
 
 #: constant_part() looks at groups of so many tokens, at most so many groups.
@@ -37,7 +37,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     Layers of other kinds (linear attention, latent indexers) are never packed.
     pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i
     and 2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing
-    and makes the divergence a quarter smaller.  "halves" and "neighbours", the older names, are still accepted.
+    and makes the divergence a quarter smaller.  The older names of these values are still accepted.
     Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads
     them, unless it was loaded with attn_implementation="tbq", which reads blocks.
     Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens
