@@ -645,6 +645,7 @@ static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&
 // it ends at.
 static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
                                                      int lane) {
+#if __CUDA_ARCH__ >= 800 // __reduce_max_sync
     const float m0 = m_all[0];
     float       up = __fmul_rn(d, gaps.up[index]), down = __fmul_rn(d, gaps.down[index]);
     for (int step = 0; step < TBQ_DESCENT_STEPS && shaped; step++) {
@@ -664,6 +665,7 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
         }
         slope = __fsub_rn(slope, change);
     }
+#endif
     return index;
 }
 
