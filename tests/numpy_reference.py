@@ -63,7 +63,7 @@ def encoder_tables(bits):
 
 
 def tree_sum(terms):
-    """Sum of the last axis: neighbours first, then the sums of neighbours, and so on."""
+    """Sum of the last axis: neighbors first, then the sums of neighbors, and so on."""
     while terms.shape[-1] > 1:
         terms = terms[..., 0::2] + terms[..., 1::2]
     return terms[..., 0]
@@ -171,7 +171,7 @@ def search(bits, q):
 
 
 def shape_noise(bits, x, weight, p, mean_square, d, index):
-    """Moves of single levels to a neighbour that lower the sum of w e^2 over the channels; see rows.inc."""
+    """Moves of single levels to a neighbor that lower the sum of w e^2 over the channels; see rows.inc."""
     levels = np.array(LEVELS[bits], np.float32)
     gap_up = np.append(np.diff(levels), np.float32(0))
     gap_down = np.append(np.float32(0), np.diff(levels))
