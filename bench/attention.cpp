@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Attention by itself, without llama.cpp around it: every implementation that this machine supports, each type.
+// Attention alone, without llama.cpp: every implementation that this machine supports, and each type.
 //
 //     tbq-bench-attention [cached rows] [threads] [query rows] [KV heads] [query heads per KV head] [head size] [rounds]
 //
-// Milliseconds for 8 layers' worth of calls on a cache of that length, each layer with a cache of its own, so that
-// no level of cache holds it; the bytes of K and V that this reads, per second; and the speed of a plain read of the
-// same bytes by the same threads.  The fastest of the rounds counts; all candidates run in turn within each.
+// Prints milliseconds for the calls of 8 layers, the bytes of K and V that these read per second, and the speed of a plain
+// read of the same bytes by the same threads.  Each layer has a KV cache of its own, so that no CPU cache holds them all.  All
+// candidates take turns within each round, and the fastest round of each counts.
 #include "tbq-attention.h"
 
 #include <algorithm>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// One core: dot product, dequantize and quantize of the tbq types beside iq4_nl, q4_0 and q8_0, and every
-// implementation of ours that this machine supports.
+// Dot product, dequantize and quantize on one core: the tbq types, with every implementation that this machine supports,
+// compared with iq4_nl, q4_0 and q8_0.
 //
 //     tbq-bench-kernels [values per row] [rounds]
 //
-// All candidates run in turn within each round, and the fastest round of each counts: a busy machine slows all
-// alike.  Rows are read round-robin from a buffer that fits a second-level cache, as attention reads a short cache.
+// All candidates take turns within each round, and the fastest round of each counts, so a busy machine slows all of them
+// alike.  Rows are read in turn from a buffer that fits a second-level cache, as attention reads a short cache.
 #include "ggml.h"
 #include "ggml-cpu.h"
 #include "tbq-kernels.h"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-# tbq_add_sources(target): compile the kernels into target, each file with the flags of its instruction set and
-# no other.  Which of them runs is decided at run time, so the rest of the target may be built for anything.
+# tbq_add_sources(target): compile the kernels into target, each file with the flags of its instruction set and no others.
+# Which implementation runs is chosen at run time, so the rest of the target may be built for any machine.
 set(TBQ_SOURCE_DIR "${CMAKE_CURRENT_LIST_DIR}")
 
 function(tbq_add_sources target)
@@ -27,12 +27,12 @@ function(tbq_add_sources target)
         set(avx2 "-mavx2 -mf16c -mfma")
         set(avx512 "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mfma")
         set(vnni "${avx512} -mavx512vnni")
-        # the same bits everywhere: a product and a sum stay two roundings.  errno would keep sqrtf a call.
+        # The same bits everywhere: a product and a sum are rounded separately.  With errno, sqrtf would stay a call.
         set(exact "-O3 -ffp-contract=off -fno-fast-math -fno-math-errno")
     endif()
 
     set_source_files_properties(${sources} PROPERTIES COMPILE_FLAGS "${exact}")
-    # an instruction set: the kernels of rows, of attention and of the search
+    # The kernels of an instruction set: rows, attention and search
     macro(tbq_add_kernels name flags)
         set(files "${cpu}/rows/${name}.c" "${cpu}/attention/${name}.c" "${cpu}/search/${name}.c")
         set_source_files_properties(${files} PROPERTIES COMPILE_FLAGS "${exact} ${flags}")
@@ -61,8 +61,8 @@ function(tbq_add_sources target)
     endif()
 endfunction()
 
-# tbq_add_ggml(target): the kernels and what connects them with ggml's tables.  Called by the patched ggml for
-# ggml-base, so that every backend and every variant of the CPU backend shares one copy.
+# tbq_add_ggml(target): the kernels, and what connects them with ggml's tables.  The patched ggml calls this for ggml-base,
+# so that every backend and every variant of the CPU backend shares one copy.
 function(tbq_add_ggml target)
     tbq_add_sources(${target})
     target_sources(${target} PRIVATE "${TBQ_SOURCE_DIR}/ggml/tbq-ggml.c")

@@ -9,10 +9,10 @@ Triton kernels (standard library only).
 Codebook: the Lloyd-Max quantizer of N(0,1) with 2**bits levels (Max 1960; Lloyd 1982), solved to
 convergence, then the multiple c*levels whose rounding to integers within -64..63 has the least mean
 squared error on N(0,1).  Seven bits, because biased by 64 the entries lie in 0..127: an unsigned by signed
-8-bit multiply-add (x86 `maddubs`) then cannot saturate, and bit 7 of a CUDA `prmt` lookup is never set.
+8-bit multiply-add (x86 `maddubs`) cannot saturate, and bit 7 of a CUDA `prmt` lookup is never set.
 
 Signs: bit i of the first 64 fractional bits of pi (most significant bit first) set means channel i is
-negated.  Nothing-up-my-sleeve digits; any fixed aperiodic signs would do.
+negated.  Any fixed aperiodic signs would serve; these digits show that nothing was tuned.
 
 Scale search: see "Encoder" in tbq.h.  The grids are geometric; their ends and sizes were chosen on 40000
 Gaussian blocks of 64, where they come within 1 % (4 bit), 0.4 % (3 bit) and 0.1 % (2 bit) of the MSE of
@@ -154,7 +154,7 @@ def header():
         "// |y|/rms(y) = 1.0 in the fixed-point units of the scale search",
         f"#define TBQ_Q_ONE {Q_ONE}",
         "",
-        "// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel",
+        "// Noise shaping (cpu/rows/rows.inc): steps of the coordinate descent, of two moves each; the least weight of a channel",
         f"#define TBQ_DESCENT_STEPS {DESCENT_STEPS}",
         f"#define TBQ_SHAPING_FLOOR {SHAPING_FLOOR}f",
         "",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Sums of four products of adjacent bytes, added to acc: one instruction where there are dot products of bytes, exact
-// without them too.
+// Adds the sums of four products of adjacent bytes to acc: one instruction where the CPU has dot products of bytes, and the
+// same exact result elsewhere.
 #pragma once
 
 #ifdef __ARM_NEON

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the implementation files share: constants in memory, half conversion, and the list of implementations.
+// What the implementations share: constants in memory, conversion of halves, access to blocks, the list of implementations.
 #pragma once
 
 #include "tbq-kernels.h"
@@ -89,8 +89,8 @@ static inline uint16_t tbq_float_to_half(float f) {
     return sign | (uint16_t) ((mag - 0x38000000 + 0xFFF + (mag >> 13 & 1)) >> 13);
 }
 
-// Functions of "bits" are written once, as functions of a constant: inlined into one caller for each type, every
-// test of bits is decided by the compiler.
+// Functions with a parameter `bits` are written once, for all types.  They are inlined into a caller for each type, where
+// bits is a constant, so the compiler decides every test of it.
 #if defined(__GNUC__)
 #define TBQ_INLINE static inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
@@ -111,7 +111,7 @@ TBQ_INLINE const int8_t * tbq_codebook(int bits) {
     return bits == 2 ? tbq_codebook_2 : bits == 3 ? tbq_codebook_3 : tbq_codebook_4;
 }
 
-// The same as 16-byte tables for vector look-ups, padded with zeros: all levels, and those of the positive half.
+// The codebook as 16-byte tables for vector lookups, padded with zeros: all levels, and those of the positive half.
 typedef struct {
     int8_t all[16], half[16];
 } tbq_lookup;
@@ -124,7 +124,7 @@ TBQ_INLINE const tbq_lookup * tbq_lookup_table(int bits) {
     return bits == 2 ? &tbq_lookup_2 : bits == 3 ? &tbq_lookup_3 : &tbq_lookup_4;
 }
 
-// How far a level is from the one above it, and from the one below; 0 at the ends.  For vector look-ups too.
+// The distance from a level to the one above and to the one below; 0 at the ends.  For vector lookups too.
 typedef struct {
     int8_t up[16], down[16];
 } tbq_gaps;
@@ -149,17 +149,17 @@ TBQ_INLINE const int16_t * tbq_thresholds(int bits, int scale) {
     return bits == 2 ? tbq_thresholds_2[scale] : bits == 3 ? tbq_thresholds_3[scale] : tbq_thresholds_4[scale];
 }
 
-// A block of any width is d, qs and, at 3 bits, qh: see tbq.h.
+// A block is d, qs and, at 3 bits, qh: see tbq.h.
 TBQ_INLINE size_t tbq_block_bytes(int bits) {
     return bits == 2 ? sizeof(block_tbq2_0) : bits == 3 ? sizeof(block_tbq3_0) : sizeof(block_tbq4_0);
 }
 
-// 32-bit words of a block behind d.
+// The 32-bit words of a block without d.
 TBQ_INLINE int tbq_block_words(int bits) {
     return (int) (tbq_block_bytes(bits) - sizeof(uint16_t)) / 4;
 }
 
-// F(0) ... F(7), where a loop's counter must be a constant whatever the compiler unrolls
+// F(0) ... F(7), where a loop counter must be a constant even if the compiler does not unroll loops
 #define TBQ_EACH_OF_8(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
 
 TBQ_INLINE const uint8_t * tbq_qs(const void * block) {
@@ -170,7 +170,7 @@ TBQ_INLINE const uint8_t * tbq_qh(const void * block) {
     return (const uint8_t *) block + offsetof(block_tbq3_0, qh);
 }
 
-// The index of element e, in the order that tbq.h draws.
+// The index of value e of a block; tbq.h draws the bit order.
 TBQ_INLINE int tbq_index_of(int bits, const void * block, int e) {
     const uint8_t * qs = tbq_qs(block);
     if (bits == 4) {

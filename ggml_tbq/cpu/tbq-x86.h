@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Pieces that the AVX2 and AVX-512 implementations share: unpacking, levels and dot products, all in 256 bits.
-// Two vectors hold the 64 bytes of a block, elements 0..31 and 32..63, each 128-bit lane a run of 16.
+// What the AVX2 and AVX-512 implementations share: unpacking, levels and dot products, all in 256 bits.
+// Two vectors hold the 64 bytes of a block: elements 0..31 and 32..63.  Each 128-bit lane has 16 consecutive elements.
 #pragma once
 
 #include "tbq-dot4.h"
@@ -14,8 +14,9 @@
 #elif defined(__clang__) && __clang_major__ < 18
 #include <cpuid.h>
 
-// __builtin_cpu_supports("f16c") is an error there.  CPUID leaf 1, bit 29 of ecx, read once, when the library is loaded:
-// the question is asked for each row, and CPUID leaves a virtual machine, which takes microseconds: a prompt took 50 times as long.
+// Older clang has no __builtin_cpu_supports("f16c"), so this reads bit 29 of ecx in CPUID leaf 1.  It is read once, when the
+// library is loaded, although it is needed for each row: CPUID exits from a virtual machine, which takes microseconds, and
+// a prompt took 50 times as long.
 static int has_f16c;
 
 __attribute__((constructor)) static void find_f16c(void) {
@@ -129,7 +130,7 @@ TBQ_INLINE __m128i half_levels(int bits) {
     return _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->half);
 }
 
-// bias[] of the activation block: -64 times the sums that dot4 would form of the codes themselves.
+// bias[] of the activation block: -64 times the sums of qs, in the partial sums that dot4 forms.
 static inline void act_bias(const int8_t * qs, int32_t * bias) {
     const __m256i weight = _mm256_set1_epi8(64);
     const __m256i lo     = _mm256_loadu_si256((const __m256i *) qs);

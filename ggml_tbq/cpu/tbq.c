@@ -73,7 +73,7 @@ const tbq_kernels * const * tbq_list_kernels(int * count) {
     return kernels_list;
 }
 
-// A few loads and tests of what the C runtime found out at start-up, so nothing need be remembered here.
+// This only tests what the C runtime found out about the CPU at start-up, so nothing is remembered here.
 const tbq_kernels * tbq_best_kernels(void) {
     int i = N_KERNELS - 1;
     while (!kernels_list[i]->supported()) {
@@ -122,7 +122,8 @@ tbq_status tbq_quantize_kv(tbq_type type, const float * src, void * dst, int64_t
     return tbq_quantize_kv_centered(type, src, NULL, NULL, dst, n);
 }
 
-tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight, void * dst, int64_t n) {
+tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight,
+                                    void * dst, int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
     if (status == TBQ_OK) {
         tbq_best_kernels()->quantize_kv[type - TBQ_TYPE_TBQ2_0](src, mean, weight, dst, n);
@@ -130,16 +131,16 @@ tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const floa
     return status;
 }
 
-// The f16 forms go through floats a piece at a time.
-enum { PIECE = 16 * TBQ_BLOCK };
+// The f16 forms convert to floats in chunks of this many values.
+enum { CHUNK = 16 * TBQ_BLOCK };
 
 typedef tbq_status (*quantize_function)(tbq_type type, const float * src, void * dst, int64_t n);
 
 static tbq_status quantize_halves(quantize_function quantize, tbq_type type, const uint16_t * src, void * dst, int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
-    for (int64_t i = 0; status == TBQ_OK && i < n; i += PIECE) {
-        float         values[PIECE];
-        const int64_t m = n - i < PIECE ? n - i : PIECE;
+    for (int64_t i = 0; status == TBQ_OK && i < n; i += CHUNK) {
+        float         values[CHUNK];
+        const int64_t m = n - i < CHUNK ? n - i : CHUNK;
         for (int64_t j = 0; j < m; j++) {
             values[j] = tbq_half_to_float(src[i + j]);
         }
@@ -158,9 +159,9 @@ tbq_status tbq_quantize_kv_f16(tbq_type type, const uint16_t * src, void * dst, 
 
 tbq_status tbq_dequantize_f16(tbq_type type, const void * src, uint16_t * dst, int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
-    for (int64_t i = 0; status == TBQ_OK && i < n; i += PIECE) {
-        float         values[PIECE];
-        const int64_t m = n - i < PIECE ? n - i : PIECE;
+    for (int64_t i = 0; status == TBQ_OK && i < n; i += CHUNK) {
+        float         values[CHUNK];
+        const int64_t m = n - i < CHUNK ? n - i : CHUNK;
         tbq_dequantize(type, (const uint8_t *) src + tbq_row_bytes(type, i), values, m);
         for (int64_t j = 0; j < m; j++) {
             dst[i + j] = tbq_float_to_half(values[j]);

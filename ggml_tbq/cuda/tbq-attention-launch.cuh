@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Starts the attention kernel; what the files tbq-attention-K-V.cu instantiate.
+// Launches the attention kernel.  The files tbq-attention-K-V.cu instantiate this for the types of K and V.
 #pragma once
 
 #include "ggml-cuda/common.cuh"

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: MIT
-// Attention for few query rows straight from packed keys and values: GGML_OP_FLASH_ATTN_EXT in decode.
+// Attention of a few query rows to packed keys and values: GGML_OP_FLASH_ATTN_EXT in decode.
 //
 // WHY IT IS FAST
 //
-// A cache of a quarter of the bytes is read in a quarter of the time only if unpacking keeps up.  mainline's vector
-// kernel unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
+// A cache of a quarter of the bytes is read in a quarter of the time only if unpacking keeps up.  llama.cpp's vector kernel
+// unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
 //
-//   - all query heads of a KV head (and several tokens) are the columns of one tensor-core tile, so a key is unpacked
-//     once: 8 or 16 columns, padded, because unpacking and not the tensor core is the limit;
-//   - an unpacked word IS an operand of the tensor core: four indices become four bytes with one or two `prmt`, in an
-//     order that costs nothing because the order of a contraction is free and queries are permuted once instead;
-//   - keys meet queries as integers (queries: 8 bits, one scale for 64, like on the CPU, whose docs/attention.md has
-//     the divergences), so keys need no conversion at all;
-//   - values become bfloat16 in pairs of tokens, one `lop3` or `prmt` and one `fma` for two, and weights times scales
-//     are rounded to bfloat16, whose range no product of the two can leave;
-//   - each warp runs by itself: slices of 16 tokens through its own ring in shared memory (cp.async), its own running
-//     maximum and sums, no barrier until the end of its split of the cache.
+//   - all query heads of a KV head, and several tokens, are the columns of one tensor-core tile, so a key is unpacked once.
+//     The columns are padded to 8 or 16, because unpacking is the limit and not the tensor core;
+//   - an unpacked word is an operand of the tensor core: one or two `prmt` turn four indices into four bytes, in an order
+//     that costs nothing, because the order of a contraction is free and queries are permuted once instead;
+//   - keys are multiplied by queries as integers, so keys need no conversion.  Queries have 8 bits and one scale for 64, as
+//     on the CPU (docs/measurements/attention.md has the divergences);
+//   - values become bfloat16 in pairs of tokens, with one `lop3` or `prmt` and one `fma` for two.  Weights times scales are
+//     rounded to bfloat16, in whose range every such product is;
+//   - each warp runs independently: slices of 16 tokens through a ring of its own in shared memory (cp.async), its own
+//     running maximum and sums, no barrier until the end of its split of the cache.
 //
 // THE TILES, for lane 4 g + t of a warp and a slice of 16 tokens
 //
 //     S = Q . K^T     m16n8k32, s8 . u8:  A = queries (rows g, g + 8), B = keys (column g), twice for 16 tokens
 //     O^T = V^T . P^T m16n8k16, bf16:     A = values (rows = channels), B = weights (columns = queries)
 //
-// The result of the first holds tokens 2t, 2t + 1 of query g: what the second wants as B, so weights stay where they
-// are.  For a block of 64 channels, lane (g, t) takes of a key the nibble words t and t + 4 (tbq-block.cuh) and of a
-// value the word g of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i < 4, of the output.
+// The result of the first product holds tokens 2t, 2t + 1 of query g.  The second product needs just these as B, so weights
+// stay in their registers.  Of a block of 64 channels, lane (g, t) takes nibble words t and t + 4 of a key (tbq-block.cuh),
+// and word g of the values of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i < 4, of the output.
 //
-// Everything is computed in the rotated domain: queries are rotated when they are loaded, the output is un-rotated
+// Everything is computed in the rotated domain: queries are rotated when they are loaded, and the output is rotated back
 // when it is written.  The order of all sums depends on the shape of the problem and the number of multiprocessors.
 //
 // K OR V MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large key biases needs that), in the same frame.  q8_0
@@ -84,7 +84,7 @@ constexpr __host__ __device__ int tbq_attention_align(int d, int bits) {
 }
 
 // A row of the cache in shared memory: the 16-byte units that a head's slice of a row can touch.  An odd number of
-// units keeps every read of the kernel free of bank conflicts (rows are 4, 12, 20 or 28 banks apart, modulo 32).
+// units keeps every read of the kernel free of bank conflicts: rows are 4, 12, 20 or 28 banks apart, modulo 32.
 constexpr __host__ __device__ int tbq_attention_units(int d, int bits) {
     return (d / 64 * tbq_attention_block(bits) + 16 - tbq_attention_align(d, bits) + 15) / 16;
 }
@@ -108,8 +108,8 @@ constexpr __host__ __device__ int tbq_attention_row(int d) {
     return d + 4;
 }
 
-// The rings, and after them the results of four warps in the same place.  A word more, because words that may lie
-// across two are read as two.
+// The rings, and later the results of four warps in the same place.  One word more, because a word that may cross a boundary
+// is read as two.
 constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits_v, int nc) {
     const int rings = TBQ_ATTENTION_WARPS * tbq_attention_stages(bits_k, bits_v) * TBQ_ATTENTION_SLICE *
                           (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) + 16;
@@ -117,7 +117,7 @@ constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits
     return rings > results ? rings : results;
 }
 
-// What the kernel declares besides, at most.
+// The static shared memory of the kernel, at most.
 constexpr __host__ __device__ int tbq_attention_static_smem(int d, int bits_k, int nc) {
     return nc * tbq_attention_query(d, bits_k) + nc * (d / 64) * 12 + nc * TBQ_ATTENTION_WARPS * 3 * 4 + 256;
 }
@@ -155,7 +155,7 @@ static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, i
 
 #define TBQ_LOG2E 1.4426950408889634f
 
-// --- pieces -----------------------------------------------------------------------------------------------------
+// --- instructions -----------------------------------------------------------------------------------------------------
 
 // Without a branch: every lane of the warp comes here with its own answer.
 static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
@@ -312,8 +312,8 @@ template <int D, int BITS> struct tbq_cache_reader {
     int          nb1;    // bytes from one token to the next
     bool         wide;   // every row starts at the same place of a unit
 
-    // The units of a slice in a line, row after row: neighbouring lanes copy neighbouring units, so that what a row
-    // has in one line of the cache is one request.  (Rows side by side, two lanes each, were limited by requests.)
+    // The units of a slice are in a line, row after row, and neighboring lanes copy neighboring units, so the units of a row in
+    // one cache line are one request.  (With two lanes for each row, the number of requests was the limit.)
     __device__ __forceinline__ tbq_cache_reader(const char * row0, long long stride, int first_slice, int lane) {
         const char * slice = row0 + (long long) first_slice * TBQ_ATTENTION_SLICE * stride;
         wide   = stride % 16 == 0;
@@ -818,7 +818,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
             }
         };
         if constexpr (BITS_V == 16) {
-            // A tile is 16 channels in order.  (A hidden value must be finite here, as for mainline's kernels.)
+            // A tile is 16 channels in order.  (A hidden value must be finite here, as for llama.cpp's kernels.)
             const int n_here = a.n_kv - slice * SLICE;
             if (n_here < SLICE) { // what was never copied may be NaN
                 for (int i = lane; i < (SLICE - n_here) * (reader_v::PITCH / 16); i += 32) {
@@ -879,7 +879,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                 uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    // byte i of both tokens side by side: the four indices that a look-up takes are then channel 4g + i
+                    // byte i of both tokens next to each other: the four indices that a look-up takes are then channel 4g + i
                     // and 4g + 32 + i of one token and of the other
 #pragma unroll
                     for (int h = 0; h < 2; h++) {

@@ -50,10 +50,10 @@ struct tbq_rows {
 
 // --- levels ---------------------------------------------------------------------------------------------------
 
-// Byte n of a table is level n + 64.  Biased like this every entry is below 128, so that a `prmt` whose selector has
-// its top bit set (replicate the sign) gives 0: one instruction looks four indices up and zeroes those of the other
-// half of a table of 16.
-// Word i of the table.
+// Byte n of a table is level n + 64.  With this bias every entry is below 128, so a `prmt` whose selector has its top bit
+// set, which replicates the sign, gives 0.  One instruction looks four indices up, and gives 0 for indices in the other half
+// of a table of 16.
+// Returns word i of the table.
 template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i) {
     constexpr int8_t levels[3][16] = { TBQ2_LEVELS, TBQ3_LEVELS, TBQ4_LEVELS };
     uint32_t         word          = 0;
@@ -63,14 +63,14 @@ template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i)
     return word;
 }
 
-// The instruction itself: __byte_perm masks the selector first, which costs another one.
+// The instruction itself: __byte_perm masks the selector first, with a second one.
 static __device__ __forceinline__ uint32_t tbq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
 }
 
-// Eight indices in the nibbles of a word to eight bytes level + 64: those of nibbles 0..3, and of nibbles 4..7.
+// Eight indices, the nibbles of a word, to eight bytes level + 64: of nibbles 0..3, and of nibbles 4..7.
 // t0, t2: words 0 and 2 of the table.
 template <int BITS>
 static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles, uint32_t t0 = tbq_level_word<BITS>(0),
@@ -86,9 +86,9 @@ static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles, uint32_t t0
     }
 }
 
-// A `prmt` takes one of its three operands as an immediate.  Tables of more than one word must have the others in
-// registers, and a compiler that can see their values moves them there for every single use, a third of all
-// instructions; so where it matters they go through shared memory, where it cannot.
+// A `prmt` takes one of its three operands as an immediate, so of a larger table the other words must be in registers.  A
+// compiler that knows their values moves them there for every use, which was a third of all instructions.  Where this
+// matters, the words are read from shared memory, where the compiler does not know them.
 #define TBQ_N_HIDDEN 5
 static __device__ __forceinline__ uint32_t tbq_hidden_constant(int i) {
     switch (i) {
@@ -111,9 +111,9 @@ template <int BITS> struct tbq_lookup_table {
 
 // --- unpacking ------------------------------------------------------------------------------------------------
 
-// A block has eight "nibble words", the same for every type: nibble 2 i of word w is the index of value 4 w + i,
-// nibble 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 they are the words of qs as they lie in memory; for
-// the others, word w comes from bytes 4 (w & 3) .. of qs, two bits up for w >= 4, and the high bits from qh.
+// A block has eight "nibble words", the same for every type.  In word w, nibble 2 i is the index of value 4 w + i, and nibble
+// 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 these are the words of qs.  For the other types word w is made from
+// bytes 4 (w & 3) .. of qs, shifted by two bits for w >= 4, and from the high bits in qh.
 //
 // `qs` is word w of qs for tbq4_0, else word w & 3; `qh` is word w & 1 of qh.
 template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint32_t qs, uint32_t qh, int w) {
@@ -122,7 +122,7 @@ template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint3
     } else if constexpr (BITS == 2) {
         return qs >> (w >> 2) * 2 & 0x33333333u;
     } else {
-        // the high bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; what wraps is masked off
+        // the high bits, at 2 ((w & 3) >> 1) + (w >> 2) of each nibble, rotate to bit 2; the rest is masked
         const int at = (w & 2) + (w >> 2);
         return (qs >> (w >> 2) * 2 & 0x33333333u) | (__funnelshift_l(qh, qh, 2 - at) & 0x44444444u);
     }

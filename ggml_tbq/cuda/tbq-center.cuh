@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode a launch costs as much as
-// what it does here: by itself the SUB took 2.5 % of a 7B model's tokens at an empty cache.
+// Mean-centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode, a launch of its own for
+// SUB took 2.5 % of the time of a 7B model with an empty cache.
 #pragma once
 
 #include "ggml-cuda/cpy-utils.cuh"
@@ -21,7 +21,7 @@ struct tbq_center_args {
 
 #define TBQ_CENTER_THREADS 64
 
-// A thread takes a block, as the backend's own SET_ROWS does; `quantize` is that one's.
+// A thread takes a block, as in the backend's own SET_ROWS, whose function `quantize` is.
 // src, mean and s1 floats: multiples of 16 bytes.
 template <typename block_t, int QK, void (*quantize)(const float *, block_t *)>
 static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(const tbq_center_args a) {
@@ -29,14 +29,14 @@ static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(con
     const long long block = i % a.ne0, row = i / a.ne0;
     const bool      here  = i < a.n;
 
-    float4 x[QK / 4]; // the mean first: it does not depend on the grid in front (see tbq_center)
+    float4 x[QK / 4]; // the mean first: it does not depend on the previous grid (see tbq_center)
 #pragma unroll
     for (int j = 0; j < QK / 4; j++) {
         x[j] = here ? ((const float4 *) (a.mean + block * QK))[j] : float4();
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     if (!here) {
         return;

@@ -98,7 +98,7 @@ static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
-// The rotary embedding of a few tokens' keys, as far as tbq_rope does it.
+// The arguments of tbq_rope, if it can compute this rotary embedding.
 static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
     const ggml_tensor * x      = rope->src[0];
     const int32_t *     params = (const int32_t *) rope->op_params;
@@ -149,7 +149,7 @@ static center_kernel center_kernel_of(ggml_type type) {
     }
 }
 
-// SUB of the mean and SET_ROWS of a type of llama.cpp's, as llama_kv_cache::center_set_rows joins them.
+// SUB of the mean and SET_ROWS into a type of llama.cpp's own, as llama_kv_cache::center_set_rows combines them.
 static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     const ggml_tensor * sub = graph->nodes[i];
     const int           j   = next_node(graph, i);
@@ -190,7 +190,7 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
         return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
     };
     auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
-    // on another stream than the first, keys and values are branches that do not wait for each other
+    // on other streams than the first, keys and values are branches that do not wait for each other
     if (ctx.curr_stream_no != 0) {
         return 0;
     }
@@ -424,7 +424,7 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
 
 // --- attention ------------------------------------------------------------------------------------------------------
 
-// mainline's kernels have no soft-cap for head size 64, so there ours takes prompts too.
+// llama.cpp's own kernels have no soft-cap for head size 64, so this one takes prompts there too.
 static bool only_native(const ggml_tensor * dst) {
     float logit_softcap;
     memcpy(&logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -435,7 +435,7 @@ bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
     return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) || !only_native(dst);
 }
 
-// More columns than this are a prompt: converting the cache to f16 once is less work than unpacking it for every 16.
+// More columns than this are a prompt: converting the cache to f16 once takes less work than unpacking it for every 16.
 #define TBQ_ATTENTION_MAX_COLUMNS 64
 
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {

@@ -4,13 +4,13 @@
 
 #include "tbq-block.cuh"
 
-// Four lanes to a block, 16 values each: with nibble words t and t + 4, lane t has values 4t + i + 16 m, i, m < 4, so
-// of the butterflies only those of distance 4 and 8 cross lanes.  All sums but the last are of at most 32 levels,
-// integers below 2048, which halves hold exactly: the order is free, and the one rounding is that of d . sum, as on the
-// CPU.  dst(e, values of channels e .. e + 3) for e = 4t, 4t + 16, 4t + 32, 4t + 48.
+// Four lanes take a block, 16 values each.  From nibble words t and t + 4, lane t has values 4t + i + 16 m, i, m < 4, so only
+// the butterflies of distance 4 and 8 cross lanes.  All sums but the last are of at most 32 levels.  These are integers below
+// 2048, which halves hold exactly, so the order is free.  The one rounding is that of d . sum, as on the CPU.
+// dst(e, values of channels e .. e + 3) is called for e = 4t, 4t + 16, 4t + 32, 4t + 48.
 template <int BITS, typename store_t>
 static __device__ __forceinline__ void tbq_dequantize_block(const char * block, int t, store_t dst) {
-    const uint16_t * halves = (const uint16_t *) block; // blocks lie at even addresses
+    const uint16_t * halves = (const uint16_t *) block; // blocks are at even addresses
     auto word = [&](int at) { return halves[at / 2] | (uint32_t) halves[at / 2 + 1] << 16; };
 
     const uint32_t qs = word(TBQ_QS_OFFSET + 4 * t);
@@ -56,7 +56,7 @@ static __device__ __forceinline__ void tbq_dequantize_block(const char * block, 
         }
     }
 
-    // d = 0 decodes to +0 everywhere, without the signs of the products
+    // d = 0 decodes to +0, whatever the signs of the products
     const float d = __half2float(*(const half *) block) * 0.125f;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -72,7 +72,7 @@ static __device__ __forceinline__ void tbq_dequantize_block(const char * block, 
     }
 }
 
-// Four neighbouring values of one type, at a multiple of four of its elements.
+// Stores four neighboring values, at a multiple of four elements.
 static __device__ __forceinline__ void tbq_store4(float * p, float4 x) {
     *(float4 *) p = x;
 }
@@ -105,7 +105,7 @@ template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_d
     const int        t     = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     const long long    row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
     const char * const src = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: MIT
 // Weights in tbq times one to eight columns of activations: MUL_MAT and MUL_MAT_ID in decode.
 //
-// The rotation of a block cancels in a dot product, so activations are rotated once and weights are used as they lie:
-// activations in 8 bits with one scale for 64 (the CPU's TBQ8_ACT), levels as bytes, dp4a.
+// The rotation cancels in a dot product, so activations are rotated once and weights stay rotated.  Activations have 8 bits
+// and a scale for 64 (TBQ8_ACT of the CPU), levels are bytes, and dp4a multiplies them.
 #pragma once
 
 #include "tbq-block.cuh"
 
-// 64 activations.  qs in the order of a block's nibble words: word w of a block meets qs[8 w] .. qs[8 w + 7].
+// 64 activations.  qs has the order of the nibble words: word w of a block is multiplied by qs[8 w] .. qs[8 w + 7].
 struct tbq_activations {
     float  d;
     int8_t qs[64];
 };
 
 struct tbq_activations_args {
-    const float * src; // rows of ne0 blocks
+    const float * src; // rows of 64 rows.ne[0] values
     tbq_activations * dst;
     tbq_rows      rows; // strides of the source in elements
 };
@@ -29,7 +29,7 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     const tbq_index4 from = a.rows.index4(i);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
@@ -39,7 +39,7 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     for (int h = 1; h < 32; h *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
-    // a NaN or Inf must not vanish in the rounding
+    // a NaN or Inf must not be lost in the rounding
     const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= 3.4e38f) || !(fabsf(hi) <= 3.4e38f));
     const float inverse = largest > 0.0f && !bad ? 127.0f / largest : 0.0f;
     // value e < 32 is byte 2 (e % 4) of word e / 4, but bytes 0..3 are those of channels 0, 32, 1, 33; and so on
@@ -88,7 +88,7 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     const char *            w   = a.w + row * a.nb1;
     const tbq_activations * x   = a.x;
@@ -119,7 +119,7 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
         for (int c = 0; c < COLS; c++) {
             const tbq_activations * xb = x + c * a.x_s1 + b;
             const int *             q  = (const int *) (xb->qs + 8 * word);
-            // levels are biased by 64: -64 times the sum of q takes it off
+            // levels are biased by 64, so 64 times the sum of q is subtracted
             int dot = tbq_dp4a((int) levels.x, q[0], tbq_dp4a((int) levels.y, q[1], 0));
             dot     = tbq_dp4a((int) 0xC0C0C0C0, q[0], tbq_dp4a((int) 0xC0C0C0C0, q[1], dot));
             sum[c] += (float) dot * (d * xb->d);

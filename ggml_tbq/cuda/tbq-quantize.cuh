@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
-// The steps and the order of every sum are those of cpu/rows/rows.inc, where the reasons stand.  A half-warp takes a
-// block; lane l has values l, l + 16, l + 32, l + 48, so that butterflies of distance 1, 2, 4, 8 are shuffles, those of
-// 16 and 32 stay in the lane, and the 16 partial sums of squares are the lanes' own.  Nothing may be contracted or
-// approximated, whatever flags the file is compiled with: hence the intrinsics.
+// The steps and the order of every sum are those of cpu/rows/rows.inc, which has the reasons.  A half-warp takes a block.
+// Lane l has values l, l + 16, l + 32, l + 48, so butterflies of distance 1, 2, 4, 8 are shuffles, those of distance 16 and 32
+// stay in the lane, and each lane has one of the 16 partial sums of squares.  The intrinsics keep the compiler from contracting
+// or approximating anything, whatever flags it is called with.
 #pragma once
 
 #include "tbq-block.cuh"
 
 // --- tables -----------------------------------------------------------------------------------------------------
 
-// int, because that is what a comparison reads straight from constant memory.
+// int, because a comparison can read an int directly from constant memory.
 #define TBQ_ENCODER_TABLES(B)                                                                                    \
     static __constant__ int tbq_thresholds_##B[TBQ##B##_N_SCALES][TBQ##B##_N_THRESHOLDS] = TBQ##B##_THRESHOLDS;  \
     static __constant__ int8_t tbq_gaps_##B[3][16] = { TBQ##B##_GAPS_UP, TBQ##B##_GAPS_DOWN, TBQ##B##_LEVELS };  \
@@ -82,8 +82,8 @@ static __device__ __forceinline__ void tbq_first_largest(float & gain, int & at)
     }
 }
 
-// Each lane's sums for 2 H scales to the sums over the lanes for one: lanes with bit H keep the upper half of what they
-// have, the others the lower.
+// Turns the sums of each lane for 2 H scales into the sums over the lanes for one scale.  Lanes with bit H keep the upper half
+// of their sums, the others the lower half.
 template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int (&qk)[N], int (&kk)[N], int l) {
     const bool upper = l & H;
 #pragma unroll
@@ -99,14 +99,14 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
 
 // --- a block ----------------------------------------------------------------------------------------------------
 
-// The norm preserved: d . |k| = |y|.  Saturates at the largest half.
+// d that preserves the norm: d . |k| = |y|.  At most the largest half.
 static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
     const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) kk));
     const float d    = __fmul_rn(norm, huge ? TBQ_HUGE_UNSCALE : 1.0f);
     return d < TBQ_F16_MAX ? d : TBQ_F16_MAX;
 }
 
-// By 16 lanes, whose values are l + 16 j.
+// 16 lanes write a block; lane l has values l + 16 j.
 template <int BITS>
 static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], unsigned short d, char * block, bool write, int l) {
     int high = 0;
@@ -175,13 +175,13 @@ template <int BITS> static __device__ __forceinline__ int tbq_level_index(int q,
     return z < 0.0f ? HALF - 1 - m : HALF + m;
 }
 
-// What both kernels know of a block before they search.
+// What both encoders know of a block before the search.
 struct tbq_measure {
     bool  bad, zero, huge; // NaN or Inf; too small for any d; so large that squares would overflow
     float rms, inverse;    // of the rotated values, and TBQ_Q_ONE over it
 };
 
-// x: value l + 16 j in x[j]; z: rotated, not divided by 8.  largest: the bits of the largest |x| of the block.
+// x[j]: value l + 16 j.  z: the rotated values, not divided by 8.  largest: the bits of the largest |x| of the block.
 static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t largest, int l) {
     tbq_measure m;
     m.bad  = largest >= TBQ_BITS_INF;
@@ -211,14 +211,14 @@ static __device__ __forceinline__ int tbq_to_fixed(float z, float inverse, bool 
     return none ? 0 : (int) (int16_t) __float2int_rz(__fadd_rn(__fmul_rn(fabsf(z), inverse), 0.5f));
 }
 
-// What a block needs of shared memory.
+// Shared memory for a block.
 struct tbq_encoder_scratch {
     float m[64];
-    float pad[16]; // the other half of the warp falls on the other banks
+    float pad[16]; // so that the other half of the warp uses other banks
 };
 
-// From a level to the one above and the one below, and the level.  In shared memory, because lanes ask for different
-// ones; filled by the first 16 threads, before a barrier.
+// The gap from a level to the one above and to the one below, and the level.  In shared memory, because lanes read different
+// ones.  The first 16 threads fill it in, before a barrier.
 struct tbq_encoder_gaps {
     float up[16], down[16], level[16];
 };
@@ -365,8 +365,8 @@ static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4]
     return total;
 }
 
-// x: value l + 16 j in x[j]; weight: theirs in noise shaping, or null.  All lanes of the warp come here; `write` says whether this
-// half's block exists.
+// x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write: whether the
+// block of this half-warp exists.
 template <int BITS>
 static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, bool write, int l,
                                                           tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
@@ -417,17 +417,16 @@ struct tbq_encode_args {
     const void * ids;
     int          ids_64;
     long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
-    const float * mean;   // of each row of keys, subtracted first; null: zeros
-    const float * weight; // of the error in each channel, equal in pairs of neighbours; null: guessed from the block
+    const float * mean;   // of a row of keys, subtracted first; null: zeros
+    const float * weight; // of the error in each channel, equal in pairs of neighbors; null: guessed from the block
 };
 
-// Rotary embedding on the way (GGML_OP_ROPE, modes NORMAL and NEOX), of keys that are encoded right after it.
-// Angles are computed as the backend computes those of the queries, with the same approximations: only equal errors
-// cancel between the two.
+// The rotary embedding (GGML_OP_ROPE, modes NORMAL and NEOX) of keys that are encoded right after it.  Angles are computed as
+// the backend computes those of the queries, with the same approximations, because only equal errors cancel.
 struct tbq_rope_args {
     int           head_size;
-    int           n_dims;  // rotated channels of a head; the others pass
-    bool          neox;    // pairs (i, i + n_dims / 2) instead of (2 i, 2 i + 1)
+    int           n_dims;  // rotated channels of a head; the others are copied
+    bool          neox;    // NEOX pairs (i, i + n_dims / 2); else interleaved pairs (2 i, 2 i + 1)
     const int *   pos;     // of each token
     const float * factors; // n_dims / 2 divisors of the angles, or null
     float         theta_scale, freq_scale, ext_factor, attn_factor, corr_low, corr_high;
@@ -469,8 +468,8 @@ static __device__ __forceinline__ float tbq_load(const half * p) {
     return __half2float(*p);
 }
 
-// Lane l's part of the mean and the weights of block i0 of a row.  They have been out of the L2 cache since the last token,
-// so they are fetched before the wait for the grid in front: after it they cost 1.5 % of a 7B model's decode.
+// The mean and the weights of lane l in block i0 of a row.  They have left the L2 cache since the last token, so they are
+// loaded before the wait for the previous grid.  Loaded after it, they took 1.5 % of the time of a 7B model's decode.
 struct tbq_center {
     float mean[4], weight[4];
 
@@ -485,7 +484,7 @@ struct tbq_center {
 
 #define TBQ_ENCODE_THREADS 128
 
-// grid: enough half-warps for the number of blocks
+// grid: at least a half-warp for each block
 template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_THREADS) tbq_quantize_rows(const tbq_encode_args a) {
     __shared__ tbq_encoder_scratch scratch[TBQ_ENCODE_THREADS / 16];
     __shared__ tbq_encoder_gaps    gaps;
@@ -500,7 +499,7 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     long long row = at.i1;
     if (a.ids) {
@@ -645,6 +644,7 @@ static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&
 // it ends at.
 static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
                                                      int lane) {
+#if __CUDA_ARCH__ >= 800 // __reduce_max_sync
     const float m0 = m_all[0];
     float       up = __fmul_rn(d, gaps.up[index]), down = __fmul_rn(d, gaps.down[index]);
     for (int step = 0; step < TBQ_DESCENT_STEPS && shaped; step++) {
@@ -664,10 +664,11 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
         }
         slope = __fsub_rn(slope, change);
     }
+#endif
     return index;
 }
 
-// Block i of a.  rope: null, or the embedding of float rows that a.src points at, head after head.
+// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.
 template <int BITS, typename src_t>
 static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
 #if __CUDA_ARCH__ >= 800
@@ -688,7 +689,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // what follows waits for the end of this grid before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
 #endif
     long long row = at.i1;
     if (a.ids) {
@@ -755,8 +756,8 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE
     tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
-// A token's keys and values in one launch: the first n_a CTAs do a, the others b.  ROPE: the keys are as they were before
-// their rotary embedding.
+// The keys and values of a token in one launch: the first n_a CTAs encode a, the others b.  ROPE: the keys get their rotary
+// embedding first.
 template <int BITS_A, int BITS_B, bool ROPE>
 __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
     tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {

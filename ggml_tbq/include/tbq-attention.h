@@ -4,30 +4,29 @@
 //     out[s][t][h] = sum_i w_i v_i / sum_i w_i,   w_i = exp(logit_i),
 //     logit_i = cap(scale q.k_i) + slope_h mask_i          cap(x) = c tanh(x / c), or x without a soft-cap c
 //
-// for each query row: token t and head h of stream s.  Query head h reads KV head h / (n_head / n_head_kv).  With
+// for each query row: token t and query head h of stream s.  Query head h reads KV head h / (n_head / n_head_kv).  With
 // sinks, exp(sink_h) is added to the denominator.
 //
-// K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them f16 or q8_0.
+// K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them is f16 or q8_0.
 //
-// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  One whose weight, relative to the largest
-// of its tile of 64 cached rows, is zero in f32 has none but on the rounding of the others.  A query row that sees no
-// key at all gets zeros.  One that sees a NaN in a key, a product q.k of +Inf (of any Inf under a soft-cap) or a sink
-// that is NaN becomes NaN; a scale of NaN or Inf among tbq values makes the channels of its block NaN; other values
-// follow IEEE arithmetic.
+// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  A row whose softmax weight underflows to 0 in
+// its tile of 64 cached rows affects only how the other weights are rounded.  A query row that sees no key gets zeros.  A
+// query row becomes NaN if it sees a NaN in a key, a product q.k of +Inf (with a soft-cap: any Inf), or a sink that is NaN.
+// A scale of NaN or Inf in tbq values makes the 64 channels of its block NaN.  All else follows IEEE arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
-//   - queries are rotated once and rounded to 8 bits in blocks of 64 (as TBQ_TYPE_TBQ8_ACT); K is unpacked to bytes
-//     once for all query rows that share it; products are exact integers.  f16 and q8_0 keys meet f32 queries
-//   - softmax in f32, relative to the tile's maximum
-//   - weights times the scales of V are rounded to 15 bits and a sign, relative to the largest that they can be
-//     in the tile, or are where a mask hides a part of it; products with unpacked V are exact integers again.  The sum
-//     stays rotated; one rotation back per query row ends it.  f16 and q8_0 values meet f32 weights
-// What that adds to f32 arithmetic on the dequantized cache: docs/attention.md.
+//   - Queries are rotated once and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT.  K is unpacked to bytes once
+//     for all query rows that share it.  Products are exact integers.  f16 and q8_0 keys are multiplied by f32 queries.
+//   - The softmax is in f32, relative to the maximum of the tile.
+//   - Weights times the scales of V are rounded to 15 bits and a sign, relative to their largest possible value in the
+//     tile, or to their largest where the mask hides a row.  Products with unpacked V are exact integers again.  The sum
+//     stays rotated, and is rotated back once per query row.  f16 and q8_0 values are multiplied by f32 weights.
+// docs/measurements/attention.md has the error that this adds to f32 arithmetic on the dequantized cache.
 //
 // EXACTNESS
 //
-// The same bits from every implementation, and for every number of threads and order of items (default rounding
-// mode; the bits of a NaN may differ).
+// The result has the same bits from every implementation, for every number of threads and order of work items (default
+// rounding mode; the bits of a NaN may differ).
 //
 // USE
 //
@@ -53,12 +52,12 @@ typedef enum {
     TBQ_ATTENTION_Q8_0   = 8,
 } tbq_attention_type;
 
-// One of K and V.  Strides are in bytes, from one cached row, KV head and stream to the next.
+// K or V.  Strides are in bytes, from one cached row, KV head and stream to the next.
 typedef struct {
     int          type; // tbq_attention_type
     const void * data;
     size_t       row_stride, head_stride, stream_stride;
-    int64_t      n_streams; // divides tbq_attention.n_streams: each is read by so many consecutive ones
+    int64_t      n_streams; // divides tbq_attention.n_streams; each of these is read by that many consecutive streams
 } tbq_attention_side;
 
 typedef struct {
@@ -70,19 +69,19 @@ typedef struct {
     int64_t k_size;    // head sizes: multiples of 64
     int64_t v_size;
 
-    const float * q;   // k_size values for each query row; strides in bytes
+    const float * q;   // k_size floats for each query row; strides in bytes
     size_t        q_token_stride, q_head_stride, q_stream_stride;
 
     tbq_attention_side k, v;
 
-    const uint16_t * mask; // IEEE halves, n_kv for each token, or NULL; strides in bytes
+    const uint16_t * mask; // IEEE halves that are added to the logits, n_kv for each token, or NULL; strides in bytes
     size_t           mask_token_stride, mask_head_stride, mask_stream_stride;
-    int64_t          mask_n_heads, mask_n_streams; // head h uses h % mask_n_heads; streams likewise
+    int64_t          mask_n_heads, mask_n_streams; // head h uses mask h % mask_n_heads; streams likewise
 
-    const float * sinks; // n_head values, or NULL
+    const float * sinks; // n_head logits, or NULL
     float         scale, max_bias, logit_softcap; // max_bias > 0: ALiBi slopes; logit_softcap 0: none
 
-    float * out; // [n_streams][n_tokens][n_head][v_size]
+    float * out; // [n_streams][n_tokens][n_head][v_size], contiguous
 } tbq_attention;
 
 // How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of threads.
@@ -101,24 +100,25 @@ typedef struct {
     size_t        thread_bytes, partial_bytes;
 } tbq_attention_plan;
 
-// TBQ_OK, or the reason why these kernels do not take the problem: TBQ_ERROR_TYPE (neither side is tbq, or one is of
-// a type not listed above), TBQ_ERROR_LENGTH (head sizes, head or stream counts).  Reads types, shapes and counts
-// only: pointers and strides may be filled in, in plan->a, until tbq_attention_run.
+// Fills in the plan.  TBQ_OK, or why these kernels do not take the problem: TBQ_ERROR_TYPE (neither K nor V is tbq, or one
+// has a type that is not listed above) or TBQ_ERROR_LENGTH (a count below 1, head sizes that are not multiples of 64, heads
+// or streams that do not divide).  Reads types, sizes and counts only, and of mask whether it is NULL: other pointers and
+// strides may be set later, in plan->a.
 TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
 
-// Bytes of work: scratch of each thread and, with several chunks, partial results.
+// The bytes of work: scratch for each thread and, with several chunks, partial results.
 TBQ_API size_t tbq_attention_work_bytes(const tbq_attention_plan * plan, int n_threads);
 
-// Takes the items that next(context) hands out, until it returns plan->n_items or more.  thread: 0 .. n_threads - 1.
-// work is the same for all threads, and free again when all have returned.
+// Computes the work items that next(context) returns, until that is plan->n_items or more.  thread: 0 .. n_threads - 1.
+// work is the same memory for all threads.
 TBQ_API void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, void * work,
                                int64_t (*next)(void * context), void * context);
 
-// The same for a caller without a counter to share: items thread, thread + n_threads, ...
+// The same without a counter that the threads share: items thread, thread + n_threads, ...
 TBQ_API void tbq_attention_run_share(const tbq_attention_plan * plan, const tbq_kernels * k, int thread, int n_threads,
                                      void * work);
 
-// Rows first .. last - 1 of out, of plan->n_rows, from the partial results, which are used up.
+// Computes rows first .. last - 1 of the plan->n_rows rows of out from the partial results, which it overwrites.
 TBQ_API void tbq_attention_merge(const tbq_attention_plan * plan, const tbq_kernels * k, int64_t first, int64_t last,
                                  void * work);
 

@@ -9,7 +9,7 @@
 // |y|/rms(y) = 1.0 in the fixed-point units of the scale search
 #define TBQ_Q_ONE 2048
 
-// Noise shaping (cpu/rows/rows.inc): steps of the descent, two levels changed in each; the least weight of a channel
+// Noise shaping (cpu/rows/rows.inc): steps of the coordinate descent, of two moves each; the least weight of a channel
 #define TBQ_DESCENT_STEPS 5
 #define TBQ_SHAPING_FLOOR 0.5f
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// One of each kernel, to be compiled for every architecture (test_cuda.py); never run.
+// One of each kernel.  test_cuda.py compiles this for every architecture, and nothing runs it.
 #include "tbq-attention.cuh"
 #include "tbq-dequantize.cuh"
 #include "tbq-matvec.cuh"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The attention kernel by itself: random problems against double precision, and its speed.
+// The attention kernel alone: random problems compared with double precision, and its speed.
 //   attention check [problems] [seed]     exit status 1 if one is wrong
-//   attention bench                       the shapes that docs/cuda.md lists
+//   attention bench                       the shapes in docs/measurements/cuda.md
 #include "tbq-attention.cuh"
 
 #include "check.cuh"
@@ -126,7 +126,7 @@ static void decode(int bits, const char * row, float * to, int n) {
     }
 }
 
-// The query as the kernel takes it: 8 bits and one scale for 64 rotated values, or for 32 as they are beside q8_0, or f16.
+// The query as the kernel rounds it: 8 bits and one scale for 64 rotated values, for 32 values with q8_0 keys, or f16.
 static void round_query(int bits_k, float * q, int d) {
     if (bits_k == 16) {
         for (int i = 0; i < d; i++) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Encoder and decoder on the GPU against the scalar reference: the same bytes, the same values.
+// Compares encoder and decoder on the GPU with the scalar reference: the same bytes, the same values.
 //   blocks [rows] [seed]   exit status 1 at a difference
 #include "tbq-dequantize.cuh"
 #include "tbq-kernels.h"
@@ -15,8 +15,8 @@
 #include <random>
 #include <vector>
 
-// None below 2^-126: llama.cpp compiles for CUDA with numbers there flushed to zero, and where the rotated value is 0 but for
-// them, the level may be the one on its other side.
+// No value is below 2^-126.  llama.cpp compiles for CUDA with such numbers flushed to zero; where only they keep a rotated
+// value from being 0, the level could be the one on the other side of 0.
 static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
     std::normal_distribution<float> normal;
     std::vector<float> x(n_blocks * 64);
@@ -60,7 +60,7 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaMalloc(&back_dev, x.size() * 4));
     CHECK(cudaMalloc(&back16_dev, x.size() * 2));
     CHECK(cudaMemcpy(in_dev, in.data(), in.size() * sizeof(T), cudaMemcpyHostToDevice));
-    // the mean of a row of keys and the weights of its channels (docs/center.md), which two neighbours share
+    // the mean of a row of keys and the weights of its channels (docs/design/centering.md), which two neighbors share
     std::vector<float> center(2 * x.size());
     for (size_t i = 0; i < x.size(); i += 2) {
         center[i]            = x[rng() % 64];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// For the programs here: an error of CUDA ends them with status 2.
+// For the programs in this folder: an error of CUDA ends them with status 2.
 #pragma once
 
 #include <cstdio>

@@ -34,7 +34,7 @@ def check(name, ok, detail=""):
 
 
 def states(shape, device, seed=0):
-    """Values as caches have them and as they had better not be: outlier channels, every magnitude, zeros, NaN, infinities."""
+    """Values of every kind: outlier channels, every magnitude, zeros, NaN, infinities."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype(np.float32) * np.exp(rng.standard_normal(shape[-1]) * 0.7).astype(np.float32)
     flat = x.reshape(-1, 64)
@@ -61,7 +61,7 @@ def check_golden(cuda, device):
 
 
 def stored(size, half):
-    """The order of channels in which c and c + half, of the first 2 half, are neighbours."""
+    """The order of channels in which c and c + half, of the first 2 half, are neighbors."""
     return [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
 
 

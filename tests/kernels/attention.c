@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Attention on problems of random shape: every implementation against the scalar reference, bit for bit; the
-// reference against plain arithmetic in double precision on the dequantized cache; several threads against one.
+// Attention on problems of random shape.  Every implementation is compared with the scalar reference, bit for bit; the
+// reference with plain arithmetic in double precision on the dequantized cache; several threads with one.
 //
 //     attention [problems] [seed] [threads]
 //
-// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a
-// read too far.  Prints the implementations that ran; exits 1 on a difference.
+// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read past its
+// end.  Prints the implementations that ran; exits 1 on a difference.
 #include "random.h"
 #include "tbq-attention.h"
 
@@ -23,7 +23,7 @@ static int64_t below(int64_t n) {
 
 #define PICK(list) ((list)[below(sizeof(list) / sizeof((list)[0]))])
 
-// --- halves and rows, independent of the library's -----------------------------------------------------------------
+// --- halves and rows, without the library's code -----------------------------------------------------------------
 
 static float from_half(uint16_t h) {
     const int   e = h >> 10 & 31, m = h & 1023;

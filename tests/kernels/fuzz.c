@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Every implementation against the scalar reference: same bytes, same floats, on blocks of many kinds.
+// Compares every implementation with the scalar reference, on blocks of many kinds: same bytes, same floats.
 //
 //     fuzz [blocks of each kind and type] [seed]
 //
@@ -110,7 +110,7 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     k->quantize[t](x, rb, ROW);
     expect(memcmp(ra, rb, bytes) == 0, "quantize", k, bits, kind);
 
-    // what a center knows of a row: means as large as the values, and weights that two neighbours share
+    // what a center knows of a row: means as large as the values, and weights that two neighbors share
     static float mean[ROW], weight[ROW];
     for (int i = 0; i < ROW; i += 2) {
         mean[i]     = x[random_bits() % ROW];

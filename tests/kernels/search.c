@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The search on problems of random shape: every implementation against the scalar reference, bit for bit; the reference
-// against plain arithmetic on the dequantized rows; the layout there and back.
+// The search on problems of random shape.  Every implementation is compared with the scalar reference, bit for bit, and the
+// reference with plain arithmetic on the dequantized rows; vectors that are stored and read again must not change.
 //
 //     search [problems] [seed]
 //
-// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read too
-// far.  Prints the implementations that ran; exits 1 on a difference.
+// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read past its
+// end.  Prints the implementations that ran; exits 1 on a difference.
 #include "random.h"
 #include "tbq-kernels.h"
 
@@ -49,7 +49,7 @@ static float * gaussians(int64_t n) {
     return x;
 }
 
-// A seed's problem.  Some have equal vectors, for ties; some scales that are NaN, which must never be found.
+// The next random problem.  Some have equal vectors, for ties; some have scales that are NaN, whose vectors must never be found.
 static problem make(void) {
     problem p = { .type = TBQ_TYPE_TBQ2_0 + (int) below(3), .blocks = 1 + below(below(4) ? 3 : 24) };
     p.n         = below(6) ? below(200) : below(3000);
@@ -147,7 +147,7 @@ static double plain_score(const problem * p, int64_t query, int64_t v) {
     return sum * (p->rows.mul ? p->rows.mul[v] : 1) + (p->rows.add ? p->rows.add[v] : 0);
 }
 
-// Every score found is the plain one up to rounding; they descend; none that was left out is better than the last.
+// Every score found is the plain one up to rounding, scores descend, and no vector that was left out is better than the last.
 static int plausible(const problem * p, result r) {
     for (int64_t i = 0; i < p->n_queries; i++) {
         const float *   scores = r.scores + i * p->k;

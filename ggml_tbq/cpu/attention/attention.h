@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
-// What the attention driver and the implementations of its tiles share: constants, and the layout of work.
+// What plan.c and the implementations share: constants, the layout of the scratch memory, and of partial results.
 #pragma once
 
 #include "tbq-attention.h"
 #include "../tbq-impl.h"
 
 enum {
-    TBQ_TILE      = 64,   // cached rows that are unpacked, scored and summed up at a time
-    KEYS_AT_ONCE  = 4,    // queries that a product with keys takes at the most
+    TBQ_TILE      = 64,   // cached rows that are unpacked and multiplied at a time
+    KEYS_AT_ONCE  = 4,    // most queries of one product with keys
     TBQ_PANEL     = 4096, // bytes of a block of 64 values of such rows, unpacked
     TBQ_HEADER    = 16,   // floats in front of the sum in a partial result: running maximum and sum, then padding for alignment
 };
 
-// The largest weight: 127 . 256 + 127, so that the low byte, signed, leaves a high byte that is one too.
+// The largest weight: 127 . 256 + 127, so that it splits into two signed bytes.
 #define TBQ_WEIGHT_ONE 32639.0f
 
 #ifdef __GNUC__
@@ -44,7 +44,7 @@ typedef struct {
     float *       running_max; // rows: the largest logit so far, -Inf at first
     float *       running_sum; // rows: sum of w = exp(logit - running_max); NaN if the row has seen one
     float *       slope;       // rows: ALiBi
-    // for the tile and KV head in hand
+    // for the current tile and KV head
     float *       logits;      // tile_rows x 64, weights later
     float *       mask;        // tile_rows x 64
     uint8_t *     mask_kind;   // tile_rows
@@ -62,12 +62,12 @@ static inline int is_tbq(int type) {
     return type >= TBQ_TYPE_TBQ2_0 && type <= TBQ_TYPE_TBQ4_0;
 }
 
-// Block r of rows `stride` bytes apart; of the last of n rows, where there is no row r.
+// The block of row r, with rows `stride` bytes apart; that of the last of n rows where r >= n.
 static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
     return block + (size_t) (r < n ? r : n - 1) * stride;
 }
 
-// Lays the arrays out from base on, each at a multiple of 64 bytes; returns the bytes.
+// Places the arrays in the memory at base, each at a multiple of 64 bytes.  Returns the bytes.
 static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, attention_scratch * s) {
     const size_t rows = (size_t) (p->heads_per_item * p->tile_rows);
     const size_t tile = (size_t) p->tile_rows * TBQ_TILE;

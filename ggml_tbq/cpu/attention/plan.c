@@ -3,10 +3,10 @@
 #include "attention.h"
 
 enum {
-    MAX_TILE_ROWS  = 64,  // query rows that share an unpacked tile: unpacking is then some 3 % of the work
+    MAX_TILE_ROWS  = 64,  // query rows that share an unpacked tile: unpacking is then about 3 % of the work
     MAX_ITEM_ROWS  = 128, // of all KV heads of an item: their sums stay in the second-level cache
-    MIN_CHUNK_ROWS = 256, // cached rows: fewer, and merging is felt
-    ENOUGH_ITEMS   = 64,  // for as many threads as anyone runs decode on
+    MIN_CHUNK_ROWS = 256, // cached rows: with fewer, merging takes a noticeable share of the time
+    ENOUGH_ITEMS   = 64,  // for any number of threads that decode runs on
 };
 
 static int64_t ceil_div(int64_t a, int64_t b) {
@@ -74,7 +74,7 @@ tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan *
     return TBQ_OK;
 }
 
-// Partial results come first, then each thread's scratch.
+// work, aligned: partial results first, then the scratch of each thread.
 static uint8_t * aligned(const void * work) {
     return (uint8_t *) (((uintptr_t) work + 63) & ~(uintptr_t) 63);
 }
@@ -87,7 +87,7 @@ void tbq_attention_run(const tbq_attention_plan * plan, const tbq_kernels * k, i
                        int64_t (*next)(void * context), void * context) {
     uint8_t * base     = aligned(work);
     uint8_t * scratch  = base + plan->partial_bytes + (size_t) thread * plan->thread_bytes;
-    int64_t   prepared = -1; // whose queries the scratch holds
+    int64_t   prepared = -1; // the item, without its chunk, whose queries are in the scratch
     for (int64_t item = next(context); item < plan->n_items; item = next(context)) {
         k->attention->run(plan, k, item, scratch, (float *) base, &prepared);
     }

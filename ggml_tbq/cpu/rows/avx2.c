@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// AVX2, F16C and FMA.
+// Rows with AVX2, F16C and FMA.
 #include "../tbq-impl.h"
 #include "../tbq-x86.h"
 
@@ -97,7 +97,7 @@ static inline float sum_squares(const float * z) {
     return sum8(_mm256_add_ps(p[0], p[1]));
 }
 
-// Packing works within 128-bit lanes; these bring 64-bit and 32-bit pieces back into order.
+// Packing works within 128-bit lanes; these put the 64-bit and 32-bit parts back in order.
 static inline __m256i pack_i32(__m256i a, __m256i b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
 }
@@ -131,8 +131,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 16 values, plus 0x8000: as bytes, an index and a value with the top bit
-// set, which vpshufb turns into 0, so that one lookup widens as well.
+// The number of thresholds below each of 16 values, plus 0x8000.  As bytes, these are an index, and a byte with the top bit
+// set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE __m256i count_below(int bits, __m256i q, const int16_t * thresholds) {
     __m256i count = _mm256_set1_epi16((int16_t) 0x8000);
     for (int t = 0; t < tbq_n_thresholds(bits); t++) {

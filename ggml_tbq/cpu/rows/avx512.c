@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// AVX-512 F, BW, DQ and VL.  avx512vnni.c compiles this file again with VNNI.
+// Rows with AVX-512 F, BW, DQ and VL.  avx512vnni.c compiles this file again with VNNI.
 #include "../tbq-impl.h"
 #include "../tbq-x86.h"
 
@@ -127,8 +127,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 32 values, plus 0x8000: as bytes, an index and a value with the top bit
-// set, which vpshufb turns into 0, so that one lookup widens as well.
+// The number of thresholds below each of 32 values, plus 0x8000.  As bytes, these are an index, and a byte with the top bit
+// set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE __m512i count_below(int bits, __m512i q, const int16_t * thresholds) {
     const __m512i one   = _mm512_set1_epi16(1);
     __m512i       count = _mm512_set1_epi16((int16_t) 0x8000);

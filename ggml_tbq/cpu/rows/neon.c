@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// NEON (AArch64).  neon-dotprod.c compiles this file again with the dot product instructions.
+// Rows with NEON (AArch64).  neon-dotprod.c compiles this file again with the dot product instructions.
 #include "../tbq-impl.h"
 #include "../tbq-dot4.h"
 
@@ -150,8 +150,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 8 values, plus 0x8000: as bytes, an index and a value that is out of any
-// table, which a lookup turns into 0, so that one lookup widens as well.
+// The number of thresholds below each of 8 values, plus 0x8000.  As bytes, these are an index, and a byte that is outside of
+// any table, which a lookup turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE uint16x8_t count_below(int bits, int16x8_t q, const int16_t * thresholds) {
     uint16x8_t count = vdupq_n_u16(0x8000);
     for (int t = 0; t < tbq_n_thresholds(bits); t++) {
@@ -300,7 +300,7 @@ static inline void act_round(const float * y, float inverse_d, int8_t * qs, int3
     }
 }
 
-// Four for every bit of the high bit plane that is set, of elements 16 j + i: one bit of every qh byte (tbq.h has the order).
+// 4 where the high bit is set, for elements 16 j + i: each is one bit of a qh byte (tbq.h has the order).
 TBQ_INLINE uint8x16_t qh_bits(const void * block, int j) {
     const uint8x8_t  qh   = vld1_u8(tbq_qh(block));
     const int        bit  = (j & 1) | (j >> 1) << 2;

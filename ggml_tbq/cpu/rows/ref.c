@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The scalar reference: the order of the specification, nothing clever.  Every other implementation is tested
-// against this one, and this one against tests/numpy_reference.py, with which it shares no code.
+// The scalar reference, in the order of the specification.  Every other implementation is compared with this one in the
+// tests, and this one with tests/numpy_reference.py, which shares no code with it.
 #include "../tbq-impl.h"
 
 #include <math.h>
@@ -104,7 +104,7 @@ static void transform(float * v) {
     butterflies(v);
 }
 
-// The move of the coordinates j = parity, parity + 2, ... that gains most, if one does.
+// Of the coordinates j = parity, parity + 2, ... makes the move that gains most, if one gains.
 static void coordinate_descent_step(int bits, const float * m, float * g, float d, int parity, uint8_t * index) {
     const tbq_gaps * gaps = tbq_gap_table(bits);
     float            best = 0;
@@ -207,7 +207,7 @@ static float dot_total(dot_sums sums) {
 
 static dot_sums dot(int bits, const void * block, const block_tbq8_act * a, float f, dot_sums sums) {
     for (int l = 0; l < 8; l++) {
-        int32_t p = 0; // what the biased form, bias[l] + sum of (k + 64) q, comes to
+        int32_t p = 0; // equals bias[l] + the sum of (k + 64) q
         for (int i = 4 * l; i < 4 * l + 4; i++) {
             p += level_of(bits, block, i) * a->qs[i] + level_of(bits, block, i + 32) * a->qs[i + 32];
         }

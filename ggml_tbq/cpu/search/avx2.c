@@ -14,7 +14,7 @@ static inline __m256i word_of(const tbq_scan_query * q, int w) {
     return _mm256_set1_epi32(bytes);
 }
 
-// Adds the products of the nibbles, which are indices: the low ones meet word w of each query, the high ones word w + 8.
+// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w + 8.
 TBQ_INLINE void dot_nibbles(__m256i table, __m256i x, int nq, const tbq_scan_query * q, int64_t blocks, int w, __m256i * p) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i lo     = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));

@@ -15,7 +15,7 @@
 
 #include "tbq-search.h"
 
-// Independent sums of a query, so that one product need not wait for the one before.
+// Independent sums of a query, so that a product does not wait for the one before.
 #define CHAINS(nq) ((nq) == 1 ? 4 : (nq) == 2 ? 2 : 1)
 
 static inline __m512i word_of(const tbq_scan_query * q, int w) {
@@ -24,7 +24,7 @@ static inline __m512i word_of(const tbq_scan_query * q, int w) {
     return _mm512_set1_epi32(bytes);
 }
 
-// Adds the products of the nibbles, which are indices: the low ones meet word w of each query, the high ones word w + 8.
+// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w + 8.
 TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_query * q, int64_t blocks, int w, __m512i * p) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i lo     = _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble));

@@ -1,3 +1,3 @@
 // SPDX-License-Identifier: MIT
-// AVX-512 with VNNI: the same code, its flags turn on the fused integer dot products.
+// The search with AVX-512 and VNNI: the code of AVX-512, compiled with the flag for fused integer dot products.
 #include "avx512.c"

@@ -22,7 +22,7 @@ static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
 }
 
-// Adds the products of the nibbles, which are indices: the low ones meet word w of each query, the high ones word w + 8.
+// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w + 8.
 TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_scan_query * q, int64_t blocks, int w, int32x4_t * p) {
     const int8x16_t lo = vqtbl1q_s8(table, vandq_u8(x, vdupq_n_u8(15)));
     const int8x16_t hi = vqtbl1q_s8(table, vshrq_n_u8(x, 4));

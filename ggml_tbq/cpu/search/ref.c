@@ -9,7 +9,7 @@
 
 #include "tbq-search.h"
 
-// The index of element e of a lane, by way of the block that tbq.h draws.
+// The level of value e of a lane, by way of the block that tbq.h draws.
 static int level_at(int bits, const uint32_t * codes, int lane, int e) {
     uint8_t       block[sizeof(block_tbq4_0)] = { 0 };
     const int     words                       = tbq_block_words(bits);

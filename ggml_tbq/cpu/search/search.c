@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The search's public functions: checks, the layout, and the choice of an implementation.
+// The public functions of the search: checks, the layout, and the choice of an implementation.
 #include "../tbq-impl.h"
 #include "tbq-search.h"
 

@@ -56,7 +56,7 @@ LOOK_UP_REGISTERS = tl.constexpr("=h,=h,=h,=h,r,r,r,r,r")
 
 
 def kernel(*aligned):
-    """A kernel that is compiled once for all values of what is no constant: lengths change at every token, and a compilation
+    """A kernel that is compiled once for all values of arguments that are not constants: lengths change at every token, and a compilation
     takes seconds.  aligned: pointers that the compiler may take to be multiples of 16 where they are, as torch's tensors do begin."""
     def decorate(function):
         names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
@@ -113,7 +113,7 @@ def levels_above(size, thresholds, BORDERS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def coordinate_descent_step(g, index, m, m0, d, tables):
-    """The move of these 32 coordinates, all even or all odd ones, that gains most, if one does."""
+    """Of these 32 coordinates, all even or all odd, makes the move that gains most, if one gains."""
     place = tl.arange(0, 32)[None, :]
     rise = g > 0
     gap = d[:, None] * tl.load(tables + tl.where(rise, GAPS_UP, GAPS_DOWN) + index)
@@ -222,7 +222,7 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
 
 @triton.jit
 def packed_tile(row, ok, BITS: tl.constexpr):
-    """The indices of the blocks that the N pointers row point at, as they lie there: words of 16 bits, (N, 16 or 8), and for
+    """The indices of the blocks that the N pointers row point at, packed: words of 16 bits, (N, 16 or 8), and for
     3 bits the words of qh, (N, 8).  Apart from their use, so that the memory's latency passes while something else is done."""
     words = row.to(tl.pointer_type(tl.int16))[:, None] + 1
     at = tl.arange(0, 4 * BITS if BITS != 3 else 8)[None, :]
@@ -296,7 +296,8 @@ def element(at, BITS: tl.constexpr):
 
 @triton.jit
 def channel(at, HALF: tl.constexpr):
-    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are neighbors."""
+    """Which channel of a head lies at place `at` of its blocks: of the first 2 HALF, c and c + HALF are
+    neighbors: NEOX pairs are stored interleaved."""
     if HALF:
         return tl.where(at < 2 * HALF, (at >> 1) + (at & 1) * HALF, at)
     else:
