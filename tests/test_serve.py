@@ -610,7 +610,8 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
     ) as serve:
         serve.until("llama-server is up")
         assert (
-            sum("tbq: keys are not centered" in line and "measured with another RoPE" in line for line in serve.err) == 1
+            sum("tbq: keys are not centered" in line and "measured with another RoPE" in line for line in serve.err)
+            == 1
         )
     with tbq.Server(demo_model, "auto", options=SMALL) as server:
         assert server.center is None and server.chat("Hello", max_tokens=2)["choices"]

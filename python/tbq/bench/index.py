@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`tbq bench index`: recall and queries per second of our index beside faiss's, on the same vectors in one run."""
+
 import contextlib
 import dataclasses
 import importlib.util
@@ -49,8 +50,9 @@ def spec_names(text: str) -> list[str]:
     names = list(dict.fromkeys(part for part in text.split(",") if part))
     for name in names:
         if not _SPEC.fullmatch(name):
-            raise TBQError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, "
-                                             "tbq4-unbiased, tbq4+4")
+            raise TBQError(
+                f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, tbq4-unbiased, tbq4+4"
+            )
     return names
 
 
@@ -81,9 +83,15 @@ def sentences() -> list[str]:
     for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in path.parts:
             continue
-        with contextlib.suppress(ValueError, SyntaxError, OSError):  # the tests of Python have files that are wrong on purpose
+        with contextlib.suppress(
+            ValueError, SyntaxError, OSError
+        ):  # the tests of Python have files that are wrong on purpose
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+            nodes = (
+                node
+                for node in ast.walk(tree)
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            )
             texts += filter(None, map(ast.get_docstring, nodes))
     found: dict[str, None] = {}
     for text in texts:
@@ -108,7 +116,10 @@ def embed(texts: Sequence[str]) -> Floats:
     if spec is None or spec.origin is None:
         raise TBQError("the set 'text' needs wordllama: pip install 'ggml-tbq[bench]'")
     folder = pathlib.Path(spec.origin).parent
-    weights, tokenizer = folder / "weights" / "l2_supercat_256.safetensors", folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    weights, tokenizer = (
+        folder / "weights" / "l2_supercat_256.safetensors",
+        folder / "tokenizers" / "l2_supercat_tokenizer_config.json",
+    )
     if not weights.is_file() or not tokenizer.is_file():
         raise TBQError(f"{folder} has no l2_supercat_256; wordllama 0.3 and 0.4 have it")
     table = next(iter(load_file(weights).values())).astype(np.float32)
@@ -137,15 +148,24 @@ def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, 
     if spec in ("pq", "pq9", "pqs") and dim % 2:
         raise TBQError(f"{spec} needs an even number of dimensions, not {dim}; leave it out of --indices")
     # np: without the training of an order of the centroids that this search does not use, which takes longer than the rest
-    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8np", "pqs": f"PQ{dim // 2}x8np", "pq9": f"PQ{dim // 2}x9np",
-             "pqfs": f"PQ{dim}x4fs"}
+    kinds = {
+        "flat": "Flat",
+        "sq8": "SQ8",
+        "sq4": "SQ4",
+        "pq": f"PQ{dim // 2}x8np",
+        "pqs": f"PQ{dim // 2}x8np",
+        "pq9": f"PQ{dim // 2}x9np",
+        "pqfs": f"PQ{dim}x4fs",
+    }
     index = faiss.index_factory(dim, kinds[spec], faiss.METRIC_INNER_PRODUCT)
     if spec == "pqs":
         index.pq.train_type = faiss.ProductQuantizer.Train_shared
     try:
         index.train(base[:train])
     except RuntimeError as error:  # too few vectors, for the most part
-        raise TBQError(f"faiss cannot train {spec} with {min(train, len(base))} vectors: {str(error).rpartition(': ')[2]}") from None
+        raise TBQError(
+            f"faiss cannot train {spec} with {min(train, len(base))} vectors: {str(error).rpartition(': ')[2]}"
+        ) from None
     index.add(base)
     size = 4 * dim if spec == "flat" else dim // 2 if spec == "pqfs" else index.sa_code_size()
 
@@ -160,20 +180,37 @@ def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, 
 def _ours(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, float]:
     name, _, rescore = spec.partition("+")
     kept = int(rescore or 1)
-    index = Index(base.shape[1], int(name[3]), "ip", estimator="unbiased" if "-" in name else "mse", keep="float16" if kept > 1 else None)
+    index = Index(
+        base.shape[1],
+        int(name[3]),
+        "ip",
+        estimator="unbiased" if "-" in name else "mse",
+        keep="float16" if kept > 1 else None,
+    )
     index.add(base, threads=threads)
-    return lambda queries, k, threads: index.search(queries, k, rescore=kept, threads=threads)[1], index.nbytes / len(base) - 8
+    return lambda queries, k, threads: index.search(queries, k, rescore=kept, threads=threads)[1], index.nbytes / len(
+        base
+    ) - 8
 
 
 def _rate(search: Search, queries: Floats, k: int, threads: int, at_once: int, clock: Clock) -> float:
     start = clock()
     for i in range(0, len(queries), at_once):
-        search(queries[i:i + at_once], k, threads)
+        search(queries[i : i + at_once], k, threads)
     return len(queries) / (clock() - start)
 
 
-def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds: int, train: int, clock: Clock = time.perf_counter,
-            timed: int | None = None, report: Callable[[str], object] = lambda step: None) -> dict[str, Measured]:
+def measure(
+    vectors: Vectors,
+    specs: Sequence[str],
+    k: int,
+    threads: int,
+    rounds: int,
+    train: int,
+    clock: Clock = time.perf_counter,
+    timed: int | None = None,
+    report: Callable[[str], object] = lambda step: None,
+) -> dict[str, Measured]:
     """Builds each index, then searches with all of them in turn, round by round: the best round of each counts.
 
     train: vectors that faiss's indices are trained with, at the most.  clock: of seconds.  timed: so many of the queries are
@@ -205,12 +242,16 @@ def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds
 
 def table(found: Mapping[str, Measured], k: int) -> str:
     """Markdown."""
-    lines = [f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     base = found.get("sq4")
     for spec, m in found.items():
         relative = f"{m.batch / base.batch:.2f}" if base and base.batch else ""
-        lines.append(f"| {spec} | {m.bytes:.0f} | {m.recall:.4f} | {m.batch:.0f} | {relative} | {m.single:.0f} | {m.build:.2f} |")
+        lines.append(
+            f"| {spec} | {m.bytes:.0f} | {m.recall:.4f} | {m.batch:.0f} | {relative} | {m.single:.0f} | {m.build:.2f} |"
+        )
     return "\n".join(lines)
 
 

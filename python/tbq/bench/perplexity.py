@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """llama-perplexity: its arguments, its files and what it prints."""
+
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
@@ -51,19 +52,54 @@ def base_bytes(context: int, chunks: int, vocab: int) -> int:
 
 
 def base_arguments(model: pathlib.Path, context: int, chunks: int, threads: int, options: Sequence[str]) -> list[str]:
-    return [*_common(model, context, threads, options), "-f", "text.txt", "--chunks", str(chunks), "--kl-divergence-base", BASE,
-            "-ctk", "f16", "-ctv", "f16"]
+    return [
+        *_common(model, context, threads, options),
+        "-f",
+        "text.txt",
+        "--chunks",
+        str(chunks),
+        "--kl-divergence-base",
+        BASE,
+        "-ctk",
+        "f16",
+        "-ctv",
+        "f16",
+    ]
 
 
-def pair_arguments(model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]) -> list[str]:
-    return [*_common(model, context, threads, options), "--kl-divergence", "--kl-divergence-base", BASE,
-            *(["--cache-center", CENTER] if pair.centered else []), "-ctk", pair.k, "-ctv", pair.v]
+def pair_arguments(
+    model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]
+) -> list[str]:
+    return [
+        *_common(model, context, threads, options),
+        "--kl-divergence",
+        "--kl-divergence-base",
+        BASE,
+        *(["--cache-center", CENTER] if pair.centered else []),
+        "-ctk",
+        pair.k,
+        "-ctv",
+        pair.v,
+    ]
 
 
 def _common(model: pathlib.Path, context: int, threads: int, options: Sequence[str]) -> list[str]:
     # one chunk a batch and a fixed number of threads: the same sums in the same order, so the same digits again
-    return [*options, "-m", str(model.absolute()), "-c", str(context), "-b", str(context),
-            "-t", str(threads), "-tb", str(threads), "-fa", "on"]
+    return [
+        *options,
+        "-m",
+        str(model.absolute()),
+        "-c",
+        str(context),
+        "-b",
+        str(context),
+        "-t",
+        str(threads),
+        "-tb",
+        str(threads),
+        "-fa",
+        "on",
+    ]
 
 
 def parse_scores(text: str) -> tuple[Score, float] | None:
@@ -75,8 +111,14 @@ def parse_scores(text: str) -> tuple[Score, float] | None:
     def value(name: str, scale: float = 1) -> Value:
         return Value(*(number / scale for number in found[name]))
 
-    score = Score(ppl=value("ppl"), ppl_ratio=value("ppl_ratio"), kld=value("kld"), kld_99=found["kld_99"][0],
-                  same_top=value("same_top", 100), rms_dp=value("rms_dp", 100))
+    score = Score(
+        ppl=value("ppl"),
+        ppl_ratio=value("ppl_ratio"),
+        kld=value("kld"),
+        kld_99=found["kld_99"][0],
+        same_top=value("same_top", 100),
+        rms_dp=value("rms_dp", 100),
+    )
     return score, found["base_ppl"][0]
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What cache types cost in perplexity and KL divergence, with llama-perplexity: `tbq bench quality`."""
+
 import contextlib
 import dataclasses
 import io
@@ -61,7 +62,9 @@ class Quality:
         return self.chunks * scores_per_chunk(self.context)
 
 
-def _make_base(report: Quality, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text: str) -> None:
+def _make_base(
+    report: Quality, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text: str
+) -> None:
     """Writes BASE; fills in the number of chunks.  text: its name."""
     done = run("llama-perplexity", command, folder, lambda text: on_chunks(output.chunks_read(text)), QUIET)
     file = folder / BASE
@@ -70,16 +73,29 @@ def _make_base(report: Quality, folder: pathlib.Path, command: list[str], on_chu
     with contextlib.suppress(OSError, struct.error):
         with file.open("rb") as stream:
             magic, _, vocab, report.chunks = struct.unpack("<8siii", stream.read(20))
-        if done.status == 0 and magic == b"_logits_" and file.stat().st_size == base_bytes(report.context, report.chunks, vocab):
+        if (
+            done.status == 0
+            and magic == b"_logits_"
+            and file.stat().st_size == base_bytes(report.context, report.chunks, vocab)
+        ):
             return
     if shutil.disk_usage(folder).free < 1 << 20:
         raise TBQError(f"no space left in {folder.parent}; name another folder with --scratch, or fewer --chunks")
     raise TBQError(f"llama-perplexity failed for f16: {done.error()}")
 
 
-def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
-            options: Sequence[str] = (), scratch: pathlib.Path | None = None, center_text: bytes | None = None,
-            name_of_text: str = "the text") -> Quality:
+def measure(
+    model: Model,
+    pairs: Sequence[TypePair],
+    text: bytes,
+    context: int = 1024,
+    chunks: int = 6,
+    threads: int = 2,
+    options: Sequence[str] = (),
+    scratch: pathlib.Path | None = None,
+    center_text: bytes | None = None,
+    name_of_text: str = "the text",
+) -> Quality:
     """Scores of pairs against an f16 cache, on the first `chunks` times `context` tokens of a text.
 
     options: more of llama-perplexity's.  scratch: folder for the probabilities of the f16 cache (base_bytes), the
@@ -98,6 +114,7 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
         with naming(folder / "text.txt"):
             (folder / "text.txt").write_bytes(text)
         with tqdm(total=chunks * (1 + len(pairs)), unit="chunk", desc="f16, base") as bar:
+
             def show(i: int) -> Callable[[int], None]:
                 return lambda done: bar.update(i * chunks + min(done, chunks) - bar.n)
 
@@ -106,7 +123,13 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
             uncentered = ""
             if any(pair.centered for pair in pairs):
                 try:
-                    calibrate(model.opened or model.path, folder / CENTER, context, text=center_text, options=[*words_for(options, MODEL, ROPE), "-t", str(threads)])
+                    calibrate(
+                        model.opened or model.path,
+                        folder / CENTER,
+                        context,
+                        text=center_text,
+                        options=[*words_for(options, MODEL, ROPE), "-t", str(threads)],
+                    )
                 except TBQError as error:
                     uncentered = str(error)
                     print(f"tbq: warning: no rows with centered keys: {uncentered}", file=sys.stderr)
@@ -129,15 +152,19 @@ def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None 
     if not model.vocab:
         raise TBQError(f"model {str(model.path)!r} has no tokenizer; perplexity needs one")
     if chunks * scores_per_chunk(context) < LEAST_SCORES:
-        raise TBQError(f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; "
-                       f"at least {LEAST_SCORES} are needed")
+        raise TBQError(
+            f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; "
+            f"at least {LEAST_SCORES} are needed"
+        )
     if 0 < model.context < context:
         raise TBQError(f"--context {context} is more than the {model.context} tokens that the model was trained for")
     folder = scratch or pathlib.Path(tempfile.gettempdir())
     size, free = base_bytes(context, chunks, model.vocab) + (1 << 20), shutil.disk_usage(folder).free
     if size > free:
-        raise TBQError(f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB; "
-                       "name another folder with --scratch, or fewer --chunks")
+        raise TBQError(
+            f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB; "
+            "name another folder with --scratch, or fewer --chunks"
+        )
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -145,11 +172,16 @@ def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None 
 
 def table(report: Quality) -> str:
     """Markdown, a row for each pair."""
-    lines = ["| K / V | bits | bytes a token | PPL | PPL / f16's | KLD | 99 % | same top, % |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| K / V | bits | bytes a token | PPL | PPL / f16's | KLD | 99 % | same top, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for pair, score in report.scores.items():
         size = f"{pair.bytes(report.model.cache)}" if report.model.cache else ""
-        lines.append(f"| {pair} | {_bits(pair)} | {size} | {score.ppl.text(3)} | {score.ppl_ratio.text(4)} | {score.kld.text(5)} "
-                     f"| {score.kld_99:.4f} | {score.same_top.text(2, 100)} |")
+        lines.append(
+            f"| {pair} | {_bits(pair)} | {size} | {score.ppl.text(3)} | {score.ppl_ratio.text(4)} | {score.kld.text(5)} "
+            f"| {score.kld_99:.4f} | {score.same_top.text(2, 100)} |"
+        )
     return "\n".join(lines)
 
 
@@ -169,22 +201,38 @@ def as_text(report: Quality, identity: dict[str, str]) -> str:
         "pairs": re.sub(r"-ctk \S+ -ctv \S+$", "-ctk K -ctv V", pair),
     }
     if any(pair.centered for pair in report.scores):
-        facts["center"] = f"tbq calibrate MODEL --ctx {report.context} -o {CENTER}, on {identity['center_text']}; pairs with --cache-center {CENTER}"
+        facts["center"] = (
+            f"tbq calibrate MODEL --ctx {report.context} -o {CENTER}, on {identity['center_text']}; pairs with --cache-center {CENTER}"
+        )
     return "\n".join([table(report), "", *(f"{key:7}{value}" for key, value in facts.items())])
 
 
 def as_json(report: Quality, identity: dict[str, str]) -> str:
     """Numbers as measured; null where there is none."""
+
     def plain(x: object) -> object:
         if isinstance(x, dict):
             return {key: plain(value) for key, value in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     cache = report.model.cache
-    pairs = {str(pair): {"centered": pair.centered, "bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
-                         **dataclasses.asdict(score)} for pair, score in report.scores.items()}
+    pairs = {
+        str(pair): {
+            "centered": pair.centered,
+            "bits_k": pair.bits[0],
+            "bits_v": pair.bits[1],
+            "bytes_per_token": pair.bytes(cache) if cache else None,
+            **dataclasses.asdict(score),
+        }
+        for pair, score in report.scores.items()
+    }
     everything = {
-        **identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs,
+        **identity,
+        "context": report.context,
+        "chunks": report.chunks,
+        "scored": report.scored,
+        "base_ppl": report.base_ppl,
+        "pairs": pairs,
         "failures": {str(pair): why for pair, why in report.failures.items()},
         "commands": [shlex.join(["llama-perplexity", *command]) for command in report.commands],
     }
@@ -197,19 +245,46 @@ def picture(report: Quality, title: str, format: str) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for ours, centered, label, color, marker in ((False, False, "llama.cpp's types", "tab:gray", "s"), (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
-                                                 (True, False, "with tbq types", "tab:cyan", "^"), (True, True, "with tbq types, keys centered", "tab:blue", "o")):
-        points = [(sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0]) for pair, score in report.scores.items()
-                  if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
+    for ours, centered, label, color, marker in (
+        (False, False, "llama.cpp's types", "tab:gray", "s"),
+        (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
+        (True, False, "with tbq types", "tab:cyan", "^"),
+        (True, True, "with tbq types, keys centered", "tab:blue", "o"),
+    ):
+        points = [
+            (sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0])
+            for pair, score in report.scores.items()
+            if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")
+        ]
         points.sort(key=lambda point: (point[0], point[1].mean))
         if points:
-            axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
-                          label=label, color=color, marker=marker, capsize=3, linewidth=1)
+            axes.errorbar(
+                [bits for bits, _, _ in points],
+                [kld.mean for _, kld, _ in points],
+                [kld.error for _, kld, _ in points],
+                label=label,
+                color=color,
+                marker=marker,
+                capsize=3,
+                linewidth=1,
+            )
         for i, (bits, kld, name) in enumerate([] if centered and report.has_both else points):
-            crowded = [point[0] for point in points[i + 1:i + 2]] == [bits]  # the next is above it
-            axes.annotate(name, (bits, kld.mean), xytext=(-8, -8) if ours else (8, -14 if crowded else 4), textcoords="offset points",
-                          ha="right" if ours else "left", fontsize=9, color=color)
-    axes.set(yscale="log", xlabel="bits per value, mean of keys and values", ylabel="KL divergence to an f16 cache, nats", title=title)
+            crowded = [point[0] for point in points[i + 1 : i + 2]] == [bits]  # the next is above it
+            axes.annotate(
+                name,
+                (bits, kld.mean),
+                xytext=(-8, -8) if ours else (8, -14 if crowded else 4),
+                textcoords="offset points",
+                ha="right" if ours else "left",
+                fontsize=9,
+                color=color,
+            )
+    axes.set(
+        yscale="log",
+        xlabel="bits per value, mean of keys and values",
+        ylabel="KL divergence to an f16 cache, nats",
+        title=title,
+    )
     axes.margins(x=0.13)
     axes.grid(which="both", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A model without knowledge: the layers of a llama, random weights, to measure speed on."""
+
 import dataclasses
 import pathlib
 from collections.abc import Iterator
@@ -62,12 +63,17 @@ def parse_shape(text: str) -> RandomModel:
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in RandomModel.__dataclass_fields__ or not value.isascii() or not value.isdigit() or not int(value):
-            raise TBQError(f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0")
+            raise TBQError(
+                f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0"
+            )
         fields[key] = int(value)
     shape = RandomModel(**fields)
-    for key, rule, kept in (("width", "a multiple of 32", shape.width % 32 == 0), ("ff", "a multiple of 32", shape.ff % 32 == 0),
-                            ("head_size", "a multiple of 32", shape.head_size % 32 == 0),
-                            ("heads", f"a multiple of kv_heads, {shape.kv_heads}", shape.heads % shape.kv_heads == 0)):
+    for key, rule, kept in (
+        ("width", "a multiple of 32", shape.width % 32 == 0),
+        ("ff", "a multiple of 32", shape.ff % 32 == 0),
+        ("head_size", "a multiple of 32", shape.head_size % 32 == 0),
+        ("heads", f"a multiple of kv_heads, {shape.kv_heads}", shape.heads % shape.kv_heads == 0),
+    ):
         if not kept:
             raise TBQError(f"{key}={getattr(shape, key)} must be {rule}")
     return shape
@@ -99,7 +105,9 @@ def write_random_model(path: pathlib.Path, shape: RandomModel, seed: int = 0) ->
         writer.add_tensor_info(f"{name}.weight", one.shape, one.dtype, one.nbytes)
     for name, rows, columns in shape.matrices():
         row = columns // Q8_0[0] * Q8_0[1]
-        writer.add_tensor_info(f"{name}.weight", (rows, row), np.dtype(np.uint8), rows * row, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor_info(
+            f"{name}.weight", (rows, row), np.dtype(np.uint8), rows * row, gguf.GGMLQuantizationType.Q8_0
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -121,6 +129,6 @@ def write_random_model(path: pathlib.Path, shape: RandomModel, seed: int = 0) ->
 def _random_blocks(numbers: npt.NDArray[np.int8], rows: int, columns: int) -> npt.NDArray[np.uint8]:
     # uniform bytes (standard deviation 74) times d: outputs of the size of inputs
     blocks = np.empty((rows, columns // Q8_0[0], Q8_0[1]), np.uint8)
-    blocks[..., :2] = np.array([1 / (74 * columns ** 0.5)], "<f2").view(np.uint8)
+    blocks[..., :2] = np.array([1 / (74 * columns**0.5)], "<f2").view(np.uint8)
     blocks[..., 2:] = np.resize(numbers, (rows, columns // Q8_0[0], Q8_0[0])).view(np.uint8)
     return blocks.reshape(rows, -1)

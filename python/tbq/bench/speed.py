@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py, `tbq bench index` in
 index_bench.py."""
+
 import contextlib
 import dataclasses
 import json
@@ -37,7 +38,9 @@ class Speeds:
     """What was measured so far."""
 
     samples: dict[TypePair, dict[Test, list[float]]]  #: tokens per second, one each round
-    failures: dict[tuple[TypePair, int], str] = dataclasses.field(default_factory=dict)  #: why a pair has none at a depth
+    failures: dict[tuple[TypePair, int], str] = dataclasses.field(
+        default_factory=dict
+    )  #: why a pair has none at a depth
     device: str = ""
     complete: bool = False
 
@@ -66,16 +69,40 @@ def read_bandwidth(size: int, threads: int) -> float:
     return 8 * sum(map(len, parts)) / best
 
 
-def bench_arguments(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]) -> list[str]:
+def bench_arguments(
+    model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]
+) -> list[str]:
     """llama-bench's, for tests at one depth, once each."""
     prompts = ",".join(str(t.prompt) for t in tests if t.prompt) or "0"
     generate = ",".join(str(t.generate) for t in tests if t.generate) or "0"
-    return [*options, "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", pair.k, "-ctv", pair.v,
-            "-p", prompts, "-n", generate, "-d", str(tests[0].depth), "-r", "1", "-o", "json"]
+    return [
+        *options,
+        "-m",
+        str(model),
+        "-t",
+        str(threads),
+        "-fa",
+        "1",
+        "-ctk",
+        pair.k,
+        "-ctv",
+        pair.v,
+        "-p",
+        prompts,
+        "-n",
+        generate,
+        "-d",
+        str(tests[0].depth),
+        "-r",
+        "1",
+        "-o",
+        "json",
+    ]
 
 
-def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int,
-                options: Sequence[str] = ()) -> tuple[dict[Test, float], str]:
+def llama_bench(
+    model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str] = ()
+) -> tuple[dict[Test, float], str]:
     """Tokens per second of each test, all at one depth; and the device.  TBQError with llama.cpp's reason if it fails."""
     arguments = bench_arguments(model, pair, tests, threads, options)
     done = run("llama-bench", arguments)
@@ -89,8 +116,10 @@ def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], thre
     except (ValueError, KeyError, TypeError):
         raise TBQError("llama-bench printed no results; are the options after -- such that it runs?") from None
     if len(rows) != len(tests) or set(found) != set(tests):
-        raise TBQError(f"llama-bench ran {len(rows)} tests instead of {len(tests)}; an option after -- must have one value, "
-                       "and cache types, depths and prompts have options of their own")
+        raise TBQError(
+            f"llama-bench ran {len(rows)} tests instead of {len(tests)}; an option after -- must have one value, "
+            "and cache types, depths and prompts have options of their own"
+        )
     return found, " and ".join(filter(None, (rows[0]["cpu_info"], rows[0]["gpu_info"]))) + f" ({rows[0]['backends']})"
 
 
@@ -102,8 +131,14 @@ def _failure(done: Done, tests: Sequence[Test]) -> str:
     return reason
 
 
-def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, model: pathlib.Path, rounds: int = 3,
-            options: Sequence[str] = ()) -> Speeds:
+def measure(
+    pairs: Sequence[TypePair],
+    tests: Sequence[Test],
+    threads: int,
+    model: pathlib.Path,
+    rounds: int = 3,
+    options: Sequence[str] = (),
+) -> Speeds:
     """Speeds of pairs, each in turn within a round; a depth is filled once for all tests at it.
 
     model: a GGUF file.  options: more of llama-bench's.
@@ -120,7 +155,9 @@ def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, mode
                 continue
             bar.set_description(f"{pair} @ {depth}")
             try:
-                found, speeds.device = llama_bench(model, pair, [t for t in tests if t.depth == depth], threads, options)
+                found, speeds.device = llama_bench(
+                    model, pair, [t for t in tests if t.depth == depth], threads, options
+                )
             except TBQError as error:
                 speeds.failures[pair, depth] = str(error)
                 continue
@@ -138,7 +175,13 @@ def table(speeds: Speeds, tests: Sequence[Test]) -> str:
         cells = []
         for test in tests:
             speed, base = speeds.median(pair, test), speeds.median(pairs[0], test)
-            cells.append("" if speed is None else f"{speed:.1f}" if pair == pairs[0] or not base else f"{speed:.1f} ({speed / base:.2f})")
+            cells.append(
+                ""
+                if speed is None
+                else f"{speed:.1f}"
+                if pair == pairs[0] or not base
+                else f"{speed:.1f} ({speed / base:.2f})"
+            )
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -157,7 +200,12 @@ def attention_table(speeds: Speeds, cache: Cache, threads: int | None) -> str:
             seconds = 1 / speed - 1 / (generated[0] or 1)
             size = pair.bytes(cache) * depth
             if seconds > 0:  # not a short cache and noise
-                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} |"
-                             + (f" {read_bandwidth(size, threads) / 1e9:.2f} |" if threads else ""))
-    head = ["| K / V | depth | attention, ms a token | cache, MB | GB/s |" + " plain read, GB/s |" * bool(threads), "|---|---|---|---|---|" + "---|" * bool(threads)]
+                lines.append(
+                    f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} |"
+                    + (f" {read_bandwidth(size, threads) / 1e9:.2f} |" if threads else "")
+                )
+    head = [
+        "| K / V | depth | attention, ms a token | cache, MB | GB/s |" + " plain read, GB/s |" * bool(threads),
+        "|---|---|---|---|---|" + "---|" * bool(threads),
+    ]
     return "\n".join(head + lines) if lines else ""
