@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 
-from tbq._arguments import by_reason, cores
+from tbq._arguments import group_by_reason, cores
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._text import python_text, read_text
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"tbq: interrupted after {len(report.scores)} of {len(pairs)} pairs", file=sys.stderr)
         return 130
     if report.failures:
-        raise TBQError(by_reason({str(pair): why for pair, why in report.failures.items()}))
+        raise TBQError(group_by_reason({str(pair): why for pair, why in report.failures.items()}))
     return 0
 
 

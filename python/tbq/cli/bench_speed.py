@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 from tbq import _files
-from tbq._arguments import by_reason, cores
+from tbq._arguments import group_by_reason, cores
 from tbq.bench.random_model import RandomModel, parse_shape, write_random_model
 from tbq.bench.speed import Speeds, Test, attention_table, measure, table
 from tbq.cli._argument import argument, at_least_one
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         print("tbq: interrupted", file=sys.stderr)
         return 130
     if speeds.failures:
-        raise TBQError(by_reason({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
+        raise TBQError(group_by_reason({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
     return 0
 
 

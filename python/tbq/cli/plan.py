@@ -13,7 +13,7 @@ import numpy as np
 
 from tbq._files import replace
 from tbq._plots import picture_format
-from tbq._units import SIZES, amount
+from tbq._units import SIZES, format_size
 from tbq.errors import TBQError
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW
 from tbq.kv_cache.plan import CELLS, Plan, padded, plan
@@ -34,7 +34,7 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
         if indexer:
             text += f", an indexer key of {indexer}"
         if state:
-            text += f"{',' if kind != NONE else ':'} recurrent state of {amount(state)} a sequence"
+            text += f"{',' if kind != NONE else ':'} recurrent state of {format_size(state)} a sequence"
         yield text
 
 
@@ -42,13 +42,13 @@ def report(plan: Plan) -> str:
     """The plan as the text that `tbq plan` prints."""
     lines = [
         f"{_title(plan)}: {plan.architecture}, {_count(len(plan.layers), 'layer')}, trained for {plan.context_train} "
-        f"tokens, weights {amount(plan.weights_bytes)}",
+        f"tokens, weights {format_size(plan.weights_bytes)}",
         *_layer_lines(plan),
         "",
     ]
     memory = ""
     if plan.memory is not None:
-        memory = f", memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
+        memory = f", memory {format_size(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
     lines.append(
         f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}"
         + ("; bytes of keys (K) and values (V):" if plan.cached else "")
@@ -93,7 +93,7 @@ def _table(plan: Plan) -> Iterator[str]:
             f"{pair.k} / {pair.v}",
             *cells,
             f"{pair.bytes:,}",
-            amount(pair.bytes),
+            format_size(pair.bytes),
             f"{100 * pair.bytes / full:.1f} %" if full else "",
         ]
         if plan.memory is not None:

@@ -17,17 +17,17 @@ from tbq.serving.server import Server, say
 
 def summary(server: Server, kv: str) -> list[str]:
     """The plan in three lines."""
-    from tbq._units import amount
+    from tbq._units import format_size
 
     plan = server.plan
     if plan is None:
         return [f"cache: keys {server.k}, values {server.v}; its size is not known for this model"]
-    head = f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {amount(plan.weights_bytes)} of weights"
+    head = f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {format_size(plan.weights_bytes)} of weights"
     if not plan.cached:
         return [head, "cache: none", f"why:   {'; '.join([plan.reason, *plan.warnings])}"]
     pair = plan.pair(server.k, server.v)
     full = plan.bytes_at("f16", "f16", plan.context)
-    share = f", {100 * pair.bytes / full:.0f} % of f16's {amount(full)}" if full else ""
+    share = f", {100 * pair.bytes / full:.0f} % of f16's {format_size(full)}" if full else ""
     why = (
         plan.reason
         if kv == "auto"
@@ -40,7 +40,7 @@ def summary(server: Server, kv: str) -> list[str]:
     )
     return [
         head,
-        f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
+        f"cache: keys {pair.k}, values {pair.v}: {format_size(pair.bytes)} for {plan.context} tokens{share}",
         f"why:   {'; '.join([why, *plan.warnings])}",
     ]
 
@@ -82,9 +82,9 @@ def _correction(server: Server) -> str | None:
     size = server.plan.bytes_at(server.k, server.v, context)
     if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
         return None
-    from tbq._units import amount
+    from tbq._units import format_size
 
-    return f"llama-server took a context of {context} tokens, so the cache has {amount(size)}"
+    return f"llama-server took a context of {context} tokens, so the cache has {format_size(size)}"
 
 
 def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tbq._key_biases import LARGE_BIAS
-from tbq._types import BLOCK, block, types
+from tbq._types import BLOCK, block_size, types
 from tbq._units import parse_size
 from tbq.errors import TBQError, printable
 from tbq.gguf_files.reader import Tensor, open_gguf
@@ -115,7 +115,7 @@ def _block(name: str) -> tuple[int, int]:
     """Values and bytes of a block of a cache type."""
     if name not in types and name not in _OTHER_TYPES:
         raise TBQError(f"cache type {name!r} is not one of {', '.join((*types, *_OTHER_TYPES))}")
-    return block(name)
+    return block_size(name)
 
 
 def _row(name: str, values: int) -> int:

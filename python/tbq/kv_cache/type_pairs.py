@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from tbq._types import block, types
+from tbq._types import block_size, types
 from tbq.errors import TBQError
 from tbq.programs import output
 from tbq.programs.paths import program
@@ -38,12 +38,12 @@ class TypePair:
     @property
     def bits(self) -> tuple[float, float]:
         """Bits of a value of the keys, and of the values; scales included."""
-        (k_values, k_bytes), (v_values, v_bytes) = block(self.k), block(self.v)
+        (k_values, k_bytes), (v_values, v_bytes) = block_size(self.k), block_size(self.v)
         return 8 * k_bytes / k_values, 8 * v_bytes / v_values
 
     def bytes(self, cache: Cache) -> int:
         """Bytes of one token in all layers."""
-        (k_values, k_bytes), (v_values, v_bytes) = block(self.k), block(self.v)
+        (k_values, k_bytes), (v_values, v_bytes) = block_size(self.k), block_size(self.v)
         return sum(k // k_values * k_bytes + v // v_values * v_bytes for k, v in cache)
 
 
