@@ -17,7 +17,7 @@ import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
 from tbq.kv_cache.calibrate import Scratch, calibrate, center_file_for, center_of_model
 from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
-from tbq.kv_cache.settings import measured_over
+from tbq.kv_cache.settings import calibration_context
 from test_plan import attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, write_model
 
 HERE = Path(__file__).parent
@@ -853,9 +853,9 @@ def test_disk_that_fills_up(made, small_disk, monkeypatch):
 
 def test_ranges():
     """The same center for neighbors, one more for four times the context, never beyond what RoPE is set up for."""
-    assert len({measured_over(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
-    ranges = [measured_over(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
+    assert len({calibration_context(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
+    ranges = [calibration_context(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
     assert ranges[1] == ranges[2] == 4 * ranges[0] and ranges[3] == ranges[4] == 4 * ranges[1]
-    assert all(context <= measured_over(context, 1 << 20) < 4 * context for context in range(2049, 100_000, 999))
-    assert [measured_over(context, 2048) for context in (100, 2048, 1 << 20)] == [2048] * 3
-    assert measured_over(100_000, 0) == 131072
+    assert all(context <= calibration_context(context, 1 << 20) < 4 * context for context in range(2049, 100_000, 999))
+    assert [calibration_context(context, 2048) for context in (100, 2048, 1 << 20)] == [2048] * 3
+    assert calibration_context(100_000, 0) == 131072

@@ -672,7 +672,7 @@ def test_longest_context_is_the_last_that_fits(name, unified, model):
 def test_memory_that_is_too_small(model):
     plan = tbq.plan(model("llama"), context=4096, memory="3M")  # the weights alone are larger
     assert plan.fits is False and all(pair.longest == 0 and pair.fits is False for pair in plan.pairs)
-    assert plan.reason == "nothing fits 4096 tokens in the memory; this comes nearest, with 0"
+    assert plan.reason == "no pair fits 4096 tokens in the memory; this one comes nearest, with 0 tokens"
     assert "none fits" in report(plan)
 
 
@@ -705,7 +705,7 @@ def test_recommends_4_bits_and_fewer_if_it_must(demo_model):
 def test_leaves_a_small_cache_alone(demo_model):
     plan = tbq.plan(demo_model, context=256)  # 6 MiB of f16 beside weights of 92
     assert plan.recommended == ("f16", "f16")
-    assert "small beside the weights" in plan.reason
+    assert "small compared with the weights" in plan.reason
     assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
 
 
@@ -1023,7 +1023,7 @@ def test_damaged_anywhere(model, tmp_path):
     [
         ({}, "names no general.architecture"),
         ({"general.architecture": "bert"}, "has no bert.block_count"),
-        ({"general.architecture": "clip"}, "is no language model"),
+        ({"general.architecture": "clip"}, "is not a language model"),
         ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
         ({"general.architecture": "llama"}, "has no llama.block_count"),
         ({"general.architecture": "llama", "llama.block_count": 100000}, "takes 1 to 512 layers"),

@@ -563,7 +563,7 @@ def test_interrupted_before_it_is_llama_server():
 
     def interrupt():
         for delay in range(48):
-            process = tbq.programs.child.start([shutil.which("sleep"), "30"], os.environ)
+            process = tbq.programs.child.start_child([shutil.which("sleep"), "30"], os.environ)
             time.sleep(delay / 2000)
             process.send_signal(signal.SIGINT)
             ends.append((process.communicate(timeout=30)[0], process.returncode))

@@ -33,7 +33,7 @@ from tbq.kv_cache.calibrate import calibrate
 from tbq.kv_cache.model import Model
 from tbq.kv_cache.type_pairs import TypePair
 from tbq.programs import output
-from tbq.programs.options import MODEL, ROPE, words_for
+from tbq.programs.options import MODEL, ROPE, select_words
 from tbq.programs.process import run
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -128,7 +128,7 @@ def measure(
                         folder / CENTER,
                         context,
                         text=center_text,
-                        options=[*words_for(options, MODEL, ROPE), "-t", str(threads)],
+                        options=[*select_words(options, MODEL, ROPE), "-t", str(threads)],
                     )
                 except TBQError as error:
                     uncentered = str(error)
@@ -254,7 +254,9 @@ def picture(report: Quality, title: str, format: str) -> bytes:
         points = [
             (sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0])
             for pair, score in report.scores.items()
-            if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")
+            if (pair.has_tbq, pair.centered) == (ours, centered)
+            and score.kld.mean > 0
+            and pair != TypePair("f16", "f16")
         ]
         points.sort(key=lambda point: (point[0], point[1].mean))
         if points:

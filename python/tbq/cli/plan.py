@@ -16,7 +16,7 @@ from tbq._plots import picture_format
 from tbq._units import SIZES, format_size
 from tbq.errors import TBQError
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW
-from tbq.kv_cache.plan import CELLS, Plan, padded, plan
+from tbq.kv_cache.plan import CELLS, Plan, pad_cells, plan
 
 
 def _layer_lines(plan: Plan) -> Iterator[str]:
@@ -126,7 +126,7 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     base = 0 if plan.cache_only else plan.weights_bytes + plan.state_bytes
     recommended = plan.pair(*plan.recommended)
     end = max(plan.context, plan.context_train, min(recommended.longest or 0, 4 * plan.context_train), 2 * CELLS)
-    contexts = sorted({padded(int(x)) for x in np.linspace(CELLS, end, 65)})
+    contexts = sorted({pad_cells(int(x)) for x in np.linspace(CELLS, end, 65)})
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for pair in sorted(plan.pairs, key=lambda pair: -pair.bytes):

@@ -11,7 +11,7 @@ from types import FrameType
 
 from tbq.errors import TBQError
 from tbq.programs import output
-from tbq.programs.signals import INTERRUPTIONS, handled, interruptible
+from tbq.programs.signals import INTERRUPTIONS, handle_signals, interruptible
 from tbq.serving.server import Server, say
 
 
@@ -108,7 +108,7 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
             to_stderr=True,
         )
     signals = _Signals(server)
-    with handled(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
+    with handle_signals(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
         server.start()
         signals.started()
         try:

@@ -22,10 +22,10 @@ from tbq import _limits
 from tbq._arguments import cores
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
-from tbq.kv_cache.choose import choose, context_of_a_sequence, opened
+from tbq.kv_cache.choose import choose, context_of_a_sequence, open_model
 from tbq.programs import output
-from tbq.programs.child import start
-from tbq.programs.options import check_files, check_tls, plan_arguments, positive, server_options
+from tbq.programs.child import start_child
+from tbq.programs.options import check_files, check_tls, plan_arguments, positive_number, server_options
 from tbq.programs.paths import paths, program
 from tbq.serving.address import api_key, check_port, free_port, reachable, url
 
@@ -105,7 +105,7 @@ class Server:
             check_tls(found, paths())
         self._found, self._center, self._kv = found, center, kv
         self._shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
-        self._model = opened(model)
+        self._model = open_model(model)
         self.k, self.v, self.plan = choose(self._model, kv, **self._shape)
         self.port = int(number) or free_port(self._host)
         self._share_port = "reuse_port" in found
@@ -134,7 +134,9 @@ class Server:
         if center is True and not self._accepts():
             center = False  # nothing is measured for a server that will not start, and say why
         if "center" not in self._found:
-            context = context_of_a_sequence(self._model, self.plan, self._shape, positive(self._found, "per_slot"))
+            context = context_of_a_sequence(
+                self._model, self.plan, self._shape, positive_number(self._found, "per_slot")
+            )
             self.center = center_file_for(
                 self._model,
                 self.k,
@@ -202,7 +204,7 @@ class Server:
 
     def _run(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
         try:
-            process = start(self._command, self._environment)
+            process = start_child(self._command, self._environment)
         except Exception as error:
             started.set_exception(error)
             return
