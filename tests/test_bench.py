@@ -177,7 +177,7 @@ def test_no_room_at_a_depth(tmp_path):
     row = [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]]
     assert row[0] == "f16" and float(row[1]) > 0 and row[2] == ""
     assert done.stderr.splitlines()[-1] == (
-        "tbq: error: f16 @ 5000000: no room for 5000004 tokens "
+        "tbq: error: f16 @ 5000000: not enough memory for 5000004 tokens "
         "(failed to initialize the context: failed to allocate buffer for kv cache)"
     )
     assert not list(tmp_path.iterdir())
