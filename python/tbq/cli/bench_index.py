@@ -191,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="indices to compare (%(default)s)",
     )
     parser.add_argument(
-        "--n", type=at_least_one, default=100000, metavar="N", help="most vectors of a set (%(default)s)"
+        "--n", type=at_least_one, default=100000, metavar="N", help="largest number of vectors of a set (%(default)s)"
     )
     parser.add_argument(
         "--queries",
@@ -217,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=65536,
         metavar="N",
-        help="most vectors that faiss trains with (%(default)s)",
+        help="largest number of vectors that faiss trains with (%(default)s)",
     )
     parser.add_argument(
         "--cpu-time",

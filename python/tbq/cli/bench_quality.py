@@ -33,6 +33,19 @@ def _add_centered(pairs: list[TypePair]) -> list[TypePair]:
     return found
 
 
+def _identify(args: argparse.Namespace, text: bytes) -> dict[str, str]:
+    """What was measured, and with which versions."""
+    source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
+    return {
+        "model": args.model.name,
+        "model_sha256": sha256(args.model),
+        "text": source,
+        "text_sha256": hashlib.sha256(text).hexdigest(),
+        **versions(),
+        "center_text": "Python's language reference" if args.text else "the second half of the text",
+    }
+
+
 def _run(args: argparse.Namespace) -> int:
     format = picture_format(args.plot) if args.plot else ""
     if args.scratch and not args.scratch.is_dir():
@@ -42,7 +55,6 @@ def _run(args: argparse.Namespace) -> int:
         pairs = _add_centered(pairs)
     text = read_text(args.text) if args.text else python_text()
     model = read_model(args.model, args.options)
-    source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
     check_run(model, args.context, args.chunks, args.scratch)
     # python_text() is scored from its beginning, and the means are measured on its second half, which has other words
     half = len(text) // 2
@@ -59,14 +71,7 @@ def _run(args: argparse.Namespace) -> int:
             f"go to {args.scratch or tempfile.gettempdir()} while this runs",
             file=sys.stderr,
         )
-        identity = {
-            "model": args.model.name,
-            "model_sha256": sha256(args.model),
-            "text": source,
-            "text_sha256": hashlib.sha256(text).hexdigest(),
-            **versions(),
-            "center_text": "Python's language reference" if args.text else "the second half of the text",
-        }
+        identity = _identify(args, text)
         report = measure(
             model,
             pairs,

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = r"""examples:
   tbq convert model-f16.gguf model-tbq4.gguf --type tbq4_0
   tbq convert model-f16.gguf mixed.gguf --type tbq4_0 --tensor 'blk\.\d+\.ffn_.*=tbq3_0'
-  tbq convert model-tbq4.gguf model-f16.gguf --type f16     # back to what any llama.cpp opens
+  tbq convert model-tbq4.gguf model-f16.gguf --type f16     # a file that any llama.cpp opens
 
 Norms and other small tensors keep their type.  The output matrix gets q6_K or q8_0, as with llama-quantize."""
     parser.add_argument("source", metavar="IN.gguf", help="the model; any file of a split model")

@@ -180,13 +180,15 @@ def _draw_blocks(report: Inspection, left: Any, right: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """what is in a GGUF file: tensors, scales, use of the codebook, errors"""
+    """show what a GGUF file has: tensors, scales, use of the codebook, errors"""
     parser.epilog = """examples:
   tbq inspect model-tbq4.gguf
   tbq inspect model-tbq4.gguf --against model-f16.gguf --plot errors.png"""
     parser.add_argument("file", metavar="FILE", help="the model; any file of a split model")
     parser.add_argument(
-        "--against", metavar="ORIGINAL", help="the file that it was made from: error and cosine of each tensor"
+        "--against",
+        metavar="ORIGINAL",
+        help="the file that FILE was made from: show the error and cosine of each tensor",
     )
     parser.add_argument("--header", action="store_true", help="show only the header, without reading weights")
     parser.add_argument(

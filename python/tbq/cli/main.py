@@ -33,7 +33,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
-    """where the patched programs and libraries are"""
+    """print the paths of the patched programs and libraries"""
     parser.epilog = "example: $(tbq paths bin)/llama-server -m model.gguf --cache-type-k tbq4_0 --cache-type-v tbq4_0"
     parser.add_argument("key", nargs="?", metavar="KEY", help="print only this path: bin, lib, ...")
     parser.add_argument("--json", action="store_true", help="print a JSON object")

@@ -155,13 +155,13 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """what the KV cache of a model will take, and which types to use"""
+    """compute what the KV cache of a model will take, and recommend cache types"""
     parser.epilog = (
         "examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
         "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json"
     )
     parser.add_argument(
-        "model", metavar="MODEL.gguf", help="the model; any file of a split model.  No weights are loaded"
+        "model", metavar="MODEL.gguf", help="the model; any file of a split model (no weights are loaded)"
     )
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens of context, -c (what the model was trained for, if it fits)"

@@ -164,24 +164,30 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
     count = f.number("block_count")
     if not 1 <= count <= _MAX_LAYERS:
         raise TBQError(f"{arch}.block_count is {count}; llama.cpp takes 1 to {_MAX_LAYERS} layers")
-    if arch in _NO_CACHE:
-        key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
-        unread = ("llama.cpp makes a cache for this architecture, but nothing reads it",) if arch == "t5encoder" else ()
-        return CacheShape(
-            arch,
-            tuple(Layer(i, NONE) for i in range(count)),
-            (key,),
-            (value,),
-            0,
-            f.number("context_length"),
-            False,
-            True,
-            unread,
-        )
+    return _shape_without_cache(f, count) if arch in _NO_CACHE else _shape_with_cache(f, count)
+
+
+def _shape_without_cache(f: _Fields, count: int) -> CacheShape:
+    unread = "llama.cpp makes a cache for this architecture, but nothing reads it"
+    key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
+    return CacheShape(
+        architecture=f.architecture,
+        layers=tuple(Layer(i, NONE) for i in range(count)),
+        key_sizes=(key,),
+        value_sizes=(value,),
+        window=0,
+        context_train=f.number("context_length"),
+        mla=False,
+        flash_attention=True,
+        doubts=(unread,) if f.architecture == "t5encoder" else (),
+    )
+
+
+def _shape_with_cache(f: _Fields, count: int) -> CacheShape:
+    arch, doubts = f.architecture, list[str]()
     main = count - min(count, f.number("nextn_predict_layers", 0))
-    doubts: list[str] = []
     heads = f.each("attention.head_count", count, 0)
-    kv_heads = f.each("attention.head_count_kv", count) if f"{arch}.attention.head_count_kv" in fields else heads
+    kv_heads = f.each("attention.head_count_kv", count) if f"{arch}.attention.head_count_kv" in f.fields else heads
     if f.number("attention.key_length_mla", 0) and arch not in _MLA:
         doubts.append(f"the file describes latent attention, but llama.cpp does not use it for architecture {arch!r}")
     mla = arch in _MLA and f.number("attention.key_length_mla", 0) > 0 and f.number("attention.value_length_mla", 0) > 0
@@ -205,25 +211,33 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
                 indexer_value_size=indexer[i][1],
             )
         layers.append(layer)
-    if arch == "graniteswitch":  # its router counts as one more layer, with one head
-        layers.append(Layer(count, GLOBAL, 1, keys[0], values[0]))
-    if arch == "nanbeige":  # runs through its layers several times, each time with a cache of its own
-        loops = f.number("num_loops", 1)
-        if not 1 <= loops * count <= _MAX_LAYERS:
-            raise TBQError(f"{arch}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times")
-        layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
     used = sorted(set(windowed[: main or count]))
     return CacheShape(
-        arch,
-        tuple(layers),
-        tuple(keys[w] for w in used),
-        tuple(values[w] for w in used),
-        window,
-        f.number("context_length"),
-        mla,
-        arch != "grok",
-        tuple(doubts),
+        architecture=arch,
+        layers=_add_uncounted_layers(f, layers, keys[0], values[0]),
+        key_sizes=tuple(keys[w] for w in used),
+        value_sizes=tuple(values[w] for w in used),
+        window=window,
+        context_train=f.number("context_length"),
+        mla=mla,
+        flash_attention=arch != "grok",
+        doubts=tuple(doubts),
     )
+
+
+def _add_uncounted_layers(f: _Fields, layers: list[Layer], key_size: int, value_size: int) -> tuple[Layer, ...]:
+    """The layers, with those that the block count of the file does not count."""
+    count = len(layers)
+    if f.architecture == "graniteswitch":  # its router counts as one more layer, with one head
+        layers = [*layers, Layer(count, GLOBAL, 1, key_size, value_size)]
+    if f.architecture == "nanbeige":  # runs through its layers several times, each time with another cache
+        loops = f.number("num_loops", 1)
+        if not 1 <= loops * count <= _MAX_LAYERS:
+            raise TBQError(
+                f"{f.architecture}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times"
+            )
+        layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
+    return tuple(layers)
 
 
 def _head_sizes(f: _Fields, heads: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
