@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Logits of a model with the pinned bindings, in a process of its own: center_logits.py SPEC.json OUT.npy
+"""Logits of a model with the pinned bindings, in a separate process: center_logits.py SPEC.json OUT.npy
 
-SPEC: model; center: a file, or null; measure: a file to write the means to, or null; type_k; tokens; sequences, unified; shift: drop the
-first tokens and move the others forward before the last batch; context: fields of llama_context_params; load: "relative" for
-a path whose folder is left afterwards, "stream" for a FILE that is closed; gone: remove the model's file when it is loaded.
-OUT: float32 (tokens of the last batch, vocabulary).  Ends with status 3 if llama.cpp refuses the center.
+SPEC has these keys. model. center: a file, or null. measure: a file to write the means to, or null. type_k. tokens.
+sequences, unified. shift: drop the first tokens and move the others forward before the last batch. context: fields of
+llama_context_params. load: "relative" for a path whose folder is left afterwards, "stream" for a FILE that is closed.
+gone: remove the model's file when it is loaded.
+
+OUT: float32 of shape (tokens of the last batch, vocabulary).  The process ends with status 3 if llama.cpp refuses the
+center.
 """
 
 import ctypes
 import json
 import os
+import pathlib
 import sys
 
 import numpy as np
 
-import tbq.llama  # before the bindings: it puts them on our libraries
+import tbq.llama  # before the bindings, because it gives them the libraries of tbq
 
 # isort: split
 from llama_cpp import llama_cpp as api
 
-spec = json.load(open(sys.argv[1], encoding="utf-8"))
+spec = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
 rng = np.random.default_rng(7)
 lib = api._lib
 lib.llama_set_cache_center.argtypes = [ctypes.c_void_p, ctypes.c_char_p]

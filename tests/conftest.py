@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What several test files need.  Everything runs against the package that is installed, never against python/."""
+"""What several test files use. The tests run against the installed package, never against python/."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def script(name):
-    """A script of tools/ as a module; as where it is started, the modules next to it can be imported."""
+    """A script of tools/ as a module. It can import the modules next to it, as when it is started."""
     path = ROOT / "tools" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"tools_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -44,10 +44,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # What is measured on first use goes here, not into the user's own folder, and once for all tests.
+    # Centers that are measured on first use go here, once for all tests, and not into the user's folder.
     config.users_cache = tempfile.TemporaryDirectory(prefix="tbq-cache-")
     os.environ["XDG_CACHE_HOME"] = config.users_cache.name
-    # A shell that runs this in the background has SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
+    # A shell that runs the tests in the background ignores SIGINT, and children inherit that. Ctrl-C could not be
+    # tested then.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

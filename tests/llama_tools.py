@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Run the patched llama.cpp's own programs and read what they print. Real processes only."""
+"""Runs the patched llama.cpp's programs and reads what they print. Real processes only."""
 
 import json
 import os
@@ -28,12 +28,12 @@ BLOCK = {
 # SmolLM2-135M-Instruct
 LAYERS, HEADS, KV_HEADS, HEAD = 30, 9, 3, 64
 
-# Greedy and repeatable; two threads, so that the suite behaves alike on every machine.
+# Greedy and repeatable. Two threads, so that the suite gives the same results on every machine.
 GREEDY = ("--temp", "0", "--seed", "1")
 THREADS = ("-t", "2", "-tb", "2")
 
-# Threads that wait sleep instead of spinning: on a machine that is busy with something else, spinning makes two
-# threads ten times slower than one (measured); on an idle one it changes nothing that a test would notice.
+# Waiting threads sleep instead of spinning. On a busy machine, spinning makes two threads ten times slower than one
+# (measured). On an idle machine it makes no difference to a test.
 ENV = {**os.environ, "OMP_WAIT_POLICY": "passive"}
 
 
@@ -44,12 +44,12 @@ def n_bytes(type_name, values):
 
 
 def cache_mib(type_name, n_ctx, layers=LAYERS, kv_heads=KV_HEADS, head=HEAD):
-    """MiB of one side (K or V) of the cache."""
+    """MiB of the K or the V tensors of the cache."""
     return n_ctx * layers * n_bytes(type_name, kv_heads * head) / 2**20
 
 
 def run(program, *args, ok=True, timeout=180, cwd=None):
-    """Run to the end; stdout and stderr apart. With ok, a status other than 0 is a failure."""
+    """Runs a program to its end; stdout and stderr are separate. With ok, a status other than 0 is a failure."""
     cmd = [str(program), *map(str, args)]
     done = subprocess.run(
         cmd,
@@ -67,7 +67,7 @@ def run(program, *args, ok=True, timeout=180, cwd=None):
 
 
 def number(label, text):
-    """The number printed after a label; a missing one fails with what was printed instead."""
+    """The number that is printed after a label. A missing one fails with what was printed instead."""
     m = re.search(label + r"[ :=]*(-?(?:[\d.]+|nan|inf))", text)
     assert m, f"no {label!r} in:\n{text[-3000:]}"
     return float(m[1])
@@ -118,7 +118,7 @@ def cache_line(log):
 
 
 def flash_attention_on(log):
-    """Whether `-fa auto` ended at on. A quantized V decides it at once; otherwise the scheduler's probe does."""
+    """Whether `-fa auto` ended at on. A quantized V decides it at once, otherwise the scheduler's probe decides."""
     return bool(
         re.search(
             r"enabling flash_attn since it is required for quantized V cache"
@@ -132,7 +132,7 @@ def flash_attention_on(log):
 
 
 def python_text(path):
-    """A text that every CPython carries: the language reference's topics, in alphabetical order."""
+    """The topics of Python's language reference, in alphabetical order. Every CPython has this text."""
     from pydoc_data.topics import topics
 
     Path(path).write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
@@ -140,9 +140,10 @@ def python_text(path):
 
 
 class Divergence:
-    """llama-perplexity against logits saved once from an f16 cache.
+    """llama-perplexity against logits that an f16 cache saved once.
 
-    Only the second half of each chunk is scored, and fewer than 100 scores are not summed up: n_ctx >= 256.
+    Only the second half of each chunk is scored.  With fewer than 100 scores there is no sum, so n_ctx must be at
+    least 256.
     """
 
     def __init__(self, bin_dir, model, text, base, n_ctx=512, chunks=2, args=()):
@@ -157,7 +158,7 @@ class Divergence:
         return done.stdout + done.stderr
 
     def __call__(self, k="f16", v="f16", *args, model=None):
-        """Statistics of one K/V pair, or of another file of the same model: kld, kld_max, ppl, same_top (percent)."""
+        """Statistics of a K/V pair, or of another file of the same model: kld, kld_max, ppl, same_top (percent)."""
         out = self._run(model or self.model, "--kl-divergence", "-ctk", k, "-ctv", v, *args)
         return {
             key: number(label, out)
@@ -180,11 +181,11 @@ def free_port():
 
 
 class Server:
-    """llama-server for the length of a `with` block; it never outlives it."""
+    """llama-server for the length of a `with` block. It never outlives the block."""
 
     def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1):
         self.port, self.log_path = free_port(), Path(log)
-        # No prompt cache in RAM and no batch-dependent reuse: what the test saves and restores is all there is.
+        # No prompt cache in RAM and no reuse that depends on batches: only the test saves and restores.
         self.cmd = [
             str(x)
             for x in (
@@ -248,7 +249,7 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def request(self, path, body=None):
-        """(status, parsed answer), whatever the status."""
+        """The status and the parsed answer of a request, whatever the status."""
         req = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             None if body is None else json.dumps(body).encode(),
@@ -264,7 +265,7 @@ class Server:
         return self.request(path)
 
     def complete(self, prompt, n=24, **body):
-        """The answer of /completion; fails unless it is 200."""
+        """The answer of /completion. It fails unless the status is 200."""
         status, answer = self.request(
             "/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "seed": 1, **body}
         )
@@ -279,8 +280,11 @@ class Server:
 
 
 def write_gguf(path, fields, tensors):
-    """A GGUF file. fields: {key: bool, int (u32), float (f32), str, or a list of str, float or int (i32)};
-    tensors: {name: float32 array, or (type number, shape as numpy has it, bytes)}."""
+    """Writes a GGUF file.
+
+    fields: {key: bool, int (u32), float (f32), str, or a list of str, float or int (i32)}. tensors: {name: float32
+    array, or (type number, shape as in NumPy, bytes)}.
+    """
     import numpy as np
 
     def text(s):
@@ -317,8 +321,11 @@ def write_gguf(path, fields, tensors):
 
 
 def byte_tokenizer():
-    """<unk>, <s>, </s> and the 256 bytes: enough for every text. One unused token makes the number even:
-    llama-perplexity misreads its own file of logits when the vocabulary is odd."""
+    """<unk>, <s>, </s> and the 256 bytes, which are enough for every text.
+
+    One unused token makes the number even, because llama-perplexity misreads its own file of logits when the
+    vocabulary is odd.
+    """
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "<unused>"]
     prefix = "tokenizer.ggml."
     return {
@@ -334,8 +341,11 @@ def byte_tokenizer():
 
 
 def write_random(path, arch, fields, layer, layers, embd, ff, seed):
-    """A model of Gaussian float32 weights over the byte tokenizer; layer(add, ones, prefix) adds a block's attention
-    and, unless it returns True, leaves a plain feed-forward network to us."""
+    """A model of Gaussian float32 weights over the byte tokenizer.
+
+    layer(add, ones, prefix) adds the attention of a block.  Unless it returns True, a plain feed-forward network is
+    added.
+    """
     import numpy as np
 
     rng, tensors, tokenizer = np.random.default_rng(seed), {}, byte_tokenizer()
@@ -373,10 +383,10 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
 
 
 def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, experts=0, seed=1, arch="llama", rope=None):
-    """A random llama with the head size asked for; with experts, a mixture of them, two at a time.
+    """A random llama with a given head size; with experts, a mixture of experts, of which a token uses two.
 
-    The scales make attention matter: logits of a few units before the softmax and values that the residual stream
-    does not drown, so that a cache read wrongly shows in the output.
+    The scales make attention matter: logits are a few units before the softmax, and the residual stream does not
+    drown the values.  So a cache that is read wrongly shows in the output.
     """
     fields = {
         "attention.head_count": heads,
@@ -402,7 +412,7 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
 
 
 def tiny_mla(path, heads=4, layers=2, embd=256, ff=512, seed=1):
-    """A random deepseek2 with latent attention: one KV head, keys of 576, the first 512 of which are the values."""
+    """A random deepseek2 with latent attention: one KV head, and keys of 576, whose first 512 values are the values."""
     lora_q, lora_kv, rope, k_mla, v_mla = 128, 512, 64, 192, 128
     fields = {
         "attention.head_count": heads,

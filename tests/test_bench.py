@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`tbq bench speed` on a model that it makes itself: real runs of llama-bench, short ones."""
+"""`tbq bench speed` on a model that it makes: real, short runs of llama-bench."""
 
 import contextlib
 import hashlib
@@ -54,7 +54,7 @@ def test_table():
     assert list(rows) == ["f16", "tbq4_0", "q8_0/tbq3_0"]
     numbers = {name: [float(x) for x in re.findall(r"(?<=[|] )[\d.]+", row)] for name, row in rows.items()}
     assert all(len(n) == 4 and min(n) > 0 for n in numbers.values())
-    for name in ("tbq4_0", "q8_0/tbq3_0"):  # the ratios are those of the numbers beside them
+    for name in ("tbq4_0", "q8_0/tbq3_0"):  # the ratios are those of the numbers in the same row
         ratios = [float(x) for x in re.findall(r"\(([\d.]+)\)", rows[name])]
         for ratio, a, b in zip(ratios, numbers[name], numbers["f16"], strict=True):
             assert abs(ratio - a / b) < 0.006 + a / b * (
@@ -62,7 +62,7 @@ def test_table():
             )  # speeds are printed with one digit, ratios with two
     assert reads[0].startswith("| K / V | depth | attention, ms a token | cache, MB")
     sizes = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in reads[2:]}
-    # 512 x 8 x 4 x 128 values, twice; noise may leave out a row
+    # 512 x 8 x 4 x 128 values, twice; noise may drop a row
     assert sizes and sizes.items() <= {"f16": "8.4", "tbq4_0": "2.2", "q8_0/tbq3_0": "3.1"}.items()
     assert facts[1].startswith("model: random weights, --shape layers=8,width=1024,heads=16,")
     assert re.match(r"llama.cpp \w{9}, tbq \d.*; 2 threads; .*CPU", facts[2])
@@ -94,7 +94,7 @@ def test_json():
 
 
 def test_model(tmp_path):
-    """A depth beyond what the model was trained for is measured, and noted."""
+    """A depth beyond the context that the model was trained for is measured, with a note."""
     model = tiny_llama(tmp_path / "tiny.gguf", 64)
     done = run(
         "--model", str(model), "--types", "f16,tbq4_0", "--depths", "2040", "--prompts", "", "--rounds", "1", "--json"
@@ -160,7 +160,7 @@ def test_wrong_options(arguments, message):
 
 
 def test_no_room_at_a_depth(tmp_path):
-    """The other depth is measured, and what was said names the pair, the tokens and llama.cpp's reason."""
+    """The other depth is measured. The error names the pair, the tokens and llama.cpp's reason."""
     done = run(
         *SMALL,
         "--types",
@@ -177,14 +177,14 @@ def test_no_room_at_a_depth(tmp_path):
     row = [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]]
     assert row[0] == "f16" and float(row[1]) > 0 and row[2] == ""
     assert done.stderr.splitlines()[-1] == (
-        "tbq: error: f16 @ 5000000: no room for 5000004 tokens "
+        "tbq: error: f16 @ 5000000: not enough memory for 5000004 tokens "
         "(failed to initialize the context: failed to allocate buffer for kv cache)"
     )
     assert not list(tmp_path.iterdir())
 
 
 def arguments_with(folder):
-    """Processes that have it in their arguments."""
+    """Processes that have a word in their arguments."""
     found = []
     for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ def test_interruption_leaves_nothing(tmp_path, sent):
     while not list(tmp_path.glob("*/shape.gguf")):
         assert process.poll() is None
         time.sleep(0.05)
-    while len(arguments_with(tmp_path)) < 2:  # itself, and llama-bench
+    while len(arguments_with(tmp_path)) < 2:  # the command itself, and llama-bench
         time.sleep(0.05)
     process.send_signal(sent)
     out, err = process.communicate(timeout=30)

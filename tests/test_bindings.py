@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""llama-cpp-python, unchanged, on our libraries: one pin serves both."""
+"""llama-cpp-python without changes works with the libraries of this package: one pin serves both."""
 
 import json
 import os
@@ -15,15 +15,15 @@ SCRIPT = """
 import json, sys
 import llama_cpp
 model = llama_cpp.Llama(sys.argv[1], n_ctx=512, type_k=644, type_v=643, flash_attn=True, verbose=True)
-answer = model.create_chat_completion([{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
-                                      max_tokens=24, temperature=0)
+question = "What is the capital of France? Answer in one sentence."
+answer = model.create_chat_completion([{"role": "user", "content": question}], max_tokens=24, temperature=0)
 print(json.dumps(answer["choices"][0]["message"]["content"]))
 """
 
 
 @pytest.fixture(scope="module")
 def bindings():
-    """Folder with the bindings alone, installed from the pin once."""
+    """A folder with the bindings only, installed once from the pin."""
     folder = ROOT / "build" / "bindings"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)

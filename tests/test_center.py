@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Centered keys: attention is the same, quantized keys are better, and nothing wrong gets in."""
+"""Centered keys: attention stays the same, quantized keys get better, and nothing wrong is accepted."""
 
 import json
 import math
@@ -17,7 +17,7 @@ import tbq
 from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
 from tbq.kv_cache.calibrate import Scratch, calibrate, center_file_for, center_of_model
 from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
-from tbq.kv_cache.settings import measured_over
+from tbq.kv_cache.settings import calibration_context
 from test_plan import attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, write_model
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def biased(path, arch="qwen2", size=64, **fields):
-    """Keys with biases as large as the keys: their mean is large whatever RoPE does to slow channels."""
+    """Keys with biases as large as the keys. Their mean is large, because RoPE hardly changes slow channels."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", 2), ("k", 1), ("v", 1))}
     write_model(
         path,
@@ -89,7 +89,7 @@ def no_rope(path):
 
 
 def alibi(path):
-    """bloom: biases by distance instead of RoPE."""
+    """bloom: biases by distance (ALiBi) instead of RoPE."""
 
     def layer(i):
         return {
@@ -138,7 +138,7 @@ EXACT = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A function from a maker of models to the file."""
+    """A function that maps a maker of models to the file."""
     folder, files = tmp_path_factory.mktemp("center"), {}
 
     def get(make, name):
@@ -173,20 +173,23 @@ def logits(tmp_path):
 
 
 def difference(a, b):
-    """Mean square, relative to a's variance."""
+    """The mean square of the difference, relative to a's variance."""
     assert np.isfinite(a).all() and np.isfinite(b).all() and a.std() > 0
     return float(np.square(a - b).mean() / a.var())
 
 
 def assert_same(a, b, nudged):
-    """To the noise of f32, which random models amplify, some of them a lot: the same model with its weights an ulp off is the measure."""
+    """Equal up to the noise of f32, which random models amplify, some of them a lot.
+
+    The measure of this noise is the same model with its weights changed by one unit in the last place.
+    """
     noise = difference(a, nudged)
     assert 0 < noise < 1e-3
     assert difference(a, b) < 10 * noise
 
 
 def nudge(model):
-    """A copy of a model, every weight of its matrices moved by about the last bit."""
+    """A copy of a model in which every weight of the matrices is changed by about the last bit."""
     path = model.with_suffix(".nudged.gguf")
     if not path.exists():
         import gguf
@@ -204,11 +207,11 @@ def nudge(model):
 def test_attention_does_not_notice(kind, made, logits, tmp_path):
     model, center = made(EXACT[kind], kind), tmp_path / "center.gguf"
     logits(model, measure=center)
-    assert max(read_center(center).shares.values()) > 0.005  # there is something to subtract
+    assert max(read_center(center).shares.values()) > 0.005  # the mean that is subtracted is not zero
     plain, nudged = logits(model, flash=False), logits(nudge(model), flash=False)
     assert_same(plain, logits(model, flash=False, center=center), nudged)
     assert "keys are stored minus their means" in logits.log
-    # and it is subtracted: keys of 4 bits are others
+    # and it is subtracted: 4-bit keys change
     if "h80" not in kind:
         assert difference(logits(model, type_k="q4_0"), logits(model, type_k="q4_0", center=center)) > 100 * difference(
             plain, nudged
@@ -231,7 +234,7 @@ def test_shift(kind, made, logits, tmp_path):
 
 
 def test_shift_of_quantized_keys(made, logits, tmp_path):
-    """Centered, keys of 4 bits that were shifted are at least as near to f32's as without."""
+    """Shifted 4-bit keys are at least as near to f32's with centering as without."""
     model, center = made(biased, "K biases"), tmp_path / "center.gguf"
     logits(model, measure=center)
     exact = logits(model, shift=16)
@@ -249,7 +252,7 @@ def test_sequences(unified, made, logits, tmp_path):
     shape = {"sequences": 3, "unified": unified, "tokens": 40}
     exact = logits(model, flash=False, **shape)
     assert_same(exact, logits(model, flash=False, center=center, **shape), logits(nudge(model), flash=False, **shape))
-    for type_k in ("tbq4_0", "q8_0"):  # and our SET_ROWS takes rows of several streams
+    for type_k in ("tbq4_0", "q8_0"):  # and SET_ROWS of the tbq types takes rows of several streams
         plain, centered = (difference(exact, logits(model, type_k=type_k, center=c, **shape)) for c in (None, center))
         assert centered < plain
 
@@ -265,7 +268,8 @@ def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
     said = []
     assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
     assert why in said[-1] and len(said) == 2
-    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None  # it is remembered
+    # the failed measurement is remembered
+    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
     assert why in said[-1] and len(said) == 3
 
 
@@ -315,7 +319,7 @@ def test_another_model_or_rope(bin_dir, demo_model, demo_center, made, logits):
 
 
 def test_a_model_with_other_weights(demo_model, tmp_path):
-    """The same shapes: a fine-tuned model.  The first bytes of a tensor tell."""
+    """A fine-tuned model has the same shapes. The first bytes of a tensor differ."""
     other = shutil.copy(demo_model, tmp_path / "other.gguf")
     tensor = next(t for t in tbq.open_gguf(other).tensors if t.name == "blk.7.attn_k.weight")
     with open(other, "r+b") as file:
@@ -327,7 +331,7 @@ def test_a_model_with_other_weights(demo_model, tmp_path):
 
 
 def test_fingerprints_agree(demo_model, demo_center, made, logits, tmp_path):
-    """Python's and llama.cpp's, of several types of weights; and of a split."""
+    """The fingerprints of Python and of llama.cpp agree, for several types of weights and for a split model."""
     assert read_center(demo_center).model == fingerprint(demo_model)
     model = made(gemma3, "windows")
     logits(model, measure=tmp_path / "center.gguf")
@@ -361,7 +365,7 @@ def test_a_model_whose_file_is_gone(made, logits, tmp_path):
 
 
 def rewrite(source, target, change, rehash=True):
-    """A center with its entries and tensors changed, and with the hash of that unless it is to stay."""
+    """A center with changed entries and tensors, and with a new hash unless the hash is to stay."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -408,7 +412,10 @@ def rewrite(source, target, change, rehash=True):
 
 
 def test_damage(made, logits, tmp_path):
-    """Bytes changed anywhere, or missing: refused by Python and llama.cpp, or it is the same center; never a crash."""
+    """After bytes are changed anywhere or cut off, Python and llama.cpp refuse the file, or it is the same center.
+
+    Nothing crashes.
+    """
     model, center = made(biased, "K biases"), tmp_path / "center.gguf"
     logits(model, measure=center)
     data, rng, bad = center.read_bytes(), np.random.default_rng(0), tmp_path / "bad.gguf"
@@ -423,7 +430,7 @@ def test_damage(made, logits, tmp_path):
         bad.write_bytes(broken)
         try:
             assert read_center(bad).hash == good.hash
-            harmless += 1  # padding, or an entry that nobody reads
+            harmless += 1  # padding, or an entry that nothing reads
         except tbq.TBQError as error:
             assert "\n" not in str(error)
         if i % 40 < 2:
@@ -498,7 +505,7 @@ def test_named_refusals(what, made, logits, tmp_path):
 
 
 def test_sizes_that_no_memory_holds(made, logits, tmp_path):
-    """A shape that a flipped bit makes huge: refused before memory is asked for."""
+    """A flipped bit makes a shape huge. The file is refused before memory is allocated."""
     import gguf
 
     model, center, bad = made(biased, "K biases"), tmp_path / "center.gguf", tmp_path / "bad.gguf"
@@ -523,7 +530,7 @@ def test_no_such_file(bin_dir, demo_model, demo_center, tmp_path):
 
 
 def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
-    """A state of one center is not restored under another, or none, and the other way round."""
+    """A state with one center is not restored with another or none, nor the other way round."""
     args = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--slot-save-path", tmp_path)
     other = tmp_path / "other.gguf"
     calibrate(demo_model, other, 2048, chunks=2)
@@ -538,12 +545,12 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
             for there, saved in hashes.items():
                 status, answer = server.slot("restore", f"{there}.bin")
                 assert status == (200 if there == name else 400), answer
-                if there != name:  # the answer says it, not only the log
+                if there != name:  # the answer says it, and not only the log
                     assert answer["error"]["message"].endswith(
                         "this state was saved with a different calibration file "
                         f"(hash {saved}; this context: {hashes[name]})"
                     )
-    # a hash that is none does not reach an answer
+    # an invalid hash does not get into an answer
     data = bytearray((tmp_path / "b.bin").read_bytes())
     at = data.index(read_center(other).hash.encode())
     data[at : at + 4] = b"\xff\n\0\x80"
@@ -556,7 +563,7 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
 
 
 def fall_asleep(server, times):
-    """Until a server with --sleep-idle-seconds 1 sleeps for that time."""
+    """Waits until a server with --sleep-idle-seconds 1 sleeps."""
     end = time.monotonic() + 60
     while server.log.count("server is entering sleeping state") < times:
         assert server.process.poll() is None and time.monotonic() < end, server.log[-2000:]
@@ -564,7 +571,7 @@ def fall_asleep(server, times):
 
 
 def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center, tmp_path):
-    """The file is read once: what became of it while the server slept makes no difference."""
+    """The file is read once. Changes of the file while the server sleeps make no difference."""
     file, prompt = tmp_path / "center.gguf", "1, 2, 3, 4, 5, 6, 7, 8,"
     shutil.copyfile(demo_center, file)
     other = tmp_path / "other.gguf"
@@ -583,7 +590,7 @@ def test_a_server_that_wakes_up_has_its_center(bin_dir, demo_model, demo_center,
 
 
 def test_a_server_that_cannot_wake_up_says_so(bin_dir, tmp_path):
-    """Its model is gone: an answer, and an end that is no crash."""
+    """The model file is gone: the server answers, and ends without a crash."""
     model = tiny_llama(tmp_path / "model.gguf", 64)
     with Server(bin_dir, model, tmp_path / "log", "--sleep-idle-seconds", 1) as server:
         server.complete("1, 2,", n=1)
@@ -596,7 +603,7 @@ def test_a_server_that_cannot_wake_up_says_so(bin_dir, tmp_path):
 
 
 def test_a_full_disk_costs_no_center(demo_model, bin_dir, demo_center, tmp_path):
-    """llama-cache-center over a good file, where a new one does not fit beside it: the old one stays."""
+    """llama-cache-center replaces a good file, but there is no room for a new file: the old file stays."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = -(-demo_center.stat().st_size * 3 // 2 // 4096) * 4096
@@ -639,7 +646,7 @@ def test_calibration_is_deterministic(demo_model, demo_center, tmp_path):
 
 
 def test_what_it_says(demo_model, tmp_path):
-    """The command: a table by layer and length, a file of a few KB for the model, and nothing else in the folder."""
+    """The command prints a table by layer and length, and writes a file of a few KB and nothing else."""
     done = subprocess.run(
         [sys.executable, "-m", "tbq", "calibrate", demo_model, "--ctx", "2048", "--chunks", "8"],
         cwd=tmp_path,
@@ -651,7 +658,7 @@ def test_what_it_says(demo_model, tmp_path):
     rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines() if re.match(r" +\d+ +\d", line)]
     assert len(rows) == 30 and all(
         len(row) == 5 and 0 < row[4] < row[1] < 1 for row in rows
-    )  # longer contexts average more away
+    )  # a mean over a longer context keeps less
     assert [p.name for p in tmp_path.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.center.gguf"]
     center = read_center(next(tmp_path.iterdir()))
     assert (center.architecture, center.context, len(center.means)) == ("llama", 2048, 30)
@@ -660,7 +667,7 @@ def test_what_it_says(demo_model, tmp_path):
 
 
 def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
-    """Of a model whose keys are their biases: nothing else is left of them, and the slow channels' stay."""
+    """A model whose keys are nothing but biases. The slow channels' stay."""
     model = made(lambda path: biased(path, rope__freq_base=1e12), "slow")
     import gguf
 
@@ -672,7 +679,8 @@ def test_the_mean_is_that_of_the_keys(made, logits, tmp_path):
     reader.data.flush()
     logits(model, measure=tmp_path / "center.gguf")
     mean = read_center(tmp_path / "center.gguf").means[1][0]
-    slow = [c for c in range(64) if c % 32 >= 8]  # pairs 32 apart; the others turn within the 104 tokens
+    # NEOX pairs, 32 apart; the other pairs turn fully within the 104 tokens
+    slow = [c for c in range(64) if c % 32 >= 8]
     np.testing.assert_allclose(mean[slow], bias[slow], atol=0.1)
 
 
@@ -711,7 +719,7 @@ def test_errors_are_one_line(arguments, why, demo_model, tmp_path):
 
 
 def test_options_after_others(demo_model, tmp_path):
-    """-- and options of llama.cpp, behind ours."""
+    """Options of llama.cpp follow --, after tbq's options."""
     done = subprocess.run(
         [
             sys.executable,
@@ -740,7 +748,7 @@ def test_options_after_others(demo_model, tmp_path):
 
 
 def test_texts(demo_model, tmp_path):
-    """Of bytes or of a file."""
+    """The text can be bytes or a file."""
     (tmp_path / "text").write_bytes(b"Words and numbers, 123. " * 100)
     for name, text in (
         ("a", tmp_path / "text"),
@@ -757,7 +765,7 @@ def test_texts(demo_model, tmp_path):
 
 
 def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
-    """On a text unlike the calibration's; docs/measurements/quality.md has the figures of more of it."""
+    """On a text unlike that of the calibration. docs/measurements/quality.md has figures for more text."""
     text = tmp_path / "text"
     text.write_text(
         "".join(
@@ -774,17 +782,21 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
 
 
 def test_kept_in_the_users_cache(made, tmp_path, monkeypatch):
-    """One measuring for a model and a length; a corrupt file is measured again; a folder that cannot be written is no center."""
+    """A model and a length are measured once.
+
+    A corrupt file is measured again.  If the folder cannot be written, there is no center.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
         "tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400
-    )  # byte by byte, the whole takes half a minute
+    )  # each byte of a part; the whole file would take half a minute
     model, said = made(biased, "K biases"), []
     first = center_of_model(model, 1000, say=said.append)
     assert first.is_relative_to(tmp_path) and len(said) == 1 and model.name in said[0]
     assert center_of_model(model, 1024, say=said.append) == first and len(said) == 1
-    assert center_of_model(model, 2048, say=said.append) == first and len(said) == 1  # one for a range of contexts
-    longer = ["--rope-scaling", "yarn", "--rope-scale", "4"]  # 4096 tokens are 16384 then
+    # one center for a range of contexts
+    assert center_of_model(model, 2048, say=said.append) == first and len(said) == 1
+    longer = ["--rope-scaling", "yarn", "--rope-scale", "4"]  # 4096 tokens then mean 16384
     assert center_of_model(model, 16384, say=said.append) == first and len(said) == 1
     assert (
         read_center(center_of_model(model, 16384, longer, said.append)).context > read_center(first).context
@@ -815,7 +827,7 @@ def small_disk(tmp_path):
 
 
 def unusable(case, tmp_path, monkeypatch, request):
-    """Makes the user's folder for caches one that cannot be used; what the line then says."""
+    """Makes the user's folder for caches unusable. The line then says why."""
     if case == "a file in its place":
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -828,7 +840,8 @@ def unusable(case, tmp_path, monkeypatch, request):
         return "No space left on device"
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no entry in passwd; test_serve.py is such a user
+    # the user has no entry in passwd; test_serve.py has such a user
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
 
     def unknown():
         raise RuntimeError("could not determine home directory")
@@ -839,7 +852,7 @@ def unusable(case, tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("case", ["a file in its place", "a folder of the system", "full", "no home"])
 def test_folder_that_cannot_be_used(case, made, tmp_path, monkeypatch, request):
-    """Measured each time, in a folder that lasts as long as who needs it; one line says so."""
+    """The means are measured each time, into a folder that lasts as long as its user. One line says so."""
     monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
     why = unusable(case, tmp_path, monkeypatch, request)
     model, said, before = made(biased, "K biases"), [], sorted(tmp_path.iterdir())
@@ -851,14 +864,14 @@ def test_folder_that_cannot_be_used(case, made, tmp_path, monkeypatch, request):
         scratch.close()
         assert not path.parent.exists()
     path = center_file_for(model, "tbq4_0", 1024, True, [], said.append, Scratch())
-    assert not path.parent.exists()  # whose owner is gone
+    assert not path.parent.exists()  # the owner of this scratch is gone
     with pytest.raises(tbq.TBQError, match="cannot be kept"):
         center_of_model(model, 1024)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_disk_that_fills_up(made, small_disk, monkeypatch):
-    """The message names the file, and nothing is left."""
+    """The message names the file, and no file is left."""
     monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
     model = made(biased, "K biases")
     (small_disk / "other").write_bytes(bytes((1 << 20) - 8192))
@@ -872,10 +885,10 @@ def test_disk_that_fills_up(made, small_disk, monkeypatch):
 
 
 def test_ranges():
-    """The same center for neighbors, one more for four times the context, never beyond what RoPE is set up for."""
-    assert len({measured_over(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
-    ranges = [measured_over(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
+    """Similar contexts share a center, and four times the context has another.  RoPE's context is the limit."""
+    assert len({calibration_context(context, 1 << 20) for context in (1, 512, 2048, 4096, 8192)}) == 1
+    ranges = [calibration_context(context, 1 << 20) for context in (8192, 8193, 32768, 32769, 131072)]
     assert ranges[1] == ranges[2] == 4 * ranges[0] and ranges[3] == ranges[4] == 4 * ranges[1]
-    assert all(context <= measured_over(context, 1 << 20) < 4 * context for context in range(2049, 100_000, 999))
-    assert [measured_over(context, 2048) for context in (100, 2048, 1 << 20)] == [2048] * 3
-    assert measured_over(100_000, 0) == 131072
+    assert all(context <= calibration_context(context, 1 << 20) < 4 * context for context in range(2049, 100_000, 999))
+    assert [calibration_context(context, 2048) for context in (100, 2048, 1 << 20)] == [2048] * 3
+    assert calibration_context(100_000, 0) == 131072

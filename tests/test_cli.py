@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command tbq, and what `tbq paths` promises about the installation."""
+"""The command tbq, and what `tbq paths` says about the installation."""
 
 import json
 import pathlib
@@ -53,11 +53,11 @@ def test_unknown_command():
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_start_from_anywhere(name, bin_dir, tmp_path):
-    """The programs of the wheel find their libraries beside them, not in the build folder."""
+    """The programs of the wheel find the libraries of the wheel, not those in the build folder."""
     result = subprocess.run([bin_dir / name, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "cannot open shared object" not in result.stderr
     assert "usage" in result.stdout.lower()
-    if name != "llama-bench":  # its help has no list of types
+    if name != "llama-bench":  # its help does not list types
         assert "tbq4_0" in result.stdout.lower()
 
 
@@ -73,7 +73,9 @@ def test_nothing_points_into_the_build_folder(bin_dir, lib_dir):
 
 
 def test_libraries_for_the_bindings(lib_dir):
-    """Names under which llama-cpp-python looks for them, and no second copy under a versioned name."""
+    """The libraries have the names that llama-cpp-python looks for, and there is no second copy under a versioned
+    name.
+    """
     names = {path.name for path in lib_dir.iterdir()}
     assert {"libllama.so", "libggml.so", "libmtmd.so"} <= names or sys.platform == "darwin"
     assert not [name for name in names if ".so." in name]
@@ -122,9 +124,11 @@ def test_demo_port_taken(demo_model):
 
 
 def test_server_is_stopped_after_an_error(demo_model):
-    with pytest.raises(tbq.TBQError, match="llama-server ended with status"):
-        with tbq.Server(demo_model, "tbq4_0", options=["--no-such-option"]):
-            pass
+    with (
+        pytest.raises(tbq.TBQError, match="llama-server ended with status"),
+        tbq.Server(demo_model, "tbq4_0", options=["--no-such-option"]),
+    ):
+        pass
     with pytest.raises(RuntimeError), tbq.Server(demo_model, "tbq4_0", options=["-c", "256"]) as server:
         raise RuntimeError
     assert server.process.poll() is not None

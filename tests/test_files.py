@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Files appear whole or not at all: names of any length, full disks, killed writers, several writers, links and modes."""
+"""Files appear whole or not at all.
+
+Names of any length, full disks, killed writers, several writers, links and modes.
+"""
 
 import contextlib
 import errno
@@ -46,7 +49,10 @@ def command(*arguments, **options):
 
 
 def writes(folder, index, model):
-    """What writes a file, by name: (its file, a function that writes it and returns an error's line or None)."""
+    """Everything that writes a file, by name: the file, and a function that writes it.
+
+    The function returns the line of an error, or None.
+    """
 
     def run(*arguments):
         def act():
@@ -99,7 +105,7 @@ def test_name_that_is_too_long(tmp_path, model):
         with pytest.raises(OSError) as error:
             act()
         assert error.value.errno == errno.ENAMETOOLONG and error.value.filename == str(name)
-    with pytest.raises(OSError) as error:  # the parts of a split have longer names than it
+    with pytest.raises(OSError) as error:  # the parts of a split have longer names than the split
         tbq.convert(model, tmp_path / ("n" * 250), split_bytes=50_000)
     assert error.value.errno == errno.ENAMETOOLONG and "-00001-of-" in error.value.filename
     assert os.listdir(tmp_path) == []
@@ -127,7 +133,7 @@ def test_places_that_are_none(tmp_path):
 
 @posix
 def test_standard_output_is_not_replaced(tmp_path, model):
-    """A pipe is refused; /dev/stdout itself, a link, stays."""
+    """A pipe is refused. /dev/stdout, which is a link, stays."""
     done = command("convert", model, "/dev/stdout", "--type", "f16", "--force")
     assert done.returncode == 2 and "/dev/stdout is not a file that can be replaced" in done.stderr
     assert pathlib.Path("/dev/stdout").is_symlink()
@@ -137,7 +143,7 @@ def test_standard_output_is_not_replaced(tmp_path, model):
 def test_links_and_modes(tmp_path, model):
     (tmp_path / "else").mkdir()
     (tmp_path / "link").symlink_to("else/target")
-    for _ in range(2):  # what the link names is not there, then is
+    for _ in range(2):  # the target of the link is missing at first, and then exists
         _files.replace(tmp_path / "link", b"x")
         assert (tmp_path / "link").is_symlink() and (tmp_path / "else" / "target").read_bytes() == b"x"
     for mode in (0o600, 0o444, 0o755):
@@ -183,7 +189,10 @@ def test_split_through_links_to_another_disk(tmp_path, model):
 @posix
 @pytest.mark.parametrize("number", (errno.EINVAL, errno.ENOTSUP, errno.EIO))
 def test_folders_that_cannot_be_flushed(number, tmp_path, monkeypatch):
-    """Only what says that it cannot: an error of the disk is one.  No file system here says so, so os.fsync is made to."""
+    """Only errors that say that a file system cannot flush are ignored, and a disk error is not one.
+
+    No file system here has such an error, so os.fsync is made to raise it.
+    """
     fsync, folders = os.fsync, []
 
     def some(descriptor):
@@ -204,7 +213,7 @@ def test_folders_that_cannot_be_flushed(number, tmp_path, monkeypatch):
 
 @posix
 def test_without_locks(tmp_path, monkeypatch):
-    """What cannot be known to be dead stays."""
+    """A folder stays if it is not known whether its writer is dead."""
     folder = left_behind(tmp_path, "x")
 
     def none(*_):
@@ -220,7 +229,7 @@ def test_without_locks(tmp_path, monkeypatch):
 
 @posix
 def test_folder_that_cannot_be_read():
-    """Written to it can be; root may read everything, so it is somebody else meanwhile."""
+    """The folder can be written and not read. Root may read everything, so the test runs as another user."""
     nobody, root = 65534, os.getuid() == 0
     folder = pathlib.Path(tempfile.mkdtemp())
     try:
@@ -241,7 +250,7 @@ def test_folder_that_cannot_be_read():
 
 @pytest.fixture
 def full(tmp_path):
-    """A folder on a disk of its own with no room but for a page or two, and a function that fills it."""
+    """A folder on a separate disk with room for only a page or two, and a function that fills the disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tbq-test", folder], capture_output=True, text=True)
@@ -255,9 +264,9 @@ def full(tmp_path):
 
 @pytest.mark.parametrize("what", ("save", "build", "convert", "calibrate"))
 def test_full_disk(what, full, index, model):
-    """One line that names the file; what was there stays, and nothing beside it."""
+    """One line names the file. The old file stays, and there is no other file in the folder."""
     path, act = writes(full, index, model)[what]
-    replaces = what in ("save", "calibrate")  # the others ask for --force
+    replaces = what in ("save", "calibrate")  # the other commands need --force
     if replaces:
         path.write_bytes(b"old")
     (full / "filler").write_bytes(bytes(2**20 if what == "save" else 2 * 2**20 - 8 * 4096))
@@ -289,7 +298,7 @@ def test_standard_output_on_a_full_disk():
 
 @pytest.mark.parametrize("at", ("mkdir", "write", "close", "replace"))
 def test_errors_name_the_file(at, tmp_path, monkeypatch):
-    """Whatever fails, on whatever file of ours: the name is the one that was asked for, and nothing is left."""
+    """Whatever fails, on whatever file: the error names the file that the caller asked for, and nothing is left."""
 
     def fails(*_, **__):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "another")
@@ -350,7 +359,7 @@ print("done", flush=True)
 
 
 def writer(path, text):
-    """A process that has written all of a file, and waits for a line before it flushes and renames it."""
+    """A process that has written all of a file, and waits for a line before it flushes and renames the file."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, path, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -366,7 +375,7 @@ def killed(process):
 
 
 def left_behind(folder, name):
-    """What a killed writer of a name leaves."""
+    """What a killed writer leaves."""
     before = set(folder.iterdir())
     killed(writer(folder / name, "dead"))
     (new,) = set(folder.iterdir()) - before
@@ -379,9 +388,9 @@ def test_the_dead_are_removed_and_nobody_else(tmp_path):
     mine, other = left_behind(tmp_path, "mine"), left_behind(tmp_path, "other")
     alive = writer(tmp_path / "mine", "alive")
     (living,) = set(tmp_path.iterdir()) - {mine, other}
-    foreign = tmp_path / f"{mine.name[:-8]}theirs"  # a file, not a writer's folder
+    foreign = tmp_path / f"{mine.name[:-8]}theirs"  # a file, not the folder of a writer
     foreign.write_text("")
-    empty = tmp_path / f"{mine.name[:-8]}00000000"  # killed before it had a lock
+    empty = tmp_path / f"{mine.name[:-8]}00000000"  # this writer was killed before it had a lock
     empty.mkdir()
     _files.replace(tmp_path / "mine", b"new")
     assert set(tmp_path.iterdir()) == {tmp_path / "mine", other, living, foreign}
@@ -417,10 +426,10 @@ while True:
 
 @posix
 def test_many_writers_of_one_name_killed_at_any_moment(tmp_path):
-    """The file is whole at every moment, and after one more save it is alone."""
+    """The file is whole at every moment. After one more save no other file is there."""
     path, rng = tmp_path / "index", random.Random(0)
     Index(64).save(path)
-    for turn in range(4):
+    for _ in range(4):
         writers = [
             subprocess.Popen([sys.executable, "-c", STRESS, path, str(number)], stdout=subprocess.PIPE)
             for number in (1, 2, 3)
@@ -430,7 +439,7 @@ def test_many_writers_of_one_name_killed_at_any_moment(tmp_path):
                 assert process.stdout.readline() == b"ready\n"
             for process in writers:
                 time.sleep(rng.uniform(0.01, 0.2))
-                found = Index.load(path)  # with its checksums
+                found = Index.load(path)  # also verifies its checksums
                 assert len(found) in (0, 5000)
                 process.kill()
         finally:
@@ -444,7 +453,7 @@ def test_many_writers_of_one_name_killed_at_any_moment(tmp_path):
 
 
 def kill_when(process, condition):
-    """SIGKILL to the process and its children, once something is so."""
+    """Kills a process and its children with SIGKILL when a condition is true."""
     end = time.monotonic() + 60
     while process.poll() is None and not condition():
         assert time.monotonic() < end
@@ -481,7 +490,8 @@ def test_killed_convert(options, demo_model, tmp_path):
     kill_when(process, lambda: sum(sizes(tmp_path).values()) > 30 << 20)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tbq-")
-    subprocess.run(arguments, check=True, capture_output=True)  # whole, whatever the dead one was about
+    # the file is whole, whatever the dead writer was writing
+    subprocess.run(arguments, check=True, capture_output=True)
     assert os.listdir(tmp_path) == ["o.gguf"]
 
 

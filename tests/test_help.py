@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The help and the completion of every command: nothing without an explanation, no command without an example."""
+"""The help and the completion of every command: everything has an explanation, and every command has an example."""
 
 import argparse
 import shutil
@@ -11,7 +11,7 @@ from tbq.cli import main
 
 COMMANDS = main.commands(main._parser())
 
-# bash's completion function, called as readline would with a line of words
+# bash's completion function, called as readline calls it, with a line of words
 COMPLETE = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
@@ -43,7 +43,7 @@ def test_help(name):
             assert names == set(action.choices), f"{name}: a command has no line in the help"
         else:
             assert action.help, f"{name}: {'/'.join(action.option_strings) or action.dest} has no help"
-    assert name in parser.format_help()  # a % that argparse would take for a format
+    assert name in parser.format_help()  # fails for a % that argparse takes for a format
 
 
 @pytest.mark.parametrize("shell", ("bash", "zsh", "fish"))

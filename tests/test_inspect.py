@@ -139,7 +139,7 @@ def test_corrupt_and_zero_blocks(tmp_path):
         tmp_path / "a.gguf", {"general.architecture": "llama"}, {"a.weight": (644, (4, 64), packed.tobytes())}
     )
     done = cli(path)
-    assert "1 blocks are zero, 1 ARE DAMAGED (scale NaN or infinite)" in done.stdout and done.stderr == ""
+    assert "1 blocks are zero, 1 ARE CORRUPT (scale NaN or infinite)" in done.stdout and done.stderr == ""
     assert json.loads(cli(path, "--json", "--against", path).stdout)["tensors"][0]["error"] is None
 
 

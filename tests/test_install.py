@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The commands of the Makefile: what they check first, and the one line that a failure comes down to."""
+"""The commands of the Makefile: what they check first, and the one line that reports a failure."""
 
 import math
 import os
@@ -19,7 +19,8 @@ from tbq import _arguments, _limits
     "output, line",
     [
         (
-            "x\n  CMake Error at cmake/llama.cmake:14 (message):\n   tbq: error: patch 0001-a.patch does not apply to b\n\n"
+            "x\n  CMake Error at cmake/llama.cmake:14 (message):\n"
+            "   tbq: error: patch 0001-a.patch does not apply to b\n\n"
             "  *** CMake configuration failed\nERROR: Failed building wheel",
             "patch 0001-a.patch does not apply to b",
         ),
@@ -29,7 +30,8 @@ from tbq import _arguments, _limits
             "the compiler was killed, probably for memory: Killed signal terminated program cc1plus",
         ),
         (
-            "WARNING: Retrying (Retry(total=0 ...\nERROR: Could not find a version that satisfies the requirement cmake\n"
+            "WARNING: Retrying (Retry(total=0 ...\n"
+            "ERROR: Could not find a version that satisfies the requirement cmake\n"
             "ERROR: No matching distribution found for cmake>=3.21\n",
             "cmake>=3.21 is not in the configured package index, or the index cannot be reached",
         ),
@@ -54,7 +56,10 @@ def test_requirements_are_those_of_pyproject():
 
 
 def machine(root, groups, mounts, files, memory="MemAvailable:   16000000 kB"):
-    """A /proc and a /sys of our own.  groups: of /proc/self/cgroup; mounts: (group at the top, where, kind, options)."""
+    """A /proc and a /sys for a test.
+
+    groups: the text of /proc/self/cgroup. mounts: (group at the top, folder, kind, options).
+    """
     (root / "proc" / "self").mkdir(parents=True)
     (root / "proc" / "meminfo").write_text(f"MemTotal:   32000000 kB\n{memory}\n")
     (root / "proc" / "self" / "cgroup").write_text(groups)
@@ -191,7 +196,7 @@ def test_short_memory(tmp_path, monkeypatch):
 
 
 def own_group(controller, files):
-    """A control group of this machine with these limits, or a reason why there can be none."""
+    """A control group of this machine with these limits. A skip with the reason if there can be none."""
     for folder in (pathlib.Path("/sys/fs/cgroup") / controller, pathlib.Path("/sys/fs/cgroup")):
         group = folder / f"tbq-test-{os.getpid()}"
         try:
@@ -217,8 +222,11 @@ def test_a_real_quota():
     """A process in a control group of this machine."""
     group = own_group("cpu", {"cpu.max": "70000 100000", "cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "70000"})
     if isinstance(group, str):
-        pytest.skip(f"this machine lets us make no control group with a quota: {group}")
-    program = "import sys; open(sys.argv[1], 'w').write('0')\nfrom tbq import _limits, _arguments\nprint(_limits.cpus(), _arguments.cores())"
+        pytest.skip(f"no control group with a quota can be made on this machine: {group}")
+    program = (
+        "import sys; open(sys.argv[1], 'w').write('0')\n"
+        "from tbq import _limits, _arguments\nprint(_limits.cpus(), _arguments.cores())"
+    )
     try:
         done = subprocess.run([sys.executable, "-c", program, group / "cgroup.procs"], capture_output=True, text=True)
     finally:
@@ -256,7 +264,7 @@ def test_old_python(monkeypatch):
 
 
 def test_cmake_without_a_compiler(tmp_path):
-    """pip install . does not pass through install.py: CMake has to say it too."""
+    """pip install . does not run install.py, so CMake must report it too."""
     tools = pathlib.Path(sys.executable).parent
     if not (tools / "cmake").exists():
         pytest.skip("cmake is not in this environment (make install)")
@@ -279,7 +287,7 @@ def test_cmake_without_a_compiler(tmp_path):
 
 
 def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
-    """A terminal's Ctrl-C reaches pip's, CMake's and ninja's processes as one."""
+    """A terminal's Ctrl-C reaches the processes of pip, CMake and ninja at the same time."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import install, signal\n"
         "signal.signal(signal.SIGTERM, install.interrupt)\n"
@@ -305,7 +313,7 @@ def test_interrupted_command_ends_with_its_children(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """What make needs of a checkout whose build is complete, with an environment that has pip alone."""
+    """What make needs of a complete checkout, with an environment that has only pip."""
     folder = tmp_path / "before" / "checkout"
     for name in ("bench", "cmake", "ggml_tbq", "patches", "python", "tools", "build"):
         (folder / name).mkdir(parents=True)
@@ -327,7 +335,10 @@ def make(folder, *arguments):
 
 
 def test_moved_checkout(checkout, tmp_path):
-    """Scripts name their Python by its path, so they break where a checkout is moved; make mends them without a build."""
+    """Scripts name their Python by its path, so they break when a checkout is moved.
+
+    make repairs them without a build.
+    """
     assert make(checkout, "install").stdout == "make: Nothing to be done for 'install'.\n"
     moved = tmp_path / "after"
     shutil.move(checkout, moved)
@@ -347,7 +358,7 @@ def test_moved_checkout(checkout, tmp_path):
 
 
 def test_a_server_alone_is_not_all(checkout):
-    """`make demo` needs one stamp, `make install` the other; a full installation has both."""
+    """`make demo` needs one stamp and `make install` the other. A full installation has both."""
     (checkout / "build" / ".installed").unlink()
     assert make(checkout, "-q", "build/.installed-server").returncode == 0
     assert "install.py .venv" in make(checkout, "-n", "install").stdout
@@ -361,7 +372,7 @@ def test_stamps(tmp_path, monkeypatch):
 
 
 def test_a_demo_installs_what_it_runs():
-    """The base requirements have no torch, whatever the extras want; .ci/run measures the whole."""
+    """The base requirements do not include torch, whatever the extras need. .ci/run measures the whole."""
     from importlib.metadata import requires
 
     base = [name for name in requires("ggml-tbq") if "extra ==" not in name]
@@ -371,7 +382,7 @@ def test_a_demo_installs_what_it_runs():
 
 
 def test_editable_install(tmp_path, build_dir):
-    """`pip install -e .` has the sources here and what was built elsewhere."""
+    """`pip install -e .` has the sources here and the built files elsewhere."""
     if not (pathlib.Path(sys.executable).parent / "cmake").exists():
         pytest.skip("cmake is not in this environment (make install)")
     venv = tmp_path / "venv"

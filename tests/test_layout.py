@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The layout of the package: what may import what, and what is read or measured when."""
+"""The layout of the package: which module may import which, and when files are read and keys are measured."""
 
 import ast
 import pathlib
@@ -14,7 +14,7 @@ from tbq.gguf_files import reader
 from tbq.kv_cache import calibrate
 
 PACKAGE = ROOT / "python" / "tbq"
-#: From the ground up: a module imports from its own floor and those below.
+#: From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("_ffi", "_limits", "_key_biases", "errors"),
     ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks"),
@@ -37,7 +37,10 @@ def modules():
 
 
 def imported(tree, of_package=True):
-    """The modules that a module imports, anywhere in it: of this package without "tbq.", or the others."""
+    """The modules that a module imports, anywhere in it.
+
+    of_package: those of this package without "tbq."; otherwise the others.
+    """
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,11 +71,9 @@ def test_nothing_imports_upwards():
 
 
 def test_no_circles():
-    """Between wings of one floor, and between modules."""
+    """Neither wings of one floor nor modules import in a circle."""
     arrows = {
-        name.replace("/", "."): {other for other in imported(tree)}
-        for name, tree in modules().items()
-        if not name.endswith("__init__")
+        name.replace("/", "."): imported(tree) for name, tree in modules().items() if not name.endswith("__init__")
     }
     done = set()
 
@@ -95,7 +96,7 @@ def test_only_the_command_line_knows_argparse():
 
 
 def test_no_name_hides_a_module():
-    """What `import tbq` defines is not the name of a module beside it: tbq.plan.LARGE_BIAS would fail."""
+    """The names that `import tbq` defines are not those of modules: otherwise tbq.plan.LARGE_BIAS would fail."""
     there = {path.stem for path in PACKAGE.iterdir()} - {"__init__"}
     assert not there & set(tbq.__all__)
 
@@ -105,14 +106,14 @@ def test_no_name_hides_a_module():
 
 @pytest.fixture
 def headers(monkeypatch):
-    """The files whose headers were read, in order."""
+    """The names of the files whose headers were read, in order."""
     read, whole = [], reader._read_file
     monkeypatch.setattr(reader, "_read_file", lambda path: (read.append(pathlib.Path(path).name), whole(path))[1])
     return read
 
 
 def test_a_model_is_opened_once(demo_model, headers, tmp_path, capsys):
-    calibrate.center_of_model(demo_model, 512)  # later it is there already
+    calibrate.center_of_model(demo_model, 512)  # measured here, so that it is kept later
     headers.clear()
     server = tbq.Server(demo_model, "tbq4_0", options=["-c", "512"])
     server.prepare()

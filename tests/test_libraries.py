@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Another llama.cpp on the machine, in $LD_LIBRARY_PATH, in the current folder or in the process: ours finds its own libraries."""
+"""Another llama.cpp on the machine: tbq still finds its own libraries.
+
+The other one is in $LD_LIBRARY_PATH, in the current folder or in the process.
+"""
 
 import json
 import os
@@ -15,13 +18,13 @@ from tbq.demo import QUESTION
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="RPATH and LD_LIBRARY_PATH are of ELF systems"
 )
-#: The names of llama.cpp's own libraries, as packages of it have them.
+#: The names of llama.cpp's own libraries, as packages of llama.cpp have them.
 STOCK = ("llama", "ggml", "ggml-base", "ggml-cpu", "llama-common", "mtmd")
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory, lib_dir):
-    """A folder with libraries of llama.cpp's names, and with those of ours, none of which has any symbol."""
+    """A folder with libraries that have the names of llama.cpp's and of tbq's. None of them has any symbol."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler for libraries without symbols")
@@ -45,7 +48,7 @@ def run(command, **options):
 
 def test_programs_with_others_in_the_library_path(bin_dir, stock):
     for path in sorted(bin_dir.iterdir()):
-        if path.name in ("llama-results",):  # a comparison of two files, without help
+        if path.name in ("llama-results",):  # it compares two files and has no help
             continue
         done = run([path, "--help"], env={**ENV, "LD_LIBRARY_PATH": str(stock)})
         assert "undefined symbol" not in done.stderr and "usage" in (done.stdout + done.stderr).lower(), (
@@ -86,7 +89,7 @@ def test_bindings_with_others(where, demo_model, stock, lib_dir, tmp_path):
 
 
 def test_server_in_a_folder_with_others(demo_model, stock):
-    """Backends that are modules are looked for beside ours, not in the current folder."""
+    """Backends that are modules are looked for in tbq's folder, not in the current folder."""
     shutil.copy(stock / "libggml-cpu.so", stock / "libggml-cpu-haswell.so")
     import tbq
 
@@ -101,11 +104,11 @@ def test_server_in_a_folder_with_others(demo_model, stock):
 
 
 def test_names_of_our_own(lib_dir):
-    """Only three empty libraries have names of llama.cpp, for its bindings; what is in them is of ours."""
+    """Only three empty libraries have names of llama.cpp, for its bindings. Their contents are in tbq's libraries."""
     names = {path.name for path in lib_dir.glob("*.so") if not path.name.startswith("libtbq-")}
     assert {"libllama.so", "libggml.so", "libmtmd.so"} <= names
     for name in ("libllama.so", "libggml.so", "libmtmd.so"):
         dynamic = run(["readelf", "-d", lib_dir / name]).stdout
         assert "SONAME" not in dynamic and f"libtbq-{name[3:]}" in dynamic
-    # with TBQ_PORTABLE the CPU backends are modules beside them
+    # with TBQ_PORTABLE the CPU backends are modules in the same folder
     assert all(name.startswith("libggml-") for name in names - {"libllama.so", "libggml.so", "libmtmd.so"})

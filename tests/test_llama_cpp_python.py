@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""tbq.llama: llama-cpp-python's bindings on our libraries, in processes of their own because a process loads them once."""
+"""tbq.llama: llama-cpp-python's bindings with the libraries of tbq.
+
+Each test runs in a new process, because a process loads the libraries only once.
+"""
 
 import json
 import pathlib
@@ -15,7 +18,7 @@ import tbq
 from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
 
-CENTER = 68  # bytes of a state of centered keys: a mark, and the hash of their center
+CENTER = 68  # bytes that a state with centered keys adds: a mark, and the hash of their center
 VENDORED = pathlib.Path(tbq.paths()["lib"]).parent / "_vendor" / "llama_cpp"
 
 for dependency in ("diskcache", "jinja2", "typing_extensions"):
@@ -39,7 +42,7 @@ def python(code, *arguments, path=None, cwd=None, **variables):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, lib_dir):
-    """A llama-cpp-python as pip would install it: the pinned release, with libraries of its own."""
+    """A llama-cpp-python as pip would install it: the pinned release, with its own libraries."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(VENDORED, folder / "llama_cpp")
     shutil.copytree(lib_dir, folder / "llama_cpp" / "lib")
@@ -52,7 +55,8 @@ import tbq
 from tbq.llama import Llama
 assert not {"LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"} & os.environ.keys()
 import llama_cpp, llama_cpp.mtmd_cpp
-found = {"library": llama_cpp.llama_cpp._lib._name, "mtmd": llama_cpp.mtmd_cpp._libmtmd._name, "file": llama_cpp.__file__}
+libraries = {"library": llama_cpp.llama_cpp._lib._name, "mtmd": llama_cpp.mtmd_cpp._libmtmd._name}
+found = {**libraries, "file": llama_cpp.__file__}
 
 def ask(name, model):
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
@@ -76,7 +80,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("installed_too", (False, True))
 def test_generates(installed_too, demo_model, lib_dir, other):
-    """Sensible text from a cache in the types asked for, with the bindings of the wheel or with installed ones."""
+    """Sensible text from a cache with the named types, with the bindings of the wheel or with installed ones."""
     done = python(GENERATE, demo_model, path=other if installed_too else None)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -94,7 +98,7 @@ def test_generates(installed_too, demo_model, lib_dir, other):
         ("f16", "f16"),
     ]
     assert float(caches[0][1]) + float(caches[0][3]) == pytest.approx(found["ours"]["plan"] / 2**20, abs=0.011)
-    # 30 layers, keys and values of 3 heads of 64: 34 bytes a head instead of 128
+    # 30 layers, keys and values of 3 heads of 64: 34 bytes per head instead of 128
     saved = 2 * 30 * 3 * (128 - 34)
     assert found["f16"]["tokens"] == found["ours"]["tokens"]
     assert found["f16"]["state"] - found["ours"]["state"] + CENTER == saved * found["ours"]["tokens"]
@@ -136,7 +140,7 @@ def test_refusals(demo_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for (arguments, message), line in zip(cases, done.stdout.splitlines(), strict=True):
         assert message in line, arguments
-    assert "ignored" not in done.stderr  # of __del__
+    assert "ignored" not in done.stderr  # no exception in __del__
 
 
 IMPORT = """
@@ -153,15 +157,15 @@ except ValueError as error:
 def test_imported_before_with_other_libraries(other, lib_dir):
     lines = python(IMPORT.format(first="llama_cpp"), path=other).stdout.splitlines()
     assert lines[0] == (
-        f"TBQError llama_cpp was imported before, with the libraries in {other / 'llama_cpp' / 'lib'} instead of {lib_dir}; "
-        "import tbq.llama before anything that imports llama_cpp, in a new process"
+        f"TBQError llama_cpp was imported before, with the libraries in {other / 'llama_cpp' / 'lib'} "
+        f"instead of {lib_dir}; import tbq.llama before anything that imports llama_cpp, in a new process"
     )
 
 
 @pytest.mark.parametrize("first", ("llama_cpp", "sys"))
 @pytest.mark.parametrize("line, release", (("__version__ = '0.3.20'\n", "0.3.20"), ("", "of an unknown release")))
 def test_another_release(first, line, release, tmp_path):
-    """Whether it is only installed or imported already."""
+    """Another release is refused, whether it is only installed or imported already."""
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp" / "__init__.py").write_text(line)
     lines = python(IMPORT.format(first=first), path=tmp_path).stdout.splitlines()
@@ -174,7 +178,7 @@ def test_another_release(first, line, release, tmp_path):
 
 
 def test_a_folder_of_that_name_is_no_package(tmp_path):
-    """In the checkout of llama-cpp-python's users, say."""
+    """In a checkout of llama-cpp-python, for example."""
     (tmp_path / "llama_cpp").mkdir()
     done = python("import tbq.llama, llama_cpp; print(llama_cpp.__file__)", cwd=tmp_path)
     assert done.stdout.strip() == str(VENDORED / "__init__.py"), done.stderr
@@ -207,7 +211,7 @@ def sdist():
 
 
 def test_bindings_are_the_pin_s(sdist, tmp_path):
-    """Every module of the package and its license, byte by byte; once."""
+    """The wheel has every module of the package and its license, byte by byte and once."""
     command = [sys.executable, ROOT / "tools" / "patch_series.py", "bindings", tmp_path / "bindings"]
     (tmp_path / ".bindings-tmp-killed").mkdir()
     subprocess.run(command, check=True, capture_output=True)
@@ -291,7 +295,7 @@ print("done")
 
 
 def test_centered_keys(demo_model):
-    """On by default, measured once, better than without; states and files are checked."""
+    """Keys are centered by default and measured once, which is more exact. States and files are checked."""
     done = python(CENTERED, demo_model, ROOT / "README.md")
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr[-3000:]
     assert done.stderr.count("tbq: measuring the mean of the keys") <= 1
@@ -311,7 +315,9 @@ folder = model.center.parent
 del model
 gc.collect()
 assert not folder.exists(), "a center that cannot be kept outlives its model"
-stretched = Llama(sys.argv[1], kv="tbq4_0", rope_scaling_type=2, rope_freq_scale=0.25, kv_overrides={"llama.rope.freq_base": 50000.0, "tokenizer.ggml.add_bos_token": False}, **common)
+overrides = {"llama.rope.freq_base": 50000.0, "tokenizer.ggml.add_bos_token": False}
+yarn = {"rope_scaling_type": 2, "rope_freq_scale": 0.25, "kv_overrides": overrides}
+stretched = Llama(sys.argv[1], kv="tbq4_0", **yarn, **common)
 assert stretched.plan.context_train == 32768 and stretched.center.is_file()
 recurrent = Llama(sys.argv[2], **common)
 assert (recurrent.k, recurrent.v, recurrent.center) == ("f16", "f16", None) and recurrent.eval([1, 2, 3]) is None
@@ -320,7 +326,10 @@ print("done")
 
 
 def test_no_folder_other_rope_no_cache(demo_model, tmp_path):
-    """The center is measured each time where it cannot be kept, with the RoPE that the arguments make; a model without a cache needs no types."""
+    """If the center cannot be kept, it is measured each time, with the RoPE of the arguments.
+
+    A model without a cache needs no types.
+    """
     from test_plan import mamba
 
     (tmp_path / "file").write_text("")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is said about memory is what is used; and the draft model's cache."""
+"""The memory that llama.cpp reports is what it uses, also for a draft model's cache."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from llama_tools import TBQ, Server, cache_line, cache_mib, complete, run
 
 PAIRS = [("tbq4_0", "tbq4_0"), ("tbq3_0", "tbq2_0"), ("tbq2_0", "q8_0"), ("f16", "tbq3_0")]
-MANY = 16384  # cells: two decimals of the MiB are then one part in 10000, less than one byte per row
+MANY = 16384  # with so many cells, two decimals of the MiB are one part in 10000, less than one byte per row
 
 
 @pytest.mark.parametrize("k,v", PAIRS)
@@ -18,7 +18,7 @@ def test_allocated_bytes(bin_dir, demo_model, k, v):
     assert line["cells"] == MANY
     assert line["k_mib"] == pytest.approx(cache_mib(k, MANY), abs=0.0051)
     assert line["v_mib"] == pytest.approx(cache_mib(v, MANY), abs=0.0051)
-    # the buffer itself: K and V of all layers and nothing else
+    # the buffer holds K and V of all layers and nothing else
     buffer = sum(float(x) for x in re.findall(r"KV buffer size = *([\d.]+) MiB", log))
     assert buffer == pytest.approx(cache_mib(k, MANY) + cache_mib(v, MANY), abs=0.0051)
     # upstream compares the compute buffers with what it expected and warns when they differ
@@ -46,14 +46,14 @@ def test_estimate(bin_dir, demo_model, k, v):
 
 @pytest.mark.parametrize("k,v", PAIRS)
 def test_fit_dry_run(bin_dir, demo_model, k, v):
-    """--fit on, asked by itself: it ends well and leaves alone what it need not change."""
+    """--fit on, alone: it ends with status 0 and changes nothing that it need not change."""
     done = run(bin_dir / "llama-fit-params", "-m", demo_model, "-c", 1024, "-ctk", k, "-ctv", v, "-lv", 4)
     assert "-c 1024" in done.stdout
     assert "failed to fit" not in done.stderr and "encountered an error" not in done.stderr
 
 
 def test_compute_buffer(bin_dir, demo_model):
-    """The saving is not eaten by scratch: the compute buffer is f16's, give or take a twentieth."""
+    """Scratch memory does not use up the saving: the compute buffer is that of f16 within 5 %."""
     size = {}
     for t in ("f16", "tbq4_0", "tbq2_0"):
         _, log = complete(bin_dir, demo_model, "a", "-ctk", t, "-ctv", t, "--no-warmup", n=1, n_ctx=MANY)
@@ -68,8 +68,10 @@ PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq4_0"), ("tbq2_0", "tbq3_0"), ("q8_0", "tbq4_0")])
 def test_draft_cache(bin_dir, demo_model, tmp_path, k, v):
-    """The model as its own draft: what the draft proposes is checked, so the text is the one without it, and a draft
-    cache that works gets most of its proposals accepted."""
+    """The model is its own draft.
+
+    A draft is checked, so the text is the one without it.  A draft cache that works gets most of its drafts accepted.
+    """
     types = ("-ctk", "tbq4_0", "-ctv", "tbq4_0")
     with Server(bin_dir, demo_model, tmp_path / "1.log", *types) as server:
         plain = server.complete(PROMPT, n=40)["content"]
@@ -93,7 +95,8 @@ def test_draft_cache(bin_dir, demo_model, tmp_path, k, v):
         log = server.log
     lines = [cache_line(x) for x in log.splitlines() if "llama_kv_cache: size" in x]
     assert {(x["k"], x["v"]) for x in lines} == {("tbq4_0", "tbq4_0"), (k, v)}
-    # Batches differ in size with and without, so a near tie may fall the other way late on; counting has none early.
+    # Batches differ in size with and without a draft, so a near tie may fall the other way late in the text. Counting
+    # has no early near ties.
     assert drafted["content"][:30] == plain[:30] and plain.startswith(" 13, 14, 15")
     proposed, accepted = drafted["timings"]["draft_n"], drafted["timings"]["draft_n_accepted"]
     assert proposed > 10 and accepted / proposed > 0.5, drafted["timings"]

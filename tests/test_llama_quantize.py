@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""tbq as the type of weights: llama-quantize writes them, every program runs them (MUL_MAT, MUL_MAT_ID, GET_ROWS)."""
+"""tbq as the type of weights.
+
+llama-quantize writes them, and every program runs them (MUL_MAT, MUL_MAT_ID, GET_ROWS).
+"""
 
 import pytest
 
 from llama_tools import TBQ, Divergence, complete, n_bytes, python_text, run, tiny_llama
 
-# SmolLM2-135M: the weights that are matrices, and the token embeddings among them (also used as the output matrix)
+# SmolLM2-135M: the weights that are matrices, and among them the token embeddings, which are also the output matrix
 MATRICES, EMBEDDINGS = 134_515_008 - 61 * 576, 49152 * 576
 
 
@@ -27,7 +30,7 @@ def f16(bin_dir, demo_model, folder):
 
 @pytest.fixture(scope="session")
 def pure(bin_dir, f16, folder):
-    """All matrices in one type, by type; made when asked for."""
+    """All matrices in one type, by type; each file is made at its first use."""
     made = {}
 
     def get(kind):
@@ -45,14 +48,16 @@ def kld(bin_dir, f16, folder):
 
 @pytest.mark.parametrize("kind", TBQ)
 def test_size_of_the_file(f16, pure, kind):
-    """To the byte. The headers are alike, so the difference to f16 is the matrices'."""
+    """To the byte. The headers have the same size, so the difference to f16 is that of the matrices."""
     saved = n_bytes("f16", MATRICES) - n_bytes(kind, MATRICES)
     assert pure(kind).stat().st_size == f16.stat().st_size - saved
 
 
 def test_default_mixture(bin_dir, f16, pure, folder):
-    """Without --pure the matrix that is output and embeddings in one keeps more bits, as with upstream's types.
-    llama-quantize takes the name in either case, and its number."""
+    """Without --pure the matrix for output and embeddings keeps more bits, as with upstream's types.
+
+    llama-quantize takes the name in either case, and its number.
+    """
     for i, name in enumerate(("tbq4_0", "TBQ4_0", "644")):
         path, _ = quantize(bin_dir, f16, folder / f"default{i}.gguf", name)
         more = n_bytes("q8_0", EMBEDDINGS) - n_bytes("tbq4_0", EMBEDDINGS)
@@ -71,9 +76,12 @@ def test_one_tensor_by_name(bin_dir, f16, folder):
 
 
 def test_quality(kld, pure):
-    """Against the f16 file, all matrices in one type, measured here: q4_0 0.35, tbq4_0 0.35; tbq3_0 2.1 (upstream's
-    q2_k, of about as many bytes, 1.9); tbq2_0 8.0 and upstream's q2_0, of the same bytes, 17.7. The rest of a good
-    two-bit file is the mixture and the importance matrix, which a model of 135M parameters shows most."""
+    """Compared with the f16 file, all matrices in one type, measured here.
+
+    q4_0 0.35, tbq4_0 0.35. tbq3_0 2.1 (upstream's q2_k, of about as many bytes, 1.9). tbq2_0 8.0 and upstream's q2_0,
+    of the same bytes, 17.7.  A good two-bit file also needs a mixture of types and an importance matrix, which matter
+    most for a model of 135M parameters.
+    """
     q4, four, three, two = (kld(model=pure(kind))["kld"] for kind in ("q4_0", *TBQ))
     assert four < 1.25 * q4, (q4, four)
     assert 2 * four < three < 3.5
@@ -82,7 +90,7 @@ def test_quality(kld, pure):
 
 @pytest.mark.parametrize("kind", ["tbq4_0", "tbq2_0"])
 def test_repacking_and_batch_size(bin_dir, f16, pure, folder, tmp_path, kind):
-    """Whatever the layout in memory and the number of rows, the weights are the same."""
+    """The weights are the same, whatever the layout in memory and the number of rows."""
     kld = Divergence(bin_dir, f16, python_text(folder / "topics.txt"), tmp_path / "logits", n_ctx=256, chunks=1)
     usual = kld(model=pure(kind))["kld"]
     for args in (("--no-repack",), ("-ub", 1), ("-ub", 5)):
@@ -95,14 +103,16 @@ def test_weights_and_cache_together(bin_dir, pure):
 
 
 def test_requantized_to_f16_and_back(bin_dir, f16, pure, kld, folder):
-    """Reading tbq weights (dequantize) and writing them (quantize) are inverse on what is already on the grid, up to
-    the rounding of the half-precision scale."""
+    """Reading tbq weights (dequantize) and writing them (quantize) are inverse for values on the grid.
+
+    The rounding of the half-precision scale is the only difference.
+    """
     back, _ = quantize(bin_dir, pure("tbq4_0"), folder / "back.gguf", "f16", "--allow-requantize")
     assert back.stat().st_size == f16.stat().st_size
     assert kld(model=back)["kld"] == pytest.approx(kld(model=pure("tbq4_0"))["kld"], rel=0.05, abs=0.006)
 
 
-def test_damaged_weights_are_found(bin_dir, pure, folder):
+def test_corrupt_weights_are_found(bin_dir, pure, folder):
     """--check-tensors looks at the scales (ggml_validate_row_data)."""
     path = folder / "corrupt.gguf"
     raw = bytearray(pure("tbq4_0").read_bytes())
@@ -115,8 +125,10 @@ def test_damaged_weights_are_found(bin_dir, pure, folder):
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_random_model(bin_dir, tmp_path, experts):
-    """A small llama and a mixture of experts (MUL_MAT_ID, two of four experts per token) with Gaussian weights, where
-    tbq4_0 should do about as well as q4_0; prompt and generated tokens go through different kernels."""
+    """A small llama and a mixture of experts (MUL_MAT_ID, two of four experts per token) with Gaussian weights.
+
+    tbq4_0 should be about as good as q4_0.  The prompt and generated tokens go through different kernels.
+    """
     source = tiny_llama(tmp_path / "f32.gguf", 64, experts=experts)
     text = tmp_path / "text"
     text.write_text(python_text(text).read_text()[:9000])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What cannot work is refused at once, in one line that says what would."""
+"""What cannot work is refused at once, in one line that says what would work."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ PLAIN = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"}
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Random models by head size, made when asked for."""
+    """Random models by head size; each file is made at its first use."""
     folder, made = tmp_path_factory.mktemp("tiny"), {}
 
     def get(head):
@@ -30,7 +30,7 @@ def attempt(bin_dir, model, *args):
 
 
 def refused(bin_dir, model, *args):
-    """What was said, once the program has ended with an error of its own (an assertion or a crash is not a refusal)."""
+    """The output of a program that ended with an error. An assertion or a crash is not a refusal."""
     done = attempt(bin_dir, model, *args)
     assert done.returncode not in (0, -6, -11), done.stderr
     return done.stderr
@@ -45,7 +45,7 @@ def test_head_size_not_divisible_by_64(bin_dir, models, head, sides):
         assert lines, said
         named = set(re.findall(r"\w+", lines[0])) & PLAIN
         assert named & {"f16", "q8_0"}, lines[0]
-    # What the line recommends must work, on the side it is about (V brings flash attention with it).
+    # The types that the line recommends must work for K or V (V includes flash attention).
     for name in sorted(named):
         other = attempt(bin_dir, models(head), *(x for s in sides for x in (f"-ct{s}", name)))
         assert other.returncode == 0, (name, other.stderr)
@@ -53,7 +53,7 @@ def test_head_size_not_divisible_by_64(bin_dir, models, head, sides):
 
 @pytest.mark.parametrize("head", [80, 112])
 def test_head_size_without_flash_attention(bin_dir, models, head):
-    """Upstream checks the head size only when flash attention may be used; a tbq K is no better off without it."""
+    """Upstream checks the head size only when flash attention may be used. A tbq K cannot work without it either."""
     said = refused(bin_dir, models(head), "-ctk", "tbq4_0", "-fa", "off")
     assert re.search(rf"tbq4_0.*\b{head}\b|\b{head}\b.*tbq4_0", said), said
 
@@ -80,16 +80,18 @@ def test_server_refuses_too(bin_dir, models):
 
 @pytest.mark.parametrize("head", [64, 128, 192, 256, 320, 512])
 def test_head_size_divisible_by_64(bin_dir, models, head):
-    """Random bytes come out, but the same ones from four careful bits as from eight: the first choice of a random
-    model stands out."""
+    """The output is random bytes, but four bits give the same bytes as eight.
+
+    The most likely token of a random model stands out.
+    """
     for t in TBQ:
-        text, log = complete(bin_dir, models(head), "The quick brown fox", "-ctk", t, "-ctv", t, n=8)
+        _, log = complete(bin_dir, models(head), "The quick brown fox", "-ctk", t, "-ctv", t, n=8)
         assert f"K ({t})" in log and f"V ({t})" in log
         assert "nan" not in log.lower()
 
 
 def allowed(help_text):
-    """The names between "allowed values:" and what follows them; the list may go over several lines."""
+    """The names between "allowed values:" and the next text. The list may go over several lines."""
     m = re.search(r"allowed values:([\s\w,]*?)\(", help_text)
     return set(re.findall(r"\w+", m[1])) if m else None
 
@@ -97,7 +99,7 @@ def allowed(help_text):
 @pytest.mark.parametrize("program", ["llama-completion", "llama-cli", "llama-server", "llama-perplexity"])
 @pytest.mark.parametrize("option", ["-ctk", "-ctv"])
 def test_misspelled_type(bin_dir, demo_model, program, option):
-    """One letter too many: the line names the value, the help under it every name that exists."""
+    """With one letter too many, the line names the value, and the help after it every name that exists."""
     done = run(bin_dir / program, "-m", demo_model, option, "tbq4_00", ok=False, timeout=30)
     out = done.stdout + done.stderr
     assert done.returncode not in (0, -6, -11)
@@ -106,7 +108,7 @@ def test_misspelled_type(bin_dir, demo_model, program, option):
 
 
 def test_activation_type_is_no_cache_type(bin_dir, demo_model):
-    """The type inside dot products is never stored, so nobody may ask for it."""
+    """The type inside dot products is never stored, so no user may choose it."""
     done = run(bin_dir / "llama-completion", "-m", demo_model, "-ctk", "tbq8_act", ok=False, timeout=30)
     assert done.returncode not in (0, -6, -11)
     assert allowed(done.stdout + done.stderr) == {*TBQ, *PLAIN}
@@ -124,7 +126,7 @@ def test_quantized_values_want_flash_attention(bin_dir, demo_model):
 
 
 def one_tensor_file(path, type_id):
-    """A file whose only tensor says that it is of the type with this number."""
+    """A file whose only tensor has the type with this number."""
     return write_gguf(
         path,
         {"general.architecture": "llama", "llama.block_count": 1, **byte_tokenizer()},
@@ -134,14 +136,17 @@ def one_tensor_file(path, type_id):
 
 @pytest.mark.parametrize("type_id", [43, 100, 641, 645, 647, 649, 700, 2**31 - 1])
 def test_unknown_type_in_a_file(bin_dir, tmp_path, type_id):
-    """Numbers in the gaps around ours name no type: the file is refused, not read as something else."""
+    """Numbers in the gaps around those of tbq are no types. Such a file is refused, and not read as something else."""
     said = refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id))
     assert re.search(rf"token_embd\.weight.*\b{type_id}\b", said), said
 
 
 @pytest.mark.parametrize("type_id,name", [(648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
 def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
-    """These are made of activations on the fly and have no way back to float: weights of such a type are damage."""
+    """These types are made of activations on the fly and cannot be converted to float.
+
+    So weights of such a type mean a corrupt file.
+    """
     assert re.search(
         rf"token_embd\.weight.*\b{name}\b", refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id))
     )
@@ -159,15 +164,17 @@ def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
     ],
 )
 def test_the_last_line_is_printed(bin_dir, tmp_path, program, arguments, last):
-    """The logger prints from a thread of its own, which the end of the process cut off: the first two lost it in two of
-    three runs."""
+    """The logger prints from a separate thread, which the end of the process cut off.
+
+    The first two programs lost the line in two of three runs.
+    """
     for _ in range(30):
         done = run(bin_dir / program, "-m", tmp_path / "none.gguf", *arguments, ok=False)
         assert done.returncode == 1 and last in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_a_reader_that_takes_its_time_gets_every_line(bin_dir, demo_model):
-    """More lines than the logger's queue and the pipe hold, read after the program would have ended."""
+    """More lines than the logger's queue and the pipe hold are read after the program would have ended."""
     with subprocess.Popen(
         [
             bin_dir / "llama-completion",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The cache as something that is saved, restored, copied and shifted, on the real model."""
 
+import itertools
 import re
 import struct
 import subprocess
@@ -31,13 +32,13 @@ def test_slot_survives_the_process(bin_dir, demo_model, tmp_path, k, v):
         status, restored = server.slot("restore", "slot.bin")
         assert status == 200 and restored["n_restored"] == saved["n_saved"]
         again = server.complete(PROMPT, n=24)
-    # Same cells, same batches: not only alike but the same.
+    # The same cells and the same batches, so not only similar but the same.
     assert again["timings"]["cache_n"] == kept["timings"]["cache_n"]
     assert again["content"] == kept["content"] and len(again["content"]) > 10
 
 
 def test_state_of_another_type_is_refused(bin_dir, demo_model, tmp_path):
-    """By name of the cause and without harm: the server goes on, the slot is empty and works."""
+    """A refusal names the cause and does no harm: the server goes on, and the slot is empty and works."""
     path = ("--slot-save-path", tmp_path)
     with Server(bin_dir, demo_model, tmp_path / "1.log", *types("tbq4_0", "tbq4_0"), *path) as server:
         server.complete(PROMPT, n=4)
@@ -59,14 +60,14 @@ def test_state_of_another_type_is_refused(bin_dir, demo_model, tmp_path):
 
 @pytest.mark.parametrize("k,v", PAIRS)
 def test_prompt_cache_file(bin_dir, demo_model, tmp_path, k, v):
-    """llama-completion --prompt-cache, in three processes: without, writing, reading."""
+    """llama-completion --prompt-cache, in three processes: without the file, writing it, reading it."""
     file = tmp_path / "prompt.bin"
     plain, _ = complete(bin_dir, demo_model, PROMPT, *types(k, v), n=16)
     first, log1 = complete(bin_dir, demo_model, PROMPT, *types(k, v), "--prompt-cache", file, n=16)
     second, log2 = complete(bin_dir, demo_model, PROMPT, *types(k, v), "--prompt-cache", file, n=16)
     assert file.stat().st_size > 30 * 30 * 100
     assert "session file" in log2 or "saved session" in log1
-    # With a file the last prompt token is decoded by itself, so a near tie may fall the other way: "first" is the
+    # With a file the last prompt token is decoded separately, so a near tie may fall the other way. "first" is the
     # same computation as "second", "plain" is not.
     assert second == first and len(first) > 8
     assert plain[:7] == first[:7]
@@ -101,9 +102,10 @@ SHORT = "1, 2, 3, 4,"
 
 
 class SlotFile:
-    """Where each number of a saved slot stands: `fields` is {name: (offset, struct format)}, data of cells left out.
+    """The offset of each number in a saved slot.
 
-    parts: the memories that the model's state consists of, "attention" or "recurrent", in order.
+    `fields` is {name: (offset, struct format)}; the data of cells is left out. parts: the memories that the model's
+    state consists of, "attention" or "recurrent", in order.
     """
 
     def __init__(self, data, parts):
@@ -111,7 +113,7 @@ class SlotFile:
         self.take("magic", "<I"), self.take("version", "<I")
         for i in range(
             self.take("n_tokens", "<I")
-        ):  # the server's own list: a mark, its version, a count, the tokens, no media
+        ):  # the server's list: a mark, its version, a count, the tokens, no media
             self.take(f"tokens[{i}]", "<i")
         for i, part in enumerate(parts):
             getattr(self, part)(f"{part}{i}.")
@@ -141,7 +143,7 @@ class SlotFile:
         assert self.take(p + "n_cells", "<I") == 1
         self.take(p + "pos[0]", "<i"), self.take(p + "n_seq[0]", "<I")
         self.take(p + "s_trans", "<I"), self.take(p + "n_layer", "<I")
-        self.rows(p + "r_", 1, 1)  # of the first layer
+        self.rows(p + "r_", 1, 1)  # the numbers of the first layer
 
     def changed(self, name, value):
         at, fmt = self.fields[name]
@@ -153,15 +155,16 @@ class SlotFile:
 
 
 def some(items, n=3):
-    """The first, the last, and some between."""
+    """The first item, the last one, and some between."""
     items = list(items)
     return items if len(items) <= n else [items[i * (len(items) - 1) // (n - 1)] for i in range(n)]
 
 
 def wrong_values(file):
-    """(field, value) that a restore has to refuse, for every kind of field: first, middle and last of those that repeat.
+    """The pairs (field, value) that a restore must refuse, for every kind of field.
 
-    A token may become another one of the vocabulary and a sequence another number: neither can be told from what was saved.
+    Of fields that repeat, the first, a middle and the last one.  A token may become another one of the vocabulary and
+    a sequence another number: neither can be told from a saved one.
     """
     kinds = {}
     for name in file.fields:
@@ -198,7 +201,10 @@ MEMORIES = {
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
-    """Cut off anywhere, or with any number in it changed: an error, the server lives, the slot is empty and works."""
+    """A file that is cut off anywhere, or has another number in it, gives an error.
+
+    The server lives, and the slot is empty and works.
+    """
     kind, parts, make = MEMORIES[memory]
     model = make(tmp_path / "model.gguf")
     args = (*types(kind, kind), "-fa", "on", "--slot-save-path", tmp_path)
@@ -208,7 +214,7 @@ def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
         file = SlotFile((tmp_path / "good.bin").read_bytes(), parts)
         size = len(file.data)
         if memory != "hybrid":
-            assert file.at == size  # every number of it is known
+            assert file.at == size  # every number of the file is known
 
         sizes = {
             0,
@@ -236,7 +242,7 @@ def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
         after = server.complete(SHORT, n=4)
         assert after["content"] == content and (
             after["timings"]["cache_n"] > 8 or make is not tiny
-        )  # other memories do not go back
+        )  # other memories cannot go back
 
 
 def test_the_answer_says_why_a_slot_is_not_restored(bin_dir, demo_model, tmp_path):
@@ -338,7 +344,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_costs_no_slot(bin_dir, demo_model, tmp_path, small_disk):
-    """The old file stays until the new one is complete, and nothing else is left in the folder."""
+    """The old file stays until the new one is complete, and no other file is left in the folder."""
     with Server(
         bin_dir, demo_model, tmp_path / "log", *types("tbq4_0", "tbq4_0"), "--slot-save-path", small_disk, n_ctx=2048
     ) as server:
@@ -351,7 +357,7 @@ def test_a_full_disk_costs_no_slot(bin_dir, demo_model, tmp_path, small_disk):
         assert [p.name for p in small_disk.iterdir()] == ["slot.bin"] and (small_disk / "slot.bin").read_bytes() == good
         status, restored = server.slot("restore", "slot.bin")
         assert status == 200 and restored["n_restored"] > 30
-        # what a writer that was killed left behind makes room, links stay links, and modes stay
+        # the files of a killed writer make room, links stay links, and modes stay
         (small_disk / "slot.bin").chmod(0o600)
         (small_disk / "link.bin").symlink_to("slot.bin")
         assert server.slot("save", "link.bin")[0] == 200
@@ -371,7 +377,7 @@ def test_a_full_disk_costs_no_prompt_cache(bin_dir, demo_model, small_disk):
 
 
 def test_a_slot_of_a_long_name(bin_dir, demo_model, tmp_path):
-    """255 bytes are legal, so the file that is written first needs a name of its own."""
+    """Names of 255 bytes are legal, so the file that is written first needs a short name."""
     with Server(bin_dir, demo_model, tmp_path / "log", "--slot-save-path", tmp_path) as server:
         server.complete(SHORT, n=1)
         assert server.slot("save", "n" * 255)[0] == 200
@@ -386,8 +392,10 @@ def test_a_slot_of_a_long_name(bin_dir, demo_model, tmp_path):
 @pytest.mark.parametrize("unified", ["--kv-unified", "--no-kv-unified"])
 @pytest.mark.parametrize("k,v", PAIRS)
 def test_copied_sequences_agree(bin_dir, demo_model, tmp_path, k, v, unified):
-    """n = 3: the server evaluates the prompt once and copies the sequence. Unified, that marks cells; apart, it
-    copies the bytes of K and V from stream to stream."""
+    """n = 3: the server evaluates the prompt once and copies the sequence.
+
+    With a unified cache that marks cells.  Otherwise it copies the bytes of K and V from stream to stream.
+    """
     with Server(bin_dir, demo_model, tmp_path / "log", *types(k, v), unified, slots=3, n_ctx=768) as server:
         alone = server.complete(PROMPT, n=12)["content"]
         copies = [c["content"] for c in server.complete(PROMPT, n=12, n_cmpl=3)]
@@ -396,7 +404,7 @@ def test_copied_sequences_agree(bin_dir, demo_model, tmp_path, k, v, unified):
 
 
 def upstream_save_load(build_dir, cwd, *args):
-    """llama.cpp's own test of states and copies: the numbers of its parts that passed, status, output."""
+    """llama.cpp's own test of states and copies: the numbers of the parts that passed, status, output."""
     done = run(next(build_dir.rglob("bin/test-save-load-state")), "-c", 512, "-t", 2, *args, ok=False, cwd=cwd)
     out = done.stdout + done.stderr
     parts = re.split(r"=== Test (\d).*===", done.stdout)
@@ -406,10 +414,10 @@ def upstream_save_load(build_dir, cwd, *args):
 
 @pytest.mark.parametrize("k", TBQ)
 def test_upstream_save_load_keys(build_dir, demo_model, tmp_path, k):
-    """All nine parts, the last of which turns flash attention off and therefore wants an unquantized V.
+    """All nine parts. The last one turns flash attention off and therefore needs an unquantized V.
 
-    Parts 5 and 7 keep a copy on the device. There the unpatched pin copies one element per block for every
-    quantized type (llama_io_write_device takes ggml_element_size for the size of one value) and crashes.
+    Parts 5 and 7 keep a copy on the device.  There the unpatched pin copies one element per block for every quantized
+    type and crashes (llama_io_write_device takes ggml_element_size for the size of one value).
     """
     passed, status, out = upstream_save_load(build_dir, tmp_path, "-m", demo_model, "-ctk", k)
     assert status == 0 and passed == set(range(2, 10)), out[-3000:]
@@ -417,16 +425,19 @@ def test_upstream_save_load_keys(build_dir, demo_model, tmp_path, k):
 
 @pytest.mark.parametrize("k,v", [(k, v) for k, v in PAIRS if v != "f16"])
 def test_upstream_save_load_pairs(build_dir, demo_model, tmp_path, k, v):
-    """Parts 2 to 8; part 1 is the reference, and part 9 cannot run: it turns flash attention off."""
-    passed, status, out = upstream_save_load(build_dir, tmp_path, "-m", demo_model, *types(k, v))
+    """Parts 2 to 8. Part 1 is the reference. Part 9 cannot run, because it turns flash attention off."""
+    passed, _, out = upstream_save_load(build_dir, tmp_path, "-m", demo_model, *types(k, v))
     assert passed >= set(range(2, 9)), out[-3000:]
     assert "quantized V cache requires flash_attn to be enabled" in out
 
 
 def test_upstream_save_load_other_architectures(build_dir, tmp_path):
-    """The same parts on tiny random models: keys of 576 whose first 512 are the values (MLA), one KV head for four
-    heads, sliding windows, attention sinks, logit soft-capping, hybrids with recurrent layers, and caches of keys only
-    (the indexers of sparse attention)."""
+    """The same parts on tiny random models.
+
+    They have keys of 576 whose first 512 are the values (MLA), one KV head for four heads, sliding windows, attention
+    sinks, logit soft-capping, hybrids with recurrent layers, and caches of keys only (the indexers of sparse
+    attention).
+    """
     models = tmp_path / "models"
     models.mkdir()
     names = "deepseek2|deepseek32|deepseek4|glm-dsa|qwen3|gemma2|gemma3|gpt-oss|falcon-h1|qwen2|phi3|lfm2"
@@ -451,7 +462,7 @@ def test_upstream_save_load_other_architectures(build_dir, tmp_path):
 
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq4_0"), ("tbq2_0", "tbq3_0")])
 def test_upstream_restore_into_a_fragmented_cache(build_dir, demo_model, tmp_path, k, v):
-    """ctest would run this one on a model it downloads."""
+    """ctest would run this test on a model that it downloads."""
     program = next(build_dir.rglob("bin/test-state-restore-fragmented"))
     run(program, "-m", demo_model, *types(k, v), "-t", 2, cwd=tmp_path)
 
@@ -460,8 +471,11 @@ def test_upstream_restore_into_a_fragmented_cache(build_dir, demo_model, tmp_pat
 
 
 def count_on(bin_dir, model, k, v, prompt=PROMPT):
-    """Count from 12 for longer than the context: the numbers written, the log. The first four cells stay, as the
-    model leans on them; the rest of the keys are turned to their new positions (dequantized, turned, quantized)."""
+    """Counts from 12 for longer than the context: the numbers written, and the log.
+
+    The first four cells stay, because the model depends on them.  The keys of the others are turned to their new
+    positions (dequantized, turned, quantized).
+    """
     done = run(
         bin_dir / "llama-completion",
         "-m",
@@ -499,28 +513,32 @@ def count_on(bin_dir, model, k, v, prompt=PROMPT):
     ],
 )
 def test_context_shift(bin_dir, demo_model, k, v, share, last):
-    """Before and after the shift the model counts: nearly each number is one more than the last (a coarser cache
-    skips or repeats one now and then, and at three bits starts again from 9 once). f16 is the yardstick: it writes
-    13 to 97."""
+    """The model counts before and after the shift: nearly each number is one more than the last.
+
+    A coarser cache skips or repeats one now and then, and at three bits starts again from 9 once. f16 writes 13 to
+    97.
+    """
     numbers, text = count_on(bin_dir, demo_model, k, v)
     shifted = numbers[numbers.index(67) :] if 67 in numbers else numbers[len(numbers) * 2 // 3 :]
     for part in (numbers, shifted):
-        steps = [b - a for a, b in zip(part, part[1:])]
+        steps = [b - a for a, b in itertools.pairwise(part)]
         assert len(steps) >= 20, text
         assert sum(s in (1, 2) for s in steps) / len(steps) >= share, text
-    assert max(numbers[-2:]) >= last, text  # the last may be cut off: "101, 1"
+    assert max(numbers[-2:]) >= last, text  # the last number may be cut off: "101, 1"
 
 
 @pytest.mark.parametrize("k,v", [("tbq4_0", "tbq2_0"), ("tbq2_0", "tbq2_0")])
 def test_context_shift_two_bits(bin_dir, demo_model, k, v):
-    """At two bits this model loses count, shift or no shift; it must go on writing all the same."""
+    """At two bits this model loses count, with a shift or without. It must still go on writing."""
     numbers, text = count_on(bin_dir, demo_model, k, v)
     assert len(text) > 300 and len(numbers) > 50, text
 
 
 def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
-    """The server's other use of the shift: a chunk that moved within the prompt is turned, not computed again."""
-    # the server takes a slot over when the prompts begin alike
+    """The server uses the shift for another purpose too: a chunk that moved within the prompt is turned and not
+    computed again.
+    """
+    # the server takes over a slot when the prompts begin with the same text
     head, gone, tail = "Here are some words: apple", ", pear, plum, cherry, quince", ". Now we count slowly: " + PROMPT
     with Server(bin_dir, demo_model, tmp_path / "log", *types("tbq4_0", "tbq4_0"), "--cache-reuse", 16) as server:
         server.complete(head + gone + tail, n=1)
@@ -532,8 +550,11 @@ def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
 
 @pytest.mark.parametrize("k", ["f16", *TBQ])
 def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k):
-    """RoPE on the first 32 channels of 64: a block holds channels that turn and channels that stay. The unpatched view
-    of 32 channels would be half a block: without the padding of patch 0004 every tbq type aborts here."""
+    """RoPE on the first 32 channels of 64: a block holds channels that turn and channels that stay.
+
+    The unpatched view of 32 channels would be half a block.  Without the padding of the patch for K-shifts, every tbq
+    type aborts here.
+    """
     model = tiny_llama(tmp_path / "m.gguf", 64, arch="stablelm", rope=32)
     _, text = count_on(bin_dir, model, k, "f16", prompt="abc")
     assert len(text) >= 300

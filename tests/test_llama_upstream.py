@@ -11,22 +11,22 @@ import pytest
 
 from llama_tools import ENV, TBQ, run
 
-# What ctest registers at this pin and cannot pass without a network; the unpatched pin fails these in the same way.
+# What ctest registers at this pin and cannot pass without a network. The unpatched pin fails these in the same way.
 NETWORK = {
     "test-download-model",  # fetches stories15M
-    "test-thread-safety",  # runs on it; on the demo model below
-    "test-state-restore-fragmented",  # runs on it; on the demo model in test_llama_state.py
+    "test-thread-safety",  # needs that model; runs on the demo model below
+    "test-state-restore-fragmented",  # needs that model; runs on the demo model in test_llama_state.py
     "test-arg-parser",  # its last part downloads a file
-    "test-tokenizers-ggml-vocabs",  # clones vocabularies, and passes when it cannot
+    "test-tokenizers-ggml-vocabs",  # clones vocabularies, and passes if it cannot
 }
-# Pass at once when given no model, which says nothing.
+# These pass at once without a model, which proves nothing.
 WANT_A_MODEL = {
     "test-model-load-cancel",
     "test-autorelease",  # on the demo model below
-    "test-backend-sampler",  # aborts on the demo model, unpatched too: wants stories15M's vocabulary
+    "test-backend-sampler",  # aborts on the demo model, unpatched too: it needs stories15M's vocabulary
 }
-# jinja-py: the template engine against Python's jinja2, a minute of nothing that the patches touch.
-# quantize-fns: below, where its lines are read too.
+# jinja-py compares the template engine with Python's jinja2, which takes a minute; the patches do not touch it.
+# quantize-fns runs below, where its lines are read too.
 ELSEWHERE = {"test-jinja-py", "test-quantize-fns"}
 
 
@@ -37,7 +37,7 @@ def program(build_dir, name):
 
 
 def ctest_program(build_dir):
-    """The ctest beside the cmake that configured the folder; pip may have thrown that one away since."""
+    """The ctest in the folder of the cmake that configured the build. pip may have deleted it since."""
     cached = re.search(r"^CMAKE_CTEST_COMMAND:INTERNAL=(.*)$", (build_dir / "CMakeCache.txt").read_text(), re.M)
     for path in (cached and cached[1], shutil.which("ctest"), Path(sys.executable).parent / "ctest"):
         if path and Path(path).is_file():
@@ -47,7 +47,7 @@ def ctest_program(build_dir):
 
 @pytest.fixture(scope="session")
 def ctest(build_dir):
-    """(results by test name, output) of one run of everything that can pass here."""
+    """The results by test name, and the output, of one run of everything that can pass here."""
     skip = "|".join(f"^{name}$" for name in sorted(NETWORK | ELSEWHERE | WANT_A_MODEL))
     done = subprocess.run(
         [
@@ -75,7 +75,7 @@ def ctest(build_dir):
 def test_everything_that_needs_no_network(ctest):
     results, out = ctest
     assert {name: r for name, r in results.items() if r != "Passed"} == {}, out
-    # The ones that walk over all types or all kinds of operation must be there.
+    # The tests that walk over all types or all kinds of operation must be there.
     must = {
         "test-quantize-perf",
         "test-barrier",
@@ -139,13 +139,16 @@ def test_quantize_fns_walks_our_types(build_dir):
 
 
 def backend_ops(build_dir, op, pattern):
-    """(passed, total) of test-backend-ops on the CPU for one operation; each case against a plain float reference."""
+    """The tests that passed and all tests of test-backend-ops on the CPU for one operation.
+
+    Each case is compared with a plain float reference.
+    """
     out = run(program(build_dir, "test-backend-ops"), "test", "-b", "CPU", "-o", op, "-p", pattern, timeout=300)
     text = re.sub(r"\x1b\[[0-9;]*m", "", out.stdout + out.stderr)
     m = re.search(r"(\d+)/(\d+) tests passed", text)
     assert m, text[-3000:]
     assert "FAIL" not in text, text[-3000:]
-    # Of these cases the CPU backend takes none for a quantized type of its own either.
+    # The CPU backend takes none of these cases for its own quantized types either.
     refused = [line for line in text.splitlines() if "not supported" in line and "type_b=f16" not in line]
     assert not refused, refused
     return int(m[1]), int(m[2])
@@ -157,5 +160,5 @@ def backend_ops(build_dir, op, pattern):
 def test_backend_ops(build_dir, op):
     passed, total = backend_ops(build_dir, op, "tbq[234]_0")
     assert passed == total
-    # so many cases at the least that each type is in several; an empty selection also "passes"
+    # enough cases that each type is in several; an empty selection also "passes"
     assert total >= (18 if op == "CENTER_SET_ROWS" else 20)

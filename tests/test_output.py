@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's programs print, as tests/output/ has it recorded from the pin: the values that tbq takes from it.
+"""What llama.cpp's programs print, recorded from the pin in tests/output/, and the values that tbq reads from it.
 
-After a new llama.cpp, record a file again where its test fails: run the program as the name says, on the demo model, in a
-folder of its own so that no path gets in, and keep the lines around what is looked for.
+After an update of llama.cpp, record a file again if its test fails.  Run the program that the name says, on the demo
+model, in an empty folder so that no path gets into the file.  Keep the lines around the pattern.
 """
 
 import pytest
@@ -25,9 +25,9 @@ EXPECTED = [
         ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "tbq2_0", "tbq3_0", "tbq4_0"],
     ),
     (output.cache_types, "server", None),
-    (output.reason, "bench-no-context", "failed to create context with model 'model.gguf'"),
-    (output.reason, "server-unknown-option", "invalid argument: --nosuch"),
-    (output.reason, "center", None),
+    (output.failure_reason, "bench-no-context", "failed to create context with model 'model.gguf'"),
+    (output.failure_reason, "server-unknown-option", "invalid argument: --nosuch"),
+    (output.failure_reason, "center", None),
     (output.last_line, "perplexity-base", "[1]16.6612,[2]15.4728,"),
     (output.center_error, "center-short-text", "the text has 2 tokens, a chunk takes 128"),
     (output.center_error, "center-no-model", "nosuch.gguf cannot be loaded"),
@@ -89,7 +89,7 @@ def test_logs(function, name, value):
 
 
 def test_kl_divergence():
-    """Every figure, and none where the program was cut off before it had all of them."""
+    """Every figure is read, and none from output that was cut off before it had all figures."""
     text = sample("perplexity-kl-divergence")
     assert output.kl_divergence(text) == {
         "ppl": (16.089257, 2.686495),

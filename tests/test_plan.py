@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""tbq plan: what it says a cache will take is what llama.cpp allocates, and what it recommends starts."""
+"""tbq plan: the cache that it computes is what llama.cpp allocates, and the types that it recommends work."""
 
 import json
 import math
@@ -43,9 +43,12 @@ def write_model(
     general=(),
     **fields,
 ):
-    """A model over the byte tokenizer.  tensors(i): shapes of a layer's tensors beside the plain feed-forward network, by
-    name ("attn_k.bias"), None for one that is not there.  size: of a head, if the file names it.  more: shapes of tensors
-    that are in no layer.  general: more metadata.  fields: more of the architecture's, "__" for a dot."""
+    """A model over the byte tokenizer.
+
+    tensors(i): shapes of a layer's tensors in addition to the plain feed-forward network, by name ("attn_k.bias");
+    None for one that is missing. size: size of a head, if the file names it. more: shapes of tensors that are in no
+    layer. general: more metadata. fields: more metadata of the architecture, with "__" for a dot.
+    """
     rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
     vocab = len(tokenizer["tokenizer.ggml.tokens"])
     fields = {
@@ -105,7 +108,7 @@ POST = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
 
 
 def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
-    """Keys with biases: of `bias` times the rest of a key in one layer, 0 in the others."""
+    """Keys with biases: `bias` times the rest of a key in one layer, 0 in the others."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
     path = write_model(
         path,
@@ -141,7 +144,7 @@ def gemma2(path):
 
 
 def gemma3(path):
-    """Seven layers, of which the sixth is global, as the architecture has it."""
+    """Seven layers. The sixth is global, as in this architecture."""
     return write_model(
         path,
         "gemma3",
@@ -154,7 +157,7 @@ def gemma3(path):
 
 
 def gemma4(path):
-    """Heads of another number and size in the windows, and three layers that use the cache of others."""
+    """Window layers with another number and size of heads, and three layers that use the cache of others."""
 
     def layer(i):
         size, kv_heads = (64, 2) if i % 3 != 2 else (128, 1)
@@ -180,7 +183,7 @@ def gemma4(path):
 
 
 def gemma3n(path):
-    """Only the first 20 layers have a cache; the others read it."""
+    """Only the first 20 layers have a cache. The other layers read it."""
     layer = (
         attention(2, 1, 64, norms=True)
         | POST
@@ -269,7 +272,7 @@ def lfm2(path):
 
 
 def openelm(path):
-    """Heads of its own number in each layer."""
+    """Each layer has its own number of heads."""
     heads, kv_heads = [4, 8, 12], [1, 2, 3]
 
     def layer(i):
@@ -284,7 +287,7 @@ def openelm(path):
 
 
 def deci(path):
-    """The layer in the middle has no attention, the last fewer heads."""
+    """The layer in the middle has no attention, and the last layer has fewer heads."""
 
     def layer(i):
         return {"attn_norm.weight": None} if i == 1 else attention(2, [2, 0, 1][i], 64)
@@ -293,7 +296,7 @@ def deci(path):
 
 
 def bert(path, heads=2):
-    """An encoder, with pooling: no cache."""
+    """An encoder with pooling: it has no cache."""
 
     def layer(i):
         biases = {
@@ -345,7 +348,7 @@ def bert(path, heads=2):
 
 
 def mamba(path):
-    """A state, and no keys and values."""
+    """A model with a state and without keys and values."""
 
     def layer(i):
         return {
@@ -397,7 +400,7 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A function from a name in MODELS to the file."""
+    """A function that maps a name in MODELS to the file."""
     folder, made = tmp_path_factory.mktemp("plan"), {}
 
     def get(name):
@@ -412,7 +415,10 @@ def model(tmp_path_factory):
 
 
 class Allocated:
-    """The caches that llama-batched-bench makes: rows (indices of layers, MiB of K, MiB of V), and MiB of recurrent states."""
+    """The caches that llama-batched-bench makes.
+
+    Rows (indices of layers, MiB of K, MiB of V), and MiB of recurrent states.
+    """
 
     def __init__(self, bin_dir, path, k, v, context, parallel=1, unified=True, swa_full=False, ubatch=512):
         arguments = (
@@ -440,7 +446,7 @@ class Allocated:
             *(["-kvu"] if unified else []),
             *(["--swa-full"] if swa_full else []),
         )
-        # at this line everything is allocated; what the model then computes does not matter here
+        # at this line everything is allocated; what the model computes afterwards does not matter here
         done = run(bin_dir / "llama-batched-bench", *arguments, ok=False)
         self.log = done.stdout + done.stderr
         self.started = "reserve took" in self.log
@@ -457,8 +463,11 @@ class Allocated:
 
 
 def assert_same(plan, k, v, real):
-    """llama.cpp prints hundredths of a MiB, 10,486 bytes.  A layer of 256 cells with one block more or less, 18 bytes or more,
-    would differ by 4,608 in a sum of few lines, so the contexts of these tests make any wrong layer, head or type show."""
+    """llama.cpp prints hundredths of a MiB, which are 10,486 bytes.
+
+    A layer of 256 cells with one block more or less, at least 18 bytes, would differ by 4,608 bytes in a sum of few
+    lines.  So any wrong layer, head or type shows at the contexts of these tests.
+    """
     assert real.started, real.log[-2000:]
     pair = plan.pair(k, v)
     near = pytest.approx
@@ -466,11 +475,11 @@ def assert_same(plan, k, v, real):
     assert sum(c[1] for c in real.caches) == near(pair.k_bytes / MIB, abs=slack), (real.caches, pair)
     assert sum(c[2] for c in real.caches) == near(pair.v_bytes / MIB, abs=slack), (real.caches, pair)
     assert real.states == near(plan.state_bytes / MIB, abs=0.0051)
-    if "window" in pair.by_kind and len(real.caches) == 2:  # the global one comes first
+    if "window" in pair.by_kind and len(real.caches) == 2:  # the global cache comes first
         for (layers, *sizes), kind in zip(real.caches, ("global", "window")):
             assert sizes == [near(n / MIB, abs=0.0051) for n in pair.by_kind.get(kind, (0, 0))]
             assert layers == [layer.index for layer in plan.layers if layer.kind == kind]
-    elif len(real.caches) == 1 and plan.architecture != "deci":  # which makes empty tensors for layers without heads
+    elif len(real.caches) == 1 and plan.architecture != "deci":  # it makes empty tensors for layers without heads
         assert real.caches[0][0] == [layer.index for layer in plan.layers if layer.kind != "none"]
 
 
@@ -513,12 +522,15 @@ def test_demo_model(demo_model, bin_dir):
     assert plan.pair("f16", "f16").bytes == 2 * 2 * 1024 * 30 * 3 * 64
 
 
-# -- every architecture of which llama.cpp makes a model ----------------------------------------------------------------
+# -- every architecture that llama.cpp makes a model of ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def architectures(build_dir):
-    """llama.cpp's own tiny models, one or two of each architecture; 1 GB, so they do not outlive this file."""
+    """llama.cpp's own tiny models, one or two of each architecture.
+
+    They take 1 GB, so they do not outlive this file.
+    """
     program = build_dir / "bin" / "test-llama-archs"
     if not program.is_file():
         pytest.skip("test-llama-archs was not built")
@@ -532,7 +544,7 @@ def test_every_architecture(architectures, bin_dir):
     assert len(files) > 100
     unknown = set()
     for path in files:
-        options = dict(context=8192, parallel=64)  # recurrent states are small; of many sequences they show
+        options = dict(context=8192, parallel=64)  # recurrent states are small and show only with many sequences
         try:
             plan = tbq.plan(path, **options)
         except tbq.TBQError:
@@ -544,8 +556,11 @@ def test_every_architecture(architectures, bin_dir):
 
 
 def stretched(source, target, layers, like, *without, **more):
-    """A copy of a model with more layers; layer i is a copy of layer like(i), without tensors if that is None.
-    Metadata in `without` are left out, numbers in `more` are put in."""
+    """A copy of a model with more layers.
+
+    Layer i is a copy of layer like(i), or has no tensors if that is None.  Metadata in `without` are left out,
+    numbers in `more` are added.
+    """
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -641,7 +656,7 @@ def test_recurrent_layers_where_the_file_does_not_list_them(name, interval, arch
     "name", ["deepseek2-moe", "mimo2-moe", "bailingmoe3-moe", "cohere2moe-moe", "deepseek32-moe", "glm-dsa-moe"]
 )
 def test_layers_that_predict_further_tokens(name, architectures, bin_dir, tmp_path):
-    """A file may come without the tensors of its last layer, which drafts; most architectures make no cache for it."""
+    """A file may come without the tensors of its last layer, which drafts. Most architectures make no cache for it."""
     path = stretched(
         architectures / f"{name}.gguf", tmp_path / "model.gguf", 3, (0, 1, None).__getitem__, nextn_predict_layers=1
     )
@@ -672,12 +687,15 @@ def test_longest_context_is_the_last_that_fits(name, unified, model):
 def test_memory_that_is_too_small(model):
     plan = tbq.plan(model("llama"), context=4096, memory="3M")  # the weights alone are larger
     assert plan.fits is False and all(pair.longest == 0 and pair.fits is False for pair in plan.pairs)
-    assert plan.reason == "nothing fits 4096 tokens in the memory; this comes nearest, with 0"
+    assert plan.reason == "no pair fits 4096 tokens in the memory; this one comes nearest, with 0 tokens"
     assert "none fits" in report(plan)
 
 
 def test_context_follows_the_memory(model):
-    """Nobody asked for a context: quality stays and the context gives way, unless a little fewer bits reach all of it."""
+    """Without a context from the user, the context gets shorter before the quality drops.
+
+    The exception: slightly fewer bits are enough for the whole context.
+    """
     path = model("llama")
     everything = tbq.plan(path).pair("tbq4_0", "tbq4_0").bytes
     less = tbq.plan(path).pair("tbq4_0", "tbq3_0").bytes
@@ -703,14 +721,17 @@ def test_recommends_4_bits_and_fewer_if_it_must(demo_model):
 
 
 def test_leaves_a_small_cache_alone(demo_model):
-    plan = tbq.plan(demo_model, context=256)  # 6 MiB of f16 beside weights of 92
+    plan = tbq.plan(demo_model, context=256)  # 6 MiB of f16 cache, 92 of weights
     assert plan.recommended == ("f16", "f16")
-    assert "small beside the weights" in plan.reason
+    assert "small compared with the weights" in plan.reason
     assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
 
 
 def test_a_token_reads_few_of_the_experts(tmp_path):
-    """2 of 8 are 6 of the 24 MiB: a cache of 1 MiB is not small beside that, although it is beside the file."""
+    """2 of 8 experts are 6 of the 24 MiB.
+
+    A cache of 1 MiB is not small compared with that, although it is compared with the file.
+    """
     path = tiny_llama(tmp_path / "model.gguf", 64, experts=8)
     assert tbq.plan(path, context=256).recommended == ("f16", "f16")
     plan = tbq.plan(path, context=1024)
@@ -729,13 +750,13 @@ def test_sinks_keep_f16_keys(model):
     "bias,kept", [(0.0, "tbq4_0"), (0.5 * LARGE_BIAS, "tbq4_0"), (1.5 * LARGE_BIAS, "q8_0"), (1e4, "q8_0")]
 )
 def test_large_key_biases_keep_q8_0_keys(bias, kept, tmp_path):
-    """One layer of many is enough: what its heads attend to is lost for all that follow."""
+    """One layer of many is enough: what its heads attend to is lost for all layers after it."""
     path = qwen2(tmp_path / "model.gguf", bias, layer=1, layers=3)
     plan = tbq.plan(path, context=32768)
     assert plan.recommended == (kept, "tbq4_0")
     if kept == "q8_0":
         assert list(plan.large_key_biases) == [1]
-        assert plan.large_key_biases[1] == pytest.approx(bias, rel=0.1)  # every 8th row is read
+        assert plan.large_key_biases[1] == pytest.approx(bias, rel=0.1)  # the plan reads every 8th row
         assert any(re.search(r"large key biases in 1 of 3 layers \(layer 1: ", text) for text in plan.warnings)
     else:
         assert not plan.large_key_biases and plan.warnings[1:] == ()
@@ -743,18 +764,21 @@ def test_large_key_biases_keep_q8_0_keys(bias, kept, tmp_path):
 
 @pytest.mark.parametrize("context,center", [(256, True), (1 << 20, False)])
 def test_biases_that_centering_removes(context, center, tmp_path):
-    """On pairs of channels that turn slowly for the context: tbq keys, if they are centered.  In the others: q8_0 keys, as above."""
+    """Large biases in slow channels: tbq keys that must be centered.
+
+    Large biases in fast channels: q8_0 keys, as above.
+    """
     import gguf
 
     path = qwen2(tmp_path / "model.gguf", 0.0)
     reader = gguf.GGUFReader(path, "r+")
     bias = next(t for t in reader.tensors if t.name == "blk.1.attn_k.bias").data
-    bias[28:32], bias[60:64] = 20, 20  # of 32 pairs, half a head apart: the slowest four
+    bias[28:32], bias[60:64] = 20, 20  # the slowest four of 32 NEOX pairs
     reader.data.flush()
     long = (
         "--override-kv",
         "qwen2.context_length=int:1048576",
-    )  # no sequence of llama-server is longer than what a model was trained for
+    )  # no sequence of llama-server is longer than the context that the model was trained for
     plan = tbq.plan(path, context=context, memory="1M", cache_only=True, options=long)
     assert list(plan.large_key_biases) == [1] and plan.center == center
     assert any(("center the keys" in text) == center for text in plan.warnings if "large key biases" in text)
@@ -771,7 +795,10 @@ def test_biases_that_centering_removes(context, center, tmp_path):
 
 
 def test_fused_projections_have_key_biases_too(tmp_path):
-    """phi2 and others keep queries, keys and values in one tensor; a large bias of the queries or values is none of the keys."""
+    """phi2 and others keep queries, keys and values in one tensor.
+
+    A large bias of queries or values is not one of the keys.
+    """
     import gguf
 
     for part, kept in ((0, "tbq4_0"), (1, "q8_0"), (2, "tbq4_0")):
@@ -785,7 +812,7 @@ def test_fused_projections_have_key_biases_too(tmp_path):
 
 
 def test_biases_that_cannot_be_judged(tmp_path):
-    """Corrupt or unusual tensors of biases: a warning, and the plan all the same."""
+    """Corrupt or unusual tensors of biases: a warning, but still a plan."""
     for name, shapes in {
         "shape": {"attn_k.bias": (32,)},
         "axes": {"attn_k.weight": (2, 64, 128)},
@@ -804,11 +831,11 @@ def test_biases_that_cannot_be_judged(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "tbq4_0", "q4_k"])
-def test_biases_beside_quantized_weights(kind, bin_dir, tmp_path):
-    """The figure barely depends on the type of the weights, ours included."""
+def test_biases_with_quantized_weights(kind, bin_dir, tmp_path):
+    """The ratio barely depends on the type of the weights, tbq types included."""
     path = qwen2(tmp_path / "f32.gguf", 2 * LARGE_BIAS, heads=4, kv_heads=2)
     small = tmp_path / "small.gguf"
-    # --pure: otherwise some tensors get types of their own
+    # without --pure, some tensors get other types
     run(bin_dir / "llama-quantize", "--pure", path, small, kind)
     a, b = tbq.plan(path, context=32768), tbq.plan(small, context=32768)
     assert b.weights_bytes < a.weights_bytes / 1.8 and b.layers == a.layers
@@ -844,7 +871,7 @@ def test_longer_than_trained(model):
 
 @pytest.mark.parametrize("make", (bert, mamba))
 def test_no_cache(make, bin_dir, tmp_path):
-    """An answer, not an error: llama.cpp runs them."""
+    """A plan, not an error: llama.cpp runs these models."""
     path = make(tmp_path / "model.gguf")
     plan = tbq.plan(path, parallel=3)
     assert (
@@ -880,7 +907,8 @@ def test_no_cache_types_to_compare(tmp_path):
 
 # -- options that change what the file says ----------------------------------------------------------------------------
 
-#: Options; what llama-server then gives a sequence at most; what RoPE reaches.  Of a model that was trained for 4096 tokens.
+#: Options, the most tokens that llama-server then gives a sequence, and the tokens that RoPE is set up for. The model
+#: was trained for 4096 tokens.
 STRETCHED = {
     "nothing": ((), 4096, 4096),
     "YaRN": (("--rope-scaling", "yarn", "--rope-scale", "4"), 16384, 16384),
@@ -932,13 +960,13 @@ def test_contexts_that_options_make(name, trained_for_4096, bin_dir, tmp_path):
     plan = tbq.plan(trained_for_4096, options=options)
     assert (plan.context_train, plan.context) == (slot, slot)
     assert read_model(trained_for_4096, options).context == reach
-    if name != "nonsense":  # which it refuses
+    if name != "nonsense":  # llama-server refuses it
         with Server(bin_dir, trained_for_4096, tmp_path / "log", *options, n_ctx=32768) as server:
             assert int(re.search(r"n_ctx_slot = (\d+)", server.log)[1]) == slot
 
 
 def test_options_that_change_the_cache(trained_for_4096, bin_dir):
-    """--override-kv reaches what the plan reads, and -fa off what it recommends."""
+    """--override-kv changes what the plan reads, and -fa off what it recommends."""
     options = ("--override-kv", "llama.attention.head_count_kv=int:2")
     assert tbq.plan(trained_for_4096, options=options).layers[0].kv_heads == 2
     for options in (("-fa", "off"), ("--flash-attn", "0")):
@@ -996,7 +1024,7 @@ def test_split_model(demo_model, bin_dir, tmp_path):
 
 
 def test_truncated_anywhere(model, tmp_path):
-    """Wherever a file ends, an error in one line and never a crash, a hang or figures."""
+    """Wherever a file ends, there is an error of one line, and never a crash, a hang or a plan."""
     data, path = Path(model("qwen2")).read_bytes(), tmp_path / "cut.gguf"
     for length in (*range(64), *range(64, 9000, 97), *range(9000, len(data), len(data) // 20), len(data) - 1000):
         path.write_bytes(data[:length])
@@ -1005,8 +1033,8 @@ def test_truncated_anywhere(model, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_damaged_anywhere(model, tmp_path):
-    """A byte of the header that is something else: figures or an error of ours."""
+def test_corrupt_anywhere(model, tmp_path):
+    """With another byte in the header there is a plan or a TBQError."""
     data, path, rng = bytearray(Path(model("qwen2")).read_bytes()), tmp_path / "corrupt.gguf", np.random.default_rng(0)
     for at in [*range(600), *rng.integers(600, 9000, 300)]:
         changed = bytearray(data)
@@ -1023,7 +1051,7 @@ def test_damaged_anywhere(model, tmp_path):
     [
         ({}, "names no general.architecture"),
         ({"general.architecture": "bert"}, "has no bert.block_count"),
-        ({"general.architecture": "clip"}, "is no language model"),
+        ({"general.architecture": "clip"}, "is not a language model"),
         ({"general.architecture": "deepseek4"}, "compressed cache whose size this command does not know"),
         ({"general.architecture": "llama"}, "has no llama.block_count"),
         ({"general.architecture": "llama", "llama.block_count": 100000}, "takes 1 to 512 layers"),
@@ -1081,7 +1109,7 @@ def test_plot(name, model, tmp_path):
 
 
 def test_plot_shows_the_bytes(model, tmp_path, monkeypatch):
-    """The curves are those of bytes_at, with the memory as a line."""
+    """The curves are those of bytes_at, and the memory is a line."""
     figure = pytest.importorskip(
         "matplotlib.figure", reason="the pictures need matplotlib (pip install 'ggml-tbq[plot]')"
     )

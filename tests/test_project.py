@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What surrounds the code: licenses, notices, one version everywhere, documents that quote what exists."""
+"""What surrounds the code: licenses, notices, one version everywhere, and documents that quote what exists."""
 
 import importlib.metadata
 import pathlib
@@ -62,7 +62,7 @@ def test_no_extra_is_empty():
 
 # --- the notices ------------------------------------------------------------------------------------------------------
 
-# a wrapper of llama.cpp's own around the folders in it
+# a wrapper by llama.cpp around the folders in it
 OWN = {"vendor/hash"}
 VERSIONS = {
     "vendor/cpp-httplib": ("httplib.h", r'#define CPPHTTPLIB_VERSION "([\d.]+)"'),
@@ -74,7 +74,7 @@ VERSIONS = {
 
 
 def words(text):
-    """Text without its lines, comment marks and indentation."""
+    """The words of a text, without line breaks, comment marks and indentation."""
     return " ".join(re.sub(r"(?m)^\s*(?://|\*|#)+|\s+", " ", text).split())
 
 
@@ -85,7 +85,7 @@ def tree(build_dir):
 
 @pytest.fixture(scope="module")
 def rows():
-    """The table: {source: (software, version)}."""
+    """The table of the notices: {source: (software, version)}."""
     found = {}
     for line in re.findall(r"(?m)^\| (.+) \|$", NOTICES)[1:]:
         software, version, _, sources, _ = [cell.strip() for cell in line.split("|")]
@@ -116,7 +116,7 @@ def test_notices_have_every_license_file(tree, build_dir):
 
 
 def test_notices_have_the_licenses_inside_sources(tree):
-    """Of libraries that are one file: what stands in the notices stands there."""
+    """Libraries of one file: the notices have the text of the license in that file."""
     for section, name in (
         ("stb_image", "vendor/stb/stb_image.h"),
         ("miniaudio", "vendor/miniaudio/miniaudio.h"),
@@ -139,7 +139,10 @@ def test_notices_have_the_versions(tree, rows):
 
 
 def test_notices_name_every_copyright(tree):
-    """Of what is compiled; a holder whose code llama.cpp takes over into files of its own is found here."""
+    """Every copyright in compiled files.
+
+    It also finds holders whose code llama.cpp copies into its own files.
+    """
     folders = ("ggml/src/ggml-cpu", "ggml/src/ggml-cuda", "src", "common", "tools", "vendor")
     sources = [
         *(tree / "ggml" / "src").glob("*.*"),
@@ -149,7 +152,7 @@ def test_notices_name_every_copyright(tree):
     for path in sources:
         if (
             path.suffix in (".c", ".cpp", ".cu", ".cuh", ".h", ".hpp") and "kleidiai" not in path.parts
-        ):  # an option that is off
+        ):  # kleidiai is an option that is off
             holders.update(
                 re.findall(
                     r"(?:Copyright(?: \(c\))?|SPDX-FileCopyrightText:) *\d{4}[\d ,-]* ([^<.\n]+)",
@@ -186,7 +189,7 @@ def test_version_stands_in_the_header_alone():
 
 
 def test_links_lead_to_files(tracked):
-    """Links to places in this repository, of every document."""
+    """Links to places in this repository, from every document."""
     count = 0
     for path in tracked:
         if path.suffix == ".md":
@@ -197,7 +200,7 @@ def test_links_lead_to_files(tracked):
 
 
 def messages():
-    """Every text of the build, the commands and the patches, literals that follow each other joined."""
+    """Every text of the build, the commands and the patches. Adjacent literals are joined."""
     names = [
         ROOT / "CMakeLists.txt",
         *ROOT.glob("cmake/*.*"),
@@ -220,7 +223,7 @@ def test_troubleshooting_quotes_messages_that_exist():
 
 
 def test_readme_repeats_figures_of_their_page():
-    """Every divergence in the README stands on the page that owns it, digit for digit."""
+    """Every divergence in the README is on the page that owns it, digit for digit."""
     found = re.findall(r"\b\d\.\d{4}\b", read("README.md"))
     assert len(found) > 30
     owned = set(re.findall(r"\b\d\.\d{4}\b", read("docs/measurements/quality.md")))

@@ -62,7 +62,7 @@ def table(demo_model, folder):
 
 @pytest.fixture(scope="module")
 def found(demo_model):
-    """The same measured again, as JSON."""
+    """The same measurement again, as JSON."""
     done = run("--model", demo_model, *SMALL, "--types", ",".join(TYPES), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -74,7 +74,7 @@ def rows(table):
 
 
 def test_two_runs_agree(table, found):
-    """To the last digit that is printed."""
+    """The figures agree to the last digit that is printed."""
 
     def text(value, digits, scale=1):
         return perplexity.Value(**value).text(digits, scale)
@@ -93,7 +93,7 @@ def test_two_runs_agree(table, found):
 
 
 def test_figures(found):
-    """Those that tests/test_llama_perplexity.py knows of this model, from another path through the same program."""
+    """The figures are those that tests/test_llama_perplexity.py gets for this model in another way."""
     pairs = found["pairs"]
     assert list(pairs) == list(ROWS) and found["failures"] == {}
     assert all(pair["centered"] == name.endswith(" centered") for name, pair in pairs.items())
@@ -110,7 +110,7 @@ def test_figures(found):
         (4.25, 3.25),
         (2.25, 2.25),
     ]
-    # 254 scores do not tell small gains from noise; where there is much to gain, it shows
+    # 254 scores cannot tell small gains from noise, so only large gains are compared
     assert kld["tbq2_0 centered"] < 0.8 * kld["tbq2_0"]
 
 
@@ -150,11 +150,12 @@ def test_commands_give_the_same(found, bin_dir, tmp_path):
             break
     assert number(r"Mean +KLD", out) == found["pairs"]["tbq4_0"]["kld"]["mean"]
     cut = out[: out.index("Same top p:")]
-    assert perplexity.parse_scores(out) and not perplexity.parse_scores(cut)  # what was lost is not read as a result
+    # an output that was cut off is not read as a result
+    assert perplexity.parse_scores(out) and not perplexity.parse_scores(cut)
 
 
 def test_picture(table, folder):
-    """It is drawn of what was measured; nothing else is left beside it."""
+    """The picture shows what was measured, and no other file is left in the folder."""
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert sorted(path.name for path in folder.iterdir()) == ["quality.png", "scratch"]
 
@@ -164,7 +165,8 @@ def test_picture_has_both_series_and_every_label():
     model = Model(pathlib.Path("m.gguf"), 0, 2, None)
     report = quality.Quality(model, 256)
     some = perplexity.Value(1.0, 0.1)
-    for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):  # two of the same bits
+    # two types with the same number of bits
+    for i, name in enumerate(("f16", "q8_0", "q4_0", "iq4_nl", "tbq4_0", "tbq2_0")):
         report.scores[TypePair(name, name)] = perplexity.Score(
             some, some, perplexity.Value(0.01 * i, 0.001), 1, some, some
         )
@@ -184,7 +186,7 @@ def test_without_centering(demo_model):
 
 
 def test_keys_that_cannot_be_centered(tmp_path):
-    """One warning, and the rows that were asked for."""
+    """There is one warning, and the rows that the user named."""
     from test_plan import gemma2
 
     done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,tbq4_0")
@@ -193,7 +195,7 @@ def test_keys_that_cannot_be_centered(tmp_path):
 
 
 def test_text_of_the_user(demo_model, tmp_path):
-    """A pair that the model cannot have is named at the end; the others are measured, on the text given."""
+    """A pair that the model cannot have is named at the end. The other pairs are measured, on the given text."""
     model = tiny_llama(tmp_path / "tiny.gguf", 80)
     text = tmp_path / "a text.txt"
     text.write_text("Grüße, world. " * 60, encoding="utf-8")
@@ -209,7 +211,7 @@ def test_text_of_the_user(demo_model, tmp_path):
 
 @pytest.fixture
 def wrong(tmp_path, demo_model):
-    """Files that are not what they should be."""
+    """Files that are not as they should be."""
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text(" \n\n")
@@ -278,7 +280,7 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_file_that_cannot_grow(demo_model, tmp_path):
-    """As on a disk that fills up while it runs."""
+    """The disk fills up during the run."""
     done = run(
         "--model",
         demo_model,
@@ -298,7 +300,7 @@ def test_file_that_cannot_grow(demo_model, tmp_path):
 
 
 def children_in(folder, word):
-    """Processes that run below a folder with a word in their arguments."""
+    """Processes in a folder with a word in their arguments."""
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -313,7 +315,7 @@ def children_in(folder, word):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
-    """The pair that was done is printed; folder and child are gone."""
+    """The finished pair is printed. The folder and the child process are gone."""
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     process = subprocess.Popen(
         [
@@ -349,7 +351,7 @@ def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
 
 
 def test_bytes_do_not_count_what_does_not_grow():
-    """Nor is a number made up for a cache that is not known."""
+    """No number is made up for a cache that is not known."""
     of = {"block_count": 3, "attention.head_count": 8, "embedding_length": 512, "context_length": 64}
 
     def cache(architecture, **more):
@@ -366,7 +368,7 @@ def test_bytes_do_not_count_what_does_not_grow():
 
 
 def test_split_models_hash(tmp_path):
-    """As `cat model-*.gguf | sha256sum`."""
+    """The same as `cat model-*.gguf | sha256sum`."""
     for i in (1, 2):
         (tmp_path / f"model-{i:05}-of-00002.gguf").write_bytes(bytes([i]) * 100)
     assert sha256(tmp_path / "model-00001-of-00002.gguf") == hashlib.sha256(b"\1" * 100 + b"\2" * 100).hexdigest()

@@ -35,7 +35,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's
 
 @pytest.fixture(autouse=True, scope="module")
 def measured(demo_model):
-    """The means of the keys at the contexts of these tests, some 3 seconds: otherwise a test would wait for them."""
+    """The means of the keys for the contexts of these tests.
+
+    They take about 3 seconds, and otherwise a test would wait for them.
+    """
     center_of_model(demo_model, 512)
 
 
@@ -45,7 +48,7 @@ def waiting_threads_sleep(monkeypatch):
 
 
 class Serve:
-    """`tbq serve` as a process of its own; what it prints so far is in out and err."""
+    """A `tbq serve` process. What it has printed so far is in out and err."""
 
     def __init__(self, *arguments, env=None, without=(), become=(), **popen):
         environment = {name: value for name, value in {**ENV, **(env or {})}.items() if name not in without}
@@ -104,7 +107,7 @@ def wait_for(condition, seconds=30):
 
 
 def children(pid):
-    """Of a process, on Linux."""
+    """The state of a process, on Linux."""
     found = []
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -183,7 +186,7 @@ def test_auto(demo_model):
 
 
 def test_another_context_than_planned(demo_model, tmp_path):
-    """llama-server has a settings file of its own; a GPU's memory can do the same."""
+    """llama-server may read its settings from a file. The memory of a GPU can change the context too."""
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "config.ini").write_text("ctx-size = 777\n")
     with Serve(
@@ -202,7 +205,7 @@ def test_a_run_that_ends_by_itself(demo_model):
 @linux
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signal_while_loading(demo_model, number):
-    """llama-server has no handlers yet, so the signal ends it."""
+    """llama-server has no signal handlers yet, so the signal ends it."""
     with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
         served.until("tbq: why")
         wait_for(lambda: served.children or served.process.poll() is not None)
@@ -217,7 +220,7 @@ def test_second_signal_kills(demo_model):
     with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
         served.until("is up")
         (child,) = served.children
-        os.kill(child, signal.SIGSTOP)  # it cannot act on the first one
+        os.kill(child, signal.SIGSTOP)  # it cannot react to the first signal
         served.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert served.process.poll() is None and running(child)
@@ -231,7 +234,7 @@ def test_no_orphan_when_killed(demo_model):
     with Serve(demo_model, *SMALL, "--kv", "tbq4_0", "--port", 0) as served:
         served.until("is up")
         (child,) = served.children
-        os.kill(child, signal.SIGSTOP)  # nor does a server that hangs remain
+        os.kill(child, signal.SIGSTOP)  # a server that hangs does not remain either
         served.process.kill()
         wait_for(lambda: not running(child), 10)
 
@@ -247,7 +250,7 @@ def test_status_of_a_server_that_is_killed(demo_model):
 
 @linux
 def test_nohup(demo_model):
-    """SIGHUP stays ignored if it was."""
+    """SIGHUP stays ignored if it was ignored before."""
     with Serve(
         demo_model,
         *SMALL,
@@ -264,7 +267,7 @@ def test_nohup(demo_model):
 
 
 def test_nobody_reads(demo_model):
-    """A terminal that is gone is no reason to stop."""
+    """The server goes on when its terminal is gone."""
     port, out, err = free_port(), os.pipe(), os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "tbq", "serve", demo_model, *SMALL, "--kv", "tbq4_0", "--port", str(port)],
@@ -415,7 +418,7 @@ def test_error(case, demo_model, head_80, tmp_path):
 
 
 def test_server_and_client(demo_model, monkeypatch):
-    """No proxy is asked, neither by the wait nor by the client, and the key is known to it."""
+    """Neither the wait nor the client uses a proxy, and the client knows the key."""
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'ggml-tbq[openai]'")
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -451,11 +454,11 @@ def test_client_without_openai(demo_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(tbq.TBQError, match=r"pip install 'ggml-tbq\[openai\]'"):
         server.client()
-    server.stop()  # never started
+    server.stop()  # a server that was never started
 
 
 def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
-    """On Linux a process may end with the thread that started it; and what on_line does must not stop the server."""
+    """On Linux a process may end with the thread that started it, and an error in on_line must not stop the server."""
     monkeypatch.setattr(tbq.serving.server, "_LOG_LINES", 5)
     seen = []
 
@@ -478,9 +481,11 @@ def test_started_by_a_thread_that_ends(demo_model, monkeypatch):
 
 
 def test_server_that_is_not_ready_in_time(demo_model):
-    with pytest.raises(tbq.TBQError, match="not ready after 0 s"):
-        with tbq.Server(demo_model, "tbq4_0", options=SMALL, timeout=0.01) as server:
-            pass
+    with (
+        pytest.raises(tbq.TBQError, match="not ready after 0 s"),
+        tbq.Server(demo_model, "tbq4_0", options=SMALL, timeout=0.01) as server,
+    ):
+        pass
     assert "server" not in locals() or server.process.poll() is not None
 
 
@@ -537,7 +542,7 @@ def test_key_file(demo_model, tmp_path):
         (
             ["-c", "0", "-np", "-1", "-no-kvu"],
             {"context": None, "unified": True, "swa_full": False},
-        ),  # server.cpp: slots of its own number share a cache
+        ),  # server.cpp: with its default number of slots, the slots share a cache
         (["-np", "2", "-kvu", "-no-kvu"], {"context": None, "unified": False, "swa_full": False, "parallel": 2}),
         (["--kv-unified-per-slot", "512"], {"context": 2048, "unified": True, "swa_full": False}),
         (
@@ -558,12 +563,12 @@ def test_options_for_the_plan(options, shape):
 
 @linux
 def test_interrupted_before_it_is_llama_server():
-    """What asks for the death signal is a Python for some milliseconds; Ctrl-C ends it without a word all the same."""
+    """For some milliseconds a Python asks for the death signal. Ctrl-C ends it too without a traceback."""
     ends = []
 
     def interrupt():
         for delay in range(48):
-            process = tbq.programs.child.start([shutil.which("sleep"), "30"], os.environ)
+            process = tbq.programs.child.start_child([shutil.which("sleep"), "30"], os.environ)
             time.sleep(delay / 2000)
             process.send_signal(signal.SIGINT)
             ends.append((process.communicate(timeout=30)[0], process.returncode))
@@ -575,7 +580,10 @@ def test_interrupted_before_it_is_llama_server():
 
 
 def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
-    """Measured on first use, which one line says; not for keys of 16 bits, not with --no-center, not beside a file of the user's."""
+    """The center is measured on first use, which one line says.
+
+    Nothing is measured for keys of 16 bits, with --no-center, or if the user names a file.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     for first, arguments in (
@@ -601,7 +609,11 @@ def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
 
 
 def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
-    """Of our own choice, it is left out; of the user's, that is an error.  Here it is of another RoPE, under the right name."""
+    """llama-server refuses a center of another RoPE.
+
+    If tbq chose it, the server runs without a center; if the user named it, that is an error.  Here the file has the
+    right name and another RoPE.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours, other = center_of_model(demo_model, 512), center_of_model(demo_model, 512, ["--rope-freq-base", "5000"])
     os.replace(other, ours)
@@ -610,7 +622,8 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
     ) as serve:
         serve.until("llama-server is up")
         assert (
-            sum("tbq: keys are not centered" in line and "measured with another RoPE" in line for line in serve.err) == 1
+            sum("tbq: keys are not centered" in line and "measured with another RoPE" in line for line in serve.err)
+            == 1
         )
     with tbq.Server(demo_model, "auto", options=SMALL) as server:
         assert server.center is None and server.chat("Hello", max_tokens=2)["choices"]
@@ -622,7 +635,7 @@ def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
 
 
 def test_model_that_cannot_be_centered(tmp_path):
-    """One line, and the server runs."""
+    """One line on stderr, and the server runs."""
     from test_plan import gemma2
 
     with Serve("--kv", "tbq4_0", gemma2(tmp_path / "model.gguf"), *SMALL, "--port", str(free_port())) as serve:
@@ -635,7 +648,7 @@ def test_model_that_cannot_be_centered(tmp_path):
 
 @pytest.mark.parametrize("kv", ("auto", "tbq4_0/tbq3_0"))
 def test_embedding_model(tmp_path, kv):
-    """No cache types, a line that says why, and embeddings."""
+    """There are no cache types, a line says why, and embeddings work."""
     from test_plan import bert
 
     with Serve("--kv", kv, bert(tmp_path / "model.gguf"), "-t", 2, "--embedding", "--port", 0) as served:
@@ -657,7 +670,7 @@ def test_embedding_model(tmp_path, kv):
 
 
 def test_recurrent_model(tmp_path):
-    """A state, but no keys and values; and the types' names are looked at all the same."""
+    """The model has a state but no keys and values. The names of types are checked nevertheless."""
     from test_plan import mamba
 
     model = mamba(tmp_path / "model.gguf")
@@ -677,7 +690,7 @@ def answer(url, prompt, **options):
 
 
 def test_slots_of_another_context(demo_model, tmp_path):
-    """Saved under one -c, restored under another, and what follows is the same."""
+    """A slot that was saved under one -c is restored under another, and continues with the same text."""
     prompt, shared = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is", {}
     for context in (2048, 4096):
         with tbq.Server(
@@ -700,7 +713,7 @@ def test_slots_of_another_context(demo_model, tmp_path):
 @pytest.mark.parametrize(
     "options, positions",
     (
-        (["-c", "16384"], 8192),  # a slot has no more than the model was trained for
+        (["-c", "16384"], 8192),  # a slot has no more tokens than the model was trained for
         (["-c", "16384", "--rope-scaling", "yarn", "--rope-scale", "4"], 16384),
         (["-c", "65536", "-np", "2", "--rope-scaling", "yarn", "--rope-scale", "4"], 32768),
         (["-c", "65536", "--rope-scaling", "yarn", "--rope-scale", "4", "--kv-unified-per-slot", "12000"], 12000),
@@ -710,7 +723,7 @@ def test_slots_of_another_context(demo_model, tmp_path):
     ),
 )
 def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
-    """What the center is asked for: as many as llama-server gives a slot, whatever the file says."""
+    """The context of the center is that of a slot of llama-server, whatever the file says."""
     asked = []
     monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda model, k, context, *rest: asked.append(context))
     server = tbq.Server(demo_model, "tbq4_0", timeout=100, options=[*options, "-t", "2", "--no-warmup"])
@@ -722,7 +735,7 @@ def test_positions_of_the_slots(demo_model, options, positions, monkeypatch):
 
 
 def test_center_of_a_stretched_context(demo_model):
-    """Measured with the options' RoPE and over its positions, taken by the server."""
+    """The center is measured with the RoPE of the options and over its positions, and the server accepts it."""
     options = ["-c", "32768", "--rope-scaling", "yarn", "--rope-scale", "4", "-t", "2", "--no-warmup"]
     with tbq.Server(demo_model, "tbq2_0", timeout=200, options=options) as server:
         assert read_center(server.center).context > 8192
@@ -734,7 +747,7 @@ def test_center_of_a_stretched_context(demo_model):
 
 @pytest.mark.parametrize("build, refused", (({"tls": "no"}, True), ({"tls": "yes"}, False), ({}, False)))
 def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
-    """A build without it says so at once; where it is not known, llama-server will."""
+    """A build without TLS says so at once. If it is not known whether the build has TLS, llama-server says it."""
     monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda *_: None)
     monkeypatch.setattr(tbq.serving.server, "paths", lambda: build)
     for name in ("key", "certificate"):
@@ -748,7 +761,7 @@ def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
 
 
 def test_https(demo_model, tmp_path):
-    """Requests over TLS, from our own client and from one that checks the certificate."""
+    """Requests over TLS, from server.client() and from a client that checks the certificate."""
     if tbq.paths()["tls"] != "yes":
         pytest.skip("this llama-server was built without OpenSSL's headers")
     if shutil.which("openssl") is None:
@@ -795,7 +808,7 @@ def test_nothing_is_measured_for_options_that_are_refused(demo_model, tmp_path, 
 
 
 def test_threads_in_a_container(demo_model, monkeypatch):
-    """llama-server would start one for each core of the machine."""
+    """Without -t llama-server would start a thread for each core of the machine."""
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for quota, options, threads in (
@@ -818,11 +831,11 @@ def folders_of(pid):
 
 @linux
 def test_user_without_an_entry_or_a_home(demo_model):
-    """A container that was started with a bare user id: it serves, the center lasts as long as the server."""
+    """A container that was started with a bare user id can serve, and its center lasts as long as the server."""
     user, setpriv = 54321, shutil.which("setpriv")
     if os.getuid() or not setpriv:
         pytest.skip("only root can become a user who has no entry in passwd, with setpriv")
-    # reading everything, as a container's user can; this machine's root may have its Python in a folder of its own
+    # reads everything, as a container's user can; on this machine Python may be in a folder that only root can read
     become = [
         setpriv,
         "--reuid",
@@ -867,7 +880,7 @@ def test_user_without_an_entry_or_a_home(demo_model):
 
 
 def test_center_in_a_temporary_folder(demo_model, tmp_path, monkeypatch, capfd):
-    """It is there while the server lives, and gone after stop(), also of a server that never started."""
+    """The folder exists while the server lives. It is gone after stop(), also for a server that never started."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with tbq.Server(demo_model, "tbq4_0", timeout=60, options=SMALL) as server:

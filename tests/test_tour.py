@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""docs/tour.ipynb runs from top to bottom, and what it shows is so."""
+"""docs/tour.ipynb runs from top to bottom, and what it shows is true."""
 
 import base64
 import re
@@ -25,7 +25,7 @@ def read():
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory, demo_model):
-    """(all that was printed, the pictures), from a kernel of this interpreter in an empty folder."""
+    """All printed text and the pictures, from a kernel of this interpreter in an empty folder."""
     folder, home = tmp_path_factory.mktemp("tour"), tmp_path_factory.mktemp("jupyter")
     kernelspec.write_kernel_spec(
         home / "kernels" / "tbq-tour", overrides={"argv": kernelspec.make_ipkernel_cmd(executable=sys.executable)}
@@ -57,7 +57,7 @@ def test_gaussian_after_the_rotation(outputs):
 
 
 def test_distortion_is_between_the_bounds(outputs):
-    """And better than Lloyd-Max with the vector's length as the scale, on a Gaussian."""
+    """The distortion of a Gaussian is also less than that of Lloyd-Max with the vector's length as the scale."""
     lloyd_max = {2: 0.1175, 3: 0.03454, 4: 0.009497}
     found = {
         what: {int(b): float(d) for b, d in re.findall(r"(\d): ([\d.]+)", lost)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""mypy, strictly: the package by itself, and a user's program against the package that is installed."""
+"""mypy in strict mode: the package, and a user's program against the installed package."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from tbq import _ffi
 
-#: What the package imports where it is there, and mypy reads.
+#: Optional imports of the package that mypy reads.
 OPTIONAL = {"matplotlib": "plot", "openai": "openai"}
 
 
@@ -31,7 +31,7 @@ def mypy(folder, cache, *arguments):
 
 
 def test_package_but_for_hf(cache):
-    """What can be checked without torch."""
+    """The part that can be checked without torch."""
     for name, extra in OPTIONAL.items():
         needs(name, extra)
     done = mypy(ROOT, cache, "--exclude", "_vendor", "--exclude", "tbq/hf/")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""tbq: the block formats tbq2_0, tbq3_0 and tbq4_0 for NumPy arrays, and where the patched llama.cpp is.
+"""tbq: the block formats tbq2_0, tbq3_0 and tbq4_0 for NumPy arrays, and the patched llama.cpp.
 
     >>> import numpy as np, tbq
     >>> x = np.random.default_rng(0).standard_normal((2, 128), dtype=np.float32)
@@ -9,7 +9,8 @@
     >>> tbq.dequantize(packed, "tbq4_0", x.shape).shape
     (2, 128)
 
-The package gguf knows the types from then on: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader, GGUFWriter, gguf.quantize.
+Importing tbq also makes these types known to the package gguf: gguf.GGMLQuantizationType.TBQ4_0, GGUFReader,
+GGUFWriter, gguf.quantize.
 """
 
 from tbq._types import BLOCK, TypeInfo, types

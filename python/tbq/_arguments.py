@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Values of arguments: what a number of threads may be, and how several failures are told."""
+"""Arguments that are numbers, the cores that a thread count may use, and how several failures are reported."""
 
 import math
 import os
@@ -10,20 +10,20 @@ from tbq.errors import TBQError
 
 
 def cores() -> int:
-    """Cores that this process may use, a container's share of their time rounded up."""
+    """Cores that this process may use.  In a container: its share of CPU time, rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(count, math.ceil(_limits.cpus() or count))
 
 
 def at_least_one(text: str) -> int:
-    """The number in a text; TBQError if there is none of at least 1."""
+    """The number that a text holds; TBQError unless it is 1 or more."""
     if not text.isascii() or not text.isdigit() or not int(text):
         raise TBQError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
-def by_reason(failures: Mapping[str, str]) -> str:
-    """What failed and why, things with one reason together."""
+def group_by_reason(failures: Mapping[str, str]) -> str:
+    """What failed and why, as one line.  Names with the same reason are listed together."""
     reasons: dict[str, list[str]] = {}
     for what, why in failures.items():
         reasons.setdefault(why, []).append(what)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Files that are written: whole or not at all, whatever happens to the writer.
+"""Files that are written whole or not at all, whatever happens to the writer.
 
-What becomes a file is written in a folder of its own beside it, `.tbq-HASH-RANDOM`, flushed to the disk and renamed.  HASH is of
-the file's name, so that the folder's stays short.  A writer that is killed leaves its folder; the next one of the same
-name removes it.  The lock of the file `lock` in it tells the dead from the living: the system ends it with the process.
+The content is first written in a new folder next to the file, `.tbq-HASH-RANDOM`.  It is flushed to the disk and then
+renamed.  HASH is a hash of the file's name, which keeps the folder's name short.
+
+A killed writer leaves its folder.  The next writer of the same file removes it.  Each folder has a file `lock`, which
+its writer keeps locked.  The system frees the lock when the process ends, so a free lock means a dead writer.
 
 Every OSError names the file that the caller asked for.
 """
@@ -23,19 +25,22 @@ from tbq.errors import TBQError
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed writers left stays
+except ImportError:  # Windows: the folders of killed writers stay
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["naming", "put", "replace", "target", "workplace", "writing"]
 
 _LOCK = "lock"
-#: What a file system says that cannot flush a folder, or a file.
+#: Errors of file systems that cannot flush a folder, or a file.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError inside names path: an open file gives them without a name, a temporary one with its own."""
+    """Makes every OSError inside name path.
+
+    An error of an open file has no name, and one of a temporary file has the temporary name.
+    """
     try:
         yield
     except OSError as error:
@@ -45,9 +50,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def target(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute name of the file that is written when path is: a link stays one, what it points to is replaced.
+    """The absolute path of the file that writing to path replaces.  A link stays, and its target is replaced.
 
-    Raises TBQError for what is there and no regular file, OSError where nobody may look.
+    Raises TBQError if something other than a regular file is there, OSError if its folder may not be read.
     """
     try:
         real = pathlib.Path(os.path.realpath(pathlib.Path(path)))
@@ -69,17 +74,17 @@ def replace(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] = ()) -> Iterator[list[BinaryIO]]:
-    """Files to write, which get their names when the block ends without an exception; otherwise nothing changes.
+    """Opens files to write.  They get their names when the block ends; after an exception nothing has changed.
 
-    path: the name of the file; or what its parts have in common, by which what a killed writer left is found again.
-    parts: the names of several.  The first gets its name last.
-    Raises TBQError and OSError as target() does, OSError for what cannot be written.
+    path: the name of the file.  For several files: a name for all of them, by which a killed writer's folder is found.
+    parts: the names of several files.  The first file gets its name last.
+    Raises TBQError and OSError as target() does, and OSError if a file cannot be written.
     """
     names = list(parts) or [path]
     targets = [target(name) for name in names]
     common = pathlib.Path(path).name if parts else targets[0].name
     with contextlib.ExitStack() as stack:
-        # links may lead to other folders, and those to other disks, where nothing can be renamed to
+        # links may lead to folders on other disks, and a file cannot be renamed to another disk
         folders = {
             folder: stack.enter_context(_workplace(folder, common, path))
             for folder in dict.fromkeys(t.parent for t in targets)
@@ -96,7 +101,7 @@ def writing(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]
 
 @contextlib.contextmanager
 def workplace(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder beside a file, for programs to write in what becomes the file (see put); it is gone when the block ends.
+    """A folder next to a file, in which programs write its new content (see put).  It is removed when the block ends.
 
     Raises TBQError and OSError as target() does, OSError if the folder cannot be made.
     """
@@ -108,7 +113,7 @@ def workplace(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def put(files: Sequence[tuple[pathlib.Path, str | os.PathLike[str]]]) -> None:
     """Gives complete files of a workplace their names, the first file last.
 
-    Each is flushed to the disk before; the mode of a file that it replaces stays.
+    Each file is flushed to the disk first, and takes over the mode of the file that it replaces.
     """
     targets = [target(name) for _, name in files]
     for (file, name), real in zip(files, targets):
@@ -119,14 +124,14 @@ def put(files: Sequence[tuple[pathlib.Path, str | os.PathLike[str]]]) -> None:
         with naming(name):
             os.replace(file, real)
     for folder, name in {real.parent: name for (_, name), real in zip(files, targets)}.items():
-        # the new names, too, survive a loss of power; a folder may be one to write to and not to read
+        # flushes the folder too, so that the new names survive a loss of power; it may be writable and not readable
         with naming(name), contextlib.suppress(PermissionError):
             if hasattr(os, "O_DIRECTORY"):
                 _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 class _Raw(io.FileIO):
-    """A new file whose errors name another."""
+    """A new file whose errors name another file: the one that it becomes."""
 
     def __init__(self, path: pathlib.Path, name: str | os.PathLike[str]) -> None:
         with naming(name):
@@ -143,7 +148,7 @@ class _Raw(io.FileIO):
 
 
 def _close(file: BinaryIO) -> None:
-    """After an error: what is left in the buffer may give it again."""
+    """Closes a file after an error.  Writing the rest of its buffer may fail again, which is ignored."""
     with contextlib.suppress(OSError):
         file.close()
 
@@ -174,17 +179,18 @@ def _workplace(parent: pathlib.Path, common: str, shown: str | os.PathLike[str])
     mark = f".tbq-{hashlib.sha256(os.fsencode(common)).hexdigest()[:12]}-"
     _remove_dead(parent, mark)
     with naming(shown):
-        folder, lock = _folder(parent, mark)
+        folder, lock = _make_folder(parent, mark)
     try:
         yield folder
     finally:
         _remove(folder, lock)
 
 
-def _folder(parent: pathlib.Path, mark: str) -> tuple[pathlib.Path, int | None]:
+def _make_folder(parent: pathlib.Path, mark: str) -> tuple[pathlib.Path, int | None]:
     """A new folder, and the descriptor of its lock.
 
-    Until the lock is held, another writer may take the folder for a dead one's and remove it: then there is another.
+    Until the lock is held, another writer may take the folder for that of a dead writer and remove it.  Then a second
+    folder is made.
     """
     while True:
         folder = parent / (mark + secrets.token_hex(4))
@@ -201,13 +207,13 @@ def _folder(parent: pathlib.Path, mark: str) -> tuple[pathlib.Path, int | None]:
         except BaseException:
             _remove(folder, None)
             raise
-        if _take(lock) is not False and _is(lock, folder / _LOCK):
+        if _try_lock(lock) is not False and _is_same_file(lock, folder / _LOCK):
             return folder, lock
         os.close(lock)
 
 
-def _take(lock: int) -> bool | None:
-    """Whether the lock was free; None where there are no locks."""
+def _try_lock(lock: int) -> bool | None:
+    """Takes a lock.  Whether it was free; None on file systems without locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -217,7 +223,7 @@ def _take(lock: int) -> bool | None:
     return True
 
 
-def _is(descriptor: int, path: pathlib.Path) -> bool:
+def _is_same_file(descriptor: int, path: pathlib.Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -225,7 +231,7 @@ def _is(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def _remove_dead(parent: pathlib.Path, mark: str) -> None:
-    """The folders of writers that are no more.  Where that cannot be told they stay."""
+    """Removes the folders of dead writers.  Without locks it is not known who is dead, and they stay."""
     if fcntl is None:
         return
     try:
@@ -235,23 +241,25 @@ def _remove_dead(parent: pathlib.Path, mark: str) -> None:
                 for entry in entries
                 if entry.name.startswith(mark) and entry.is_dir(follow_symlinks=False)
             ]
-    except OSError:  # what is wrong with the folder shows when it is written to
+    except OSError:  # writing to the folder will report this error
         return
     for folder in folders:
         with contextlib.suppress(OSError):
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             except FileNotFoundError:
-                os.rmdir(folder)  # killed before there was a lock, or after: there is nothing in it
+                os.rmdir(
+                    folder
+                )  # its writer was killed before it made the lock, or after it removed it: the folder is empty
                 continue
-            if _take(lock):
+            if _try_lock(lock):
                 _remove(folder, lock)
             else:
                 os.close(lock)
 
 
 def _remove(folder: pathlib.Path, lock: int | None) -> None:
-    """The lock goes last, so that what an interruption leaves can still be told to be dead."""
+    """Removes a folder.  The lock goes last, so that after an interruption the folder still counts as dead."""
     with contextlib.suppress(OSError):
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.name != _LOCK]

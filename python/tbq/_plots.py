@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures that a command draws beside its output."""
+"""Pictures that a command draws in addition to its output."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ from tbq.errors import TBQError, one_line
 
 
 def picture_format(path: pathlib.Path) -> str:
-    """The format that a name asks for; TBQError if it cannot be drawn or written."""
+    """The format that the ending of a name means; TBQError if it cannot be drawn or written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:

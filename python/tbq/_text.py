@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The texts that models read here."""
+"""Texts that a model reads, for calibration and for `tbq bench quality`."""
 
 import pathlib
 
@@ -7,14 +7,14 @@ from tbq.errors import TBQError
 
 
 def python_text() -> bytes:
-    """The topics of Python's language reference, in alphabetical order: a text that every Python carries."""
+    """The topics of Python's language reference, in alphabetical order.  Every Python has this text."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
 
 def read_text(path: pathlib.Path) -> bytes:
-    """A file's text; TBQError unless it is UTF-8 and has some."""
+    """The bytes of a text file; TBQError if it is not UTF-8 or is empty."""
     try:
         text = path.read_bytes()
         if not text.decode().strip():

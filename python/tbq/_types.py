@@ -40,8 +40,8 @@ def _load(name: str) -> TypeInfo:
 types: Mapping[str, TypeInfo] = MappingProxyType({name: _load(name) for name in ("tbq2_0", "tbq3_0", "tbq4_0")})
 
 
-def block(name: str) -> tuple[int, int]:
-    """Values and bytes of a block of any GGML type, ours or gguf's; KeyError if there is none of that name."""
+def block_size(name: str) -> tuple[int, int]:
+    """Values and bytes of a block of a GGML type, a tbq type or one of gguf's; KeyError for an unknown name."""
     if name in types:
         return BLOCK, types[name].block_bytes
     import gguf
@@ -50,7 +50,7 @@ def block(name: str) -> tuple[int, int]:
 
 
 def find(name: str) -> TypeInfo:
-    """The TypeInfo of a name; TBQError if there is none."""
+    """The TypeInfo of a tbq type; TBQError for another name."""
     info = types.get(name) if isinstance(name, str) else None
     if info is None:
         raise TBQError(f"type {name!r} is not one of {', '.join(types)}")

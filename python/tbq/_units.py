@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Sizes as people type and read them."""
+"""Sizes in bytes as people type and read them."""
 
 import re
 
 from tbq.errors import TBQError
 
-#: What a help text says about sizes; they mean the same everywhere.
+#: What help texts say about sizes.  A size means the same in every command.
 SIZES = "8G and 8GiB are 8 x 1024^3 bytes, 8GB is 8 x 1000^3"
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "8G", "512M", "6.5GiB" (powers of 1024), "24GB" (of 1000) or a number of bytes; TBQError for anything else."""
+    """The number of bytes that a size means.
+
+    "8G", "512M" and "6.5GiB" use powers of 1024, "24GB" powers of 1000; a number is one of bytes.
+    Raises TBQError for anything else.
+    """
     if isinstance(size, int) and not isinstance(size, bool):
         found = size
     else:
@@ -29,16 +33,11 @@ def parse_size(size: int | str) -> int:
     return found
 
 
-def amount(size: float) -> str:
+def format_size(size: float) -> str:
     """A size for people: "47.8 MiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return (
-                f"{size:.0f} {unit}"
-                if unit == "bytes"
-                else f"{size:.1f} {unit}"
-                if size < 100
-                else f"{size:.0f} {unit}"
-            )
-        size /= 1024
-    raise AssertionError
+    if size < 1024:
+        return f"{size:.0f} bytes"
+    unit = 0
+    while size >= 1024 and unit < 3:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.{1 if size < 100 else 0}f} {'KMG'[unit - 1]}iB"

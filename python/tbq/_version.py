@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Versions, as the library states them."""
+"""The versions of the package and of the format, which the C library defines."""
 
 from tbq._ffi import ffi, lib
 

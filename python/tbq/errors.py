@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""The one exception of this package, and what may stand in a message."""
+"""The exception that this package raises, and helpers for the text of a message."""
 
 
 class TBQError(ValueError):
-    """A wrong argument or a missing file; the text is one line that names it and what would work."""
+    """A wrong argument or a missing file.  The text is one line: the argument, its value, and what would work."""
 
 
 def one_line(error: TBQError | OSError) -> str:
-    """An error for the terminal."""
-    text = (
-        f"{error.strerror or error}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    )
+    """The text of an error as one line for the terminal."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.strerror or error}: {error.filename}"
     return " ".join(text.split())
 
 
 def printable(name: object) -> str | None:
-    """A name for the terminal: what a file says may be anything.  None for what is no text, or empty."""
+    """A name that is safe for the terminal.  A file can hold any text, so control characters become "?".
+
+    None if the name is empty or not a text.
+    """
     return "".join(c if c.isprintable() else "?" for c in name[:80]) if isinstance(name, str) and name else None

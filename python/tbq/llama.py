@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""llama-cpp-python on the patched llama.cpp: a model in this process, with a tbq cache.
+"""llama-cpp-python with the patched llama.cpp: a model in this process, with a tbq cache.
 
     from tbq.llama import Llama
     model = Llama("model.gguf", kv="tbq4_0", n_ctx=32768)
     model.create_chat_completion([{"role": "user", "content": "Hello"}])
 
-The bindings are those of the release that the libraries were built from, which tbq brings along; an installed
-llama-cpp-python of that release is used instead.  Importing this module makes `import llama_cpp` the same thing, so plain
-integers work there: llama_cpp.Llama(..., type_k=tbq.types["tbq4_0"].id, flash_attn=True).
+tbq includes the bindings of the llama-cpp-python release that its libraries were built from.  If that release is
+installed, the installed one is used.
 
-Importing it raises TBQError if llama_cpp is another release or was imported before with other libraries.
-The bindings take the folder of the libraries from environment variables, which are set while they are loaded, and only then.
+After `import tbq.llama`, `import llama_cpp` gives the same bindings, with the same libraries.  Numbers of types work
+there: llama_cpp.Llama(..., type_k=tbq.types["tbq4_0"].id, flash_attn=True).
+
+Importing this module raises TBQError if llama_cpp is another release, or was imported before with other libraries.
+The bindings read the folder of the libraries from environment variables.  These are set only while the bindings load.
 """
 
 import contextlib
@@ -31,20 +33,21 @@ from typing import TYPE_CHECKING, Any
 from tbq._types import types
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
-from tbq.kv_cache.choose import choose, opened
+from tbq.kv_cache.choose import choose, open_model
 from tbq.kv_cache.type_pairs import split_pair
-from tbq.programs.options import from_arguments
+from tbq.programs.options import options_from_arguments
 from tbq.programs.paths import paths
 
-_VENDORED = pathlib.Path("_vendor", "llama_cpp")  # beside bin and lib
+_VENDORED = pathlib.Path("_vendor", "llama_cpp")  # in the folder that has bin and lib
 
 
 def _check_version(version: str | None, where: object) -> None:
     requirement = paths()["llama_cpp_python"]
     if version != requirement.partition("==")[2]:
         raise TBQError(
-            f"llama-cpp-python {version or 'of an unknown release'} ({where}) does not fit these libraries, which are of {requirement}: "
-            "`pip uninstall llama-cpp-python` (tbq brings bindings along), or import tbq.llama in another environment"
+            f"llama-cpp-python {version or 'of an unknown release'} ({where}) does not fit these libraries, "
+            f"which are of {requirement}: `pip uninstall llama-cpp-python` (tbq includes bindings), "
+            "or import tbq.llama in another environment"
         )
 
 
@@ -57,26 +60,27 @@ def _check_library(module: ModuleType, folder: pathlib.Path) -> None:
         )
 
 
-def _spec() -> ModuleSpec:
-    """The installed llama_cpp, or ours."""
+def _find_bindings() -> ModuleSpec:
+    """The installed llama_cpp, or the one that tbq includes."""
     found = importlib.util.find_spec("llama_cpp")
     if found is not None and found.origin is not None:
         return found
-    ours = pathlib.Path(paths()["lib"]).parent / _VENDORED
-    if not (ours / "__init__.py").is_file():
+    vendored = pathlib.Path(paths()["lib"]).parent / _VENDORED
+    if not (vendored / "__init__.py").is_file():
         raise TBQError(
-            "this build of tbq has no bindings (it was made from a llama.cpp tree of its own); install them: "
+            "this build of tbq has no bindings (it was built from another llama.cpp tree); install them: "
             f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install {paths()['llama_cpp_python']}"
         )
     spec = importlib.util.spec_from_file_location(
-        "llama_cpp", ours / "__init__.py", submodule_search_locations=[str(ours)]
+        "llama_cpp", vendored / "__init__.py", submodule_search_locations=[str(vendored)]
     )
     assert spec is not None
     return spec
 
 
 @contextlib.contextmanager
-def _variables(**values: str) -> Iterator[None]:
+def _set_variables(**values: str) -> Iterator[None]:
+    """Sets environment variables inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -90,30 +94,30 @@ def _variables(**values: str) -> Iterator[None]:
 
 
 def _load() -> ModuleType:
-    """llama_cpp, on our libraries."""
+    """llama_cpp with the libraries of this installation."""
     folder = pathlib.Path(paths()["lib"])
     if (module := sys.modules.get("llama_cpp")) is not None:
         _check_version(getattr(module, "__version__", None), getattr(module, "__file__", "?"))
         _check_library(module, folder)
         return module
-    spec = _spec()
+    spec = _find_bindings()
     assert spec.origin is not None and spec.loader is not None
     version = re.search(r"""^__version__ = ["']([^"']*)""", pathlib.Path(spec.origin).read_text(encoding="utf-8"), re.M)
     _check_version(version and version[1], pathlib.Path(spec.origin).parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules["llama_cpp"] = module
     try:
-        with _variables(LLAMA_CPP_LIB_PATH=str(folder), MTMD_CPP_LIB=str(folder)):
+        with _set_variables(LLAMA_CPP_LIB_PATH=str(folder), MTMD_CPP_LIB=str(folder)):
             spec.loader.exec_module(module)
-            importlib.import_module("llama_cpp.mtmd_cpp")  # the bindings would do it later, for a model with images
-        # llama.cpp's programs do this at their start; it loads the backends that are modules
+            importlib.import_module("llama_cpp.mtmd_cpp")  # the bindings would import it later, for a model with images
+        # loads the backends that are modules, as llama.cpp's programs do when they start
         module.llama_cpp._lib.ggml_backend_load_all()
     except BaseException as error:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]
         if isinstance(error, ModuleNotFoundError):
             raise TBQError(f"llama_cpp needs {error.name}: pip install 'ggml-tbq[llama]'") from None
-        if isinstance(error, (OSError, RuntimeError)):  # the libraries'
+        if isinstance(error, (OSError, RuntimeError)):  # from loading the libraries
             raise TBQError(f"llama_cpp does not load: {error}") from None
         raise
     return module
@@ -126,7 +130,7 @@ else:
 
 
 def type_name(kind: str | int) -> str:
-    """The name of a GGML type, "tbq4_0" of 644; names stay.  TBQError for a number that is no type."""
+    """The name of a GGML type: "tbq4_0" for 644.  A name is returned as it is.  TBQError for an unknown number."""
     import gguf
 
     if isinstance(kind, str):
@@ -140,7 +144,7 @@ def type_name(kind: str | int) -> str:
 
 
 def type_id(name: str) -> int:
-    """GGML's number of a type, 644 of "tbq4_0" and 1 of "f16"; TBQError for an unknown name."""
+    """GGML's number of a type: 644 for "tbq4_0", 1 for "f16".  TBQError for an unknown name."""
     import gguf
 
     known = {t.name.lower(): int(t) for t in gguf.GGMLQuantizationType} | {
@@ -154,19 +158,22 @@ def type_id(name: str) -> int:
 def _pair(
     model: str | os.PathLike[str], kv: str, type_k: str | int | None, type_v: str | int | None, shape: dict[str, Any]
 ) -> str:
-    """K/V, or auto."""
+    """The cache types as K/V, or "auto".  type_k and type_v replace those of kv."""
     if type_k is None and type_v is None:
         return kv
-    k, v = (
-        ("", "") if None not in (type_k, type_v) else choose(model, kv, **shape)[:2] if kv == "auto" else split_pair(kv)
-    )
+    k, v = "", ""
+    if type_k is None or type_v is None:
+        k, v = choose(model, kv, **shape)[:2] if kv == "auto" else split_pair(kv)
     return f"{k if type_k is None else type_name(type_k)}/{v if type_v is None else type_name(type_v)}"
 
 
 def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
-    """As the bindings pass them on, their defaults too: llama.cpp's programs have others."""
+    """Arguments of llama_cpp.Llama as options of llama.cpp's programs.
+
+    The defaults of the bindings are included, because the programs have others.
+    """
     defaults = {name: parameter.default for name, parameter in inspect.signature(_Base.__init__).parameters.items()}
-    yield from from_arguments({"n_gpu_layers": 0, **defaults, **arguments})
+    yield from options_from_arguments({"n_gpu_layers": 0, **defaults, **arguments})
     scaling = {0: "none", 1: "linear", 2: "yarn"}.get(arguments.get("rope_scaling_type", -1))
     if scaling:
         yield from ("--rope-scaling", scaling)
@@ -181,17 +188,23 @@ def _as_options(arguments: dict[str, Any]) -> Iterator[str]:
 
 
 class Llama(_Base):  # type: ignore[misc]
-    """llama_cpp.Llama with a cache chosen by name, and flash attention on, which quantized values need.
+    """llama_cpp.Llama with cache types that are chosen by name.
 
-    model_path: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V"; type_k and type_v, names or
-    GGML's numbers, replace a side of it.  The rest is llama_cpp.Llama's, n_ctx above all: its default is 512 tokens, 0 is what
-    the model was trained for.
-    center: whether quantized keys are centered (measured on first use, which a line on stderr says), or a file for it.
-    plan: the tbq.Plan of its cache, or None.  k, v: the cache types.
-    Raises TBQError for an unknown type, a pair that llama.cpp refuses for this model, and a model that cannot be loaded.
+    Flash attention is on, because quantized values need it.
+
+    model_path: a GGUF file.
+    kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
+    center: whether quantized keys are mean-centered, or a file of `tbq calibrate`.  Without a file the means are
+    measured on the first use of a model, which a line on stderr says.
+    type_k, type_v: the type of the keys and of the values, as a name or as GGML's number; they replace those of kv.
+    n_ctx: tokens of context; 0 for the context that the model was trained for.
+    All other arguments are those of llama_cpp.Llama.
+
+    Attributes: plan, the tbq.Plan of the cache or None; k and v, the cache types; center, the file of means or None.
+    Raises TBQError for an unknown type, a pair that llama.cpp refuses for this model, and a model that does not load.
     """
 
-    _stack = contextlib.ExitStack()  # __del__ wants one, however early __init__ fails
+    _stack = contextlib.ExitStack()  # llama_cpp.Llama.__del__ closes it, even if __init__ fails before it makes one
 
     def __init__(
         self,
@@ -209,36 +222,15 @@ class Llama(_Base):  # type: ignore[misc]
             raise TBQError(
                 f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for"
             )
-        # llama_cpp, unlike llama-server, has one sequence, and whole contexts for sliding windows
-        shape: dict[str, Any] = {
-            "center": center is not False,
-            "context": n_ctx or None,
-            "parallel": 1,
-            "swa_full": options.get("swa_full") is not False,
-            "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
-        }
-        options_of_center = list(_as_options(options))
-        model = opened(model_path)
-        shape["options"] = options_of_center
+        shape = _plan_arguments(n_ctx, center, options)
+        model = open_model(model_path)
         self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
-
-        def say(line: str) -> None:
-            print(f"tbq: {line}", file=sys.stderr, flush=True)
-
         self._scratch = Scratch()
-        self.center = center_file_for(
-            model,
-            self.k,
-            n_ctx or (self.plan.context if self.plan else 0) or 8192,
-            center,
-            options_of_center,
-            say,
-            self._scratch,
-        )
+        context = n_ctx or (self.plan.context if self.plan else 0) or 8192
+        self.center = center_file_for(model, self.k, context, center, shape["options"], _say, self._scratch)
         if kv == "auto" and self.plan and self.plan.center and not self.center and type_k is None:
-            self.k, self.v, self.plan = choose(
-                model, _pair(model, kv, type_k, type_v, shape), **{**shape, "center": False}
-            )
+            pair = _pair(model, kv, type_k, type_v, shape)
+            self.k, self.v, self.plan = choose(model, pair, **{**shape, "center": False})
         ids = type_id(self.k), type_id(self.v)
         if not flash_attn and self.v not in ("f32", "f16", "bf16"):
             raise TBQError(f"values of {self.v} need flash attention; leave flash_attn=True, or choose {self.k}/f16")
@@ -248,20 +240,49 @@ class Llama(_Base):  # type: ignore[misc]
             )
         except ValueError as error:
             raise TBQError(f"{error}; verbose=True shows llama.cpp's reason") from None
-        if self.center:
-            try:
-                set_center(self, self.center)
-            except TBQError as error:
-                if center is not True:
-                    raise
-                say(f"keys are not centered: {error}")  # kv_overrides, for example, may have made another RoPE of it
-                self.center = None
+        if self.center and not _try_center(self, self.center, required=center is not True):
+            self.center = None
+
+
+def _say(line: str) -> None:
+    print(f"tbq: {line}", file=sys.stderr, flush=True)
+
+
+def _plan_arguments(n_ctx: int, center: object, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of tbq.plan() for a Llama.
+
+    llama_cpp has one sequence, and sliding windows keep the whole context.
+    """
+    return {
+        "center": center is not False,
+        "context": n_ctx or None,
+        "parallel": 1,
+        "swa_full": options.get("swa_full") is not False,
+        "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
+        "options": list(_as_options(options)),
+    }
+
+
+def _try_center(model: Any, path: str | os.PathLike[str], required: bool) -> bool:
+    """Centers the keys of a model.
+
+    If llama.cpp refuses: TBQError if it is required, otherwise a line on stderr and False.
+    """
+    try:
+        set_center(model, path)
+    except TBQError as error:
+        if required:
+            raise
+        _say(f"keys are not centered: {error}")  # kv_overrides, for example, may have given the model another RoPE
+        return False
+    return True
 
 
 def set_center(model: Any, path: str | os.PathLike[str] | None) -> None:
-    """Centers the keys of a llama_cpp.Llama that has not read a token yet, with a file of `tbq calibrate`; None: not any more.
+    """Centers the keys of a llama_cpp.Llama with a file of `tbq calibrate`; None ends centering.
 
-    Raises TBQError if llama.cpp refuses the file: of another model or RoPE, or corrupt.
+    The model must not have read a token yet.
+    Raises TBQError if llama.cpp refuses the file: it is corrupt, or of another model or RoPE.
     """
     import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 

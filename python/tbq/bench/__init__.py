@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Measurements: cache types side by side in speed and quality, the index next to others."""
+"""Measurements: speed and quality of cache types, and the vector index compared with others."""

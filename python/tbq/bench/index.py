@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`tbq bench index`: recall and queries per second of our index beside faiss's, on the same vectors in one run."""
+"""`tbq bench index`: recall and queries per second of the vector index and of faiss's indices, on the same vectors."""
+
 import contextlib
 import dataclasses
 import importlib.util
@@ -20,13 +21,13 @@ Search = Callable[[Floats, int, int], npt.NDArray[np.int64]]  # queries, k, thre
 Clock = Callable[[], float]
 
 DEFAULT = "flat,sq8,sq4,pq,pqfs,tbq4,tbq4+4,tbq3,tbq2"
-#: What --indices takes; ours may be followed by +r, to rescore the best r k with float16 vectors.
+#: The names that --indices takes.  +r after a tbq index rescores the best r * k with float16 vectors.
 _SPEC = re.compile(r"flat|sq8|sq4|pq|pq9|pqs|pqfs|tbq[234](-unbiased)?(\+\d{1,4})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """A set of unit vectors, float32, and the queries, which are not among them."""
+    """A set of unit vectors in float32, and queries that are not in the set."""
 
     name: str
     base: Floats  #: (n, dim)
@@ -35,33 +36,37 @@ class Vectors:
 
 @dataclasses.dataclass
 class Measured:
-    """What was found out about an index on a set."""
+    """The figures of an index on a set."""
 
-    bytes: float = 0  #: of a vector, ids left out
-    build: float = float("inf")  #: seconds: training, and adding all vectors
+    bytes: float = 0  #: bytes of a vector without its id
+    build: float = float("inf")  #: seconds for training and for adding all vectors
     recall: float = 0  #: share of the true nearest k among the k found
-    batch: float = 0  #: queries per second, all at once
-    single: float = 0  #: queries per second of one thread, one query after the other
+    batch: float = 0  #: queries per second, all queries in one call
+    single: float = 0  #: queries per second of one thread, one query in a call
 
 
-def spec_names(text: str) -> list[str]:
-    """Names of indices, separated by commas; TBQError for an unknown one."""
+def parse_specs(text: str) -> list[str]:
+    """The names of indices in a list that is separated by commas; TBQError for an unknown name."""
     names = list(dict.fromkeys(part for part in text.split(",") if part))
     for name in names:
         if not _SPEC.fullmatch(name):
-            raise TBQError(f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, "
-                                             "tbq4-unbiased, tbq4+4")
+            raise TBQError(
+                f"{name!r} is not one of flat, sq8, sq4, pq, pq9, pqs, pqfs, tbq4, tbq3, tbq2, tbq4-unbiased, tbq4+4"
+            )
     return names
 
 
 def gaussian(dim: int, n: int, queries: int, seed: int = 0) -> Vectors:
-    """Uniform on the sphere: no structure that training could find, and neighbors that are hardly nearer than the rest."""
+    """Vectors that are uniform on the sphere.
+
+    They have no structure that training could find, and neighbors are hardly nearer than other vectors.
+    """
     x = np.random.default_rng(seed).standard_normal((n + queries, dim), dtype=np.float32)
     return split(f"sphere {dim}", x, queries)
 
 
 def split(name: str, x: Floats, queries: int) -> Vectors:
-    """Unit vectors, of which some, chosen at random, are the queries."""
+    """Scales vectors to unit length, and takes some of them, chosen at random, as queries."""
     if not np.isfinite(x).all():
         raise TBQError(f"{name} holds a NaN or an infinity")
     if len(x) < 2 * queries:
@@ -72,7 +77,7 @@ def split(name: str, x: Floats, queries: int) -> Vectors:
 
 
 def sentences() -> list[str]:
-    """Those of Python's reference and of the docstrings of its standard library: every user has them."""
+    """The sentences of Python's reference and of its standard library's docstrings, which every user has."""
     import ast
     import sysconfig
     from pydoc_data.topics import topics
@@ -81,9 +86,14 @@ def sentences() -> list[str]:
     for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in path.parts:
             continue
-        with contextlib.suppress(ValueError, SyntaxError, OSError):  # the tests of Python have files that are wrong on purpose
+        # Python's tests include files that are wrong on purpose
+        with contextlib.suppress(ValueError, SyntaxError, OSError):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+            nodes = (
+                node
+                for node in ast.walk(tree)
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            )
             texts += filter(None, map(ast.get_docstring, nodes))
     found: dict[str, None] = {}
     for text in texts:
@@ -95,9 +105,9 @@ def sentences() -> list[str]:
 
 
 def embed(texts: Sequence[str]) -> Floats:
-    """Sentence embeddings, float32 of shape (n, 256): the mean of the vectors of the tokens, as WordLlama makes them.
+    """Sentence embeddings, float32 of shape (n, 256).  Each is the mean of its tokens' vectors, as in WordLlama.
 
-    The model's files are in the package wordllama; its own loader may ask the network for them.
+    The model's files are read from the package wordllama, because its loader may use the network.
     """
     spec = importlib.util.find_spec("wordllama")
     try:
@@ -108,7 +118,8 @@ def embed(texts: Sequence[str]) -> Floats:
     if spec is None or spec.origin is None:
         raise TBQError("the set 'text' needs wordllama: pip install 'ggml-tbq[bench]'")
     folder = pathlib.Path(spec.origin).parent
-    weights, tokenizer = folder / "weights" / "l2_supercat_256.safetensors", folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    weights = folder / "weights" / "l2_supercat_256.safetensors"
+    tokenizer = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
     if not weights.is_file() or not tokenizer.is_file():
         raise TBQError(f"{folder} has no l2_supercat_256; wordllama 0.3 and 0.4 have it")
     table = next(iter(load_file(weights).values())).astype(np.float32)
@@ -123,6 +134,7 @@ def embed(texts: Sequence[str]) -> Floats:
 
 
 def load_faiss() -> Any:
+    """The module faiss; TBQError if it is not installed."""
     try:
         import faiss  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
@@ -130,22 +142,32 @@ def load_faiss() -> Any:
     return faiss
 
 
-def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, float]:
+def _build_faiss(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, float]:
+    """The search function of one of faiss's indices, and its bytes per vector."""
     faiss = load_faiss()
     faiss.omp_set_num_threads(threads)
     dim = base.shape[1]
     if spec in ("pq", "pq9", "pqs") and dim % 2:
         raise TBQError(f"{spec} needs an even number of dimensions, not {dim}; leave it out of --indices")
-    # np: without the training of an order of the centroids that this search does not use, which takes longer than the rest
-    kinds = {"flat": "Flat", "sq8": "SQ8", "sq4": "SQ4", "pq": f"PQ{dim // 2}x8np", "pqs": f"PQ{dim // 2}x8np", "pq9": f"PQ{dim // 2}x9np",
-             "pqfs": f"PQ{dim}x4fs"}
+    # np: faiss does not train an order of the centroids; this search does not use it, and it takes longest to train
+    kinds = {
+        "flat": "Flat",
+        "sq8": "SQ8",
+        "sq4": "SQ4",
+        "pq": f"PQ{dim // 2}x8np",
+        "pqs": f"PQ{dim // 2}x8np",
+        "pq9": f"PQ{dim // 2}x9np",
+        "pqfs": f"PQ{dim}x4fs",
+    }
     index = faiss.index_factory(dim, kinds[spec], faiss.METRIC_INNER_PRODUCT)
     if spec == "pqs":
         index.pq.train_type = faiss.ProductQuantizer.Train_shared
     try:
         index.train(base[:train])
-    except RuntimeError as error:  # too few vectors, for the most part
-        raise TBQError(f"faiss cannot train {spec} with {min(train, len(base))} vectors: {str(error).rpartition(': ')[2]}") from None
+    except RuntimeError as error:  # in most cases there are too few vectors
+        raise TBQError(
+            f"faiss cannot train {spec} with {min(train, len(base))} vectors: {str(error).rpartition(': ')[2]}"
+        ) from None
     index.add(base)
     size = 4 * dim if spec == "flat" else dim // 2 if spec == "pqfs" else index.sa_code_size()
 
@@ -157,36 +179,58 @@ def _theirs(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, 
     return search, size
 
 
-def _ours(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, float]:
-    name, _, rescore = spec.partition("+")
-    kept = int(rescore or 1)
-    index = Index(base.shape[1], int(name[3]), "ip", estimator="unbiased" if "-" in name else "mse", keep="float16" if kept > 1 else None)
+def _build_tbq(spec: str, base: Floats, train: int, threads: int) -> tuple[Search, float]:
+    """The search function of a tbq index, and its bytes per vector, without the 8 of an id."""
+    name, _, factor = spec.partition("+")
+    rescore = int(factor or 1)
+    index = Index(
+        base.shape[1],
+        int(name[3]),
+        "ip",
+        estimator="unbiased" if "-" in name else "mse",
+        keep="float16" if rescore > 1 else None,
+    )
     index.add(base, threads=threads)
-    return lambda queries, k, threads: index.search(queries, k, rescore=kept, threads=threads)[1], index.nbytes / len(base) - 8
+
+    def search(queries: Floats, k: int, threads: int) -> npt.NDArray[np.int64]:
+        return index.search(queries, k, rescore=rescore, threads=threads)[1]
+
+    return search, index.nbytes / len(base) - 8
 
 
-def _rate(search: Search, queries: Floats, k: int, threads: int, at_once: int, clock: Clock) -> float:
+def _queries_per_second(search: Search, queries: Floats, k: int, threads: int, at_once: int, clock: Clock) -> float:
     start = clock()
     for i in range(0, len(queries), at_once):
-        search(queries[i:i + at_once], k, threads)
+        search(queries[i : i + at_once], k, threads)
     return len(queries) / (clock() - start)
 
 
-def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds: int, train: int, clock: Clock = time.perf_counter,
-            timed: int | None = None, report: Callable[[str], object] = lambda step: None) -> dict[str, Measured]:
-    """Builds each index, then searches with all of them in turn, round by round: the best round of each counts.
+def measure(
+    vectors: Vectors,
+    specs: Sequence[str],
+    k: int,
+    threads: int,
+    rounds: int,
+    train: int,
+    clock: Clock = time.perf_counter,
+    timed: int | None = None,
+    report: Callable[[str], object] = lambda step: None,
+) -> dict[str, Measured]:
+    """Builds each index, then searches with all of them in turn, round by round.  The best round of an index counts.
 
-    train: vectors that faiss's indices are trained with, at the most.  clock: of seconds.  timed: so many of the queries are
-    timed (all).  Recall is measured against faiss's flat index.
+    train: the most vectors that faiss's indices are trained with.  clock: a function that returns seconds.
+    timed: how many of the queries are timed, all if None.
+    The true neighbors are those that an exhaustive search finds: faiss's flat index.
     """
     found: dict[str, Measured] = {}
     searches: dict[str, Search] = {}
     some = vectors.queries[:timed]
-    truth = _theirs("flat", vectors.base, train, threads)[0](vectors.queries, k, threads)
+    truth = _build_faiss("flat", vectors.base, train, threads)[0](vectors.queries, k, threads)
     for spec in specs:
         report(f"{vectors.name}: building {spec}")
         start = clock()
-        search, size = (_ours if spec.startswith("tbq") else _theirs)(spec, vectors.base, train, threads)
+        build = _build_tbq if spec.startswith("tbq") else _build_faiss
+        search, size = build(spec, vectors.base, train, threads)
         built = clock() - start
         hits = sum(len(np.intersect1d(a, b)) for a, b in zip(search(vectors.queries, k, threads), truth))
         found[spec] = Measured(size, built, hits / truth.size)
@@ -195,27 +239,31 @@ def measure(vectors: Vectors, specs: Sequence[str], k: int, threads: int, rounds
         for spec, search in searches.items():
             report(f"{vectors.name}: round {turn + 1}, {spec}")
             one = found[spec]
-            one.batch = max(one.batch, _rate(search, some, k, threads, len(some), clock))
-            one.single = max(one.single, _rate(search, some[:50], k, 1, 1, clock))
+            one.batch = max(one.batch, _queries_per_second(search, some, k, threads, len(some), clock))
+            one.single = max(one.single, _queries_per_second(search, some[:50], k, 1, 1, clock))
     return found
 
 
-# --- the command --------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def table(found: Mapping[str, Measured], k: int) -> str:
-    """Markdown."""
-    lines = [f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |",
-             "|---|---|---|---|---|---|---|"]
+    """A Markdown table with a row for each index."""
+    lines = [
+        f"| index | bytes a vector | recall@{k} | queries/s | of sq4's | one by one, one thread | build, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     base = found.get("sq4")
     for spec, m in found.items():
         relative = f"{m.batch / base.batch:.2f}" if base and base.batch else ""
-        lines.append(f"| {spec} | {m.bytes:.0f} | {m.recall:.4f} | {m.batch:.0f} | {relative} | {m.single:.0f} | {m.build:.2f} |")
+        lines.append(
+            f"| {spec} | {m.bytes:.0f} | {m.recall:.4f} | {m.batch:.0f} | {relative} | {m.single:.0f} | {m.build:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def draw(results: Mapping[str, Mapping[str, Measured]], k: int, format: str) -> bytes:
-    """A picture: recall against queries per second, a panel for each set."""
+    """A picture of recall against queries per second, with a panel for each set."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -226,8 +274,8 @@ def draw(results: Mapping[str, Mapping[str, Measured]], k: int, format: str) -> 
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, found) in zip(panels, results.items()):
         for spec, m in found.items():
-            ours = spec.startswith("tbq")
-            axes.plot(m.recall, m.batch, "o" if ours else "s", color="C3" if ours else "0.45")
+            is_tbq = spec.startswith("tbq")
+            axes.plot(m.recall, m.batch, "o" if is_tbq else "s", color="C3" if is_tbq else "0.45")
             axes.annotate(spec, (m.recall, m.batch), xytext=(4, 4), textcoords="offset points", fontsize=8)
         axes.set(title=name, xlabel=f"recall@{k}", yscale="log")
         axes.margins(0.15)

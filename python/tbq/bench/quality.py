@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What cache types cost in perplexity and KL divergence, with llama-perplexity: `tbq bench quality`."""
+"""`tbq bench quality`: perplexity and KL divergence of cache types, measured with llama-perplexity."""
+
 import contextlib
 import dataclasses
 import io
@@ -13,6 +14,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tbq._files import naming
 from tbq.bench.perplexity import (
@@ -21,6 +23,7 @@ from tbq.bench.perplexity import (
     LEAST_SCORES,
     QUIET,
     Score,
+    Value,
     base_arguments,
     base_bytes,
     pair_arguments,
@@ -32,7 +35,7 @@ from tbq.kv_cache.calibrate import calibrate
 from tbq.kv_cache.model import Model
 from tbq.kv_cache.type_pairs import TypePair
 from tbq.programs import output
-from tbq.programs.options import MODEL, ROPE, words_for
+from tbq.programs.options import MODEL, ROPE, select_words
 from tbq.programs.process import run
 
 TYPES = "f16,q8_0,q5_1,q4_1,iq4_nl,q4_0,tbq4_0,tbq4_0/tbq3_0,tbq3_0,tbq2_0"
@@ -53,66 +56,79 @@ class Quality:
 
     @property
     def has_both(self) -> bool:
-        """Whether there are pairs with centered keys, and the same without."""
+        """Whether a pair was measured both with and without centered keys."""
         return any(pair.centered and dataclasses.replace(pair, centered=False) in self.scores for pair in self.scores)
 
     @property
     def scored(self) -> int:
+        """Tokens that were scored."""
         return self.chunks * scores_per_chunk(self.context)
 
 
-def _make_base(report: Quality, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text: str) -> None:
-    """Writes BASE; fills in the number of chunks.  text: its name."""
+def _make_base(
+    report: Quality, folder: pathlib.Path, command: list[str], on_chunks: Callable[[int], None], text_name: str
+) -> None:
+    """Writes BASE, and sets the number of chunks in the report."""
     done = run("llama-perplexity", command, folder, lambda text: on_chunks(output.chunks_read(text)), QUIET)
     file = folder / BASE
     if short := output.tokens_of_short_text(done.text):
-        raise TBQError(f"{text} has {short} tokens; --context {report.context} needs {2 * report.context}")
+        raise TBQError(f"{text_name} has {short} tokens; --context {report.context} needs {2 * report.context}")
     with contextlib.suppress(OSError, struct.error):
         with file.open("rb") as stream:
             magic, _, vocab, report.chunks = struct.unpack("<8siii", stream.read(20))
-        if done.status == 0 and magic == b"_logits_" and file.stat().st_size == base_bytes(report.context, report.chunks, vocab):
+        size = base_bytes(report.context, report.chunks, vocab)
+        if done.status == 0 and magic == b"_logits_" and file.stat().st_size == size:
             return
     if shutil.disk_usage(folder).free < 1 << 20:
         raise TBQError(f"no space left in {folder.parent}; name another folder with --scratch, or fewer --chunks")
     raise TBQError(f"llama-perplexity failed for f16: {done.error()}")
 
 
-def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int = 1024, chunks: int = 6, threads: int = 2,
-            options: Sequence[str] = (), scratch: pathlib.Path | None = None, center_text: bytes | None = None,
-            name_of_text: str = "the text") -> Quality:
-    """Scores of pairs against an f16 cache, on the first `chunks` times `context` tokens of a text.
+def measure(
+    model: Model,
+    pairs: Sequence[TypePair],
+    text: bytes,
+    context: int = 1024,
+    chunks: int = 6,
+    threads: int = 2,
+    options: Sequence[str] = (),
+    scratch: pathlib.Path | None = None,
+    center_text: bytes | None = None,
+    text_name: str = "the text",
+) -> Quality:
+    """Compares pairs with an f16 cache, on the first `chunks` times `context` tokens of a text.
 
-    options: more of llama-perplexity's.  scratch: folder for the probabilities of the f16 cache (base_bytes), the
-    system's temporary one if None; they are gone afterwards, whatever happens.
-    center_text: what the means of the keys are measured on for pairs that are centered, Python's language reference if None;
-    not the text that is scored.  name_of_text: what a message calls the text.
-    A pair that llama.cpp refuses is among the failures, centered pairs of a model whose keys cannot be are left out, with a warning.  An interruption ends it with what there was time for.
+    options: more options of llama-perplexity.
+    scratch: folder for the probabilities of the f16 cache (base_bytes); the system's temporary folder if None.  They
+    are removed at the end.
+    center_text: the text that the means of the keys are measured on, for centered pairs; Python's language reference if
+    None.  It must not be the text that is scored.  text_name: the name of the text in messages.
+
+    A pair that llama.cpp refuses is in the failures.  If the keys of the model cannot be centered, the centered pairs
+    are left out, with a warning.  An interruption ends the measurement; the report has what is finished.
     Raises TBQError if the text, the model or the disk is too small.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    check(model, context, chunks, scratch)
+    check_run(model, context, chunks, scratch)
     report = Quality(model, context)
     with tempfile.TemporaryDirectory(prefix="tbq-", dir=scratch) as name, contextlib.suppress(KeyboardInterrupt):
         folder = pathlib.Path(name)
         with naming(folder / "text.txt"):
             (folder / "text.txt").write_bytes(text)
         with tqdm(total=chunks * (1 + len(pairs)), unit="chunk", desc="f16, base") as bar:
+
             def show(i: int) -> Callable[[int], None]:
                 return lambda done: bar.update(i * chunks + min(done, chunks) - bar.n)
 
             report.commands.append(base_arguments(model.path, context, chunks, threads, options))
-            _make_base(report, folder, report.commands[-1], show(0), name_of_text)
-            uncentered = ""
-            if any(pair.centered for pair in pairs):
-                try:
-                    calibrate(model.opened or model.path, folder / CENTER, context, text=center_text, options=[*words_for(options, MODEL, ROPE), "-t", str(threads)])
-                except TBQError as error:
-                    uncentered = str(error)
-                    print(f"tbq: warning: no rows with centered keys: {uncentered}", file=sys.stderr)
+            _make_base(report, folder, report.commands[-1], show(0), text_name)
+            centers = any(pair.centered for pair in pairs) and _make_center(
+                model, folder, context, center_text, [*select_words(options, MODEL, ROPE), "-t", str(threads)]
+            )
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
-                if pair.centered and uncentered:
+                if pair.centered and not centers:
                     continue
                 report.commands.append(pair_arguments(model.path, pair, context, threads, options))
                 try:
@@ -123,33 +139,55 @@ def measure(model: Model, pairs: Sequence[TypePair], text: bytes, context: int =
     return report
 
 
-def check(model: Model, context: int, chunks: int, scratch: pathlib.Path | None = None) -> None:
-    """TBQError if there is no cache, if there are too few scores, or too little room in the folder for the probabilities."""
+def _make_center(model: Model, folder: pathlib.Path, context: int, text: bytes | None, options: Sequence[str]) -> bool:
+    """Writes CENTER.  If the keys cannot be centered: a warning, and False."""
+    try:
+        calibrate(model.opened or model.path, folder / CENTER, context, text=text, options=options)
+    except TBQError as error:
+        print(f"tbq: warning: no rows with centered keys: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def check_run(model: Model, context: int, chunks: int, scratch: pathlib.Path | None = None) -> None:
+    """Raises TBQError for a run that cannot succeed.
+
+    That is a model without a cache or tokenizer, too few scored tokens, too long a context, or too small a disk.
+    """
     model.check_cached()
     if not model.vocab:
         raise TBQError(f"model {str(model.path)!r} has no tokenizer; perplexity needs one")
     if chunks * scores_per_chunk(context) < LEAST_SCORES:
-        raise TBQError(f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; "
-                       f"at least {LEAST_SCORES} are needed")
+        raise TBQError(
+            f"--chunks {chunks} of --context {context} score {chunks * scores_per_chunk(context)} tokens; "
+            f"at least {LEAST_SCORES} are needed"
+        )
     if 0 < model.context < context:
         raise TBQError(f"--context {context} is more than the {model.context} tokens that the model was trained for")
     folder = scratch or pathlib.Path(tempfile.gettempdir())
     size, free = base_bytes(context, chunks, model.vocab) + (1 << 20), shutil.disk_usage(folder).free
     if size > free:
-        raise TBQError(f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB; "
-                       "name another folder with --scratch, or fewer --chunks")
+        raise TBQError(
+            f"the probabilities of the f16 cache take {size / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB; "
+            "name another folder with --scratch, or fewer --chunks"
+        )
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def table(report: Quality) -> str:
-    """Markdown, a row for each pair."""
-    lines = ["| K / V | bits | bytes a token | PPL | PPL / f16's | KLD | 99 % | same top, % |", "|---|---|---|---|---|---|---|---|"]
+    """A Markdown table with a row for each pair."""
+    lines = [
+        "| K / V | bits | bytes a token | PPL | PPL / f16's | KLD | 99 % | same top, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for pair, score in report.scores.items():
         size = f"{pair.bytes(report.model.cache)}" if report.model.cache else ""
-        lines.append(f"| {pair} | {_bits(pair)} | {size} | {score.ppl.text(3)} | {score.ppl_ratio.text(4)} | {score.kld.text(5)} "
-                     f"| {score.kld_99:.4f} | {score.same_top.text(2, 100)} |")
+        lines.append(
+            f"| {pair} | {_bits(pair)} | {size} | {score.ppl.text(3)} | {score.ppl_ratio.text(4)} "
+            f"| {score.kld.text(5)} | {score.kld_99:.4f} | {score.same_top.text(2, 100)} |"
+        )
     return "\n".join(lines)
 
 
@@ -158,7 +196,7 @@ def _bits(pair: TypePair) -> str:
 
 
 def as_text(report: Quality, identity: dict[str, str]) -> str:
-    """The table, and what somebody else needs to measure the same."""
+    """The table, and everything that is needed to repeat the measurement."""
     base, pair = (shlex.join(["llama-perplexity", *command]) for command in report.commands[:2])
     facts = {
         "model": f"{identity['model']}, sha256 {identity['model_sha256']}",
@@ -169,47 +207,80 @@ def as_text(report: Quality, identity: dict[str, str]) -> str:
         "pairs": re.sub(r"-ctk \S+ -ctv \S+$", "-ctk K -ctv V", pair),
     }
     if any(pair.centered for pair in report.scores):
-        facts["center"] = f"tbq calibrate MODEL --ctx {report.context} -o {CENTER}, on {identity['center_text']}; pairs with --cache-center {CENTER}"
+        facts["center"] = (
+            f"tbq calibrate MODEL --ctx {report.context} -o {CENTER}, on {identity['center_text']}; "
+            f"pairs with --cache-center {CENTER}"
+        )
     return "\n".join([table(report), "", *(f"{key:7}{value}" for key, value in facts.items())])
 
 
 def as_json(report: Quality, identity: dict[str, str]) -> str:
-    """Numbers as measured; null where there is none."""
+    """The report as a JSON object.  Numbers are not rounded; NaN and infinity become null."""
+
     def plain(x: object) -> object:
         if isinstance(x, dict):
             return {key: plain(value) for key, value in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     cache = report.model.cache
-    pairs = {str(pair): {"centered": pair.centered, "bits_k": pair.bits[0], "bits_v": pair.bits[1], "bytes_per_token": pair.bytes(cache) if cache else None,
-                         **dataclasses.asdict(score)} for pair, score in report.scores.items()}
+    pairs = {
+        str(pair): {
+            "centered": pair.centered,
+            "bits_k": pair.bits[0],
+            "bits_v": pair.bits[1],
+            "bytes_per_token": pair.bytes(cache) if cache else None,
+            **dataclasses.asdict(score),
+        }
+        for pair, score in report.scores.items()
+    }
     everything = {
-        **identity, "context": report.context, "chunks": report.chunks, "scored": report.scored, "base_ppl": report.base_ppl, "pairs": pairs,
+        **identity,
+        "context": report.context,
+        "chunks": report.chunks,
+        "scored": report.scored,
+        "base_ppl": report.base_ppl,
+        "pairs": pairs,
         "failures": {str(pair): why for pair, why in report.failures.items()},
         "commands": [shlex.join(["llama-perplexity", *command]) for command in report.commands],
     }
     return json.dumps(plain(everything), indent=2, ensure_ascii=False)
 
 
+#: The series of the picture: whether a type is a tbq type, whether keys are centered, label, color, marker.
+_SERIES = (
+    (False, False, "llama.cpp's types", "tab:gray", "s"),
+    (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
+    (True, False, "with tbq types", "tab:cyan", "^"),
+    (True, True, "with tbq types, keys centered", "tab:blue", "o"),
+)
+
+
 def picture(report: Quality, title: str, format: str) -> bytes:
-    """KL divergence against bits per value, upstream's types and ours: a file of that format ("png", "svg", ...)."""
+    """A picture of KL divergence against bits per value, as a file in a format ("png", "svg", ...)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for ours, centered, label, color, marker in ((False, False, "llama.cpp's types", "tab:gray", "s"), (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
-                                                 (True, False, "with tbq types", "tab:cyan", "^"), (True, True, "with tbq types, keys centered", "tab:blue", "o")):
-        points = [(sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0]) for pair, score in report.scores.items()
-                  if (pair.ours, pair.centered) == (ours, centered) and score.kld.mean > 0 and pair != TypePair("f16", "f16")]
+    for has_tbq, centered, label, color, marker in _SERIES:
+        points = [
+            (sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0])
+            for pair, score in report.scores.items()
+            if (pair.has_tbq, pair.centered) == (has_tbq, centered)
+            and score.kld.mean > 0
+            and pair != TypePair("f16", "f16")
+        ]
         points.sort(key=lambda point: (point[0], point[1].mean))
         if points:
-            axes.errorbar([bits for bits, _, _ in points], [kld.mean for _, kld, _ in points], [kld.error for _, kld, _ in points],
-                          label=label, color=color, marker=marker, capsize=3, linewidth=1)
-        for i, (bits, kld, name) in enumerate([] if centered and report.has_both else points):
-            crowded = [point[0] for point in points[i + 1:i + 2]] == [bits]  # the next is above it
-            axes.annotate(name, (bits, kld.mean), xytext=(-8, -8) if ours else (8, -14 if crowded else 4), textcoords="offset points",
-                          ha="right" if ours else "left", fontsize=9, color=color)
-    axes.set(yscale="log", xlabel="bits per value, mean of keys and values", ylabel="KL divergence to an f16 cache, nats", title=title)
+            bits, means, errors = zip(*((bits, kld.mean, kld.error) for bits, kld, _ in points))
+            axes.errorbar(bits, means, errors, label=label, color=color, marker=marker, capsize=3, linewidth=1)
+        if not centered or not report.has_both:
+            _write_names(axes, points, has_tbq, color)
+    axes.set(
+        yscale="log",
+        xlabel="bits per value, mean of keys and values",
+        ylabel="KL divergence to an f16 cache, nats",
+        title=title,
+    )
     axes.margins(x=0.13)
     axes.grid(which="both", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
@@ -217,3 +288,18 @@ def picture(report: Quality, title: str, format: str) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=format, dpi=150)
     return file.getvalue()
+
+
+def _write_names(axes: Any, points: Sequence[tuple[float, Value, str]], left: bool, color: str) -> None:
+    """Writes the names of pairs next to their points.  left: to the left of them instead of to the right."""
+    for i, (bits, kld, name) in enumerate(points):
+        crowded = [point[0] for point in points[i + 1 : i + 2]] == [bits]  # the next point is above this one
+        axes.annotate(
+            name,
+            (bits, kld.mean),
+            xytext=(-8, -8) if left else (8, -14 if crowded else 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=9,
+            color=color,
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A model without knowledge: the layers of a llama, random weights, to measure speed on."""
+"""A model for measurements of speed: the layers of a llama, with random weights."""
+
 import dataclasses
 import pathlib
 from collections.abc import Iterator
@@ -9,13 +10,16 @@ import numpy.typing as npt
 
 from tbq.errors import TBQError
 
-Q8_0 = (32, 34)  # values and bytes of a block: a half, then signed bytes
+Q8_0 = (32, 34)  # values and bytes of a block: a float16, then signed bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomModel:
-    """The default is that of docs/attention.md: a token reads 153 MB of weights, so that on two cores attention
-    dominates from depth 4096 on."""
+    """The shape of a model.
+
+    The default is the model of docs/measurements/attention.md.  A token reads 153 MB of weights, so that on two cores
+    attention takes most of the time from depth 4096 on.
+    """
 
     layers: int = 8
     width: int = 1024
@@ -29,11 +33,11 @@ class RandomModel:
         return ",".join(f"{key}={value}" for key, value in dataclasses.asdict(self).items())
 
     def cache(self) -> list[tuple[int, int]]:
-        """Values of a token's keys and values, layer by layer."""
+        """The number of values in a token's K and in its V tensor, layer by layer."""
         return [(self.kv_heads * self.head_size,) * 2] * self.layers
 
     def matrices(self) -> Iterator[tuple[str, int, int]]:
-        """Name, rows and columns of each."""
+        """The name, rows and columns of each matrix."""
         yield "token_embd", self.vocab, self.width
         yield "output", self.vocab, self.width
         for i in range(self.layers):
@@ -46,35 +50,47 @@ class RandomModel:
             yield f"blk.{i}.ffn_down", self.width, self.ff
 
     def norms(self) -> Iterator[str]:
+        """The names of the norms."""
         yield "output_norm"
         for i in range(self.layers):
             yield f"blk.{i}.attn_norm"
             yield f"blk.{i}.ffn_norm"
 
     def size(self) -> int:
-        """Bytes of the matrices, which are nearly all of the file."""
+        """Bytes of the matrices, which take nearly all of the file."""
         return sum(rows * columns for _, rows, columns in self.matrices()) // Q8_0[0] * Q8_0[1]
 
 
 def parse_shape(text: str) -> RandomModel:
-    """The shape that "layers=32,width=4096" names; what is not named keeps its default.  TBQError for anything else."""
+    """The shape that a text such as "layers=32,width=4096" names.  Fields that it does not name keep their defaults.
+
+    Raises TBQError for anything else.
+    """
     fields: dict[str, int] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in RandomModel.__dataclass_fields__ or not value.isascii() or not value.isdigit() or not int(value):
-            raise TBQError(f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0")
+            raise TBQError(
+                f"{part!r} is not one of {', '.join(RandomModel.__dataclass_fields__)}, '=' and a number above 0"
+            )
         fields[key] = int(value)
     shape = RandomModel(**fields)
-    for key, rule, kept in (("width", "a multiple of 32", shape.width % 32 == 0), ("ff", "a multiple of 32", shape.ff % 32 == 0),
-                            ("head_size", "a multiple of 32", shape.head_size % 32 == 0),
-                            ("heads", f"a multiple of kv_heads, {shape.kv_heads}", shape.heads % shape.kv_heads == 0)):
+    for key, rule, kept in (
+        ("width", "a multiple of 32", shape.width % 32 == 0),
+        ("ff", "a multiple of 32", shape.ff % 32 == 0),
+        ("head_size", "a multiple of 32", shape.head_size % 32 == 0),
+        ("heads", f"a multiple of kv_heads, {shape.kv_heads}", shape.heads % shape.kv_heads == 0),
+    ):
         if not kept:
             raise TBQError(f"{key}={getattr(shape, key)} must be {rule}")
     return shape
 
 
 def write_random_model(path: pathlib.Path, shape: RandomModel, seed: int = 0) -> pathlib.Path:
-    """Writes a llama of random Q8_0 weights without a tokenizer; returns the path.  One matrix at a time is in memory."""
+    """Writes a llama with random Q8_0 weights and without a tokenizer; returns the path.
+
+    Only one matrix at a time is in memory.
+    """
     import gguf
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -99,14 +115,17 @@ def write_random_model(path: pathlib.Path, shape: RandomModel, seed: int = 0) ->
         writer.add_tensor_info(f"{name}.weight", one.shape, one.dtype, one.nbytes)
     for name, rows, columns in shape.matrices():
         row = columns // Q8_0[0] * Q8_0[1]
-        writer.add_tensor_info(f"{name}.weight", (rows, row), np.dtype(np.uint8), rows * row, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor_info(
+            f"{name}.weight", (rows, row), np.dtype(np.uint8), rows * row, gguf.GGMLQuantizationType.Q8_0
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _ in shape.norms():
             writer.write_tensor_data(one)
-        # fresh numbers for gigabytes take longer than the measurement: each matrix reads one pool from another place
+        # making gigabytes of random numbers would take longer than the measurement, so all matrices use one pool,
+        # rolled
         pool = np.random.default_rng(seed).integers(-127, 128, 1 << 25, np.int8)
         with tqdm(total=shape.size(), desc="random weights", unit="B", unit_scale=True, delay=2, leave=False) as bar:
             for i, (_, rows, columns) in enumerate(shape.matrices()):
@@ -119,8 +138,8 @@ def write_random_model(path: pathlib.Path, shape: RandomModel, seed: int = 0) ->
 
 
 def _random_blocks(numbers: npt.NDArray[np.int8], rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    # uniform bytes (standard deviation 74) times d: outputs of the size of inputs
+    # uniform bytes have a standard deviation of 74; this d keeps outputs as large as inputs
     blocks = np.empty((rows, columns // Q8_0[0], Q8_0[1]), np.uint8)
-    blocks[..., :2] = np.array([1 / (74 * columns ** 0.5)], "<f2").view(np.uint8)
+    blocks[..., :2] = np.array([1 / (74 * columns**0.5)], "<f2").view(np.uint8)
     blocks[..., 2:] = np.resize(numbers, (rows, columns // Q8_0[0], Q8_0[0])).view(np.uint8)
     return blocks.reshape(rows, -1)

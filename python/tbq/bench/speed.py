@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Measures cache types side by side: `tbq bench speed` here, `tbq bench quality` in quality.py, `tbq bench index` in
-index_bench.py."""
+"""`tbq bench speed`: tokens per second of cache types, measured with llama-bench."""
+
 import contextlib
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tbq.programs.process import Done, run
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """Tokens read at once, or generated one by one, with so many in the cache before."""
+    """A test: tokens that are read at once or generated one by one, after a number of tokens in the cache."""
 
     prompt: int
     generate: int
@@ -36,23 +36,28 @@ class Test:
 class Speeds:
     """What was measured so far."""
 
-    samples: dict[TypePair, dict[Test, list[float]]]  #: tokens per second, one each round
-    failures: dict[tuple[TypePair, int], str] = dataclasses.field(default_factory=dict)  #: why a pair has none at a depth
+    samples: dict[TypePair, dict[Test, list[float]]]  #: tokens per second, one for each round
+    #: why a pair has no samples at a depth
+    failures: dict[tuple[TypePair, int], str] = dataclasses.field(default_factory=dict)
     device: str = ""
     complete: bool = False
 
     @property
     def gpu(self) -> bool:
+        """Whether a GPU was used."""
         return not self.device.endswith("(CPU)")
 
     def median(self, pair: TypePair, test: Test) -> float | None:
+        """The median of a pair in a test; None without samples."""
         found = self.samples[pair].get(test)
         return statistics.median(found) if found else None
 
 
 def read_bandwidth(size: int, threads: int) -> float:
-    """Bytes per second of a plain read of `size` bytes of memory (of 1 GiB, if it is more) by so many threads: the floor of
-    any attention over them on the CPU."""
+    """Bytes per second of a plain read of `size` bytes of memory, at most 1 GiB, by a number of threads.
+
+    Attention on the CPU cannot read a cache of that size faster.
+    """
     parts = [np.ones(max(1, min(size, 1 << 30) // 8 // threads), np.uint64) for _ in range(threads)]
     best = float("inf")
     for _ in range(5):
@@ -66,48 +71,64 @@ def read_bandwidth(size: int, threads: int) -> float:
     return 8 * sum(map(len, parts)) / best
 
 
-def bench_arguments(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]) -> list[str]:
-    """llama-bench's, for tests at one depth, once each."""
+def bench_arguments(
+    model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str]
+) -> list[str]:
+    """The arguments of llama-bench that run each test once.  All tests have the same depth."""
     prompts = ",".join(str(t.prompt) for t in tests if t.prompt) or "0"
     generate = ",".join(str(t.generate) for t in tests if t.generate) or "0"
-    return [*options, "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", pair.k, "-ctv", pair.v,
-            "-p", prompts, "-n", generate, "-d", str(tests[0].depth), "-r", "1", "-o", "json"]
+    what = ["-p", prompts, "-n", generate, "-d", str(tests[0].depth), "-r", "1", "-o", "json"]
+    return [*options, "-m", str(model), "-t", str(threads), "-fa", "1", "-ctk", pair.k, "-ctv", pair.v, *what]
 
 
-def llama_bench(model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int,
-                options: Sequence[str] = ()) -> tuple[dict[Test, float], str]:
-    """Tokens per second of each test, all at one depth; and the device.  TBQError with llama.cpp's reason if it fails."""
+def llama_bench(
+    model: pathlib.Path, pair: TypePair, tests: Sequence[Test], threads: int, options: Sequence[str] = ()
+) -> tuple[dict[Test, float], str]:
+    """Tokens per second of each test, and the device.  All tests have the same depth.
+
+    Raises TBQError with llama.cpp's reason if the run fails.
+    """
     arguments = bench_arguments(model, pair, tests, threads, options)
     done = run("llama-bench", arguments)
     if done.status > 0 and output.has_no_context(done.stderr):
-        done = run("llama-bench", [*arguments, "-v"])  # only then it says why
+        done = run("llama-bench", [*arguments, "-v"])  # only with -v it says why
     if done.status:
-        raise TBQError(_failure(done, tests))
+        raise TBQError(_reason_of(done, tests))
     try:
         rows = json.loads(done.stdout)
         found = {Test(row["n_prompt"], row["n_gen"], row["n_depth"]): float(row["avg_ts"]) for row in rows}
     except (ValueError, KeyError, TypeError):
-        raise TBQError("llama-bench printed no results; are the options after -- such that it runs?") from None
+        raise TBQError("llama-bench printed no results; check the options after --") from None
     if len(rows) != len(tests) or set(found) != set(tests):
-        raise TBQError(f"llama-bench ran {len(rows)} tests instead of {len(tests)}; an option after -- must have one value, "
-                       "and cache types, depths and prompts have options of their own")
+        raise TBQError(
+            f"llama-bench ran {len(rows)} tests instead of {len(tests)}; an option after -- must have one value; "
+            "use --types, --depths and --prompts for cache types, depths and prompts"
+        )
     return found, " and ".join(filter(None, (rows[0]["cpu_info"], rows[0]["gpu_info"]))) + f" ({rows[0]['backends']})"
 
 
-def _failure(done: Done, tests: Sequence[Test]) -> str:
+def _reason_of(done: Done, tests: Sequence[Test]) -> str:
+    """Why a run failed."""
     tokens = max(t.depth + t.prompt + t.generate for t in tests)
     reason = done.error()
     if output.ran_out_of_memory(done.stderr) or done.status == -9:
-        return f"no room for {tokens} tokens ({reason})"
+        return f"not enough memory for {tokens} tokens ({reason})"
     return reason
 
 
-def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, model: pathlib.Path, rounds: int = 3,
-            options: Sequence[str] = ()) -> Speeds:
-    """Speeds of pairs, each in turn within a round; a depth is filled once for all tests at it.
+def measure(
+    pairs: Sequence[TypePair],
+    tests: Sequence[Test],
+    threads: int,
+    model: pathlib.Path,
+    rounds: int = 3,
+    options: Sequence[str] = (),
+) -> Speeds:
+    """Measures pairs in rounds.  Each round measures all pairs in turn, and fills a depth once for all tests at it.
 
-    model: a GGUF file.  options: more of llama-bench's.
-    A pair that fails at a depth is left out there.  An interruption ends it with what there was time for.
+    model: a GGUF file.  options: more options of llama-bench.
+    A pair that fails at a depth is not measured there again.  An interruption ends the measurement; the result has what
+    is finished.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -120,7 +141,9 @@ def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, mode
                 continue
             bar.set_description(f"{pair} @ {depth}")
             try:
-                found, speeds.device = llama_bench(model, pair, [t for t in tests if t.depth == depth], threads, options)
+                found, speeds.device = llama_bench(
+                    model, pair, [t for t in tests if t.depth == depth], threads, options
+                )
             except TBQError as error:
                 speeds.failures[pair, depth] = str(error)
                 continue
@@ -131,22 +154,26 @@ def measure(pairs: Sequence[TypePair], tests: Sequence[Test], threads: int, mode
 
 
 def table(speeds: Speeds, tests: Sequence[Test]) -> str:
-    """Markdown: each pair's tokens/s, and relative to the first pair."""
+    """A Markdown table: the tokens per second of each pair, also relative to the first pair."""
     pairs = list(speeds.samples)
     lines = ["| K / V | " + " | ".join(map(str, tests)) + " |", "|---|" + "---|" * len(tests)]
     for pair in pairs:
         cells = []
         for test in tests:
             speed, base = speeds.median(pair, test), speeds.median(pairs[0], test)
-            cells.append("" if speed is None else f"{speed:.1f}" if pair == pairs[0] or not base else f"{speed:.1f} ({speed / base:.2f})")
+            cell = "" if speed is None else f"{speed:.1f}"
+            if speed is not None and base and pair != pairs[0]:
+                cell += f" ({speed / base:.2f})"
+            cells.append(cell)
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def attention_table(speeds: Speeds, cache: Cache, threads: int | None) -> str:
-    """Markdown: what attention over the cache takes, from the difference to an empty one; "" without both.
+    """A Markdown table: the time of attention, which is the difference to a token with an empty cache.
 
-    threads: of a plain read to compare with; None where the cache is not in the CPU's memory.
+    It is "" if there are no speeds with both a full and an empty cache.
+    threads: number of threads of a plain read to compare with; None if the cache is not in the CPU's memory.
     """
     lines = []
     for pair, found in speeds.samples.items():
@@ -156,8 +183,13 @@ def attention_table(speeds: Speeds, cache: Cache, threads: int | None) -> str:
                 continue
             seconds = 1 / speed - 1 / (generated[0] or 1)
             size = pair.bytes(cache) * depth
-            if seconds > 0:  # not a short cache and noise
-                lines.append(f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} |"
-                             + (f" {read_bandwidth(size, threads) / 1e9:.2f} |" if threads else ""))
-    head = ["| K / V | depth | attention, ms a token | cache, MB | GB/s |" + " plain read, GB/s |" * bool(threads), "|---|---|---|---|---|" + "---|" * bool(threads)]
+            if seconds > 0:  # with a short cache, noise can be larger than the difference
+                lines.append(
+                    f"| {pair} | {depth} | {seconds * 1e3:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.2f} |"
+                    + (f" {read_bandwidth(size, threads) / 1e9:.2f} |" if threads else "")
+                )
+    head = [
+        "| K / V | depth | attention, ms a token | cache, MB | GB/s |" + " plain read, GB/s |" * bool(threads),
+        "|---|---|---|---|---|" + "---|" * bool(threads),
+    ]
     return "\n".join(head + lines) if lines else ""

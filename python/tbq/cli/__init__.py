@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The command line: a module for each command; nothing else knows argparse."""
+"""The command line: one module for each command.  No other wing uses argparse."""

@@ -9,18 +9,41 @@ import platform
 import sys
 import tempfile
 
-from tbq._arguments import by_reason, cores
+from tbq._arguments import cores, group_by_reason
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._text import python_text, read_text
 from tbq.bench.perplexity import base_bytes
-from tbq.bench.quality import TYPES, as_json, as_text, check, measure, picture
+from tbq.bench.quality import TYPES, as_json, as_text, check_run, measure, picture
 from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError
 from tbq.kv_cache.model import read_model, sha256
-from tbq.kv_cache.type_pairs import parse_pairs
+from tbq.kv_cache.type_pairs import TypePair, parse_pairs
 from tbq.programs.paths import versions
 from tbq.programs.signals import interruptible
+
+
+def _add_centered(pairs: list[TypePair]) -> list[TypePair]:
+    """The pairs, each followed by the same pair with centered keys if centering changes it."""
+    found = []
+    for pair in pairs:
+        found.append(pair)
+        if pair.may_be_centered:
+            found.append(dataclasses.replace(pair, centered=True))
+    return found
+
+
+def _identify(args: argparse.Namespace, text: bytes) -> dict[str, str]:
+    """What was measured, and with which versions."""
+    source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
+    return {
+        "model": args.model.name,
+        "model_sha256": sha256(args.model),
+        "text": source,
+        "text_sha256": hashlib.sha256(text).hexdigest(),
+        **versions(),
+        "center_text": "Python's language reference" if args.text else "the second half of the text",
+    }
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -29,37 +52,26 @@ def _run(args: argparse.Namespace) -> int:
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = parse_pairs(args.types)
     if not args.no_center:
-        pairs = [
-            both
-            for pair in pairs
-            for both in ([pair, dataclasses.replace(pair, centered=True)] if pair.may_be_centered else [pair])
-        ]
+        pairs = _add_centered(pairs)
     text = read_text(args.text) if args.text else python_text()
     model = read_model(args.model, args.options)
-    source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
-    check(model, args.context, args.chunks, args.scratch)
-    # python_text() is read from its beginning: what is far behind the scored part has other words
-    behind = len(text) // 2
-    if not args.text and 8 * args.context * args.chunks > behind and any(pair.centered for pair in pairs):
+    check_run(model, args.context, args.chunks, args.scratch)
+    # python_text() is scored from its beginning, and the means are measured on its second half, which has other words
+    half = len(text) // 2
+    if not args.text and 8 * args.context * args.chunks > half and any(pair.centered for pair in pairs):
         print(
-            "tbq: warning: no rows with centered keys: so many chunks would be scored on the text that the means are measured on; name a text with --text",
+            "tbq: warning: no rows with centered keys: so many chunks would be scored on the text "
+            "that the means are measured on; name a text with --text",
             file=sys.stderr,
         )
         pairs = [pair for pair in pairs if not pair.centered]
     with interruptible():
         print(
-            f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache go to "
-            f"{args.scratch or tempfile.gettempdir()} while this runs",
+            f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache "
+            f"go to {args.scratch or tempfile.gettempdir()} while this runs",
             file=sys.stderr,
         )
-        identity = {
-            "model": args.model.name,
-            "model_sha256": sha256(args.model),
-            "text": source,
-            "text_sha256": hashlib.sha256(text).hexdigest(),
-            **versions(),
-            "center_text": "Python's language reference" if args.text else "the second half of the text",
-        }
+        identity = _identify(args, text)
         report = measure(
             model,
             pairs,
@@ -69,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
             args.threads,
             args.options,
             args.scratch,
-            None if args.text else text[behind:],
+            None if args.text else text[half:],
             f"text {str(args.text)!r}" if args.text else "Python's language reference",
         )
         if report.scores:
@@ -80,19 +92,19 @@ def _run(args: argparse.Namespace) -> int:
         print(f"tbq: interrupted after {len(report.scores)} of {len(pairs)} pairs", file=sys.stderr)
         return 130
     if report.failures:
-        raise TBQError(by_reason({str(pair): why for pair, why in report.failures.items()}))
+        raise TBQError(group_by_reason({str(pair): why for pair, why in report.failures.items()}))
     return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """perplexity and KL divergence of cache types against f16, with llama-perplexity"""
+    """compare cache types with f16 in perplexity and KL divergence, with llama-perplexity"""
     parser.epilog = (
         "examples: tbq bench quality --model model.gguf --plot quality.png\n"
-        "          tbq bench quality --model model.gguf --text book.txt --types q8_0,q8_0/tbq4_0,tbq4_0 --chunks 20 -- -ngl 99"
+        "          tbq bench quality --model model.gguf --text book.txt --types q8_0,tbq4_0 --chunks 20 -- -ngl 99"
     )
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
     parser.add_argument("--types", default=TYPES, metavar="K/V,...", help="cache types (%(default)s)")
-    parser.add_argument("--no-center", action="store_true", help="without the rows with centered keys")
+    parser.add_argument("--no-center", action="store_true", help="leave out the rows with centered keys")
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)"
     )
@@ -104,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=6,
         metavar="N",
-        help="chunks to read, fewer if the text ends (%(default)s)",
+        help="number of chunks to read, fewer if the text is shorter (%(default)s)",
     )
     parser.add_argument(
         "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
@@ -113,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scratch",
         type=pathlib.Path,
         metavar="FOLDER",
-        help="for the probabilities of the f16 cache (the system's temporary one)",
+        help="folder for the probabilities of the f16 cache (the system's temporary folder)",
     )
     parser.add_argument(
         "--plot",

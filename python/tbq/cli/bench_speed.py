@@ -9,9 +9,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from tbq import _files
-from tbq._arguments import by_reason, cores
+from tbq._arguments import cores, group_by_reason
 from tbq.bench.random_model import RandomModel, parse_shape, write_random_model
 from tbq.bench.speed import Speeds, Test, attention_table, measure, table
 from tbq.cli._argument import argument, at_least_one
@@ -22,14 +23,14 @@ from tbq.programs.paths import versions
 from tbq.programs.signals import interruptible
 
 
-def _depths(text: str) -> list[int]:
+def _parse_depths(text: str) -> list[int]:
     parts = [part for part in text.split(",") if part]
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,8192")
     return [int(part) for part in dict.fromkeys(parts)]
 
 
-def _prompts(text: str) -> list[Test]:
+def _parse_prompts(text: str) -> list[Test]:
     tests = []
     for part in filter(None, text.split(",")):
         length, at, depth = part.partition("@")
@@ -42,15 +43,19 @@ def _prompts(text: str) -> list[Test]:
 
 
 @contextlib.contextmanager
-def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | None, dict[str, str]]]:
-    """Path, cache and identity of the file named, or of one of random weights that exists inside only."""
+def _open_or_make_model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | None, dict[str, str]]]:
+    """The path, cache and identity of the model that --model names, or of a model of random weights.
+
+    The model of random weights is removed at the end of the block.
+    """
     if args.model:
         model = read_model(args.model)
         model.check_cached()
         longest = max(t.depth + t.prompt + t.generate for t in args.tests)
         if 0 < model.context < longest:
             print(
-                f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; speed does not depend on it",
+                f"tbq: note: the model was trained for {model.context} tokens, {longest} are asked for; "
+                "speed does not depend on it",
                 file=sys.stderr,
             )
         yield args.model, model.cache, {"model": args.model.name, "model_sha256": sha256(args.model)}
@@ -59,8 +64,8 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
         free = shutil.disk_usage(folder).free
         if args.shape.size() * 1.01 > free:
             raise TBQError(
-                f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} GB; "
-                "name another folder with --scratch, or a smaller --shape"
+                f"the model takes {args.shape.size() / 1e9:.1f} GB, {pathlib.Path(folder).parent} has {free / 1e9:.1f} "
+                "GB; name another folder with --scratch, or a smaller --shape"
             )
         path = pathlib.Path(folder) / "shape.gguf"
         with _files.naming(path):
@@ -68,36 +73,35 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[pathlib.Path, Cache | Non
         yield path, args.shape.cache(), {"shape": str(args.shape)}
 
 
+def _as_dict(args: argparse.Namespace, speeds: Speeds, identity: dict[str, str]) -> dict[str, Any]:
+    return {
+        **identity,
+        **versions(),
+        "device": speeds.device,
+        "threads": args.threads,
+        "options": args.options,
+        "tokens_per_second": {
+            str(pair): {str(test): found for test, found in tests.items()} for pair, tests in speeds.samples.items()
+        },
+        "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()},
+    }
+
+
 def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identity: dict[str, str]) -> None:
     if args.json:
-        print(
-            json.dumps(
-                {
-                    **identity,
-                    **versions(),
-                    "device": speeds.device,
-                    "threads": args.threads,
-                    "options": args.options,
-                    "tokens_per_second": {
-                        str(pair): {str(test): found for test, found in tests.items()}
-                        for pair, tests in speeds.samples.items()
-                    },
-                    "failures": {f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()},
-                },
-                indent=2,
-            )
-        )
+        print(json.dumps(_as_dict(args, speeds, identity), indent=2))
         return
     built = versions()
+    model = f"random weights, --shape {identity['shape']}" if "shape" in identity else ""
     facts = [
         f"tokens per second, medians of {args.rounds}, and relative to {next(iter(speeds.samples))}; "
         "tg: generating, pp: a prompt, @: tokens in the cache before",
-        f"model: {identity['model']}, sha256 {identity['model_sha256']}"
-        if "model" in identity
-        else f"model: random weights, --shape {identity['shape']}",
+        f"model: {model or identity['model'] + ', sha256 ' + identity['model_sha256']}",
         f"llama.cpp {built['llama_cpp_commit']}, tbq {built['tbq']}; {args.threads} threads; {speeds.device}",
     ]
-    print(table(speeds, args.tests), end="\n\n", flush=True)  # before anything that could fail
+    print(
+        table(speeds, args.tests), end="\n\n", flush=True
+    )  # printed before the bandwidth is measured, which could fail
     if attention := cache and attention_table(speeds, cache, None if speeds.gpu else args.threads):
         print(attention, end="\n\n")
     print("\n".join(facts))
@@ -106,11 +110,11 @@ def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identi
 def _run(args: argparse.Namespace) -> int:
     args.tests = [Test(0, args.generate, depth) for depth in args.depths] + args.prompts
     if not args.tests:
-        raise TBQError("--depths and --prompts are both empty; one of them names what to measure")
+        raise TBQError("--depths and --prompts are both empty; at least one of them must name something to measure")
     if args.scratch and not args.scratch.is_dir():
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = parse_pairs(args.types)
-    with interruptible(), _model(args) as (model, cache, identity):
+    with interruptible(), _open_or_make_model(args) as (model, cache, identity):
         speeds = measure(pairs, args.tests, args.threads, model, args.rounds, args.options)
         if any(speeds.samples.values()):
             _print(args, speeds, cache, identity)
@@ -118,12 +122,12 @@ def _run(args: argparse.Namespace) -> int:
         print("tbq: interrupted", file=sys.stderr)
         return 130
     if speeds.failures:
-        raise TBQError(by_reason({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
+        raise TBQError(group_by_reason({f"{pair} @ {depth}": why for (pair, depth), why in speeds.failures.items()}))
     return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """tokens per second of cache types side by side, with llama-bench"""
+    """compare cache types in tokens per second, with llama-bench"""
     parser.epilog = (
         "examples: tbq bench speed --types f16,tbq4_0,tbq4_0/tbq3_0\n"
         "          tbq bench speed --model model.gguf --depths 0,32768 --prompts 2048@32768 -- -ngl 99\n"
@@ -133,45 +137,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--types",
         default="f16,q8_0,q4_0,tbq4_0,tbq3_0,tbq2_0",
         metavar="K/V,...",
-        help="cache types, the first is what the others are compared with (%(default)s)",
+        help="cache types; the others are compared with the first (%(default)s)",
     )
     parser.add_argument(
         "--depths",
-        type=_depths,
+        type=_parse_depths,
         default="0,8192",
         metavar="N,...",
-        help="tokens in the cache when generating (%(default)s)",
+        help="tokens in the cache before generating (%(default)s)",
     )
     parser.add_argument(
         "--generate", type=at_least_one, default=16, metavar="N", help="tokens to generate at each depth (%(default)s)"
     )
     parser.add_argument(
         "--prompts",
-        type=_prompts,
+        type=_parse_prompts,
         default="512,4096,512@8192",
         metavar="N[@DEPTH],...",
-        help="lengths of prompts, from an empty cache or after so many tokens (%(default)s)",
+        help="lengths of prompts, with an empty cache or after DEPTH tokens (%(default)s)",
     )
     parser.add_argument(
         "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=at_least_one, default=3, metavar="N", help="times that each is measured (%(default)s)"
+        "--rounds", type=at_least_one, default=3, metavar="N", help="number of measurements of each test (%(default)s)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", type=pathlib.Path, metavar="GGUF", help="instead of a model of random weights")
+    which.add_argument(
+        "--model", type=pathlib.Path, metavar="GGUF", help="a model to use instead of one with random weights"
+    )
     which.add_argument(
         "--shape",
         type=argument(parse_shape),
         default=RandomModel(),
         metavar="KEY=N,...",
-        help="of the model of random weights (%(default)s)",
+        help="shape of the model of random weights (%(default)s)",
     )
     parser.add_argument(
         "--scratch",
         type=pathlib.Path,
         metavar="FOLDER",
-        help="for the model of random weights (the system's temporary one)",
+        help="folder for the model of random weights (the system's temporary folder)",
     )
     parser.add_argument("--json", action="store_true", help="print every sample as JSON instead of tables")
     parser.add_argument(

@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples: tbq calibrate model.gguf\n"
         "          tbq calibrate model.gguf --ctx 32768 -o model.center.gguf -- -ngl 99\n"
         "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n\n"
-        "tbq serve and tbq.llama do this by themselves.  Options after -- are llama.cpp's."
+        "tbq serve and tbq.llama do this automatically.  Options after -- are llama.cpp's."
     )
     parser.add_argument(
-        "model", type=pathlib.Path, metavar="MODEL.gguf", help="the model, the first file of a split one"
+        "model", type=pathlib.Path, metavar="MODEL.gguf", help="the model; the first file of a split model"
     )
     parser.add_argument(
-        "--text", type=pathlib.Path, metavar="FILE", help="what the model reads (Python's language reference)"
+        "--text", type=pathlib.Path, metavar="FILE", help="text for the model to read (Python's language reference)"
     )
     parser.add_argument(
         "--ctx",
@@ -35,13 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of context that the cache will have (what the model was trained for)",
     )
     parser.add_argument(
-        "--chunks", type=at_least_one, metavar="N", help="chunks of 128 tokens to read, spread over the context (8)"
+        "--chunks",
+        type=at_least_one,
+        metavar="N",
+        help="number of chunks of 128 tokens to read, spread over the context (8)",
     )
     parser.add_argument(
-        "-o", dest="out", type=pathlib.Path, metavar="OUT.gguf", help="file to write (MODEL.center.gguf, here)"
+        "-o",
+        dest="out",
+        type=pathlib.Path,
+        metavar="OUT.gguf",
+        help="file to write (MODEL.center.gguf in the current folder)",
     )
     parser.add_argument(
-        "options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp that the measuring needs: -- -ngl 99"
+        "options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp for the measurement: -- -ngl 99"
     )
 
     def run_command(args: argparse.Namespace) -> int:
@@ -64,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         print(shares)
         center = read_center(out)
         print(
-            f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, for a context of {center.context} tokens"
+            f"{printable(str(out)) or out}: {len(center.means)} layers, {center.tokens} keys each, "
+            f"for a context of {center.context} tokens"
         )
         return 0
 

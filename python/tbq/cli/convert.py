@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = r"""examples:
   tbq convert model-f16.gguf model-tbq4.gguf --type tbq4_0
   tbq convert model-f16.gguf mixed.gguf --type tbq4_0 --tensor 'blk\.\d+\.ffn_.*=tbq3_0'
-  tbq convert model-tbq4.gguf model-f16.gguf --type f16     # back to what any llama.cpp opens
+  tbq convert model-tbq4.gguf model-f16.gguf --type f16     # a file that any llama.cpp opens
 
-Norms and other small tensors stay as they are; the output matrix gets q6_K or q8_0, as with llama-quantize."""
-    parser.add_argument("source", metavar="IN.gguf", help="the model; of a split, any of its files")
+Norms and other small tensors keep their type.  The output matrix gets q6_K or q8_0, as with llama-quantize."""
+    parser.add_argument("source", metavar="IN.gguf", help="the model; any file of a split model")
     parser.add_argument("target", metavar="OUT.gguf", help="the file to write")
     parser.add_argument(
         "--type", required=True, metavar="TYPE", choices=list(FILE_TYPES), help=f"one of {', '.join(FILE_TYPES)}"
@@ -37,14 +37,14 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
         default=[],
         type=_tensor_option,
         metavar="PATTERN=TYPE",
-        help="another type for tensors in whose name the regular expression is found; the first that is found counts",
+        help="another type for tensors whose names contain a match of the regular expression; the first match counts",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument(
         "--split",
         type=argument(parse_size),
         metavar="SIZE",
-        help=f"several files of at most so many bytes of tensors each; {SIZES}",
+        help=f"write several files, each with at most this size of tensors; {SIZES}",
     )
     parser.add_argument("--threads", type=at_least_one, default=cores(), metavar="N", help="threads (%(default)s)")
 
@@ -70,12 +70,10 @@ Norms and other small tensors stay as they are; the output matrix gets q6_K or q
             if before != after and not {before, after} & {t.name.lower() for t in FLOATS}
         )
         if again:
-            print(f"{again} tensors were quantized before; from a file of f16 they lose less")
-        print(
-            f"{report.files[0]}"
-            + (f" and {len(report.files) - 1} more" if report.files[1:] else "")
-            + f": {report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}, {report.bits_per_value:.2f} bits per weight"
-        )
+            print(f"{again} tensors were quantized before; converting from an f16 file is more exact")
+        more = f" and {len(report.files) - 1} more" if report.files[1:] else ""
+        sizes = f"{report.bytes_out / 1e6:.1f} MB of {report.bytes_in / 1e6:.1f}"
+        print(f"{report.files[0]}{more}: {sizes}, {report.bits_per_value:.2f} bits per weight")
         return 0
 
     parser.set_defaults(run=run)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`make demo` and `make serve`.
 
-python -m tbq.cli.demo --cache DIR            ask once, print, stop the server
-python -m tbq.cli.demo --cache DIR --serve    keep the server up until Ctrl-C
+python -m tbq.cli.demo --cache DIR            ask one question, print the answer, stop the server
+python -m tbq.cli.demo --cache DIR --serve    run the server until Ctrl-C
 """
 
 import argparse
@@ -16,10 +16,11 @@ from tbq.serving.address import check_port, free_port
 
 
 def main() -> None:
+    """Runs the demo.  An error ends the process with a line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m tbq.cli.demo", description="llama-server with a tbq4_0 cache")
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for the model")
-    parser.add_argument("--port", type=int, help="default: a free one, 8080 with --serve")
-    parser.add_argument("--serve", action="store_true", help="keep the server up")
+    parser.add_argument("--port", type=int, help="port (a free one, 8080 with --serve)")
+    parser.add_argument("--serve", action="store_true", help="run the server until Ctrl-C")
     parser.add_argument("--ui", type=pathlib.Path, help="folder of the built web UI, with --serve")
     args = parser.parse_args()
     try:

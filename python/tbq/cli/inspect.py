@@ -18,6 +18,7 @@ from tbq.gguf_files.reader import GGUFModel, Tensor
 
 
 def as_text(report: Inspection) -> str:
+    """The report as the text that `tbq inspect` prints."""
     model, entries = report.model, report.entries
     lines = [_title(model)]
     by_type: dict[str, list[Tensor]] = {}
@@ -32,7 +33,7 @@ def as_text(report: Inspection) -> str:
         lines += [
             "",
             f"{name}: an index carries {total.entropy:.3f} of {types[name].bits} bits; {total.zero} blocks are zero"
-            + (f", {total.corrupt} ARE DAMAGED (scale NaN or infinite)" if total.corrupt else ""),
+            + (f", {total.corrupt} ARE CORRUPT (scale NaN or infinite)" if total.corrupt else ""),
             "level " + "".join(f"{level:6}" for level in types[name].levels),
             "  %   " + "".join(f"{s:6.2f}" for s in share),
         ]
@@ -64,13 +65,14 @@ def _tensor_lines(report: Inspection) -> list[str]:
         + (f" {'error':>8} {'cosine':>8}" if compared else "")
     ]
     for entry, shape in zip(report.entries, shapes):
-        line = f"{entry.tensor.name:{width}}  {shape:{across}}  {entry.tensor.type.name.lower():8} {entry.tensor.bits_per_value:6.2f}"
+        tensor = entry.tensor
+        line = f"{tensor.name:{width}}  {shape:{across}}  {tensor.type.name.lower():8} {tensor.bits_per_value:6.2f}"
         if packed:
             b = entry.blocks
             line += f" {b.scales[0]:11.3g} {b.scales[1]:11.3g} {b.scales[2]:11.3g} {b.entropy:6.3f}" if b else " " * 43
         if compared and entry.error is not None and entry.cosine is not None:
             line += f" {entry.error:8.5f} {entry.cosine:8.6f}"
-        elif compared:  # without values, or not in the original
+        elif compared:  # the tensor has no values, or is not in the original
             line += f" {'-':>8} {'-':>8}"
         lines.append(line.rstrip())
     if report.missing:
@@ -83,6 +85,8 @@ def _tensor_lines(report: Inspection) -> list[str]:
 
 
 def as_json(report: Inspection) -> str:
+    """The report as a JSON object; null for a number that is NaN or infinite."""
+
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
@@ -119,7 +123,11 @@ def as_json(report: Inspection) -> str:
 
 
 def picture(report: Inspection, format: str) -> bytes:
-    """With an original: the distribution of errors and each tensor's error; otherwise scales and the use of the codebook."""
+    """A picture of a file.
+
+    With an original: the distribution of errors, and each tensor's error.  Without: scales, and the use of the
+    codebook.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -172,15 +180,17 @@ def _draw_blocks(report: Inspection, left: Any, right: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """what is in a GGUF file: tensors, scales, use of the codebook, errors"""
+    """show what a GGUF file has: tensors, scales, use of the codebook, errors"""
     parser.epilog = """examples:
   tbq inspect model-tbq4.gguf
   tbq inspect model-tbq4.gguf --against model-f16.gguf --plot errors.png"""
-    parser.add_argument("file", metavar="FILE", help="the model; of a split, any of its files")
+    parser.add_argument("file", metavar="FILE", help="the model; any file of a split model")
     parser.add_argument(
-        "--against", metavar="ORIGINAL", help="the file that it was made from: error and cosine of each tensor"
+        "--against",
+        metavar="ORIGINAL",
+        help="the file that FILE was made from: show the error and cosine of each tensor",
     )
-    parser.add_argument("--header", action="store_true", help="only what the header says, without reading weights")
+    parser.add_argument("--header", action="store_true", help="show only the header, without reading weights")
     parser.add_argument(
         "--plot", type=pathlib.Path, metavar="PICTURE", help="also draw the distributions, for example errors.png"
     )

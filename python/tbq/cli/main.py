@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The command `tbq`.
 
-A subcommand is a function that takes a parser of its own and sets `run`, which gets the parsed arguments and returns
-the exit status; its docstring is the line in the help, `parser.epilog` has an example.  Add it to COMMANDS.
+A subcommand is a function that gets its own parser.  It sets `run`, a function that gets the parsed arguments and
+returns the exit status.  The docstring of the function is its line in the help, and `parser.epilog` has an example.
+A new subcommand is added to COMMANDS.
 """
 
 import argparse
@@ -16,27 +17,25 @@ from collections.abc import Callable, Sequence
 
 from tbq._version import __version__
 from tbq.cli import bench_index, bench_quality, bench_speed, calibrate, convert, inspect, plan, search, serve
+from tbq.cli._argument import add_command
 from tbq.errors import TBQError, one_line
 from tbq.programs.paths import paths
 
 
-def _bench(parser: argparse.ArgumentParser) -> None:
-    """measure the speed or the quality of cache types, or the vector index, side by side with others"""
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    """measure the speed or quality of cache types, or the vector index, compared with others"""
     parser.epilog = (
         "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench index; each has its own --help"
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, module in (("speed", bench_speed), ("quality", bench_quality), ("index", bench_index)):
-        text = module.add_arguments.__doc__
-        module.add_arguments(
-            commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        )
+        add_command(commands, name, module.add_arguments)
 
 
-def _paths(parser: argparse.ArgumentParser) -> None:
-    """where the patched programs and libraries are"""
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    """print the paths of the patched programs and libraries"""
     parser.epilog = "example: $(tbq paths bin)/llama-server -m model.gguf --cache-type-k tbq4_0 --cache-type-v tbq4_0"
-    parser.add_argument("key", nargs="?", metavar="KEY", help="print only this one: bin, lib, ...")
+    parser.add_argument("key", nargs="?", metavar="KEY", help="print only this path: bin, lib, ...")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
     def run(args: argparse.Namespace) -> int:
@@ -58,14 +57,16 @@ def _paths(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _completion(parser: argparse.ArgumentParser) -> None:
+def _add_completion(parser: argparse.ArgumentParser) -> None:
     """print the script that lets a shell complete these commands"""
     parser.epilog = (
         "examples: tbq completion bash > ~/.local/share/bash-completion/completions/tbq\n"
         "          tbq completion zsh > ~/.zfunc/_tbq        # a folder of $fpath\n"
         "          tbq completion fish > ~/.config/fish/completions/tbq.fish"
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell; needs ggml-tbq[completion]")
+    parser.add_argument(
+        "shell", choices=("bash", "zsh", "fish"), help="the shell; needs pip install 'ggml-tbq[completion]'"
+    )
 
     def run(args: argparse.Namespace) -> int:
         try:
@@ -81,23 +82,23 @@ def _completion(parser: argparse.ArgumentParser) -> None:
             print(shtab.complete(root, args.shell))
         except NotImplementedError:
             raise TBQError(
-                f"this shtab, {shtab.__version__}, does not know {args.shell}: pip install --upgrade 'ggml-tbq[completion]'"
+                f"shtab {shtab.__version__} does not know {args.shell}: pip install --upgrade 'ggml-tbq[completion]'"
             ) from None
         return 0
 
     parser.set_defaults(run=run)
 
 
-#: Metavars of what is a path: file names are completed there.
+#: Metavars of arguments that are paths.  Shells complete file names for them.
 _IS_PATH = re.compile(r"FILE|FOLDER|GGUF|MODEL|ORIGINAL|PICTURE|\.gguf$")
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "bench": _bench,
+    "bench": _add_bench,
     "calibrate": calibrate.add_arguments,
-    "completion": _completion,
+    "completion": _add_completion,
     "convert": convert.add_arguments,
     "inspect": inspect.add_arguments,
-    "paths": _paths,
+    "paths": _add_paths,
     "plan": plan.add_arguments,
     "search": search.add_arguments,
     "serve": serve.add_arguments,
@@ -113,16 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tbq {__version__}")
     children = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, define in COMMANDS.items():
-        text = define.__doc__
-        define(
-            children.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        )
+    for name, add_arguments in COMMANDS.items():
+        add_command(children, name, add_arguments)
     return parser
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Every parser from this one down, by what is typed to reach it: "tbq", "tbq bench", "tbq bench speed"."""
+    """This parser and all below it, by the words that a user types: "tbq", "tbq bench", "tbq bench speed"."""
     found = {parser.prog: parser}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -131,11 +129,11 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return found
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those that nothing takes."""
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the words that no parser knows."""
     args, unknown = parser.parse_known_args(argv)
     if unknown and "--" in argv and isinstance(getattr(args, "options", None), list):
-        # argparse gives MODEL -o FILE -- OPTION no options: it has decided at MODEL that there are none
+        # argparse loses the options of MODEL -o FILE -- OPTION, because it decides at MODEL that there are none
         at = list(argv).index("--")
         args, unknown = parser.parse_known_args(argv[:at])
         args.options += argv[at + 1 :]
@@ -146,26 +144,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.  An error is one line on stderr and status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name of a file, or a model's, may be anything
+            stream.reconfigure(errors="backslashreplace")  # names of files and models can hold any character
     try:
         parser = _parser()
-        args, unknown = _parsed(parser, sys.argv[1:] if argv is None else argv)
+        args, unknown = _parse(parser, sys.argv[1:] if argv is None else argv)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{getattr(args, 'hint', '')}")
         status = int(args.run(args))
-        if sys.stdout is not None:  # closed
+        if sys.stdout is not None:  # it is None if it was closed at the start
             sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `tbq plan ... | head`: nobody wants the rest
+    except BrokenPipeError:  # `tbq plan ... | head`: no process reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except (TBQError, OSError) as error:
-        if (
-            isinstance(error, OSError)
-            and error.filename is None
-            and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        ):
-            error.filename = "standard output"  # every other file has its name in the error
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, OSError) and error.filename is None and error.errno in full:
+            error.filename = "standard output"  # the errors of all other files name the file
         print(f"tbq: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,10 +13,10 @@ import numpy as np
 
 from tbq._files import replace
 from tbq._plots import picture_format
-from tbq._units import SIZES, amount
+from tbq._units import SIZES, format_size
 from tbq.errors import TBQError
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW
-from tbq.kv_cache.plan import CELLS, Plan, padded, plan
+from tbq.kv_cache.plan import CELLS, Plan, pad_cells, plan
 
 
 def _layer_lines(plan: Plan) -> Iterator[str]:
@@ -34,7 +34,7 @@ def _layer_lines(plan: Plan) -> Iterator[str]:
         if indexer:
             text += f", an indexer key of {indexer}"
         if state:
-            text += f"{',' if kind != NONE else ':'} recurrent state of {amount(state)} a sequence"
+            text += f"{',' if kind != NONE else ':'} recurrent state of {format_size(state)} a sequence"
         yield text
 
 
@@ -42,19 +42,21 @@ def report(plan: Plan) -> str:
     """The plan as the text that `tbq plan` prints."""
     lines = [
         f"{_title(plan)}: {plan.architecture}, {_count(len(plan.layers), 'layer')}, trained for {plan.context_train} "
-        f"tokens, weights {amount(plan.weights_bytes)}",
+        f"tokens, weights {format_size(plan.weights_bytes)}",
         *_layer_lines(plan),
         "",
     ]
     memory = ""
     if plan.memory is not None:
-        memory = f", memory {amount(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
+        memory = f", memory {format_size(plan.memory)} for {'the cache' if plan.cache_only else 'weights and cache'}"
     lines.append(
         f"context {plan.context}, {_count(plan.parallel, 'sequence')}{memory}"
         + ("; bytes of keys (K) and values (V):" if plan.cached else "")
     )
     if plan.state_bytes:
-        lines.append(f"recurrent states take {plan.state_bytes:,} bytes" + (" beside any cache" if plan.cached else ""))
+        lines.append(
+            f"recurrent states take {plan.state_bytes:,} bytes" + (" in addition to the cache" if plan.cached else "")
+        )
     if not plan.cached:
         small = ["warning: the memory is too small for the weights and the state"] if plan.fits is False else []
         return "\n".join([*lines, f"no cache: {plan.reason}", *small, *(f"warning: {text}" for text in plan.warnings)])
@@ -66,7 +68,7 @@ def report(plan: Plan) -> str:
     k, v = plan.recommended
     lines += [f"recommended: -c {plan.context} --cache-type-k {k} --cache-type-v {v}", f"  {plan.reason}"]
     if plan.memory is not None:
-        lines.append("  not counted: llama.cpp's compute buffers (docs/plan.md), and whatever else the memory is for")
+        lines.append("  not counted: llama.cpp's compute buffers, and everything else that needs the memory")
     lines += [f"warning: {text}" for text in plan.warnings]
     return "\n".join(lines)
 
@@ -81,7 +83,7 @@ def _count(n: int, what: str) -> str:
 
 def _table(plan: Plan) -> Iterator[str]:
     kinds = [kind for kind in (GLOBAL, WINDOW) if any(kind in pair.by_kind for pair in plan.pairs)]
-    head = ["", "K / V", *(f"{kind} {side}" for kind in kinds for side in "KV"), "total", "", "of f16"]
+    head = ["", "K / V", *(f"{kind} {tensor}" for kind in kinds for tensor in "KV"), "total", "", "of f16"]
     if plan.memory is not None:
         head.append("longest context")
     full = next((pair.bytes for pair in plan.pairs if (pair.k, pair.v) == ("f16", "f16")), 0)
@@ -93,7 +95,7 @@ def _table(plan: Plan) -> Iterator[str]:
             f"{pair.k} / {pair.v}",
             *cells,
             f"{pair.bytes:,}",
-            amount(pair.bytes),
+            format_size(pair.bytes),
             f"{100 * pair.bytes / full:.1f} %" if full else "",
         ]
         if plan.memory is not None:
@@ -114,10 +116,12 @@ def as_json(plan: Plan) -> str:
 
 
 def plot(plan: Plan, path: str | pathlib.Path) -> None:
-    """Draws memory against context for the plan's pairs; weights and states are in it unless the plan is cache_only.
+    """Draws memory against context for the plan's pairs.
 
-    path: the picture, .png or what else matplotlib writes.  Raises TBQError for another ending, without matplotlib and if
-    it cannot be written.
+    The memory includes weights and recurrent states, unless the plan is cache_only.
+
+    path: the picture, a .png or another format that matplotlib writes.
+    Raises TBQError for an unknown ending, without matplotlib, and if the picture cannot be written.
     """
     target = pathlib.Path(path)
     format = picture_format(target)
@@ -126,7 +130,7 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     base = 0 if plan.cache_only else plan.weights_bytes + plan.state_bytes
     recommended = plan.pair(*plan.recommended)
     end = max(plan.context, plan.context_train, min(recommended.longest or 0, 4 * plan.context_train), 2 * CELLS)
-    contexts = sorted({padded(int(x)) for x in np.linspace(CELLS, end, 65)})
+    contexts = sorted({pad_cells(int(x)) for x in np.linspace(CELLS, end, 65)})
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for pair in sorted(plan.pairs, key=lambda pair: -pair.bytes):
@@ -151,38 +155,38 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """what the KV cache of a model will take, and which types to use"""
+    """compute what the KV cache of a model will take, and recommend cache types"""
     parser.epilog = (
         "examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
         "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json"
     )
     parser.add_argument(
-        "model", metavar="MODEL.gguf", help="the model, or a file of a split one; no weights are loaded"
+        "model", metavar="MODEL.gguf", help="the model; any file of a split model (no weights are loaded)"
     )
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens, -c (what the model was trained for, if it fits)"
+        "--context", type=int, metavar="N", help="tokens of context, -c (what the model was trained for, if it fits)"
     )
-    parser.add_argument("--memory", metavar="SIZE", help=f"for weights, cache and recurrent state; {SIZES}")
+    parser.add_argument("--memory", metavar="SIZE", help=f"memory for weights, cache and recurrent state; {SIZES}")
     parser.add_argument("--cache-only", action="store_true", help="--memory is not for the weights")
     parser.add_argument(
-        "--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; one name is for both"
+        "--types", metavar="K/V,...", help="pairs to show, tbq4_0/tbq3_0 for example; a single name is for both"
     )
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="sequences, -np (4, llama-server's own)")
     parser.add_argument(
-        "--no-kv-unified", action="store_true", help="a cache for each sequence, of its part of the context"
+        "--no-kv-unified", action="store_true", help="a separate cache for each sequence, with its part of the context"
     )
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
     parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
-    parser.add_argument(
-        "--no-center", action="store_true", help="recommend for keys that are not centered (docs/center.md)"
-    )
+    parser.add_argument("--no-center", action="store_true", help="recommend types for keys that are not centered")
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw memory against context; needs ggml-tbq[plot]")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw memory against context; needs pip install 'ggml-tbq[plot]'"
+    )
     parser.add_argument(
         "options",
         nargs="*",
         metavar="-- OPTION ...",
-        help="llama.cpp's that change what the file says: -- --rope-scaling yarn --rope-scale 4",
+        help="llama.cpp's options that change what the file says: -- --rope-scaling yarn --rope-scale 4",
     )
 
     def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import pathlib
 
 from tbq._arguments import cores
 from tbq._files import target
-from tbq.cli._argument import at_least_one
+from tbq.cli._argument import add_command, at_least_one
 from tbq.errors import TBQError
 from tbq.index.index import Index
 from tbq.index.vectors import read_vectors, room
@@ -26,7 +26,7 @@ def _build(args: argparse.Namespace) -> int:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise TBQError(f"{folder} is not a folder that can be written to")
     if args.index.exists() and any(args.index.samefile(path) for path in (args.vectors, args.ids) if path):
-        raise TBQError(f"{args.index} is what the index would be made of; name another file")
+        raise TBQError(f"{args.index} has the vectors or ids of the index; name another file to write")
     index = Index(
         vectors.shape[1], args.bits, args.metric, estimator="unbiased" if args.unbiased else "mse", keep=args.keep
     )
@@ -62,8 +62,8 @@ def _query(args: argparse.Namespace) -> int:
     return 0
 
 
-def _define_build(parser: argparse.ArgumentParser) -> None:
-    """make an index of vectors: 2 to 4 bits a value, no training"""
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    """make an index of vectors: 2 to 4 bits per value, no training"""
     parser.epilog = (
         "examples: tbq search build embeddings.npy embeddings.tbqi --metric cosine\n"
         "          tbq search build embeddings.npy embeddings.tbqi --keep float16   # for --rescore"
@@ -72,7 +72,7 @@ def _define_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "index", type=pathlib.Path, metavar="INDEX_FILE", help="the index to write, whole or not at all"
     )
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4, help="bits of a value (%(default)s)")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4, help="bits per value (%(default)s)")
     parser.add_argument(
         "--metric",
         choices=("ip", "cosine", "l2"),
@@ -83,7 +83,7 @@ def _define_build(parser: argparse.ArgumentParser) -> None:
         "--ids",
         type=pathlib.Path,
         metavar="IDS_FILE",
-        help="a .npy file of n integers, the vectors' ids (0, 1, 2, ...)",
+        help="a .npy file of n integers, the ids of the vectors (0, 1, 2, ...)",
     )
     parser.add_argument(
         "--keep", choices=("float16", "float32"), help="keep the vectors too, for tbq search query --rescore"
@@ -98,8 +98,8 @@ def _define_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_build)
 
 
-def _define_query(parser: argparse.ArgumentParser) -> None:
-    """the nearest vectors of an index: query, rank, id, score"""
+def _add_query(parser: argparse.ArgumentParser) -> None:
+    """print the nearest vectors of an index: query, rank, id, score"""
     parser.epilog = (
         "examples: tbq search query embeddings.tbqi queries.npy -k 5\n"
         "          tbq search query embeddings.tbqi queries.npy --rescore 4 --json"
@@ -111,32 +111,32 @@ def _define_query(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=10,
         metavar="K",
-        help="neighbors of each query, all vectors if there are fewer (%(default)s)",
+        help="neighbors to find for each query, all vectors if there are fewer (%(default)s)",
     )
     parser.add_argument(
         "--rescore",
         type=at_least_one,
         default=1,
         metavar="R",
-        help="find the best R k, then pick by exact products (%(default)s)",
+        help="find the best R * K, then choose by exact products (%(default)s)",
     )
     parser.add_argument(
         "--threads", type=at_least_one, default=cores(), metavar="N", help="threads of the CPU (%(default)s)"
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare the file's checksums, which reads all of it"
+        "--no-verify", action="store_true", help="do not verify the file's checksums, for which all of it is read"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: for each query its ids and scores")
     parser.set_defaults(run=_query)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """nearest neighbors among vectors of 2 to 4 bits a value"""
-    parser.epilog = "examples: tbq search build vectors.npy index.tbqi, tbq search query index.tbqi queries.npy; each has its own --help"
+    """find nearest neighbors among vectors of 2 to 4 bits per value"""
+    parser.epilog = (
+        "examples: tbq search build vectors.npy index.tbqi\n"
+        "          tbq search query index.tbqi queries.npy\n"
+        "Each command has its own --help."
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, of in (("build", _define_build), ("query", _define_query)):
-        of(
-            commands.add_parser(
-                name, help=of.__doc__, description=of.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-            )
-        )
+    add_command(commands, "build", _add_build)
+    add_command(commands, "query", _add_query)

@@ -11,46 +11,42 @@ from types import FrameType
 
 from tbq.errors import TBQError
 from tbq.programs import output
-from tbq.programs.signals import INTERRUPTIONS, handled, interruptible
+from tbq.programs.signals import INTERRUPTIONS, handle_signals, interruptible
 from tbq.serving.server import Server, say
 
 
 def summary(server: Server, kv: str) -> list[str]:
-    """The plan in three lines."""
-    from tbq._units import amount
+    """The plan in up to three lines."""
+    from tbq._units import format_size
 
     plan = server.plan
     if plan is None:
         return [f"cache: keys {server.k}, values {server.v}; its size is not known for this model"]
-    head = f"model: {plan.name or pathlib.Path(plan.model).name}, {plan.architecture}, {len(plan.layers)} layers, {amount(plan.weights_bytes)} of weights"
+    name, weights = plan.name or pathlib.Path(plan.model).name, format_size(plan.weights_bytes)
+    head = f"model: {name}, {plan.architecture}, {len(plan.layers)} layers, {weights} of weights"
     if not plan.cached:
         return [head, "cache: none", f"why:   {'; '.join([plan.reason, *plan.warnings])}"]
     pair = plan.pair(server.k, server.v)
     full = plan.bytes_at("f16", "f16", plan.context)
-    share = f", {100 * pair.bytes / full:.0f} % of f16's {amount(full)}" if full else ""
-    why = (
-        plan.reason
-        if kv == "auto"
-        else "as asked for"
-        + (
-            ""
-            if (server.k, server.v) == plan.recommended
-            else f"; tbq plan would take {'/'.join(plan.recommended)}: {plan.reason}"
-        )
-    )
+    share = f", {100 * pair.bytes / full:.0f} % of f16's {format_size(full)}" if full else ""
+    why = plan.reason
+    if kv != "auto":
+        why = "chosen with --kv"
+        if (server.k, server.v) != plan.recommended:
+            why += f"; tbq plan recommends {'/'.join(plan.recommended)}: {plan.reason}"
     return [
         head,
-        f"cache: keys {pair.k}, values {pair.v}: {amount(pair.bytes)} for {plan.context} tokens{share}",
+        f"cache: keys {pair.k}, values {pair.v}: {format_size(pair.bytes)} for {plan.context} tokens{share}",
         f"why:   {'; '.join([why, *plan.warnings])}",
     ]
 
 
-class _Signals:
-    """Passes SIGINT, SIGTERM and SIGHUP on to a server; the second one kills it."""
+class _SignalForwarder:
+    """Forwards SIGINT, SIGTERM and SIGHUP to a server.  The second one kills it."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.early: int | None = None  # came before there was a process
+        self.early: int | None = None  # a signal that came before the process existed
         self.count = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -65,30 +61,33 @@ class _Signals:
         with contextlib.suppress(ProcessLookupError):
             self.server.process.send_signal(number)
 
-    def started(self) -> None:
+    def send_early(self) -> None:
+        """Forwards a signal that came before the process existed."""
         if self.early is not None:
             self._send(self.early)
 
 
 def _correction(server: Server) -> str | None:
-    """If the server took another context than the plan: a GPU's memory or a file of its own settings may make it."""
-    if server.context_is_capped:  # n_ctx_slot is less than the cache then
+    """A line that corrects the plan, if the server chose another context; None if it did not.
+
+    It may choose another one for the memory of a GPU, or because a file with settings says so.
+    """
+    if server.context_is_capped:  # the log names the context of a slot, which is less than that of the cache
         return None
     context = output.server_context(server.log)
-    if (
-        context is None or server.plan is None or server.plan.context > server.plan.context_train
-    ):  # a slot is never longer than that
+    # a slot never has more context than the model was trained for
+    if context is None or server.plan is None or server.plan.context > server.plan.context_train:
         return None
     size = server.plan.bytes_at(server.k, server.v, context)
     if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
         return None
-    from tbq._units import amount
+    from tbq._units import format_size
 
-    return f"llama-server took a context of {context} tokens, so the cache has {amount(size)}"
+    return f"llama-server took a context of {context} tokens, so the cache has {format_size(size)}"
 
 
 def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:
-    """Runs llama-server in the foreground; its exit status, 128 + N if signal N ended it."""
+    """Runs llama-server in the foreground.  Returns its exit status, or 128 + N if signal N ended it."""
     with interruptible():
         server = Server(
             model,
@@ -107,23 +106,25 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
             f"tbq: warning: {', '.join(ignored)}: not passed on to llama-server; give it the options instead",
             to_stderr=True,
         )
-    signals = _Signals(server)
-    with handled(INTERRUPTIONS, signals):  # what is ignored stays ignored, and the server inherits that
+    signals = _SignalForwarder(server)
+    with handle_signals(INTERRUPTIONS, signals):  # ignored signals stay ignored, also in the server
         server.start()
-        signals.started()
+        signals.send_early()
         try:
             server.wait_until_healthy()
             if correction := _correction(server):
                 say(f"tbq: {correction}")
             say(f"tbq: llama-server is up: {server.url}; Ctrl-C stops it")
             if server.process.wait() and not signals.count:
-                raise TBQError(f"llama-server {server._ending()}: {server.last_error()}")
+                raise TBQError(f"llama-server {server.describe_ending()}: {server.last_error()}")
         except TBQError as error:
-            if not signals.count and server.process.poll() != 0:  # --version, for example, ends well
+            if (
+                not signals.count and server.process.poll() != 0
+            ):  # llama-server --version, for example, ends with status 0
                 say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
         finally:
             server.stop()
-            server._reader.join(5)  # its last lines
+            server._reader.join(5)  # reads the last lines of the log
     status = server.process.returncode
     return status if status >= 0 else 128 - status
 
@@ -140,22 +141,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv",
         default="auto",
         metavar="auto|TYPE|K/V",
-        help="cache types: what `tbq plan` recommends (auto, the default), one for both sides, or keys/values",
+        help="cache types: what `tbq plan` recommends (auto, the default), one for keys and values, or keys/values",
     )
     parser.add_argument(
         "--no-center",
         action="store_true",
-        help="do not center the keys (docs/center.md): quantized ones lose some accuracy",
+        help="do not center the keys; quantized keys are less accurate then",
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
     rest = parser.add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on as it is"
+        "options", nargs=argparse.REMAINDER, metavar="OPTION", help="any option of llama-server, passed on unchanged"
     )
-    rest.required = False  # or it would be called missing beside MODEL
+    rest.required = False  # argparse would report it as missing together with MODEL
 
     def run(args: argparse.Namespace) -> int:
         kv, center, options, given = args.kv, not args.no_center, [], iter(args.options)
-        for option in given:  # ours may come after the model too
+        for option in given:  # --kv and --no-center may come after the model too
             if option == "--kv":
                 kv = next(given, "")
             elif option.startswith("--kv="):

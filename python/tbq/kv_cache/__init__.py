@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What a KV cache is: its types and their sizes, what suits a model, the means of its keys."""
+"""The KV cache of a model: types and sizes, the choice of types, the means of the keys."""

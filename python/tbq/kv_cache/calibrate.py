@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Mean-centered keys: the mean of a model's keys, measured once, which llama.cpp subtracts from keys before it stores them; and
-how much its queries have in each channel, which tells the encoder of a tbq type where error costs most.
+"""Calibration: measures the mean of a model's keys, once for each model.
+
+llama.cpp stores keys minus this mean.  The energy of the queries in each channel is measured too; it tells the
+encoder of a tbq type where error costs most.
 
     tbq calibrate model.gguf -o model.center.gguf
     llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf
 
-`tbq serve` and tbq.llama.Llama do both by themselves.  Why attention stays the same, and what it is worth: docs/center.md.
+`tbq serve` and tbq.llama.Llama run both steps automatically.  Why attention stays the same:
+docs/design/centering.md.
 """
 
 import contextlib
@@ -25,22 +28,23 @@ from tbq.errors import TBQError, one_line
 from tbq.gguf_files.reader import as_path, open_gguf
 from tbq.kv_cache.center_file import fingerprint, read_center
 from tbq.kv_cache.model import read_model
-from tbq.kv_cache.settings import measured_over
+from tbq.kv_cache.settings import calibration_context
 from tbq.programs import output
-from tbq.programs.options import MODEL, ROPE, values, words_for
+from tbq.programs.options import MODEL, ROPE, option_values, select_words
 from tbq.programs.process import Done, run
 
-_METHOD = "2"  # of measuring: another number when what is measured changes, so that nothing old is used
+#: A change of the measurement increases it.  The names of kept centers depend on it, so that old ones are not used.
+_METHOD = "2"
 
-_ROOM = 4 << 20  # bytes that measuring needs in its folder: a text and the center
+_ROOM = 4 << 20  # bytes that a calibration needs in its folder, for a text and the center
 
 
 class NothingToCenter(TBQError):
-    """The attention of a model would notice."""
+    """The keys of a model cannot be centered, because centering would change its attention."""
 
 
-def _text(text: "bytes | str | os.PathLike[str] | None") -> tuple[bytes, str]:
-    """What is read, and what a message calls it."""
+def _load_text(text: "bytes | str | os.PathLike[str] | None") -> tuple[bytes, str]:
+    """The text for the model, and the name of the text in messages."""
     if text is None:
         return python_text(), "Python's language reference"
     if not isinstance(text, bytes):
@@ -62,20 +66,22 @@ def calibrate(
 ) -> str:
     """Measures the mean keys of a model and writes them to a file, which is complete or not there.
 
-    model: a GGUF file, the first of a split.  context: tokens; the keys are taken at positions spread over them.
-    text: what to run the model on, UTF-8 or the path of a file, Python's language reference if None.  chunks: of 128 tokens (8).
-    options: llama.cpp's, for example ["-ngl", "99"].  on_chunk: is called with the chunks done, and all of them.
-    Returns a table of the share of the keys' energy that the means hold, by layer and length of context.
+    model: a GGUF file, the first one of a split model.
+    context: tokens; the keys are measured at positions that are spread over them.
+    text: the text that the model reads: UTF-8 bytes, or the path of a file; Python's language reference if None.
+    chunks: number of chunks of 128 tokens, 8 if None.  options: llama.cpp's options, for example ["-ngl", "99"].
+    on_chunk: is called with the number of finished chunks and of all chunks.
+    Returns a table: the share of the keys' energy that is in the means, by layer and length of context.
     The same arguments give the same bytes.
-    Raises TBQError with llama.cpp's reason: no keys to center (MLA, attention sinks, logit soft-cap), a text too short; OSError
-    for what cannot be written.
+    Raises TBQError with llama.cpp's reason, for example that there are no keys to center (MLA, attention sinks, logit
+    soft-cap) or that the text is too short; OSError if the file cannot be written.
     """
     out = as_path(out)
     if out.is_dir():
         raise TBQError(f"{out} is a folder; name a file to write")
     if not _files.target(out).parent.is_dir():
         raise TBQError(f"{out.parent} is not a folder")
-    opened = open_gguf(model)  # says better what is wrong with a file than the program does
+    opened = open_gguf(model)  # its errors say more about a bad file than those of the program
     if out.exists() and any(out.samefile(file) for file in opened.files):
         raise TBQError(f"{out} is the model itself; name another file to write")
 
@@ -83,34 +89,23 @@ def calibrate(
         if on_chunk and (found := output.center_progress(text)):
             on_chunk(*found)
 
-    read, named = _text(text)
-    threads = [] if values(options, "--threads") else ["-t", str(cores())]
-    arguments = [
-        *threads,
-        *options,
-        "-m",
-        str(as_path(model).absolute()),
-        "-f",
-        "text",
-        "-c",
-        str(context),
-        "-o",
-        "center",
-        *(["--chunks", str(chunks)] if chunks else []),
-    ]
+    content, text_name = _load_text(text)
+    threads = [] if option_values(options, "--threads") else ["-t", str(cores())]
+    files = ["-m", str(as_path(model).absolute()), "-f", "text", "-o", "center"]
+    arguments = [*threads, *options, *files, "-c", str(context), *(["--chunks", str(chunks)] if chunks else [])]
     with _files.workplace(out) as parts:
         with _files.naming(out):
-            (parts / "text").write_bytes(read)
-        done = _run_on_what_there_is(arguments, parts, progress)
+            (parts / "text").write_bytes(content)
+        done = _run_center(arguments, parts, progress)
         if done.status or not (parts / "center").is_file():
-            raise _failure(done, model, out, parts, named)
+            raise _error_of(done, model, out, parts, text_name)
         read_center(parts / "center")
         _files.put([(parts / "center", out)])
     return output.center_shares(done.stdout)
 
 
-def _run_on_what_there_is(arguments: Sequence[str], folder: pathlib.Path, progress: Callable[[str], None]) -> Done:
-    """Runs llama-cache-center; once more on the CPU if the GPU is too small for the whole model, which can still be measured."""
+def _run_center(arguments: Sequence[str], folder: pathlib.Path, progress: Callable[[str], None]) -> Done:
+    """Runs llama-cache-center.  If the GPU is too small for the model, runs it again on the CPU."""
     environment = {"OMP_WAIT_POLICY": "passive"}
     done = run("llama-cache-center", arguments, folder, progress, environment)
     if done.status and output.is_too_large(output.center_error(done.text) or ""):
@@ -118,49 +113,58 @@ def _run_on_what_there_is(arguments: Sequence[str], folder: pathlib.Path, progre
     return done
 
 
-def _failure(done: Done, model: str | os.PathLike[str], out: pathlib.Path, parts: pathlib.Path, named: str) -> TBQError:
-    """The error for a run that wrote no center.  named: what a message calls the text."""
+def _error_of(
+    done: Done, model: str | os.PathLike[str], out: pathlib.Path, parts: pathlib.Path, text_name: str
+) -> TBQError:
+    """The error for a run that wrote no center.  text_name: the name of the text in messages."""
     if nothing := output.nothing_to_center(done.text):
-        return NothingToCenter(f"the keys of {os.fspath(model)} stay as they are: {nothing}")
-    if output.center_not_written(done.text):  # it knows the name in the workplace only
+        return NothingToCenter(f"the keys of {os.fspath(model)} cannot be centered: {nothing}")
+    if output.center_not_written(done.text):  # the program knows only the name in the workplace
         return TBQError(f"{out} cannot be written; {parts.parent} has {shutil.disk_usage(parts).free} bytes free")
     reason = output.center_error(done.text)
     if reason and reason.startswith("the text has "):
-        return TBQError(f"{named} is too short: it{reason.removeprefix('the text')}")
+        return TBQError(f"{text_name} is too short: it{reason.removeprefix('the text')}")
     return TBQError(f"the keys of {os.fspath(model)} were not measured: {reason or done.error()}")
 
 
 class Scratch:
-    """A folder for files that must last as long as their user: made when it is first asked for, gone when it is closed, or with this object."""
+    """A temporary folder, which is made at the first call of folder().
+
+    close() removes it, or the end of this object.
+    """
 
     def __init__(self) -> None:
         self._remove: Callable[[], object] | None = None
 
     def folder(self) -> pathlib.Path:
-        """OSError where nothing can be written."""
+        """The folder; OSError if no folder can be made."""
         if self._remove is None:
             try:
                 self._folder = tempfile.mkdtemp(prefix="tbq-")
-            except FileNotFoundError:  # a container that can be read only has this one
+            except FileNotFoundError:  # a read-only container still has this folder
                 self._folder = tempfile.mkdtemp(prefix="tbq-", dir="/dev/shm")
             self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
         return pathlib.Path(self._folder)
 
     def close(self) -> None:
+        """Removes the folder."""
         if self._remove is not None:
             self._remove()
             self._remove = None
 
 
 def centers_folder() -> pathlib.Path | None:
-    """Where centers are kept that were measured on first use: below the user's folder for caches.  None if the user has none."""
+    """The folder that keeps the centers of models, in the user's folder for caches.
+
+    None if the user has no such folder.
+    """
     import platformdirs
 
     try:
         found = pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / "centers"
-    except RuntimeError:  # no variable names one, and the user has no entry in passwd
+    except RuntimeError:  # no variable names a folder, and the user has no entry in passwd
         return None
-    return found if found.is_absolute() else None  # older releases return "~/.cache" then
+    return found if found.is_absolute() else None  # in that case older releases of platformdirs return "~/.cache"
 
 
 def center_file_for(
@@ -172,12 +176,13 @@ def center_file_for(
     say: Callable[[str], None],
     scratch: Scratch,
 ) -> pathlib.Path | None:
-    """The center that a cache with keys of type k should have, or None: tbq.Server and tbq.llama ask here.
+    """The center file for a cache with keys of type k, or None.  tbq.Server and tbq.llama use it.
 
-    center: True for that of the model, measured now if need be; False for none; or a file.  Keys of 16 bits and more need none.
-    context: tokens, the positions that keys can have.  scratch: for a center that cannot be kept.
-    A model whose keys cannot be centered does without; say gets the reason, and one line before something is measured.
-    Raises TBQError for a file that is none.
+    center: True for the center of the model, which is measured now if it is not kept yet; False for None; or a file.
+    Keys of 16 bits and more get None.  context: tokens, the positions that keys can have.
+    scratch: where to write a center that cannot be kept.
+    say: is called with a line before something is measured, and with the reason if the keys cannot be centered.
+    Raises TBQError if the file is not a center file.
     """
     if not isinstance(center, bool):
         read_center(center)
@@ -198,20 +203,21 @@ def center_of_model(
     say: Callable[[str], None] | None = None,
     scratch: Scratch | None = None,
 ) -> pathlib.Path:
-    """The center of a model for a context, measured now if it is not in centers_folder() yet.
+    """The center file of a model for a context.  It is measured now if centers_folder() does not have it.
 
-    context: tokens; contexts of like lengths share a center.  options: llama-server's; those of the model and of RoPE count.
-    say: gets a line before something is measured.  scratch: where the center goes if it cannot be kept.
-    Raises TBQError if the keys cannot be measured, or not be kept and there is no scratch.
+    context: tokens; contexts of similar lengths share a center.
+    options: llama-server's options, of which those for the model and for RoPE count.
+    say: is called with a line before something is measured.  scratch: where to write a center that cannot be kept.
+    Raises TBQError if the keys cannot be measured, or if the center cannot be kept and there is no scratch.
     """
-    context = measured_over(context, read_model(model, options).context)
-    rope = words_for(options, ROPE)
+    context = calibration_context(context, read_model(model, options).context)
+    rope = select_words(options, ROPE)
     name = hashlib.sha256(" ".join([_METHOD, fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
     what = f"measuring the mean of the keys of {pathlib.Path(model).name}"
     where, why = centers_folder(), "the user has no folder for caches: neither XDG_CACHE_HOME nor HOME is set"
     if where is not None:
         try:
-            if found := _kept(where, name):
+            if found := _find_kept(where, name):
                 return found
             _check_writable(where)
             if say:
@@ -226,11 +232,14 @@ def center_of_model(
     return _measure(model, scratch.folder(), name, context, options)
 
 
-def _kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The center of that name; None if it is not there, or corrupt.  TBQError if the model is known to have none."""
+def _find_kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The kept center of that name; None if it is missing or corrupt.
+
+    TBQError if an earlier measurement found that the keys cannot be centered.
+    """
     path, never = where / f"{name}.gguf", where / f"{name}.none"
     if path.is_file():
-        with contextlib.suppress(TBQError):  # measure it again
+        with contextlib.suppress(TBQError):  # a corrupt center is measured again
             read_center(path)
             return path
     if never.is_file():
@@ -239,7 +248,7 @@ def _kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
 
 
 def _check_writable(where: pathlib.Path) -> None:
-    """OSError before anything is measured that could not be written there."""
+    """Raises OSError if a center could not be written to a folder; called before the measurement."""
     where.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=where):
         if shutil.disk_usage(where).free < _ROOM:
@@ -251,8 +260,8 @@ def _measure(
 ) -> pathlib.Path:
     path = where / f"{name}.gguf"
     try:
-        calibrate(model, path, context, options=words_for(options, MODEL, ROPE))
-    except NothingToCenter as error:  # of a model, whatever the machine: it need not be loaded for that again
+        calibrate(model, path, context, options=select_words(options, MODEL, ROPE))
+    except NothingToCenter as error:  # true on every machine, so the model is not loaded for it again
         with contextlib.suppress(OSError):
             path.with_suffix(".none").write_text(str(error), encoding="utf-8")
         raise

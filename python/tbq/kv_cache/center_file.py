@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Center files: the means of a model's keys, by layer."""
+"""Reads center files, which hold the means of a model's keys by layer."""
 
 import dataclasses
 import hashlib
@@ -13,28 +13,29 @@ import numpy.typing as npt
 from tbq.errors import TBQError
 from tbq.gguf_files.reader import Tensor, open_gguf
 
-_SAMPLE = 64  # bytes at each end of a tensor that a fingerprint takes
+_SAMPLE = 64  # bytes that a fingerprint reads at each end of a tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Center:
-    """What a file holds.  means[layer], energies[layer]: float32 (KV heads, head size)."""
+    """What a center file holds.  means[layer], energies[layer]: float32 (KV heads, head size)."""
 
     model: str  #: fingerprint of the model
     architecture: str
     context: int  #: tokens of context that the keys were measured over
-    tokens: int  #: keys measured in each layer
-    hash: str  #: of everything; states of a cache carry it
+    tokens: int  #: number of keys measured in each layer
+    hash: str  #: hash of everything in the file; saved states of a cache name it
     means: dict[int, npt.NDArray[np.float32]]
     energies: dict[int, npt.NDArray[np.float32]]  #: mean squares of the queries that read these keys
-    shares: dict[int, float]  #: of the energy of a layer's keys, what the mean holds: 0 to 1
+    shares: dict[int, float]  #: share of the energy of a layer's keys that their mean holds, 0 to 1
 
 
 def fingerprint(model: str | os.PathLike[str]) -> str:
-    """What ties a center to a GGUF file: SHA-256 of the names, types, shapes, and first and last bytes of its tensors.
+    """The hash that says which model a center belongs to, in hexadecimal.
 
-    The same as in ggml_tbq/llama/llama-center-file.cpp, in hexadecimal.  Metadata and the split into files have no part in it.
-    Raises TBQError for what is no model, OSError for what cannot be read.
+    It is the SHA-256 of the names, types, shapes, and first and last bytes of all tensors.  Metadata and the split into
+    files do not change it.  ggml_tbq/llama/ computes the same hash.
+    Raises TBQError if the file is not a model, OSError if it cannot be read.
     """
     digest = hashlib.sha256()
     files = {}
@@ -55,11 +56,12 @@ def fingerprint(model: str | os.PathLike[str]) -> str:
 
 
 def _hash(center: Center, rope: Sequence[float], factors: Sequence[str]) -> str:
-    """Of everything in a center, as llama-center-file.cpp computes it.  rope, factors: by layer, in the order of the layers."""
-    digest, n_rope = (
-        hashlib.sha256(f"{center.model} {center.architecture} {center.context} {center.tokens}\n".encode()),
-        len(rope) // max(1, len(factors)),
-    )
+    """The hash of everything in a center, as ggml_tbq/llama/ computes it.
+
+    rope, factors: in the order of the layers.
+    """
+    head = f"{center.model} {center.architecture} {center.context} {center.tokens}\n"
+    digest, n_rope = hashlib.sha256(head.encode()), len(rope) // max(1, len(factors))
     for i, il in sorted(enumerate(center.means), key=lambda pair: pair[1]):
         heads, size = center.means[il].shape
         digest.update(f"{il} {size} {heads} {factors[i]}\n".encode())
@@ -69,14 +71,14 @@ def _hash(center: Center, rope: Sequence[float], factors: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
+def _read_values(tensor: Tensor) -> npt.NDArray[np.float32]:
     return np.fromfile(tensor.path, "<f4", tensor.n_values, offset=tensor.offset).reshape(
         tensor.shape[-2:] if len(tensor.shape) > 1 else (1, -1)
     )
 
 
 def read_center(path: str | os.PathLike[str]) -> Center:
-    """The contents of a file of `tbq calibrate`, checked; TBQError if it is another kind of file, or corrupt."""
+    """The contents of a file of `tbq calibrate`, checked.  TBQError for another kind of file, or a corrupt one."""
     file = open_gguf(path)
     fields, by_name = file.metadata, {tensor.name: tensor for tensor in file.tensors}
     try:
@@ -84,8 +86,8 @@ def read_center(path: str | os.PathLike[str]) -> Center:
             raise TBQError(f"{path} is of a newer version; update ggml-tbq")
         layers, shares = fields["cache_center.layers"], fields["cache_center.share"]
         rope, factors = fields["cache_center.rope"], fields["cache_center.rope_factors"]
-        means = {il: _values(by_name[f"blk.{il}.attn_k.center"]) for il in layers}
-        energies = {il: _values(by_name[f"blk.{il}.attn_q.energy"]) for il in layers}
+        means = {il: _read_values(by_name[f"blk.{il}.attn_k.center"]) for il in layers}
+        energies = {il: _read_values(by_name[f"blk.{il}.attn_q.energy"]) for il in layers}
         center = Center(
             fields["cache_center.model"],
             fields["cache_center.architecture"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The cache types of a model: those that the user names, or those of the plan."""
+"""Chooses the cache types of a model: those that the user names, or those that the plan recommends."""
 
 import contextlib
 import os
@@ -14,8 +14,11 @@ from tbq.kv_cache.plan import Plan, plan
 from tbq.kv_cache.type_pairs import split_pair
 
 
-def opened(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The model with its header read, once for all who ask for it; the path itself where that fails: choose() says why, or llama.cpp."""
+def open_model(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The model with its header read, so that the header is read once.
+
+    If it cannot be read, the path is returned as it is: choose() or llama.cpp will report why.
+    """
     try:
         return open_gguf(model)
     except (TBQError, OSError):
@@ -23,11 +26,13 @@ def opened(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, str, Plan | None]:
-    """Types of keys and values for a model, and the plan with their sizes (None where there can be none).
+    """The types of keys and values for a model, and the plan with their sizes.
 
-    kv: "auto", a type, or "K/V"; for a model without a cache it is f16, llama.cpp's default, whatever was asked for.
-    shape: context, parallel, unified, ubatch, swa_full, center, options of tbq.plan.
-    Raises TBQError for a model that is no file, a pair that llama.cpp refuses, and an "auto" that cannot be planned.
+    The plan is None for a model that cannot be planned.  For a model without a cache the types are f16, whatever kv is.
+    kv: "auto", a type, or "K/V".
+    shape: context, parallel, unified, ubatch, swa_full, center and options of tbq.plan.
+    Raises TBQError for a model that is not a file, a pair that llama.cpp refuses, and "auto" for a model that cannot be
+    planned.
     """
     if not isinstance(model, (str, os.PathLike)) or not isinstance(kv, str):
         raise TBQError(f"model {model!r} and kv {kv!r} must be the path of a GGUF file, and auto, a cache type or K/V")
@@ -42,11 +47,9 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     except TBQError:
         try:
             plan(model, **shape)
-        except (
-            TBQError
-        ):  # it is not the types; llama.cpp may know more models than the plan does, or say better what is wrong
+        except TBQError:  # the model cannot be planned; llama.cpp may still run it, or will report what is wrong
             return k, v, None
-        raise
+        raise  # the types were the reason
     if not planned.cached:
         return *planned.recommended, planned
     if why := planned.refused.get(f"{k}/{v}"):
@@ -57,10 +60,13 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
 def context_of_a_sequence(
     model: str | os.PathLike[str], planned: Plan | None, shape: Mapping[str, Any], per_slot: int | None
 ) -> int:
-    """Tokens: the positions that keys can have; n_ctx_slot() of server-context.cpp."""
+    """Tokens of a sequence's context, as n_ctx_slot() of server-context.cpp computes them.
+
+    shape: as for choose().  per_slot: the value of --kv-unified-per-slot, if it has one.
+    """
     trained = planned.context_train if planned else 0
     if not planned:
-        with contextlib.suppress(TBQError):  # llama-server will say what is wrong with the file
+        with contextlib.suppress(TBQError):  # llama-server will report what is wrong with the file
             trained = read_model(model, shape["options"]).context
     context = shape.get("context") or (planned.context if planned else trained) or 8192
     each = int(context) // (1 if shape.get("unified", True) else shape.get("parallel", 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How large the biases of a model's keys are, which decides whether 4-bit keys are good enough."""
+"""How large the biases of a model's keys are.  This decides whether 4-bit keys are good enough."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +13,21 @@ from tbq.kv_cache.layers import NONE, Layer
 if TYPE_CHECKING:
     from tbq.gguf_files.reader import Tensor
 
-#: Architectures with biases on the keys whose rotary pairs are half a head apart (LLAMA_ROPE_TYPE_NEOX).
-HALF_APART = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gptneox", "codeshell", "dream")
+#: Architectures with key biases whose RoPE has the NEOX layout: a pair is the channels c and c + n/2.
+NEOX = ("qwen", "qwen2", "qwen2moe", "phi2", "stablelm", "starcoder2", "gptneox", "codeshell", "dream")
 
 
 def key_biases(
-    tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], left: "Left | None" = None
+    tensors: Mapping[str, "Tensor"], layers: Sequence[Layer], centering: "Centering | None" = None
 ) -> dict[int, float]:
-    """How large the biases of the keys are, by layer, read from the tensors; with left, what centering leaves of them.
+    """How large the biases of the keys are, by layer, computed from the tensors.
 
-    A key is W x + b, with x the normalized input: root mean square 1, then times the norm's weights g.  The figure is
-    |b| / sqrt(sum of (W g)^2), the largest of the layer's KV heads; of W, about 8 rows of each head are read.
-    docs/plan.md has what it does to the quality.  Layers without a bias are left out; NaN where the type of W cannot be
-    decoded or its shape is not understood.
+    A key is W x + b.  x is the normalized input: its root mean square is 1, and it is multiplied by the norm's
+    weights g.  The ratio of a head is |b| / sqrt(sum of (W g)^2), and that of a layer is the largest of its KV heads.
+    About 8 rows of W are read for each head.  What a ratio means for the quality: docs/measurements/quality.md.
+
+    centering: what centering leaves of the biases; without it the ratios are those of keys that are not centered.
+    Layers without a bias are left out.  The ratio is NaN if the type of W cannot be decoded or its shape is unknown.
     """
     found = {}
     for layer in layers:
@@ -38,22 +40,27 @@ def key_biases(
         bias, weight = tensors.get(f"{name}.bias"), tensors.get(f"{name}.weight")
         if bias is None or weight is None:
             continue
-        first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0  # queries, keys, values
-        understood = len(weight.shape) == 2 and bias.shape == weight.shape[:1] and 0 <= first <= weight.shape[0] - rows
+        # the rows of a fused weight are queries, keys, values
+        first = weight.shape[0] - rows - layer.kv_heads * layer.value_size if fused else 0
+        known = len(weight.shape) == 2 and bias.shape == weight.shape[:1] and 0 <= first <= weight.shape[0] - rows
         norm = tensors.get(f"blk.{layer.index}.attn_norm.weight")
-        found[layer.index] = _bias_of_heads(bias, weight, norm, first, layer, left) if understood else math.nan
+        found[layer.index] = _largest_ratio(bias, weight, norm, first, layer, centering) if known else math.nan
     return found
 
 
-#: Of the squares of biases, (heads, head size), what remains after centering.
-Left = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+#: Maps the squares of biases, of shape (heads, head size), to what centering leaves of them.
+Centering = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
-def left_by_centering(fields: Mapping[str, Any], architecture: str, context: int) -> Left:
-    """A constant of a rotary pair turns with the position, by angles of theta: its mean over n positions is shorter by the
-    factor |sin(n theta / 2) / (n sin(theta / 2))|, and the mean is what centering takes away.  Without scaling of RoPE, which
-    slows the channels, so that more is taken.  Pairs are neighbors or half a head apart, which a file does not say: of an
-    architecture that is not in HALF_APART the worse.
+def model_centering(fields: Mapping[str, Any], architecture: str, context: int) -> Centering:
+    """What centering leaves of the key biases of a model.
+
+    RoPE turns a pair of channels by an angle theta for each position.  So the mean of a constant over n positions is
+    |sin(n theta / 2) / (n sin(theta / 2))| times the constant, and centering removes this mean.
+    Scaling of RoPE is left out.  It makes the channels turn more slowly, so that centering removes more.
+
+    A file does not say whether RoPE is NEOX or interleaved.  For an architecture that is not in NEOX the result is
+    that of the layout with the larger rest.
     """
 
     def number(key: str, default: float) -> float:
@@ -62,41 +69,48 @@ def left_by_centering(fields: Mapping[str, Any], architecture: str, context: int
 
     base = number("freq_base", 10000.0)
 
-    def left(squares: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def centered(squares: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         size = squares.shape[1]
-        turning = min(size, int(number("dimension_count", size))) // 2 * 2
-        half = base ** (-2.0 * np.arange(turning // 2) / max(1, turning)) / 2
-        lost = 1 - np.square(np.sin(context * half) / (context * np.sin(half)))
-        layouts = (np.tile(lost, 2),) if architecture in HALF_APART else (np.tile(lost, 2), np.repeat(lost, 2))
-        of_channel = [np.concatenate([pairs, np.zeros(size - turning)]) for pairs in layouts]
-        found: npt.NDArray[np.float32] = max(
-            (squares * factor for factor in of_channel), key=lambda x: float(x.sum())
-        ).astype(np.float32)
+        rotary = min(size, int(number("dimension_count", size))) // 2 * 2
+        half_theta = base ** (-2.0 * np.arange(rotary // 2) / max(1, rotary)) / 2
+        kept = 1 - np.square(np.sin(context * half_theta) / (context * np.sin(half_theta)))
+        neox, interleaved = np.tile(kept, 2), np.repeat(kept, 2)
+        rests = [
+            squares * np.concatenate([layout, np.zeros(size - rotary)])
+            for layout in ((neox,) if architecture in NEOX else (neox, interleaved))
+        ]
+        found: npt.NDArray[np.float32] = max(rests, key=lambda rest: float(rest.sum())).astype(np.float32)
         return found
 
-    return left
+    return centered
 
 
-def _bias_of_heads(
-    bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer, left: "Left | None"
+def _largest_ratio(
+    bias: "Tensor", weight: "Tensor", norm: "Tensor | None", first: int, layer: Layer, centering: "Centering | None"
 ) -> float:
+    """The largest ratio of a layer's KV heads.  first: the row of the weight with which the keys begin."""
     size, heads = layer.key_size, layer.kv_heads
-    step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # so that each head has as many rows
-    b, w, gain = _rows(bias), _rows(weight, first, first + heads * size, step), None if norm is None else _rows(norm)
+    step = max(n for n in range(1, max(1, size // 8) + 1) if size % n == 0)  # the same number of rows for each head
+    end = first + heads * size
+    b, w, gain = _read_rows(bias), _read_rows(weight, first, end, step), None if norm is None else _read_rows(norm)
     if b is None or w is None or (gain is not None and gain.shape[-1] != w.shape[-1]):
         return math.nan
-    of_keys = b.reshape(-1)[first : first + heads * size]
     energy = step * np.square(w if gain is None else w * gain).reshape(heads, -1).sum(1)
-    squares = np.square(of_keys).reshape(heads, size)
-    ratio = np.sqrt((left(squares) if left else squares).sum(1) / np.maximum(energy, 1e-30))
+    squares = np.square(b.reshape(-1)[first:end]).reshape(heads, size)
+    ratio = np.sqrt((centering(squares) if centering else squares).sum(1) / np.maximum(energy, 1e-30))
     return float(np.nan_to_num(ratio.max(), nan=math.nan, posinf=1e30))
 
 
-def _rows(tensor: "Tensor", start: int = 0, stop: int | None = None, step: int = 1) -> npt.NDArray[np.float32] | None:
-    """Rows of a tensor of one or two axes as float32, the others not read; None for a type that gguf cannot decode."""
+def _read_rows(
+    tensor: "Tensor", start: int = 0, stop: int | None = None, step: int = 1
+) -> npt.NDArray[np.float32] | None:
+    """Some rows of a tensor with one or two axes, as float32; None if gguf cannot decode its type.
+
+    Other rows are not read.
+    """
     import gguf
 
-    if tensor.n_bytes == 0:  # nothing can be mapped
+    if tensor.n_bytes == 0:  # an empty tensor cannot be mapped
         return np.zeros(tensor.shape, np.float32)
     mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.n_bytes,))
     rows = np.ascontiguousarray(mapped.reshape(math.prod(tensor.shape[:-1]), -1)[start:stop:step])

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What each layer of a model keeps in memory for a token, from the metadata of its GGUF file.
 
-llama.cpp decides part of it in code, by architecture.  The tables here follow the pinned revision: src/llama-hparams.cpp,
-load_arch_hparams() of src/models/ARCHITECTURE.cpp, and llama_model::create_memory() of src/llama-model.cpp.
-tests/test_plan.py compares them with what llama.cpp allocates, for every architecture that it can make a model of.
+llama.cpp decides part of this in code, by architecture.  The tables here follow the pinned revision:
+src/llama-hparams.cpp, load_arch_hparams() of src/models/ARCHITECTURE.cpp, and llama_model::create_memory() of
+src/llama-model.cpp.  tests/test_plan.py compares them with what llama.cpp allocates, for every architecture that
+llama.cpp's tests can make a model of.
 """
 
 from collections.abc import Mapping
@@ -17,25 +18,29 @@ GLOBAL, WINDOW, NONE = "global", "window", "none"
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer keeps.  Sizes are numbers of values; a row of each is quantized by itself."""
+    """What a layer keeps.  Sizes are numbers of values.  Each row is quantized separately."""
 
     index: int
     kind: str  #: "global": keys and values of the whole context; "window": of a sliding window; "none": no cache
     kv_heads: int = 0
-    key_size: int = 0  #: of one key head; with latent attention (MLA) the whole row, values included
-    value_size: int = 0  #: of one value head; 0 if the values are part of the keys
-    indexer_key_size: int = 0  #: of the one key that a sparse-attention indexer keeps beside the cache
+    key_size: int = 0  #: size of a key head; with latent attention (MLA) of the whole row, values included
+    value_size: int = 0  #: size of a value head; 0 if the values are part of the keys
+    indexer_key_size: int = 0  #: size of the key that a sparse-attention indexer keeps in addition
     indexer_value_size: int = 0
-    state_bytes: int = 0  #: recurrent state (float32) of a sequence, whatever its length
+    state_bytes: int = 0  #: recurrent state (float32) of a sequence of any length
 
 
 class _Window(NamedTuple):
-    """How an architecture lays out sliding windows when the file does not say it layer by layer."""
+    """Which layers of an architecture have a sliding window, where the file does not list them."""
 
-    period: int  #: every period-th layer is global; 0: the file must say which
+    period: int  #: every period-th layer is global; 0 if the file must list them
     dense_first: bool = False  #: the first layer of a period is the global one, not the last
-    default: int = 0  #: tokens, where the file names none
-    fixed: int = 0  #: tokens, whatever number the file names
+    default: int = 0  #: tokens of a window, if the file does not say
+    fixed: int = 0  #: tokens of a window, whatever the file says
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 _WINDOWS: Mapping[str, _Window] = {
@@ -53,7 +58,7 @@ _WINDOWS: Mapping[str, _Window] = {
     "granite_swa": _Window(0),
     "laguna": _Window(4, dense_first=True),
     "lfm2": _Window(0),  # every layer that is not recurrent
-    "llama4": _Window(4, default=8192, fixed=8192),  # chunks, which take as much
+    "llama4": _Window(4, default=8192, fixed=8192),  # chunks, which take as much memory as windows
     "maple": _Window(0),
     "mellum": _Window(4),
     "mimo2": _Window(0),
@@ -64,70 +69,28 @@ _WINDOWS: Mapping[str, _Window] = {
     "spark2_5": _Window(0),
     "step35": _Window(0),
 }
-#: Files of these may name a window that llama.cpp does not use: it caches the whole context in every layer.
-_WINDOW_IGNORED = frozenset(
-    ("llama", "mistral3", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
-)
+#: Files of these architectures may name a window, but llama.cpp caches the whole context in every layer.
+_WINDOW_IGNORED = _names("llama mistral3 phi3 phimoe qwen2 qwen2moe qwen3 qwen3moe starcoder2")
 
-_RECURRENT = frozenset(("arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"))
-#: A layer without KV heads is recurrent.
-_RECURRENT_WITHOUT_HEADS = frozenset(
-    (
-        "bailingmoe3",
-        "glm5-next",
-        "granitehybrid",
-        "jamba",
-        "kimi-k3",
-        "kimi-linear",
-        "lfm2",
-        "lfm2moe",
-        "nemotron_h",
-        "nemotron_h_moe",
-        "plamo2",
-    )
+_RECURRENT = _names("arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7")
+#: In these architectures a layer without KV heads is recurrent.
+_RECURRENT_WITHOUT_HEADS = _names(
+    "bailingmoe3 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe nemotron_h nemotron_h_moe plamo2"
 )
-#: Every n-th layer is attention, unless the file lists them.
+#: In these architectures every n-th layer has attention, unless the file lists the layers.
 _ATTENTION_INTERVAL: Mapping[str, int] = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
-#: Those whose cache includes the layers that predict further tokens, although nothing reads it.
+#: In these architectures layers that predict further tokens have a cache too, although nothing reads it.
 _CACHE_OF_PREDICTORS = _RECURRENT_WITHOUT_HEADS - {"glm5-next"} | {"falcon-h1", "hy_v4", "minimax-m3"}
 
-_MLA = frozenset(
-    (
-        "bailingmoe3",
-        "deepseek2",
-        "deepseek32",
-        "dots3note",
-        "glm-dsa",
-        "glm5-next",
-        "hy_v4",
-        "kimi-k3",
-        "kimi-linear",
-        "mistral4",
-    )
-)
-_INDEXED = frozenset(("deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"))
+_MLA = _names("bailingmoe3 deepseek2 deepseek32 dots3note glm-dsa glm5-next hy_v4 kimi-k3 kimi-linear mistral4")
+_INDEXED = _names("deepseek32 dots3note glm-dsa glm5-next hy_v4 minimax-m3 qwen4exp")
 
-_NO_CACHE = frozenset(
-    (
-        "bert",
-        "dream",
-        "eurobert",
-        "gemma-embedding",
-        "jina-bert-v2",
-        "jina-bert-v3",
-        "llada",
-        "llada-moe",
-        "modern-bert",
-        "neo-bert",
-        "nomic-bert",
-        "nomic-bert-moe",
-        "rnd1",
-        "t5encoder",
-        "wavtokenizer-dec",
-    )
+_NO_CACHE = _names(
+    "bert dream eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llada llada-moe modern-bert neo-bert nomic-bert "
+    "nomic-bert-moe rnd1 t5encoder wavtokenizer-dec"
 )
 _NOT_PLANNED: Mapping[str, str] = {
-    "clip": "is no language model",
+    "clip": "is not a language model",
     "deepseek4": "keeps a compressed cache whose size this command does not know",
     "dflash": "is a draft model, which uses the cache of its target",
     "eagle3": "is a draft model, which uses the cache of its target",
@@ -140,19 +103,18 @@ _MAX_LAYERS = 512
 
 @dataclass(frozen=True)
 class CacheShape:
-    """A model's layers and what else decides its memory."""
+    """A model's layers, and everything else that decides the memory of its cache."""
 
     architecture: str
     layers: tuple[Layer, ...]
-    key_sizes: tuple[
-        int, ...
-    ]  #: of a head, of layers without a cache too: llama.cpp wants a type's block to divide each
+    #: head sizes, also of layers without a cache: llama.cpp requires that a type's block divides each of them
+    key_sizes: tuple[int, ...]
     value_sizes: tuple[int, ...]
-    window: int  #: tokens that a layer of kind "window" can see; 0 if there is none
-    context_train: int  #: tokens
-    mla: bool  #: values are part of the keys: both have one type
-    flash_attention: bool  #: False: llama.cpp has none for this architecture, so values cannot be quantized
-    doubts: tuple[str, ...]  #: why the layers might be others than llama.cpp's
+    window: int  #: tokens that a layer of kind "window" can see; 0 without such layers
+    context_train: int  #: tokens that the model was trained for
+    mla: bool  #: values are part of the keys, so both have the same type
+    flash_attention: bool  #: False if llama.cpp has none for this architecture; values cannot be quantized then
+    doubts: tuple[str, ...]  #: why llama.cpp's layers may differ from these
 
     @property
     def cached(self) -> bool:
@@ -161,7 +123,7 @@ class CacheShape:
 
 
 class _Fields:
-    """Numbers of an architecture's metadata, checked."""
+    """Numbers from the metadata of an architecture, checked."""
 
     def __init__(self, fields: Mapping[str, Any], architecture: str) -> None:
         self.fields, self.architecture = fields, architecture
@@ -176,7 +138,7 @@ class _Fields:
         return int(value)
 
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
-        """One number for each layer, from a list or from one number for all."""
+        """One number for each layer.  The file has a list, or one number for all layers."""
         name = f"{self.architecture}.{key}"
         value = self.fields.get(name)
         if not isinstance(value, list):
@@ -189,40 +151,43 @@ class _Fields:
 def read_shape(fields: Mapping[str, Any]) -> CacheShape:
     """The layers of a model.
 
-    fields: metadata by key.  Raises TBQError for what is no language model, for a cache that is not known here, and for
-    metadata that llama.cpp would not load either.
+    fields: metadata by key.
+    Raises TBQError if the file is not a language model, if its cache is not known here, and for metadata that llama.cpp
+    would refuse too.
     """
     arch = fields.get("general.architecture")
     if not isinstance(arch, str) or not arch.isprintable():
-        raise TBQError("the file names no general.architecture; it is no model")
+        raise TBQError("the file names no general.architecture; it is not a model")
     if arch in _NOT_PLANNED:
         raise TBQError(f"a model of architecture {arch!r} {_NOT_PLANNED[arch]}")
     f = _Fields(fields, arch)
     count = f.number("block_count")
     if not 1 <= count <= _MAX_LAYERS:
         raise TBQError(f"{arch}.block_count is {count}; llama.cpp takes 1 to {_MAX_LAYERS} layers")
-    if arch in _NO_CACHE:
-        key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
-        unread = (
-            ("llama.cpp makes a cache for this architecture all the same, which nothing reads",)
-            if arch == "t5encoder"
-            else ()
-        )
-        return CacheShape(
-            arch,
-            tuple(Layer(i, NONE) for i in range(count)),
-            (key,),
-            (value,),
-            0,
-            f.number("context_length"),
-            False,
-            True,
-            unread,
-        )
+    return _shape_without_cache(f, count) if arch in _NO_CACHE else _shape_with_cache(f, count)
+
+
+def _shape_without_cache(f: _Fields, count: int) -> CacheShape:
+    unread = "llama.cpp makes a cache for this architecture, but nothing reads it"
+    key, value = (sizes[0] for sizes in _head_sizes(f, f.each("attention.head_count", count, 0)))
+    return CacheShape(
+        architecture=f.architecture,
+        layers=tuple(Layer(i, NONE) for i in range(count)),
+        key_sizes=(key,),
+        value_sizes=(value,),
+        window=0,
+        context_train=f.number("context_length"),
+        mla=False,
+        flash_attention=True,
+        doubts=(unread,) if f.architecture == "t5encoder" else (),
+    )
+
+
+def _shape_with_cache(f: _Fields, count: int) -> CacheShape:
+    arch, doubts = f.architecture, list[str]()
     main = count - min(count, f.number("nextn_predict_layers", 0))
-    doubts: list[str] = []
     heads = f.each("attention.head_count", count, 0)
-    kv_heads = f.each("attention.head_count_kv", count) if f"{arch}.attention.head_count_kv" in fields else heads
+    kv_heads = f.each("attention.head_count_kv", count) if f"{arch}.attention.head_count_kv" in f.fields else heads
     if f.number("attention.key_length_mla", 0) and arch not in _MLA:
         doubts.append(f"the file describes latent attention, but llama.cpp does not use it for architecture {arch!r}")
     mla = arch in _MLA and f.number("attention.key_length_mla", 0) > 0 and f.number("attention.value_length_mla", 0) > 0
@@ -246,30 +211,38 @@ def read_shape(fields: Mapping[str, Any]) -> CacheShape:
                 indexer_value_size=indexer[i][1],
             )
         layers.append(layer)
-    if arch == "graniteswitch":  # its router is one more layer with one head
-        layers.append(Layer(count, GLOBAL, 1, keys[0], values[0]))
-    if arch == "nanbeige":  # goes through its layers several times, each time with a cache
-        loops = f.number("num_loops", 1)
-        if not 1 <= loops * count <= _MAX_LAYERS:
-            raise TBQError(f"{arch}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times")
-        layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
     used = sorted(set(windowed[: main or count]))
     return CacheShape(
-        arch,
-        tuple(layers),
-        tuple(keys[w] for w in used),
-        tuple(values[w] for w in used),
-        window,
-        f.number("context_length"),
-        mla,
-        arch != "grok",
-        tuple(doubts),
+        architecture=arch,
+        layers=_add_uncounted_layers(f, layers, keys[0], values[0]),
+        key_sizes=tuple(keys[w] for w in used),
+        value_sizes=tuple(values[w] for w in used),
+        window=window,
+        context_train=f.number("context_length"),
+        mla=mla,
+        flash_attention=arch != "grok",
+        doubts=tuple(doubts),
     )
 
 
+def _add_uncounted_layers(f: _Fields, layers: list[Layer], key_size: int, value_size: int) -> tuple[Layer, ...]:
+    """The layers, with those that the block count of the file does not count."""
+    count = len(layers)
+    if f.architecture == "graniteswitch":  # its router counts as one more layer, with one head
+        layers = [*layers, Layer(count, GLOBAL, 1, key_size, value_size)]
+    if f.architecture == "nanbeige":  # runs through its layers several times, each time with another cache
+        loops = f.number("num_loops", 1)
+        if not 1 <= loops * count <= _MAX_LAYERS:
+            raise TBQError(
+                f"{f.architecture}.num_loops is {loops}; {count} layers can be used 1 to {_MAX_LAYERS // count} times"
+            )
+        layers = [replace(layer, index=i) for i, layer in enumerate(layers * loops)]
+    return tuple(layers)
+
+
 def _head_sizes(f: _Fields, heads: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sizes of a key head and of a value head, each for global layers and for windows."""
-    # a model whose first layer has no attention names the sizes, or has none
+    """Sizes of a key head and of a value head, each for global layers and for window layers."""
+    # where the first layer has no attention, the file must name the sizes
     default = f.number("embedding_length") // heads[0] if heads[0] else 0
     named = heads[0] > 0 or f.architecture == "plamo2"
     key = f.number("attention.key_length", default) if named else 0
@@ -283,7 +256,7 @@ def _recurrent(f: _Fields, count: int, main: int, kv_heads: list[int]) -> list[b
     arch = f.architecture
     if arch in _RECURRENT:
         return [True] * count
-    if arch == "falcon-h1":  # each layer has both
+    if arch == "falcon-h1":  # each layer has attention and a recurrent state
         return [True] * count
     if arch.startswith("nemotron_h"):
         ff = f.each("feed_forward_length", count, 0)
@@ -299,7 +272,7 @@ def _recurrent(f: _Fields, count: int, main: int, kv_heads: list[int]) -> list[b
 
 
 def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: list[str]) -> tuple[list[bool], int]:
-    """Which layers attend to a sliding window only, and its tokens."""
+    """Which layers attend to a sliding window only, and the tokens of the window."""
     arch, none = f.architecture, [False] * count
     size = f.number("attention.sliding_window", 0)
     rule = _WINDOWS.get(arch)
@@ -307,7 +280,7 @@ def _windows(f: _Fields, count: int, main: int, recurrent: list[bool], doubts: l
         if size and arch not in _WINDOW_IGNORED:
             doubts.append(
                 f"the file names a sliding window of {size} tokens, but whether llama.cpp uses it for architecture "
-                f"{arch!r} is not known here; counted as if every layer kept the whole context"
+                f"{arch!r} is not known here; every layer is counted with the whole context"
             )
         return none, 0
     if f"{arch}.attention.sliding_window" not in f.fields:
@@ -343,7 +316,8 @@ def _cached(f: _Fields, count: int, main: int, recurrent: list[bool], kv_heads: 
         ff = f.each("feed_forward_length", count, 0)
         cached = [has and ff[i] == 0 for i, has in enumerate(cached)]
     if arch == "gemma3n":
-        cached = [has and i < 20 for i, has in enumerate(cached)]  # the others read layers 18 and 19
+        # the other layers read the caches of layers 18 and 19
+        cached = [has and i < 20 for i, has in enumerate(cached)]
     if arch == "gemma4":
         own = count - f.number("attention.shared_kv_layers", 0)
         cached = [has and i < own for i, has in enumerate(cached)]
@@ -351,12 +325,12 @@ def _cached(f: _Fields, count: int, main: int, recurrent: list[bool], kv_heads: 
 
 
 def _indexer(f: _Fields, count: int, main: int, cached: list[bool], windowed: list[bool]) -> list[tuple[int, int]]:
-    """Sizes of the key and the value that the indexer of a sparse attention keeps, for each layer."""
+    """Sizes of the key and the value that the indexer of sparse attention keeps, for each layer."""
     arch = f.architecture
     size = f.number("attention.indexer.key_length", 0)
     if arch not in _INDEXED or (arch == "hy_v4" and f.number("attention.indexer.top_k", 0) == 0):
         return [(0, 0)] * count
-    if arch == "minimax-m3":  # a cache like any other, with values that nothing reads
+    if arch == "minimax-m3":  # a normal cache, but nothing reads its values
         lead = f.number("leading_dense_block_count", 0)
         value = _head_sizes(f, f.each("attention.head_count", count, 0))[1][0]
         return [(size, value) if i >= lead else (0, 0) for i in range(count)]
@@ -375,7 +349,7 @@ def _indexer(f: _Fields, count: int, main: int, cached: list[bool], windowed: li
 
 
 def _state_bytes(f: _Fields, heads: list[int]) -> list[int]:
-    """Bytes of a layer's recurrent state for one sequence, if it has one: llama_hparams::n_embd_r() and n_embd_s()."""
+    """Bytes of the recurrent state that a layer has for one sequence: llama_hparams::n_embd_r() and n_embd_s()."""
     arch, width = f.architecture, f.number("embedding_length")
     convolution = max(0, f.number("ssm.conv_kernel", 0) - 1)
     if "rwkv" in arch:
@@ -393,7 +367,7 @@ def _state_bytes(f: _Fields, heads: list[int]) -> list[int]:
         groups = 0 if arch in ("jamba", "mamba") else f.number("ssm.group_count", 0)
         values = convolution * (inner + 2 * groups * state) + state * inner
     extra = [0] * len(heads)
-    if arch == "qwen4exp":  # n-gram history of the layers that have it
+    if arch == "qwen4exp":  # some layers keep a history of n-grams
         history = max(0, f.number("ple.conv_kernel", 0) - 1) * f.number("ple.ngram_size", 0)
         extended = f.fields.get(f"{arch}.ple.layers")
         for i in extended if isinstance(extended, list) else []:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model as far as its cache needs it: context, vocabulary, layers, checksum."""
+"""What measurements and calibration need to know of a model: context, vocabulary, cache, checksum."""
 
 import dataclasses
 import hashlib
@@ -12,42 +12,42 @@ from typing import Any
 from tbq.errors import TBQError
 from tbq.gguf_files.reader import GGUFModel, open_gguf
 from tbq.kv_cache.layers import GLOBAL, CacheShape, read_shape
-from tbq.kv_cache.settings import under
+from tbq.kv_cache.settings import apply_options
 from tbq.kv_cache.type_pairs import Cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What measuring needs of a GGUF file's metadata."""
+    """What measurements need of a GGUF file's metadata."""
 
     path: pathlib.Path
     context: int  #: tokens that it was trained for, or that RoPE is scaled to; 0 if the file does not say
-    vocab: int  #: tokens of the tokenizer, 0 without one
-    cache: (
-        Cache | None
-    )  #: without sliding windows, which do not grow with the text; None if llama.cpp's cache is not known here
+    vocab: int  #: tokens of the tokenizer; 0 without a tokenizer
+    #: layers that grow with the text, so without sliding windows; None if llama.cpp's cache is not known here
+    cache: Cache | None
     cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
     opened: GGUFModel | None = None
 
     def check_cached(self) -> None:
-        """TBQError if there are no cache types to compare."""
+        """Raises TBQError if the model has no cache, so that there are no cache types to compare."""
         if not self.cached:
             raise TBQError(f"model {str(self.path)!r} keeps no keys and values, so there are no cache types to compare")
 
 
 def read_model(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Model:
-    """The Model of a GGUF file, or of the first part of a split one; TBQError if it is none or corrupt.
+    """The Model of a GGUF file, or of the first file of a split model.
 
-    options: llama.cpp's; --override-kv and those of RoPE count.
+    options: llama.cpp's options, of which --override-kv and the RoPE options count.
+    Raises TBQError if the file is corrupt or is not a model.
     """
     opened = open_gguf(path)
     fields = opened.metadata
     fields.integer(f"{fields.get('general.architecture')}.context_length", 0)
-    settings, tokens = under(fields, options), fields.get("tokenizer.ggml.tokens")
+    settings, tokens = apply_options(fields, options), fields.get("tokenizer.ggml.tokens")
     shape = _shape(settings.fields)
     return Model(
         pathlib.Path(path),
-        settings.reach,
+        settings.rope_context,
         len(tokens) if isinstance(tokens, list) else 0,
         _cache(settings.fields),
         shape is None or shape.cached,
@@ -74,7 +74,7 @@ def _cache(fields: Mapping[str, Any]) -> Cache | None:
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Of a file; of a split model's parts one after the other, given the first."""
+    """The SHA-256 of a file.  For the first file of a split model: of all its files, one after the other."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     digest, files = hashlib.sha256(), [path]

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""What a KV cache will take, before a model is loaded: `tbq plan MODEL.gguf` and tbq.plan()."""
+"""Plans a KV cache before a model is loaded: the bytes that it takes, and which types to use.  This is tbq.plan()."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as changed
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tbq._key_biases import LARGE_BIAS
-from tbq._types import BLOCK, block, types
+from tbq._types import BLOCK, block_size, types
 from tbq._units import parse_size
 from tbq.errors import TBQError, printable
 from tbq.gguf_files.reader import Tensor, open_gguf
-from tbq.kv_cache.key_biases import key_biases, left_by_centering
+from tbq.kv_cache.key_biases import key_biases, model_centering
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW, CacheShape, Layer, read_shape
-from tbq.kv_cache.settings import measured_over, under
+from tbq.kv_cache.settings import Settings, apply_options, calibration_context
 
-#: What the table shows unless told otherwise.
+#: The pairs in the table of `tbq plan`, unless the user names others.
 PAIRS = (
     ("f16", "f16"),
     ("q8_0", "q8_0"),
@@ -33,27 +33,31 @@ PAIRS = (
     ("tbq2_0", "tbq2_0"),
 )
 
-#: An f16 cache smaller than this part of the weights that a token reads is left alone: a smaller one would hardly be felt.
+#: An f16 cache that is smaller than this part of the weights that a token reads is recommended as it is.  A smaller
+#: cache would make little difference then.
 SMALL_CACHE = 1 / 16
 
-#: Cache types beside ours: kv_cache_types in common/arg.cpp.
+#: Cache types of llama.cpp that are not tbq types: kv_cache_types in common/arg.cpp.
 _OTHER_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
-#: llama.cpp pads a context to this many cells.
+#: Types of keys that large biases do not degrade much.
+_EXACT_KEYS = ("f32", "f16", "bf16", "q8_0")
+
+#: llama.cpp pads a context to a multiple of this many cells.
 CELLS = 256
 _MAX_CONTEXT = 2**31 - CELLS
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair of cache types at the context of the plan."""
+    """The figures of a pair of cache types at the context of the plan."""
 
     k: str
     v: str
     k_bytes: int
     v_bytes: int
-    by_kind: Mapping[str, tuple[int, int]]  #: bytes of keys and of values in layers of kind "global" and "window"
-    longest: int | None  #: tokens of the longest context in the plan's memory; None without memory or without a limit
+    by_kind: Mapping[str, tuple[int, int]]  #: bytes of keys and of values, for layers of kind "global" and "window"
+    longest: int | None  #: tokens of the longest context that fits in the memory; None without memory or limit
     fits: bool | None  #: whether the plan's context fits in its memory; None without memory
 
     @property
@@ -63,47 +67,52 @@ class Pair:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of the caches of a model; what plan() returns."""
+    """What plan() returns: the bytes of a model's cache, for each pair of types, and a recommendation."""
 
     model: str
     name: str | None
     architecture: str
     context: int  #: tokens, of all sequences together
-    context_train: int  #: tokens that the model was trained for, or that YaRN extends it to: a sequence of llama-server has no more
+    #: tokens that the model was trained for, or that YaRN extends it to; llama-server gives a sequence no more
+    context_train: int
     parallel: int  #: sequences
     unified: bool  #: one cache for all sequences
     ubatch: int  #: tokens of a physical batch
-    swa_full: bool  #: sliding windows keep the whole context
-    memory: int | None  #: bytes for the cache, the state and, unless cache_only, the weights
+    swa_full: bool  #: whether sliding windows keep the whole context
+    memory: int | None  #: bytes for the cache, the recurrent states and, unless cache_only, the weights
     cache_only: bool
     weights_bytes: int
     state_bytes: int  #: recurrent states of all sequences
     layers: tuple[Layer, ...]
-    window: int  #: tokens; 0 without sliding windows
+    window: int  #: tokens of a sliding window; 0 without sliding windows
     pairs: tuple[Pair, ...]
-    refused: Mapping[str, str]  #: why llama.cpp would not start, by pair ("tbq4_0/tbq4_0")
+    refused: Mapping[str, str]  #: why llama.cpp would refuse a pair, by pair ("tbq4_0/tbq4_0")
     recommended: tuple[str, str]  #: types of keys and values
     reason: str
     fits: bool | None  #: whether the recommended pair fits in the memory at this context
-    sinks: bool  #: the model has attention sinks
-    large_key_biases: Mapping[int, float]  #: by layer: key_biases() of those from LARGE_BIAS on
-    center: bool  #: the recommended types need centered keys: `tbq serve` and tbq.llama have them, llama-server with --cache-center
+    sinks: bool  #: whether the model has attention sinks
+    large_key_biases: Mapping[int, float]  #: the ratios of key_biases() from LARGE_BIAS on, by layer
+    #: whether the recommended types need centered keys; `tbq serve` and tbq.llama center them, llama-server with
+    #: --cache-center
+    center: bool
     warnings: tuple[str, ...]
-    exact: bool  #: False if a warning says that llama.cpp may allocate something else
+    exact: bool  #: False if a warning says that llama.cpp may allocate a different amount
 
     @property
     def cached(self) -> bool:
-        """Whether the model keeps keys and values: an embedding model (bert) and a recurrent one (mamba) have no cache."""
+        """Whether the model keeps keys and values.
+
+        Embedding models (bert) and recurrent ones (mamba) have no cache.
+        """
         return any(layer.kind != NONE for layer in self.layers)
 
     def bytes_at(self, k: str, v: str, context: int) -> int:
-        """Bytes of keys and values of a pair of types, whether llama.cpp takes it or not, at a context of so many tokens."""
-        return _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full).total(
-            k, v, context
-        )
+        """Bytes of the cache with a pair of types, even one that llama.cpp refuses, at a context in tokens."""
+        cache = _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full)
+        return cache.total(k, v, context)
 
     def pair(self, k: str, v: str) -> Pair:
-        """The figures of a pair; TBQError if it is not among `pairs`."""
+        """The figures of a pair; TBQError if it is not in `pairs`."""
         for pair in self.pairs:
             if (pair.k, pair.v) == (k, v):
                 return pair
@@ -115,21 +124,23 @@ def _block(name: str) -> tuple[int, int]:
     """Values and bytes of a block of a cache type."""
     if name not in types and name not in _OTHER_TYPES:
         raise TBQError(f"cache type {name!r} is not one of {', '.join((*types, *_OTHER_TYPES))}")
-    return block(name)
+    return block_size(name)
 
 
-def _row(name: str, values: int) -> int:
+def _row_bytes(name: str, values: int) -> int:
+    """Bytes of a row of values in a cache type."""
     block, size = _block(name)
     return values // block * size
 
 
-def padded(cells: int) -> int:
+def pad_cells(cells: int) -> int:
+    """The cells that llama.cpp makes for a context of so many."""
     return -(-cells // CELLS) * CELLS
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """What is the same for all types and contexts; see Plan."""
+    """The part of a plan that is the same for all types and contexts; see Plan."""
 
     layers: tuple[Layer, ...]
     window: int
@@ -140,31 +151,35 @@ class _Cache:
 
     @property
     def streams(self) -> int:
+        """The number of separate caches: one for all sequences, or one for each."""
         return 1 if self.unified else self.parallel
 
     def cells(self, context: int) -> dict[str, int]:
-        """Cells of a layer of each kind, of all streams: llama_context() and llama_kv_cache_iswa()."""
-        each = padded(padded(context) // self.streams)
+        """Cells that a layer has in all streams, by kind of layer: llama_context() and llama_kv_cache_iswa()."""
+        each = pad_cells(pad_cells(context) // self.streams)
         seen = self.window * (self.parallel if self.unified else 1) + self.ubatch
-        windowed = each if self.swa_full else padded(min(each, seen))
+        windowed = each if self.swa_full else pad_cells(min(each, seen))
         return {GLOBAL: each * self.streams, WINDOW: windowed * self.streams}
 
     def sizes(self, k: str, v: str, context: int) -> dict[str, tuple[int, int]]:
-        """Bytes of keys and of values by kind of layer."""
+        """Bytes of keys and of values, by kind of layer."""
         found = {}
         for kind, cells in self.cells(context).items():
             layers = [layer for layer in self.layers if layer.kind == kind]
             if layers:
-                keys = sum(_row(k, x.kv_heads * x.key_size) + _row(k, x.indexer_key_size) for x in layers)
-                values = sum(_row(v, x.kv_heads * x.value_size) + _row(v, x.indexer_value_size) for x in layers)
+                keys = sum(_row_bytes(k, x.kv_heads * x.key_size) + _row_bytes(k, x.indexer_key_size) for x in layers)
+                values = sum(
+                    _row_bytes(v, x.kv_heads * x.value_size) + _row_bytes(v, x.indexer_value_size) for x in layers
+                )
                 found[kind] = (cells * keys, cells * values)
         return found
 
     def total(self, k: str, v: str, context: int) -> int:
+        """Bytes of keys and values together."""
         return sum(map(sum, self.sizes(k, v, context).values()))
 
     def longest(self, k: str, v: str, budget: int) -> int | None:
-        """The longest context whose cache fits in so many bytes; None if it does not grow with the context."""
+        """The longest context whose cache fits in a number of bytes; None if every context fits."""
         step = CELLS * self.streams
         low, high = 0, _MAX_CONTEXT // step
         if self.total(k, v, high * step) <= budget:
@@ -175,34 +190,40 @@ class _Cache:
         return low * step
 
 
-def _without_flash(shape: CacheShape) -> str:
+def _why_no_flash(shape: CacheShape) -> str:
     if shape.architecture == "grok":
         return "llama.cpp has none for architecture 'grok'"
     return "-fa off switches it off"
 
 
 def _refusal(shape: CacheShape, k: str, v: str) -> str | None:
-    """Why llama.cpp would not make this cache: llama_init_from_model()."""
+    """Why llama.cpp would refuse this cache: llama_init_from_model().  None if it would not."""
     if shape.mla and k != v:
-        return "with latent attention (MLA) the values are part of the keys, so both have one type"
+        return "with latent attention (MLA) the values are part of the keys, so both must have the same type"
     if not shape.flash_attention and _block(v)[0] > 1:
-        return f"values of {v} need flash attention: {_without_flash(shape)}"
+        return f"values of {v} need flash attention: {_why_no_flash(shape)}"
     keys = (*shape.key_sizes, *(layer.indexer_key_size for layer in shape.layers))
     values = (*shape.value_sizes, *(layer.indexer_value_size for layer in shape.layers))
-    for side, name, sizes in (("key", k, keys), ("value", v, values)):
+    for tensor, name, sizes in (("key", k, keys), ("value", v, values)):
         unit = _block(name)[0]
         size = next((size for size in sizes if size % unit), 0)
         if size:
             others = "f16 or q8_0" if size % 32 == 0 else "f16"
-            return f"{name} has blocks of {unit} values, which do not divide the {side} head size {size}; {others} would work"
+            return (
+                f"{name} has blocks of {unit} values, which do not divide the {tensor} head size {size}; "
+                f"{others} would work"
+            )
     return None
 
 
 # -- the recommendation --------------------------------------------------------------------------
 
 
-def _ladder(shape: CacheShape, sinks: bool, biased: bool) -> list[tuple[str, str]]:
-    """Pairs from the best to the smallest that is worth its loss, of those that the model can have."""
+def _candidates(shape: CacheShape, sinks: bool, biased: bool) -> list[tuple[str, str]]:
+    """The pairs to choose from: those that llama.cpp takes for the model, from the best to the smallest.
+
+    biased: whether the stored keys have a large bias.
+    """
     values = ["tbq4_0", "tbq3_0", "tbq2_0"]
     if sinks or biased:
         wished = [("f16" if sinks else "q8_0", v) for v in values]
@@ -217,39 +238,43 @@ def _ladder(shape: CacheShape, sinks: bool, biased: bool) -> list[tuple[str, str
         other = "q8_0" if name == "tbq4_0" else "q4_0"
         return other if all(size % 32 == 0 for size in sizes) else "f16"
 
-    ladder = [
+    candidates = [
         (usable(k, shape.key_sizes), usable(v, shape.value_sizes) if shape.flash_attention else "f16")
         for k, v in wished
     ]
     if shape.mla:
-        ladder = [(k, k) for k, _ in ladder]
-    return [pair for pair in dict.fromkeys(ladder) if _refusal(shape, *pair) is None] or [("f16", "f16")]
+        candidates = [(k, k) for k, _ in candidates]
+    return [pair for pair in dict.fromkeys(candidates) if _refusal(shape, *pair) is None] or [("f16", "f16")]
 
 
-_WORTH = {
-    ("tbq4_0", "tbq4_0"): "keys and values of 4 bits are close to f16 at a little over a quarter of its memory",
-    ("tbq4_0", "tbq3_0"): "keys keep 4 bits, values have 3: values bear it better than keys",
-    ("tbq3_0", "tbq3_0"): "3 bits show in the quality, but nothing larger fits",
+#: Why a pair is recommended, where nothing about the model decides.
+_REASONS = {
+    ("tbq4_0", "tbq4_0"): "4-bit keys and values are close to f16, in a little over a quarter of its memory",
+    ("tbq4_0", "tbq3_0"): "keys have 4 bits and values 3, because values tolerate fewer bits better than keys",
+    ("tbq3_0", "tbq3_0"): "3 bits reduce the quality noticeably, but nothing larger fits",
     ("tbq3_0", "tbq2_0"): "nothing larger fits; expect a clear loss",
 }
 
 
-def _because(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool) -> str:
+def _reason_for(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool) -> str:
     if sinks:
-        return "the model has attention sinks, with which any quantized key loses much, so keys stay f16"
+        return "the model has attention sinks, with which any quantized key degrades badly, so keys stay f16"
     if biased:
-        return f"large biases on the keys would take up the few levels of a small type, so keys are {pair[0]}"
-    if pair in _WORTH:
-        return _WORTH[pair]
+        return f"large key biases would use up the few levels of a small type, so keys are {pair[0]}"
+    if pair in _REASONS:
+        return _REASONS[pair]
     if not shape.flash_attention:
-        return f"quantized values need flash attention ({_without_flash(shape)}), so values stay f16"
+        return f"quantized values need flash attention ({_why_no_flash(shape)}), so values stay f16"
     if any(size % BLOCK for size in (*shape.key_sizes, *shape.value_sizes)):
         return f"tbq types need head sizes that {BLOCK} divides"
-    return "it is the smallest that llama.cpp takes for this model without a large loss"
+    return "it is the smallest pair that llama.cpp takes for this model without a large loss"
 
 
-def _weights_read(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], architecture: str) -> int:
-    """Bytes of weights that a token reads, about: of the experts those that are used; not an embedding that is no output."""
+def _weights_per_token(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], architecture: str) -> int:
+    """About how many bytes of weights a token reads.
+
+    Only the experts that a token uses count.  A token embedding that is not the output matrix too does not count.
+    """
     experts, used = fields.get(f"{architecture}.expert_count", 0), fields.get(f"{architecture}.expert_used_count", 0)
     used = max(used) if isinstance(used, list) and used else used
     share = used / experts if isinstance(used, int) and isinstance(experts, int) and 0 < used <= experts else 1.0
@@ -271,74 +296,49 @@ def plan(
     center: bool = True,
     options: Sequence[str] = (),
 ) -> Plan:
-    """What the caches of a model take, and which types to use.
+    """What the cache of a model takes, and which types to use.
 
-    model: a GGUF file, any one of a split; its weights are not loaded.
-    context: tokens of all sequences together, llama-server's -c.  Without it, the most that the model was trained for
-    and that fits in the memory with the recommended types.
-    memory: bytes, or a text such as "8G", for weights, cache and recurrent state; with cache_only, not for weights.
-    llama.cpp's compute buffers come on top.
-    pairs: (K, V) names of types to show; PAIRS if None.
-    parallel: sequences (-np); llama-server makes 4, with one cache for all (unified), unless told otherwise.
-    ubatch: tokens of a physical batch (-ub, -b if that is less).  swa_full: whole contexts for sliding windows too (--swa-full).
-    center: whether keys can be centered where that is needed (docs/center.md); without, large biases ask for larger keys.
-    options: llama.cpp's that change what the file says: --override-kv, -fa off, those of RoPE and YaRN; others are passed over.
-    Flash attention is assumed to be on, as it is by default.
-    Raises TBQError for a file that is corrupt or whose architecture has an unknown cache, and for arguments out of range;
-    OSError for what cannot be opened.
+    model: a GGUF file, any one of a split model.  No weights are loaded.
+    context: tokens of all sequences together, llama-server's -c.  If None: what the model was trained for, or less if
+    only that fits in the memory with the recommended types.
+    memory: bytes, or a text such as "8G", for weights, cache and recurrent states.  llama.cpp needs compute buffers in
+    addition.  cache_only: the memory is not for the weights.
+    pairs: the pairs of types to show, as (K, V); PAIRS if None.
+    parallel: sequences (-np).  unified: one cache for all sequences.  llama-server's defaults are 4 and True.
+    ubatch: tokens of a physical batch, the smaller of -ub and -b.
+    swa_full: sliding windows keep the whole context (--swa-full).
+    center: whether keys can be centered.  Without centering, larger keys are recommended for large biases.
+    options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN.  Others are
+    ignored.  Flash attention is assumed to be on, which is the default.
+    Raises TBQError if the file is corrupt, if its architecture is unknown, and if an argument is out of range;
+    OSError if the file cannot be opened.
     """
-    if not isinstance(model, (str, os.PathLike)):
-        raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
-    for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT
-        ):
-            raise TBQError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_CONTEXT}")
-    if parallel > 256:
-        raise TBQError(f"parallel is {parallel}; llama.cpp takes at most 256 sequences")
-    shown = list(PAIRS if pairs is None else pairs)
-    for pair in shown:
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TBQError(f'pair {pair!r} must be two names of types, ("tbq4_0", "tbq3_0") for example')
-    budget = parse_size(memory) if memory is not None else None
+    _check_arguments(model, context, parallel, ubatch)
+    shown = _check_pairs(PAIRS if pairs is None else pairs)
+    memory_bytes = parse_size(memory) if memory is not None else None
     opened = open_gguf(model)
-    settings = under(opened.metadata, options)
+    settings = apply_options(opened.metadata, options)
     fields, tensors = settings.fields, {tensor.name: tensor for tensor in opened.tensors}
-    try:
-        shape = read_shape(fields)
-    except TBQError as error:
-        raise TBQError(f"model {str(model)!r}: {error}") from None
-    shape = changed(
-        shape, context_train=settings.trained, flash_attention=shape.flash_attention and settings.flash_attention
-    )
-    of_a_sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
-    with np.errstate(all="ignore"):  # corrupt weights may be infinite
-        biases = key_biases(tensors, shape.layers)
-        centered = key_biases(
-            tensors,
-            shape.layers,
-            left_by_centering(fields, shape.architecture, measured_over(of_a_sequence, settings.reach)),
-        )
+    shape = _read_shape(model, settings)
+    sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
+    biases = _read_biases(tensors, shape, settings, sequence, center)
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
-    left = None if budget is None else budget - state - (0 if cache_only else weights)
+    budget = None if memory_bytes is None else memory_bytes - state - (0 if cache_only else weights)
     sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
-    large = {i: ratio for i, ratio in biases.items() if ratio >= LARGE_BIAS}
-    biased = any((centered if center else biases)[i] >= LARGE_BIAS for i in large)
-    read = _weights_read(tensors, fields, shape.architecture)
-    chosen, context, reason = _choose(
-        cache, _ladder(shape, sinks, biased), context or 0, shape.context_train, left, read
-    )
-    needed = bool(large) and not biased and not sinks and chosen[0] not in ("f32", "f16", "bf16", "q8_0")
-    fits = None if left is None else cache.total(*chosen, context) <= left
-    reason = reason or _because(chosen, shape, sinks, biased)
+    read = _weights_per_token(tensors, fields, shape.architecture)
+    candidates = _candidates(shape, sinks, biases.remain)
+    chosen, context, reason = _choose(cache, candidates, context or 0, shape.context_train, budget, read)
+    needs_center = bool(biases.large) and not biases.remain and not sinks and chosen[0] not in _EXACT_KEYS
+    fits = None if budget is None else cache.total(*chosen, context) <= budget
     if not shape.cached:
         reason = (
             f"a model of architecture {shape.architecture!r} keeps no keys and values, so there are no types to choose"
         )
-    elif left is not None and not fits:
-        reason = f"nothing fits {context} tokens in the memory; this comes nearest, with {cache.longest(*chosen, left)}"
+    elif budget is not None and not fits:
+        longest = cache.longest(*chosen, budget)
+        reason = f"no pair fits {context} tokens in the memory; this one comes nearest, with {longest} tokens"
     refused = {f"{k}/{v}": why for k, v in shown if (why := _refusal(shape, k, v))}
     usable = [pair for pair in dict.fromkeys([*shown, chosen]) if "/".join(pair) not in refused]
     return Plan(
@@ -351,80 +351,138 @@ def plan(
         unified=unified,
         ubatch=ubatch,
         swa_full=swa_full,
-        memory=budget,
+        memory=memory_bytes,
         cache_only=cache_only,
         weights_bytes=weights,
         state_bytes=state,
         layers=shape.layers,
         window=shape.window,
-        pairs=tuple(_figures(cache, k, v, context, left) for k, v in usable),
+        pairs=tuple(_compute_pair(cache, k, v, context, budget) for k, v in usable),
         refused=refused,
         recommended=chosen,
-        reason=reason,
+        reason=reason or _reason_for(chosen, shape, sinks, biases.remain),
         fits=fits,
         sinks=sinks,
-        large_key_biases=large,
-        center=needed,
-        warnings=tuple(_warnings(shape, context, sinks, biases, large, needed)),
+        large_key_biases=biases.large,
+        center=needs_center,
+        warnings=tuple(_warnings(shape, context, sinks, biases, needs_center)),
         exact=not shape.doubts,
     )
 
 
-def _figures(cache: _Cache, k: str, v: str, context: int, left: int | None) -> Pair:
+def _check_arguments(model: object, context: object, parallel: int, ubatch: object) -> None:
+    if not isinstance(model, (str, os.PathLike)):
+        raise TBQError(f"model is {model!r}; it must be the path of a GGUF file")
+    for name, value in (("context", context), ("parallel", parallel), ("ubatch", ubatch)):
+        if value is None and name == "context":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CONTEXT:
+            raise TBQError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_CONTEXT}")
+    if parallel > 256:
+        raise TBQError(f"parallel is {parallel}; llama.cpp takes at most 256 sequences")
+
+
+def _check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TBQError(f'pair {pair!r} must be two names of types, ("tbq4_0", "tbq3_0") for example')
+    return list(pairs)
+
+
+def _read_shape(model: str | os.PathLike[str], settings: Settings) -> CacheShape:
+    """The layers of a model with llama.cpp's options applied; TBQError that names the model if they are unknown."""
+    try:
+        shape = read_shape(settings.fields)
+    except TBQError as error:
+        raise TBQError(f"model {str(model)!r}: {error}") from None
+    flash_attention = shape.flash_attention and settings.flash_attention
+    return dataclasses.replace(shape, context_train=settings.context_train, flash_attention=flash_attention)
+
+
+class _Biases(NamedTuple):
+    """The key biases of a model, by layer."""
+
+    ratios: Mapping[int, float]  #: key_biases() without centering
+    large: Mapping[int, float]  #: ratios from LARGE_BIAS on
+    remain: bool  #: whether one is still large in the keys as they will be stored, centered or not
+
+
+def _read_biases(
+    tensors: Mapping[str, Tensor], shape: CacheShape, settings: Settings, sequence: int, center: bool
+) -> _Biases:
+    """sequence: tokens of a sequence's context.  center: whether keys can be centered."""
+    with np.errstate(all="ignore"):  # corrupt weights may be infinite
+        ratios = stored = key_biases(tensors, shape.layers)
+        if center:
+            context = calibration_context(sequence, settings.rope_context)
+            stored = key_biases(tensors, shape.layers, model_centering(settings.fields, shape.architecture, context))
+    large = {i: ratio for i, ratio in ratios.items() if ratio >= LARGE_BIAS}
+    return _Biases(ratios, large, any(stored[i] >= LARGE_BIAS for i in large))
+
+
+def _compute_pair(cache: _Cache, k: str, v: str, context: int, budget: int | None) -> Pair:
+    """The figures of a pair.  budget: bytes for the cache, None without a limit."""
     found = cache.sizes(k, v, context)
     keys, values = sum(sizes[0] for sizes in found.values()), sum(sizes[1] for sizes in found.values())
-    longest = None if left is None else cache.longest(k, v, left)
-    return Pair(k, v, keys, values, found, longest, None if left is None else keys + values <= left)
+    longest = None if budget is None else cache.longest(k, v, budget)
+    return Pair(k, v, keys, values, found, longest, None if budget is None else keys + values <= budget)
 
 
 def _choose(
-    cache: _Cache, ladder: Sequence[tuple[str, str]], context: int, context_train: int, left: int | None, weights: int
+    cache: _Cache,
+    candidates: Sequence[tuple[str, str]],
+    context: int,
+    context_train: int,
+    budget: int | None,
+    weights: int,
 ) -> tuple[tuple[str, str], int, str]:
-    """The recommended pair, the context it is for, and the reason if it is not that of the pair."""
+    """The recommended pair, its context, and a reason; the reason is empty if _reason_for() gives it.
+
+    context: the context that the user asked for, or 0.  budget: bytes for the cache, None without a limit.
+    weights: bytes of weights that a token reads.
+    """
     wanted, plain = context or max(1, context_train), ("f16", "f16")
     size = cache.total(*plain, wanted)
     if size == 0:
         return plain, wanted, "no layer has keys and values"
-    if size <= weights * SMALL_CACHE and (left is None or size <= left):
-        return (
-            plain,
-            wanted,
-            (
-                f"at {wanted} tokens an f16 cache is small beside the weights that each token reads; "
-                "a smaller one would gain little"
-            ),
-        )
-    fitting = [pair for pair in ladder if left is None or cache.total(*pair, wanted) <= left]
-    if fitting and (context or fitting[0] in ladder[:2]):
+    if size <= weights * SMALL_CACHE and (budget is None or size <= budget):
+        small = f"at {wanted} tokens an f16 cache is small compared with the weights that each token reads"
+        return plain, wanted, f"{small}; a smaller cache would gain little"
+    fitting = [pair for pair in candidates if budget is None or cache.total(*pair, wanted) <= budget]
+    if fitting and (context or fitting[0] in candidates[:2]):
         return fitting[0], wanted, ""
     if context:
-        return ladder[-1], wanted, ""
-    # nobody asked for the whole context, so it gives way before the quality does
-    return ladder[0], cache.longest(*ladder[0], left or 0) or wanted, ""
+        return candidates[-1], wanted, ""
+    # the user did not ask for the whole context, so a shorter context is better than fewer bits
+    return candidates[0], cache.longest(*candidates[0], budget or 0) or wanted, ""
 
 
-def _warnings(
-    shape: CacheShape, context: int, sinks: bool, biases: Mapping[int, float], large: Mapping[int, float], center: bool
-) -> Iterator[str]:
+def _warnings(shape: CacheShape, context: int, sinks: bool, biases: _Biases, center: bool) -> Iterator[str]:
+    """center: whether the recommended types need centered keys."""
+    large = biases.large
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
     if sinks:
-        yield "attention sinks: any quantized K loses much, even q8_0; keep --cache-type-k f16"
+        yield "attention sinks: any quantized K degrades badly, even q8_0; keep --cache-type-k f16"
     if large:
         worst = max(large, key=lambda i: large[i])
-        what = f"large key biases in {len(large)} of {len(biases)} layers (layer {worst}: {large[worst]:.0f} times the rest of the key): "
-        yield what + (
-            "center the keys (tbq serve does; llama-server: tbq calibrate and --cache-center), or keep --cache-type-k q8_0"
-            if center
-            else "keys of 4 bits and fewer lose much; keep --cache-type-k q8_0"
+        remedy = "keys of 4 bits and fewer degrade badly; keep --cache-type-k q8_0"
+        if center:
+            remedy = (
+                "center the keys (tbq serve centers them; for llama-server use tbq calibrate and --cache-center), "
+                "or keep --cache-type-k q8_0"
+            )
+        yield (
+            f"large key biases in {len(large)} of {len(biases.ratios)} layers "
+            f"(layer {worst}: {large[worst]:.0f} times the rest of the key): {remedy}"
         )
-    if any(math.isnan(r) for r in biases.values()):
+    if any(math.isnan(ratio) for ratio in biases.ratios.values()):
         yield (
             "whether the key biases are large is unknown, because their tensors cannot be read here; "
             "compare with q8_0 keys before using fewer bits"
         )
-    for side, sizes in (("key", shape.key_sizes), ("value", shape.value_sizes)):
+    for tensor, sizes in (("key", shape.key_sizes), ("value", shape.value_sizes)):
         odd = sorted({size for size in sizes if size % BLOCK})
         if odd:
-            yield f"{side} head size {odd[0]}: {BLOCK} does not divide it, so llama.cpp refuses tbq types there"
+            yield f"{tensor} head size {odd[0]}: {BLOCK} does not divide it, so llama.cpp refuses tbq types there"
     if context > shape.context_train > 0:
         yield f"a context of {context} tokens is longer than the {shape.context_train} that the model was trained for"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's options change of what a model's file says: entries of its metadata, RoPE, and with it the context.
+"""Applies llama.cpp's options to the metadata of a model: overridden entries, RoPE, and the context that follows.
 
-As the pinned revision does it: llama_model_base::load_hparams(), llama_context() and llama_init_from_model().
+This follows the pinned revision: llama_model_base::load_hparams(), llama_context() and llama_init_from_model().
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from tbq.programs.options import ROPE, select, values
+from tbq.programs.options import ROPE, option_values, select_options
 
 _MAX_CONTEXT = 2**31 - 1
 
-#: Of --override-kv.
+#: The types of --override-kv.
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -25,61 +25,70 @@ _KINDS: Mapping[str, Callable[[str], Any]] = {
     "bool": {"true": True, "false": False}.__getitem__,
 }
 
-#: Contexts of up to so many tokens share one center, so that a saved slot fits them all; then those of up to 4 times as many, and so on.
-_RANGE, _STEP = 8192, 4
+#: Contexts up to 8192 tokens share one center, then contexts up to 4 times as many, and so on.  So a slot that was
+#: saved with one context fits a cache with another.
+_FIRST_RANGE, _RANGE_FACTOR = 8192, 4
 
 
-def measured_over(context: int, reach: int) -> int:
-    """Tokens of context that the center of a cache is measured over: the longest that shares it (docs/center.md).
+def calibration_context(context: int, rope_context: int) -> int:
+    """Tokens of context that a center is measured over: the longest context that shares it (docs/design/centering.md).
 
-    context: of a sequence.  reach: of RoPE, 0 if unknown.
+    context: tokens of a sequence.  rope_context: tokens that RoPE is set up for, 0 if unknown.
     """
-    longest = _RANGE
+    longest = _FIRST_RANGE
     while longest < context:
-        longest *= _STEP
-    return min(longest, reach or longest)
+        longest *= _RANGE_FACTOR
+    return min(longest, rope_context or longest)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A model's metadata and RoPE under options."""
+    """A model's metadata and contexts, with llama.cpp's options applied."""
 
-    fields: Mapping[str, Any]  #: the metadata, with what --override-kv replaces
-    trained: int  #: tokens that llama-server gives a sequence at most: what the model was trained for, or YaRN extends it to; 0 if unknown
-    reach: int  #: tokens that RoPE is set up for, linear scaling counted too; what has no such limit (llama-cpp-python) can use them
+    fields: Mapping[str, Any]  #: the metadata, with the entries that --override-kv replaces
+    #: the most tokens that llama-server gives a sequence: what the model was trained for, or what YaRN extends it to;
+    #: 0 if unknown
+    context_train: int
+    #: tokens that RoPE is set up for, which linear scaling extends too; llama-cpp-python can use them all
+    rope_context: int
     flash_attention: bool  #: False after -fa off
 
 
-def under(fields: Mapping[str, Any], options: Sequence[str] = ()) -> Settings:
-    """A model's Settings.  fields: the metadata of its file.  options: llama.cpp's; those that do not matter here are passed over."""
-    found = {option.names[0]: words[1] if len(words) > 1 else "" for option, words in select(options, ROPE)}
-    changes = dict(_overrides(fields, values(options, "--override-kv")))
+def apply_options(fields: Mapping[str, Any], options: Sequence[str] = ()) -> Settings:
+    """The Settings of a model.
+
+    fields: the metadata of its file.  options: llama.cpp's options; those that change nothing here are ignored.
+    """
+    found = {option.names[0]: words[1] if len(words) > 1 else "" for option, words in select_options(options, ROPE)}
+    changes = dict(_overrides(fields, option_values(options, "--override-kv")))
     arch = changes.get("general.architecture", fields.get("general.architecture"))
     if base := _float(found.get("--rope-freq-base")):
         changes[f"{arch}.rope.freq_base"] = base
-    fields = (
-        ChainMap(changes, cast(dict[str, Any], fields)) if changes else fields
-    )  # a file's are decoded when asked for
+    if changes:  # a ChainMap, because entries of a file are decoded only when they are read
+        fields = ChainMap(changes, cast(dict[str, Any], fields))
     with np.errstate(all="ignore"):
-        trained, reach = _contexts(fields, arch, found, options)
-    flash = values(options, "-fa")[-1:]
-    return Settings(fields, trained, reach, flash not in (["off"], ["disabled"], ["false"], ["0"]))
+        context_train, rope_context = _contexts(fields, arch, found, options)
+    flash = option_values(options, "-fa")[-1:]
+    return Settings(fields, context_train, rope_context, flash not in (["off"], ["disabled"], ["false"], ["0"]))
 
 
 def _overrides(fields: Mapping[str, Any], values: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Entries of --override-kv's KEY=TYPE:VALUE,...; like llama.cpp, without those whose type is not the entry's own."""
+    """The entries that --override-kv replaces, from its KEY=TYPE:VALUE,... texts.
+
+    Like llama.cpp this leaves out values whose type is not that of the entry.
+    """
     for item in next(csv.reader([",".join(values)]), []):
         key, _, typed = item.partition("=")
         kind, _, text = typed.partition(":")
         value: Any = None
-        with contextlib.suppress(ValueError, KeyError):  # llama.cpp will say what is wrong
+        with contextlib.suppress(ValueError, KeyError):  # llama.cpp will report what is wrong
             value = _KINDS[kind](text)
         if value is not None and type(fields.get(key, value)) is type(value):
             yield key, value
 
 
 def _float(text: str | None) -> float:
-    """0, which is none to llama.cpp, for what is no number."""
+    """The number that a text holds; 0, which llama.cpp ignores, if it is not a positive number."""
     with contextlib.suppress(ValueError, TypeError):
         value = float(text or 0)
         return value if np.isfinite(value) and value > 0 else 0.0
@@ -89,7 +98,7 @@ def _float(text: str | None) -> float:
 def _contexts(
     fields: Mapping[str, Any], arch: Any, found: Mapping[str, str], options: Sequence[str]
 ) -> tuple[int, int]:
-    """Settings.trained and .reach, in float32 as llama.cpp computes them."""
+    """Settings.context_train and Settings.rope_context, computed in float32 as llama.cpp computes them."""
 
     def integer(key: str) -> int:
         value = fields.get(f"{arch}.{key}", 0)
@@ -103,7 +112,7 @@ def _contexts(
     factor = number("rope.scaling.factor") or number("rope.scale_linear")
     own = one / np.float32(factor) if factor else one
     scale = own
-    for option, words in select(options, ROPE):
+    for option, words in select_options(options, ROPE):
         if option.names[0] in ("--rope-scale", "--rope-freq-scale"):  # the last one counts
             given = np.float32(_float(words[-1]))
             scale = (one / given if option.names[0] == "--rope-scale" else given) if given else own

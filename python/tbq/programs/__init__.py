@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's programs: where they are, what they take, how they run, what they print."""
+"""llama.cpp's programs: their paths, options, processes and output."""

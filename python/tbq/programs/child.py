@@ -7,9 +7,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-# Linux ends a process whose parent is gone, even by SIGKILL, if it has asked for that (1 is PR_SET_PDEATHSIG, which
-# survives execv).  Asking takes code between fork and exec, which is not safe in a program with threads, so a bare Python
-# does it and becomes llama-server.  It starts with SIGINT blocked, so that Ctrl-C ends it without a word.
+# Linux ends a process when its parent is gone, even after SIGKILL, if the process asked for that.  It asks with
+# prctl(1), PR_SET_PDEATHSIG, which survives execv.  Asking between fork and exec is not safe in a program with threads.
+# So a bare Python asks and then becomes the program.  It starts with SIGINT blocked, so that Ctrl-C ends it without a
+# traceback.
 _ASK_AND_BECOME = """\
 import _signal, ctypes, os, sys
 if _signal.getsignal(2) != _signal.SIG_IGN:
@@ -22,14 +23,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def start_child(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Starts a program, which on Linux ends with the calling thread."""
-    if sys.platform.startswith("linux") and "python" in os.path.basename(
-        sys.executable or ""
-    ):  # not a program that embeds it
+    # sys.executable is another program where Python is embedded
+    if sys.platform.startswith("linux") and "python" in os.path.basename(sys.executable or ""):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         command = [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]
-    # A session of its own: Ctrl-C reaches it through us, once.
+    # The child gets a new session: Ctrl-C then reaches it through this process, once.
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

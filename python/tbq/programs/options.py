@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's options: one table of those that tbq reads, and what follows from them."""
+"""llama.cpp's options: a table of those that tbq reads, and functions that read them."""
 
 import csv
 import os
@@ -10,9 +10,9 @@ from typing import Any
 
 from tbq.errors import TBQError
 
-#: What an option is for.  ROPE changes the keys, so a center is for one value of each.  MODEL changes how a model runs, so
-#: whatever measures it gets these options too.  FILE, FILES and FOLDER are paths that llama-server opens only when much else
-#: is done, or not at all: they are looked at before.
+#: What an option is for.  ROPE options change the keys, so a center is valid for one value of each.  MODEL options
+#: change how a model runs, so every measurement of the model gets them too.  FILE, FILES and FOLDER options are paths.
+#: llama-server opens these late, or never, so tbq checks them first.
 ROPE, MODEL, FILE, FILES, FOLDER = "rope", "model", "file", "files", "folder"
 
 
@@ -22,37 +22,37 @@ class Option:
 
     names: tuple[str, ...]  #: all spellings
     uses: frozenset[str] = frozenset()
-    means: str = ""  #: the key under which server_options() returns the value
-    value: bool = True  #: whether a value follows
-    argument: str = ""  #: the argument of llama_cpp.Llama that does the same
+    key: str = ""  #: the key under which server_options() returns the value
+    takes_value: bool = True  #: whether a value follows
+    argument: str = ""  #: the argument of llama_cpp.Llama with the same effect
 
 
-def _option(names: str, *uses: str, means: str = "", value: bool = True, argument: str = "") -> Option:
-    return Option(tuple(names.split()), frozenset(uses), means, value, argument)
+def _option(names: str, *uses: str, key: str = "", takes_value: bool = True, argument: str = "") -> Option:
+    return Option(tuple(names.split()), frozenset(uses), key, takes_value, argument)
 
 
 OPTIONS = (
-    # the plan, and where the server listens
-    _option("-c --ctx-size", means="context"),
-    _option("-np --parallel", means="parallel"),
-    _option("-ub --ubatch-size", means="ubatch"),
-    _option("-b --batch-size", means="batch"),
-    _option("--swa-full", means="swa_full", value=False),
-    _option("-kvu --kv-unified -no-kvu --no-kv-unified", means="unified", value=False),
-    _option("--kv-unified-per-slot", means="per_slot"),
-    _option("-ctk --cache-type-k -ctv --cache-type-v", means="types"),
-    _option("-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo", means="model"),
+    # options that change the plan, and the address of the server
+    _option("-c --ctx-size", key="context"),
+    _option("-np --parallel", key="parallel"),
+    _option("-ub --ubatch-size", key="ubatch"),
+    _option("-b --batch-size", key="batch"),
+    _option("--swa-full", key="swa_full", takes_value=False),
+    _option("-kvu --kv-unified -no-kvu --no-kv-unified", key="unified", takes_value=False),
+    _option("--kv-unified-per-slot", key="per_slot"),
+    _option("-ctk --cache-type-k -ctv --cache-type-v", key="types"),
+    _option("-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo", key="model"),
     _option("-fa --flash-attn"),
-    _option("--host", means="host"),
-    _option("--port", means="port"),
-    _option("--reuse-port", means="reuse_port", value=False),
-    _option("--api-prefix", means="prefix"),
-    _option("--api-key", means="key"),
-    _option("--api-key-file", means="key_file"),
-    # files
-    _option("--ssl-key-file", FILE, means="ssl_key"),
-    _option("--ssl-cert-file", FILE, means="ssl_cert"),
-    _option("--cache-center", FILE, means="center"),
+    _option("--host", key="host"),
+    _option("--port", key="port"),
+    _option("--reuse-port", key="reuse_port", takes_value=False),
+    _option("--api-prefix", key="prefix"),
+    _option("--api-key", key="key"),
+    _option("--api-key-file", key="key_file"),
+    # options that name files
+    _option("--ssl-key-file", FILE, key="ssl_key"),
+    _option("--ssl-cert-file", FILE, key="ssl_cert"),
+    _option("--cache-center", FILE, key="center"),
     _option("-mm --mmproj", FILE),
     _option("--lora", FILES),
     _option("--control-vector", FILES),
@@ -60,7 +60,7 @@ OPTIONS = (
     _option("-lcs --lookup-cache-static", FILE),
     _option("--mcp-servers-config", FILE),
     _option("--path", FOLDER),
-    # the keys
+    # options that change the keys
     _option("--rope-scaling", ROPE),
     _option("--rope-scale", ROPE),
     _option("--rope-freq-base", ROPE, argument="rope_freq_base"),
@@ -71,8 +71,8 @@ OPTIONS = (
     _option("--yarn-beta-slow", ROPE, argument="yarn_beta_slow"),
     _option("--yarn-orig-ctx", ROPE, argument="yarn_orig_ctx"),
     _option("--override-kv", ROPE),
-    # how the model runs
-    _option("-t --threads", MODEL, means="threads", argument="n_threads_batch"),
+    # options that change how the model runs
+    _option("-t --threads", MODEL, key="threads", argument="n_threads_batch"),
     _option("-ngl --gpu-layers --n-gpu-layers", MODEL, argument="n_gpu_layers"),
     _option("-dev --device", MODEL),
     _option("-sm --split-mode", MODEL),
@@ -85,68 +85,73 @@ OPTIONS = (
     _option("-lm --load-mode", MODEL),
     _option("-lzm --lazy-mode", MODEL),
     _option("--numa", MODEL),
-    _option("-cmoe --cpu-moe", MODEL, value=False),
-    _option("-nr --no-repack", MODEL, value=False),
-    _option("--no-host", MODEL, value=False),
+    _option("-cmoe --cpu-moe", MODEL, takes_value=False),
+    _option("-nr --no-repack", MODEL, takes_value=False),
+    _option("--no-host", MODEL, takes_value=False),
 )
 
 _BY_NAME = {name: option for option in OPTIONS for name in option.names}
 
 
-def spelled(option: str) -> str:
-    """As llama.cpp looks an option up: --ctx_size is --ctx-size."""
+def normalize_name(option: str) -> str:
+    """The name under which llama.cpp looks up an option: --ctx-size for --ctx_size."""
     return option.replace("_", "-") if option.startswith("--") else option
 
 
-def scan(options: Sequence[str]) -> Iterator[tuple[Option | None, list[str]]]:
-    """What was typed, option by option: what the table knows of it (None if it is not there), and the words that belong to it.
+def parse_options(options: Sequence[str]) -> Iterator[tuple[Option | None, list[str]]]:
+    """A command line, option by option: the option's entry in the table, and the words that belong to it.
 
-    An option whose value is missing has one word only.  A value of an option that is not in the table comes as one more.
+    The entry is None for an option that is not in the table.  A value of such an option is given as one more option.
+    An option whose value is missing has one word only.
     """
     rest = iter(options)
     for word in rest:
-        known = _BY_NAME.get(spelled(word))
-        value = next(rest, None) if known and known.value else None
+        known = _BY_NAME.get(normalize_name(word))
+        value = next(rest, None) if known and known.takes_value else None
         yield known, [word] if value is None else [word, value]
 
 
-def select(options: Sequence[str], *uses: str) -> Iterator[tuple[Option, list[str]]]:
-    """Of llama.cpp's options those for one of these uses, and the words that belong to each."""
-    for option, words in scan(options):
+def select_options(options: Sequence[str], *uses: str) -> Iterator[tuple[Option, list[str]]]:
+    """The options of a command line that have one of these uses, and the words that belong to each."""
+    for option, words in parse_options(options):
         if option and option.uses & set(uses):
             yield option, words
 
 
-def values(options: Sequence[str], name: str) -> list[str]:
-    """The values that were given to an option, by any of its names, in their order."""
+def option_values(options: Sequence[str], name: str) -> list[str]:
+    """All values of an option in a command line, under any of its names, in their order."""
     option = _BY_NAME[name]
-    return [words[-1] if len(words) > 1 else "" for found, words in scan(options) if found is option]
+    return [words[-1] if len(words) > 1 else "" for found, words in parse_options(options) if found is option]
 
 
-def words_for(options: Sequence[str], *uses: str) -> list[str]:
-    """Of llama.cpp's options those for one of these uses, as they were typed."""
-    return [word for _, words in select(options, *uses) for word in words]
+def select_words(options: Sequence[str], *uses: str) -> list[str]:
+    """The words of a command line that belong to options with one of these uses, as they were typed."""
+    return [word for _, words in select_options(options, *uses) for word in words]
 
 
 def check_files(options: Sequence[str]) -> None:
-    """TBQError for a file that is not there."""
-    for option, words in select(options, FILE, FILES, FOLDER):
+    """Raises TBQError if an option names a file or folder that does not exist."""
+    for option, words in select_options(options, FILE, FILES, FOLDER):
         value = words[1] if len(words) > 1 else ""
         for path in next(csv.reader([value]), []) if FILES in option.uses else [value]:
-            if not (os.path.isdir(path) if FOLDER in option.uses else os.path.exists(path) and not os.path.isdir(path)):
-                raise TBQError(f"{words[0]} {path!r} is not a {'folder' if FOLDER in option.uses else 'file'}")
+            if FOLDER in option.uses:
+                if not os.path.isdir(path):
+                    raise TBQError(f"{words[0]} {path!r} is not a folder")
+            elif not os.path.exists(path) or os.path.isdir(path):
+                raise TBQError(f"{words[0]} {path!r} is not a file")
 
 
 def check_tls(found: Mapping[str, str], build: Mapping[str, str]) -> None:
-    """TBQError for a key and a certificate that this build has no use for, or one of them without the other.
+    """Raises TBQError for a TLS key without its certificate or the reverse, and for either in a build without TLS.
 
-    build: what paths() returns; without "tls" it is not known, and llama-server will say so.
+    build: what paths() returns.  Without "tls" in it, it is not known whether the build has TLS, and llama-server will
+    report it.
     """
     given = [name for name in ("ssl_key", "ssl_cert") if name in found]
     if given and build.get("tls") == "no":
         raise TBQError(
-            "--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; build it where OpenSSL is installed, "
-            "or put a proxy that has it in front"
+            "--ssl-key-file and --ssl-cert-file: this llama-server is built without TLS; "
+            "build it where OpenSSL is installed, or put a proxy that has it in front"
         )
     if len(given) == 1:
         one, other = ("--ssl-key-file", "--ssl-cert-file")[:: 1 if given == ["ssl_key"] else -1]
@@ -154,38 +159,49 @@ def check_tls(found: Mapping[str, str], build: Mapping[str, str]) -> None:
 
 
 def server_options(options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What llama-server's options say, by Option.means, the last of each as it takes them; and all but --host and --port."""
+    """The values of llama-server's options by Option.key, and all options except --host and --port.
+
+    Of an option that is repeated, the last value counts, as in llama-server.
+    """
     found, others = {}, []
-    for option, words in scan(options):
-        if option and option.means and option.value and len(words) < 2:
+    for option, words in parse_options(options):
+        if option and option.key and option.takes_value and len(words) < 2:
             raise TBQError(f"{words[0]} needs a value")
-        if option and option.means:
-            found[option.means] = words[-1]
-        if not option or option.means not in ("host", "port"):
+        if option and option.key:
+            found[option.key] = words[-1]
+        if not option or option.key not in ("host", "port"):
             others += words
     return found, others
 
 
-def positive(found: Mapping[str, str], name: str) -> int | None:
-    """The number that an option gives; None where llama-server's default applies (not given, 0, negative) or it will complain."""
-    text = found.get(name, "")
+def positive_number(found: Mapping[str, str], key: str) -> int | None:
+    """The value of an option as a number.
+
+    None if llama-server would use its default (no value, 0, or a negative one), or would refuse the value.
+    """
+    text = found.get(key, "")
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) and int(text) else None
 
 
 def plan_arguments(found: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of tbq.plan() that llama-server's options ask for.  found: what server_options() returns."""
-    shape: dict[str, Any] = {"context": positive(found, "context"), "swa_full": "swa_full" in found, "unified": True}
-    if parallel := positive(found, "parallel"):
+    """The arguments of tbq.plan() that llama-server's options mean.  found: what server_options() returns."""
+    shape: dict[str, Any] = {
+        "context": positive_number(found, "context"),
+        "swa_full": "swa_full" in found,
+        "unified": True,
+    }
+    if parallel := positive_number(found, "parallel"):
         shape.update(parallel=parallel, unified="no-" not in found.get("unified", "no-"))
-    if (per_slot := positive(found, "per_slot")) and not shape["context"]:
+    if (per_slot := positive_number(found, "per_slot")) and not shape["context"]:
         shape.update(context=per_slot * (parallel or 4))
     if {"ubatch", "batch"} & found.keys():
-        shape.update(ubatch=min(positive(found, "ubatch") or 512, positive(found, "batch") or 2048))
+        ubatch, batch = positive_number(found, "ubatch") or 512, positive_number(found, "batch") or 2048
+        shape.update(ubatch=min(ubatch, batch))
     return shape
 
 
-def from_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """llama.cpp's options that say what arguments of llama_cpp.Llama say.  A 0 is left out where it stands for the default."""
+def options_from_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """llama.cpp's options with the effect of arguments of llama_cpp.Llama.  A 0 that means the default is left out."""
     for option in OPTIONS:
         value = arguments.get(option.argument) if option.argument else None
         if value is not None and (value != 0 or option.argument in ("n_gpu_layers", "yarn_ext_factor")):

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's programs print: every pattern that tbq looks for in it, with a recorded sample in tests/output/.
+"""What llama.cpp's programs print: every pattern that tbq looks for.  tests/output/ has a recorded sample for each.
 
-After a new llama.cpp, these samples are recorded again (tests/test_output.py), and what no longer matches is mended here.
+After an update of llama.cpp the samples are recorded again (tests/test_output.py).  Patterns that no longer match are
+mended here.
 """
 
 import re
 from collections.abc import Sequence
 
-#: The clock and the level in front of a line of the log, "0.00.000.000 E ".
+#: The time and the level at the start of a log line, "0.00.000.000 E ".
 _CLOCK = re.compile(r"^[\d.]+ [A-Z] ")
 
 
-def reason(text: str) -> str | None:
-    """The line that says why a program failed, or the last line; None if it printed nothing."""
+def failure_reason(text: str) -> str | None:
+    """Why a program failed, as one of its lines says; None if no line says it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for mark in ("llama_init_from_model: ", "error: ", "error loading model: ", " E "):
         for line in lines:
@@ -22,7 +23,7 @@ def reason(text: str) -> str | None:
 
 
 def last_line(text: str) -> str | None:
-    """The last line that has something; None if there is none."""
+    """The last line that is not empty; None if all are."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
 
 
@@ -39,7 +40,7 @@ def cache_types(text: str) -> list[str] | None:
 
 
 def server_error(log: Sequence[str]) -> str | None:
-    """The line of a log that says most about a failure; None of an empty one."""
+    """The line of a log that says most about a failure; None if the log is empty."""
     patterns = (
         (r"(?:GGML_ASSERT|error|terminate called)\b.*", 0),
         (r"[\d.]+ E (.*)", 0),
@@ -54,7 +55,7 @@ def server_error(log: Sequence[str]) -> str | None:
 
 
 def refused_center(log: Sequence[str]) -> str | None:
-    """Why a context did not take a file of --cache-center; None if it did."""
+    """Why a context refused the file of --cache-center; None if it did not."""
     mark = "llama_set_cache_center: "
     return next((line.partition(mark)[2] for line in log if mark in line), None)
 
@@ -66,15 +67,18 @@ def server_context(log: Sequence[str]) -> int | None:
 
 
 def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
-    """The cache of a model, as --verbosity 4 logs it: cells, layers, k_type, k_mib, v_type, v_mib, and values of a token in a
-    layer, k_values and v_values; None if the log does not have it."""
+    """The cache of a model, as --verbosity 4 logs it; None if the log does not have it.
+
+    Keys of the result: cells, layers, k_type, k_mib, v_type, v_mib; k_values and v_values are the values of a token in
+    a layer.
+    """
     text = "\n".join(log)
     size = re.search(
         r"llama_kv_cache: size = +[\d.]+ MiB \( *(\d+) cells, *(\d+) layers.*?"
         r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB",
         text,
     )
-    widths = [re.search(rf"n_embd_{side}_gqa += (\d+)", text) for side in "kv"]
+    widths = [re.search(rf"n_embd_{kv}_gqa += (\d+)", text) for kv in "kv"]
     if not size or not widths[0] or not widths[1]:
         return None
     cells, layers, k_type, k_mib, v_type, v_mib = size.groups()
@@ -94,24 +98,25 @@ def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
 
 
 def center_error(text: str) -> str | None:
-    """The error of llama-cache-center, without llama.cpp's clock in front; None if it printed none."""
+    """The error of llama-cache-center, without the time before it; None if it printed no error."""
     found = re.search(r"^(?:[\d.]+ E )?error: (.*)", text, re.M)
     return found[1] if found else None
 
 
 def center_progress(text: str) -> tuple[int, int] | None:
-    """Chunks done, and all of them; None before the first."""
+    """The number of finished chunks and of all chunks; None before the first is finished."""
     found = re.findall(r"^chunk (\d+)/(\d+)$", text, re.M)
     return (int(found[-1][0]), int(found[-1][1])) if found else None
 
 
 def nothing_to_center(text: str) -> str | None:
-    """Why the keys of a model cannot be centered; None if that is not what the program says."""
-    found = re.search(r"nothing to measure(?:, the keys of this model stay as they are)?: (.*)", text)
+    """Why the keys of a model cannot be centered; None if the program does not say that."""
+    found = re.search(r"nothing to measure(?:, [^:\n]*)?: (.*)", text)
     return found[1] if found else None
 
 
 def center_not_written(text: str) -> bool:
+    """Whether llama-cache-center could not write its file."""
     return "llama_cache_center_stats_save: center" in text
 
 
@@ -121,7 +126,7 @@ def is_too_large(error: str) -> bool:
 
 
 def center_shares(text: str) -> str:
-    """The table of the share of the keys' energy that the means hold."""
+    """The table with the share of the keys' energy that is in their means."""
     return text[text.find("share of the keys") :].rstrip()
 
 
@@ -129,17 +134,17 @@ def center_shares(text: str) -> str:
 
 
 def chunks_read(text: str) -> int:
-    """Chunks that the run over the f16 cache has scored so far."""
+    """Chunks that the run with the f16 cache has scored so far."""
     return len(re.findall(r"\[\d+\]", text))
 
 
 def chunks_compared(text: str) -> int:
-    """Rows that --kl-divergence has printed so far, one a chunk."""
+    """Rows that --kl-divergence has printed so far, one for each chunk."""
     return len(re.findall(r"^ +\d+ +\S+ ±.*\n", text, re.M))
 
 
 def tokens_of_short_text(text: str) -> int | None:
-    """Tokens of a text that is too short for the context; None if it is not."""
+    """Tokens of a text that is too short for the context; None if it is long enough."""
     found = re.search(r"tokenizes to only (\d+) tokens", text)
     return int(found[1]) if found else None
 
@@ -156,8 +161,11 @@ _MEANS = {
 
 
 def kl_divergence(text: str) -> dict[str, tuple[float, float]] | None:
-    """What --kl-divergence printed, each a mean and its standard error: ppl, ppl_ratio, kld (nats), same_top and rms_dp (percent),
-    base_ppl; kld_99, the 99th percentile, has no error.  None if a line is missing."""
+    """What --kl-divergence printed, each as a mean and its standard error; None if a line is missing.
+
+    Keys of the result: ppl, ppl_ratio, kld (nats), same_top and rms_dp (percent), base_ppl, and kld_99.  kld_99 is the
+    99th percentile of kld; its error is given as 0.
+    """
     found = {}
     for name, label in _MEANS.items():
         match = re.search(label + r"\s*:" + _NUMBER + r"\s*±" + _NUMBER, text)
@@ -176,9 +184,10 @@ def _float(text: str) -> float:
 
 
 def has_no_context(text: str) -> bool:
-    """Whether llama-bench failed to make a context; only with -v it says why."""
+    """Whether llama-bench failed to make a context.  It says why only with -v."""
     return "failed to create context" in text
 
 
 def ran_out_of_memory(text: str) -> bool:
+    """Whether llama-bench failed because memory ran out."""
     return "failed to allocate" in text or "out of memory" in text.lower()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the patched llama.cpp lies in this installation."""
+"""The paths of the patched llama.cpp in this installation."""
 
 import json
 import pathlib
@@ -8,16 +8,16 @@ from tbq import _ffi
 from tbq._version import __version__
 from tbq.errors import TBQError
 
-#: What was built lies beside the extension module; with `pip install -e` that is not the folder of this file.
+#: Built files are next to the extension module.  After `pip install -e` that is not the folder of this file.
 _PACKAGE = pathlib.Path(_ffi.__file__).resolve().parent
 
 
 def paths() -> dict[str, str]:
-    """A dict of strings.
+    """Where the patched llama.cpp is, and what it was built from: a dict of strings.
 
     bin: folder of llama-server, llama-cli and the other programs.
-    lib: folder of libllama and the libraries beside it; LLAMA_CPP_LIB_PATH of llama-cpp-python.
-    llama_cpp_commit: the upstream commit that the patches are on.
+    lib: folder of libllama and the other libraries; it is LLAMA_CPP_LIB_PATH of llama-cpp-python.
+    llama_cpp_commit: the upstream commit that the patches are based on.
     llama_cpp_python: the release of llama-cpp-python whose bindings fit these libraries.
     tls: "yes" or "no", whether llama-server can serve https.
     Raises TBQError if the package was built without llama.cpp.
@@ -40,5 +40,5 @@ def program(name: str) -> pathlib.Path:
 
 
 def versions() -> dict[str, str]:
-    """What was measured with."""
+    """The versions that a measurement reports."""
     return {"tbq": __version__, "llama_cpp_commit": paths()["llama_cpp_commit"]}

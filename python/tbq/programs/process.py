@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Programs of llama.cpp as child processes that do not outlive the caller, unless it is killed by force."""
+"""Runs llama.cpp's programs as child processes, which do not outlive the caller unless it is killed with SIGKILL."""
 
 import dataclasses
 import os
@@ -12,12 +12,14 @@ from types import MappingProxyType
 
 from tbq.programs import output
 from tbq.programs.paths import program
-from tbq.programs.signals import held
+from tbq.programs.signals import hold_interruptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    status: int  #: below 0: the signal that ended it
+    """A program that has ended."""
+
+    status: int  #: the exit status; -N if signal N ended it
     stdout: str
     stderr: str
 
@@ -26,13 +28,11 @@ class Done:
         if self.status < 0:
             name = signal.Signals(-self.status).name
             return f"ended by {name}" + (", most likely because memory ran out" if name == "SIGKILL" else "")
-        if found := output.reason(self.text):
+        if found := output.failure_reason(self.text):
             return found
-        return (
-            (output.last_line(self.text) or f"exit status {self.status}")
-            if self.status
-            else "it ended without a result"
-        )
+        if not self.status:
+            return "it ended without a result"
+        return output.last_line(self.text) or f"exit status {self.status}"
 
     @property
     def text(self) -> str:
@@ -46,16 +46,17 @@ def run(
     on_output: Callable[[str], None] | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Done:
-    """Runs a program to its end in a folder; on_output gets all of stdout so far, each time there is more.
+    """Runs a program to its end.
 
-    environment: variables for the program, where the user has not set them.
+    folder: the folder to run it in.  on_output: is called with all of stdout so far, each time there is more.
+    environment: variables for the program; a variable that the user has set keeps the user's value.
     """
-    # what a user has set for servers must not change a measurement
+    # variables that a user has set for servers must not change a measurement
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile(dir=folder) as errors:
         process = None
         try:
-            with held():
+            with hold_interruptions():
                 process = subprocess.Popen(
                     [str(program(name)), *arguments],
                     cwd=folder,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Signals: an interruption ends a command with everything that it began."""
+"""Signals: an interruption ends a command and everything that the command started."""
 
 import contextlib
 import signal
@@ -9,8 +9,11 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals go to a handler; not where they are ignored (nohup's SIGHUP), and only in the main thread."""
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Sends signals to a handler while the block runs, in the main thread only.
+
+    A signal that is ignored (SIGHUP under nohup) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -28,13 +31,11 @@ INTERRUPTIONS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "S
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """An interruption comes at the end: in the middle of Popen it would leave a child that nobody knows."""
+def hold_interruptions() -> Iterator[None]:
+    """Delays interruptions to the end of the block.  Inside Popen one would leave a child process that nobody knows."""
     caught: list[int] = []
-    with handled(
-        (number for number in INTERRUPTIONS if callable(signal.getsignal(number))),
-        lambda number, _: caught.append(number),
-    ):
+    numbers = [number for number in INTERRUPTIONS if callable(signal.getsignal(number))]
+    with handle_signals(numbers, lambda number, _: caught.append(number)):
         yield
     if caught:
         raise KeyboardInterrupt
@@ -42,10 +43,10 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP become KeyboardInterrupt, so that whatever was begun is cleaned up."""
+    """Turns SIGTERM and SIGHUP into KeyboardInterrupt, so that everything that was started is cleaned up."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with handled((number for number in INTERRUPTIONS if number != signal.SIGINT), interrupt):
+    with handle_signals((number for number in INTERRUPTIONS if number != signal.SIGINT), interrupt):
         yield

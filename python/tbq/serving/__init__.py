@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""llama-server as an object."""
+"""tbq.Server: llama-server as an object."""

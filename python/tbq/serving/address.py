@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where a server listens, and how a client reaches it."""
+"""The address of a server: where it listens, and how a client reaches it."""
 
 import contextlib
 import errno
@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from tbq.errors import TBQError
 
 
-def reachable(hosts: str) -> str:
-    """The first address of llama-server's --host that has a port."""
+def first_tcp_host(hosts: str) -> str:
+    """The first address in llama-server's --host that has a port, which Unix sockets have not."""
     for host in filter(None, (part.strip() for part in hosts.split(","))):
         if not host.endswith(".sock"):
             return host
     raise TBQError(
-        f"host {hosts!r} has no address with a port; for Unix sockets alone start $(tbq paths bin)/llama-server itself"
+        f"host {hosts!r} has no address with a port; to serve on Unix sockets only, run $(tbq paths bin)/llama-server"
     )
 
 
-def url(host: str, port: int, found: Mapping[str, str]) -> str:
+def server_url(host: str, port: int, found: Mapping[str, str]) -> str:
+    """The URL of a server.  found: its options, as server_options() returns them."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     scheme = "https" if {"ssl_key", "ssl_cert"} <= found.keys() else "http"
     prefix = found.get("prefix", "").strip("/")
@@ -28,17 +29,17 @@ def url(host: str, port: int, found: Mapping[str, str]) -> str:
 
 
 def api_key(found: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
-    """A key that the server will take; None if it takes requests without one."""
+    """A key that the server accepts; None if it accepts requests without a key."""
     keys = found.get("key", environment.get("LLAMA_API_KEY", "")).split(",")
     if "key_file" in found:
-        with contextlib.suppress(OSError):  # the server will say so
+        with contextlib.suppress(OSError):  # the server will report it
             text = pathlib.Path(found["key_file"]).read_text(encoding="utf-8", errors="replace")
             keys += [line for line in text.splitlines() if not line.startswith("#")]
     return next(filter(None, keys), None)
 
 
 def _bind(host: str, port: int) -> int:
-    """The port that a server could listen on now; 0 is any."""
+    """The port that a server could listen on now.  port: 0 for any free one."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family) as s:
@@ -53,10 +54,10 @@ def _bind(host: str, port: int) -> int:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on."""
+    """A TCP port that no process listens on."""
     return _bind(host, 0)
 
 
 def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """TBQError if a server cannot listen there."""
+    """Raises TBQError if a server cannot listen on a port."""
     _bind(host, port)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""llama-server with a tbq cache, as an object; the command line is tbq.cli.serve."""
+"""tbq.Server: llama-server with a tbq cache, as an object.  The command line is in tbq.cli.serve."""
 
 import concurrent.futures
 import contextlib
@@ -22,12 +22,12 @@ from tbq import _limits
 from tbq._arguments import cores
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
-from tbq.kv_cache.choose import choose, context_of_a_sequence, opened
+from tbq.kv_cache.choose import choose, context_of_a_sequence, open_model
 from tbq.programs import output
-from tbq.programs.child import start
-from tbq.programs.options import check_files, check_tls, plan_arguments, positive, server_options
+from tbq.programs.child import start_child
+from tbq.programs.options import check_files, check_tls, plan_arguments, positive_number, server_options
 from tbq.programs.paths import paths, program
-from tbq.serving.address import api_key, check_port, free_port, reachable, url
+from tbq.serving.address import api_key, check_port, first_tcp_host, free_port, server_url
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -38,7 +38,11 @@ _LOG_LINES = 5000
 
 
 def _threads(found: Mapping[str, str]) -> list[str]:
-    """For llama-server, which would take a thread for each of the machine's cores, in a container with the time of half of them or fewer."""
+    """The --threads option for llama-server in a container.
+
+    llama-server starts a thread for each core of the machine.  A container may have the time of half of the cores or
+    fewer; then it gets fewer threads.
+    """
     few = "threads" not in found and _limits.cpus() is not None and cores() <= (os.cpu_count() or 1) // 2
     return ["-t", str(cores())] if few else []
 
@@ -46,7 +50,7 @@ def _threads(found: Mapping[str, str]) -> list[str]:
 def _check_options(
     found: Mapping[str, str], model: str | os.PathLike[str], center: bool | str | os.PathLike[str]
 ) -> None:
-    """TBQError for options that say otherwise what the arguments say."""
+    """Raises TBQError for options that contradict the arguments."""
     if "types" in found:
         raise TBQError(
             "cache types are chosen with --kv (kv=), tbq4_0/tbq3_0 for example, not with llama-server's own options"
@@ -64,18 +68,24 @@ class Server:
             server.client().chat.completions.create(...)
 
     model: a GGUF file.  kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
-    center: whether quantized keys are centered (docs: centering; measured by start() on first use, which a line on stderr says), or a file for it.
-    host, port: where to listen; a free port if None or 0.  options: more of llama-server's, whose --host and --port go first.
-    timeout: seconds to wait until the model is loaded; None for as long as it takes.
-    on_line: is called with each line of the log, from another thread; not again once it raised something.
-    LLAMA_ARG_... variables are not passed on: what is set for other servers must not change this one.
-    Only on Linux the server also ends when this process is killed.
+    center: whether quantized keys are mean-centered, or a file of `tbq calibrate`.  Without a file, start() measures
+    the means on the first use of a model, which a line on stderr says.
+    host, port: where to listen; None or 0 for a free port.
+    options: options of llama-server.  --host and --port in them replace the arguments.
+    timeout: seconds to wait until the model is loaded; None to wait without a limit.
+    on_line: is called with each line of the log, from another thread.  After an exception it is not called again.
+    LLAMA_ARG_... variables are not passed to the server, because they may have been set for another one.
+    On Linux the server also ends when this process is killed; on other systems it does not.
 
-    url: "http://127.0.0.1:8080", to put paths such as /v1/chat/completions behind.  k, v: the cache types; of a model without a
-    cache f16, and the server is given none.  plan: the tbq.Plan of its cache, or None.  center: the file with the means of the
-    keys, or None, known after prepare(); it is gone after stop() where the user's folder for caches cannot be written.
-    log: lines; of a long one the first and the last thousands.  process: the subprocess.Popen.
-    Raises TBQError if the server cannot be started or ends before it is healthy, with the reason that it gave.
+    Attributes:
+    url: "http://127.0.0.1:8080" for example; append a path such as /v1/chat/completions.
+    k, v: the cache types.  For a model without a cache they are f16, and the server gets no types.
+    plan: the tbq.Plan of the cache, or None.
+    center: the file with the means of the keys, or None; known after prepare().  If the user's folder for caches
+    cannot be written, stop() removes the file.
+    log: lines of the log; of a long log only the first and the last thousands.  process: the subprocess.Popen.
+
+    Raises TBQError if the server cannot be started, or if it ends before it is healthy, with the reason that it gave.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -99,59 +109,58 @@ class Server:
         hosts, number = found.get("host", host), found.get("port", str(port or 0))
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
-        self._host = reachable(hosts)
+        self._host = first_tcp_host(hosts)
         check_files(others)
         if {"ssl_key", "ssl_cert"} & found.keys():
             check_tls(found, paths())
-        self._found, self._center, self._kv = found, center, kv
+        self._given, self._center, self._kv = found, center, kv
         self._shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
-        self._model = opened(model)
+        self._model = open_model(model)
         self.k, self.v, self.plan = choose(self._model, kv, **self._shape)
         self.port = int(number) or free_port(self._host)
         self._share_port = "reuse_port" in found
         if not self._share_port:
-            check_port(self.port, self._host)  # before anything is measured
+            check_port(self.port, self._host)  # before prepare() measures anything
         self._options = ["--host", hosts, "--port", str(self.port), *_threads(found), *others]
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
-        self.url = url(self._host, self.port, found)
+        self.url = server_url(self._host, self.port, found)
         self.log: list[str] = []
         self.center: pathlib.Path | None = None
         self._scratch = Scratch()
         self._key = api_key(found, self._environment)
         self._timeout, self._on_line = timeout, on_line
         self._prepared = False
-        self._stopping = False  # somebody wants it to end
+        self._stopping = False  # whether the server is meant to end
         self._started: concurrent.futures.Future[subprocess.Popen[bytes]] | None = None
 
     def prepare(self) -> None:
-        """Measures the means of the keys where they are needed and not kept yet, as long as loading the model and a prompt of 1024
-        tokens take.  start() does it; afterwards center, k, v and plan are what the server is started with.
+        """Measures the means of the keys, if they are needed and not kept yet.
+
+        That takes as long as loading the model and a prompt of 1024 tokens.  start() calls it.  Afterwards center, k,
+        v and plan are those that the server starts with.
         """
         if self._prepared:
             return
         self._prepared = True
         center = self._center
-        if center is True and not self._accepts():
-            center = False  # nothing is measured for a server that will not start, and say why
-        if "center" not in self._found:
-            context = context_of_a_sequence(self._model, self.plan, self._shape, positive(self._found, "per_slot"))
-            self.center = center_file_for(
-                self._model,
-                self.k,
-                context,
-                center,
-                self._shape["options"],
-                lambda line: say(f"tbq: {line}", to_stderr=True),
-                self._scratch,
-            )
+        if center is True and not self._options_are_accepted():
+            center = False  # the server will refuse to start and report why, so nothing is measured for it
+        if "center" not in self._given:
+            per_slot = positive_number(self._given, "per_slot")
+            context = context_of_a_sequence(self._model, self.plan, self._shape, per_slot)
+            options = self._shape["options"]
+            self.center = center_file_for(self._model, self.k, context, center, options, _warn, self._scratch)
             if self._kv == "auto" and self.plan and self.plan.center and not self.center:
                 self._choose_uncentered()
 
     def _choose_uncentered(self) -> None:
         self.k, self.v, self.plan = choose(self._model, self._kv, **{**self._shape, "center": False})
 
-    def _accepts(self) -> bool:
-        """Whether llama-server knows its options and can read their files; --version ends it when it has looked at them."""
+    def _options_are_accepted(self) -> bool:
+        """Whether llama-server knows its options and can read their files.
+
+        With --version it ends after it has checked them.
+        """
         command = [str(program("llama-server")), *self._options, "--version"]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return not subprocess.run(
@@ -161,8 +170,11 @@ class Server:
 
     @property
     def context_is_capped(self) -> bool:
-        """Whether slots have less context than the cache, so that their length says nothing about it (--kv-unified-per-slot)."""
-        return "per_slot" in self._found
+        """Whether a slot has less context than the cache (--kv-unified-per-slot).
+
+        Its length then does not tell the cache's.
+        """
+        return "per_slot" in self._given
 
     @property
     def _command(self) -> list[str]:
@@ -185,7 +197,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Starts the process, after prepare(), and returns without waiting for the model."""
+        """Calls prepare() and starts the process.  Does not wait until the model is loaded."""
         if self._started is not None:
             raise TBQError("a Server runs once; make another one")
         self.prepare()
@@ -195,14 +207,17 @@ class Server:
         if not self._share_port:
             check_port(self.port, self._host)
         self._started = concurrent.futures.Future()
-        # On Linux the process ends with the thread that started it, so that is the one that reads the log.
-        self._reader = threading.Thread(target=self._run, args=(self._started,), name="llama-server", daemon=True)
+        # On Linux the process ends with the thread that started it, so the thread that reads the log starts it.
+        self._reader = threading.Thread(
+            target=self._run_process, args=(self._started,), name="llama-server", daemon=True
+        )
         self._reader.start()
         self.process = self._started.result()
 
-    def _run(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
+    def _run_process(self, started: "concurrent.futures.Future[subprocess.Popen[bytes]]") -> None:
+        """Starts the process, reads its log and waits for its end."""
         try:
-            process = start(self._command, self._environment)
+            process = start_child(self._command, self._environment)
         except Exception as error:
             started.set_exception(error)
             return
@@ -217,45 +232,54 @@ class Server:
                 if on_line:
                     try:
                         on_line(self.log[-1])
-                    except Exception:  # a full pipe would stop the server
+                    except Exception:  # reading goes on, because a full pipe would stop the server
                         self._on_line = on_line = None
         process.wait()
 
     def wait_until_healthy(self) -> None:
-        """Returns when the model is loaded; TBQError if that does not happen."""
+        """Waits until the model is loaded; TBQError if it does not get loaded."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while deadline is None or time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-                with self._open("/health", timeout=2) as answer:
-                    if answer.status == 200 and self.process.poll() is None:  # not another server's
-                        return
+            with (
+                contextlib.suppress(OSError, ValueError, http.client.HTTPException),
+                self._open("/health", timeout=2) as answer,
+            ):
+                if answer.status == 200 and self.process.poll() is None:  # else another server has answered
+                    return
             if self.process.poll() is not None:
-                if not self._starts_uncentered():
-                    raise TBQError(f"llama-server {self._ending()}: {self.last_error()}")
+                if not self._restart_uncentered():
+                    raise TBQError(f"llama-server {self.describe_ending()}: {self.last_error()}")
                 deadline = None if self._timeout is None else time.monotonic() + self._timeout
             time.sleep(0.05)
         raise TBQError(f"llama-server was not ready after {self._timeout:.0f} s: {self.last_error()}")
 
-    def _starts_uncentered(self) -> bool:
-        """Whether it did, because the server refused the center that was measured for it: too little memory for the context that
-        was planned may give it another, and with it another RoPE."""
+    def _restart_uncentered(self) -> bool:
+        """Starts the server again without a center, if it refused the center that was measured for it.
+
+        If the planned context does not fit in the memory, the server may take another context, and with it another
+        RoPE.
+        Returns whether it has started the server again.
+        """
         self._reader.join(5)
         refusal = output.refused_center(self.log)
         if self._stopping or self._center is not True or self.center is None or not refusal:
             return False
         before = self.k, self.v
         self.center = None
-        self._choose_uncentered()  # "auto" may take others for large biases
+        self._choose_uncentered()  # with large biases "auto" may choose other types
         types = "" if before == (self.k, self.v) else f"; keys are {self.k} and values {self.v} instead"
-        say(f"tbq: keys are not centered: {refusal}{types}; --no-center saves this attempt", to_stderr=True)
+        _warn(f"keys are not centered: {refusal}{types}; --no-center saves this attempt")
         self.log.clear()
         self._launch()
-        if self._stopping:  # meanwhile
+        if self._stopping:  # since the check above
             self.process.terminate()
         return True
 
     def _open(self, path: str, body: Any = None, timeout: float | None = None) -> Any:
-        """The answer, to be closed, of this machine: no proxy has a part in it, and a certificate may be its own."""
+        """The answer to a request; the caller closes it.
+
+        The server is on this machine, so no proxy is used, and a self-signed certificate is accepted.
+        """
         import ssl
 
         opener = urllib.request.build_opener(
@@ -270,7 +294,8 @@ class Server:
             timeout=timeout,
         )
 
-    def _ending(self) -> str:
+    def describe_ending(self) -> str:
+        """How the process ended, for a message."""
         status = self.process.returncode
         return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
 
@@ -281,7 +306,7 @@ class Server:
         return output.server_error(list(self.log)) or "it printed nothing"
 
     def stop(self) -> None:
-        """Ends the process, by force if it does not end within 10 seconds, and removes what was for it alone."""
+        """Ends the process and removes its temporary files.  After 10 seconds the process is killed."""
         try:
             self._end()
         finally:
@@ -300,35 +325,36 @@ class Server:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 pass
-            finally:  # also when Ctrl-C ends the wait
+            finally:  # Ctrl-C may have ended the wait
                 if process.poll() is None:
                     process.kill()
         process.wait()
 
     def client(self, api_key: str | None = None, **options: Any) -> "OpenAI":
-        """openai.OpenAI for this server; options are its own.  TBQError if the package is not installed.
+        """An openai.OpenAI for this server; options are its other arguments.
 
-        api_key: if None, the first that the server was started with.
+        api_key: if None, the first key that the server was started with.
+        Raises TBQError if the package openai is not installed.
         """
         try:
             import openai
         except ImportError:
             raise TBQError("client() needs the openai package: pip install 'ggml-tbq[openai]'") from None
-        if "http_client" not in options:  # as in _open
+        if "http_client" not in options:  # no proxy, any certificate: as in _open()
             options["http_client"] = openai.DefaultHttpxClient(trust_env=False, verify=not self.url.startswith("https"))
         return openai.OpenAI(base_url=self.url + "/v1", api_key=api_key or self._key or "none", **options)
 
     def chat(self, question: str, **options: Any) -> dict[str, Any]:
-        """The answer of /v1/chat/completions to one question, as the decoded JSON object; options go into the request.
+        """The answer of /v1/chat/completions to one question, as a decoded JSON object.
 
-        Waits as long as it takes.  Raises TBQError if the server refuses the request, OSError if it is gone.
+        options: more fields of the request.  There is no timeout.
+        Raises TBQError if the server refuses the request, OSError if the server has ended.
         """
         if options.get("stream"):
             raise TBQError("chat() returns whole answers; client() has streams")
         try:
-            with self._open(
-                "/v1/chat/completions", {"messages": [{"role": "user", "content": question}], **options}
-            ) as answer:
+            body = {"messages": [{"role": "user", "content": question}], **options}
+            with self._open("/v1/chat/completions", body) as answer:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
@@ -338,7 +364,7 @@ class Server:
                 ) from None
 
     def cache(self) -> dict[str, Any]:
-        """What the server logged about its cache, with --verbosity 4: types, bytes, and what f16 would take."""
+        """What the server logs about its cache with --verbosity 4: types, cells, MiB, and the MiB of an f16 cache."""
         found: Any = output.server_cache(list(self.log))
         if found is None:
             raise TBQError("llama-server did not log the size of its cache; --verbosity 4 makes it")
@@ -353,6 +379,10 @@ class Server:
 
 
 def say(text: str, to_stderr: bool = False) -> None:
-    """Prints a line, or not where nobody listens any more."""
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop serving
+    """Prints a line.  Errors are ignored: a server goes on when its terminal is gone."""
+    with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+def _warn(text: str) -> None:
+    say(f"tbq: {text}", to_stderr=True)
