@@ -174,7 +174,7 @@ def test_truncated_patch(project):
 
 
 def test_changed_download_is_not_used(project):
-    """A damaged or replaced file in the cache is as good as none; then the index has to have it."""
+    """A corrupt or replaced file in the cache is as good as none; then the index has to have it."""
     with open(project / "build" / "downloads" / "pinned-1.0.tar.gz", "ab") as file:
         file.write(b"x")
     empty = project.parent / "empty-index"
@@ -197,7 +197,7 @@ def test_changed_pin_hash(project):
     assert_fails(project, prepare(project, env=env), "has sha256", "patches/pin.json says " + "0" * 64)
 
 
-def test_damaged_pin_file(project):
+def test_corrupt_pin_file(project):
     (project / "patches" / "pin.json").write_text("{")
     assert_fails(project, prepare(project), "patches/pin.json cannot be read")
     (project / "patches" / "pin.json").write_text("{}")

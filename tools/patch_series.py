@@ -24,8 +24,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from _cli import Failure, run_main
+
+#: What patches/pin.json says.
+Pin = dict[str, str]
+#: Of a bump that is not finished.
+State = dict[str, Any]
+Result = subprocess.CompletedProcess[str]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
@@ -36,14 +44,14 @@ NO_FILE = "0" * 40
 LAYOUT = "1"
 
 
-def say(text):
+def say(text: str) -> None:
     print(f"tbq: {text}", flush=True)
 
 
-def read_pin():
+def read_pin() -> Pin:
     path = PATCHES / "pin.json"
     try:
-        pin = json.loads(path.read_text(encoding="utf-8"))
+        pin: Pin = json.loads(path.read_text(encoding="utf-8"))
         missing = [k for k in ("requirement", "sha256", "folder", "commit") if not isinstance(pin.get(k), str)]
     except (OSError, ValueError, AttributeError) as error:
         raise Failure(f"patches/pin.json cannot be read: {error}") from None
@@ -52,7 +60,7 @@ def read_pin():
     return pin
 
 
-def series():
+def series() -> list[pathlib.Path]:
     """The patches in the order in which they apply."""
     return sorted(PATCHES.glob("*.patch"))
 
@@ -60,14 +68,14 @@ def series():
 # --- running things ---------------------------------------------------------------------------------------------
 
 
-def last_line(text, default="no message"):
+def last_line(text: str, default: str = "no message") -> str:
     """The line of a tool's output that says what went wrong: the last error, or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error|fatal)\b", line, re.I)]
     return (errors or lines or [default])[-1]
 
 
-def run(command, **options):
+def run(command: list[str], **options: Any) -> Result:
     try:
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               errors="replace", stdin=subprocess.DEVNULL, **options)
@@ -75,7 +83,7 @@ def run(command, **options):
         raise Failure(f"{command[0]} is not installed; it is needed to prepare llama.cpp") from None
 
 
-def git(arguments, folder, check=True):
+def git(arguments: list[str], folder: pathlib.Path, check: bool = True) -> Result:
     """Runs git in a folder as if no repository lay above it.
 
     The trees live inside this project's own checkout, in an ignored folder.  There, `git apply` would take the
@@ -95,7 +103,7 @@ def git(arguments, folder, check=True):
 # --- fetching the pin -------------------------------------------------------------------------------------------
 
 
-def sha256(path):
+def sha256(path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -103,11 +111,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def cached_sdist(pin):
+def cached_sdist(pin: Pin) -> pathlib.Path | None:
     return next((p for p in sorted(DOWNLOADS.glob("*.tar.gz")) if sha256(p) == pin["sha256"]), None)
 
 
-def pip_error(output, pin):
+def pip_error(output: str, pin: Pin) -> str:
     """One line out of pip's many."""
     if "DO NOT MATCH THE HASHES" in output:
         got = re.search(r"Got\s+([0-9a-f]{64})", output)
@@ -121,7 +129,7 @@ def pip_error(output, pin):
             f"{last_line(output)}")
 
 
-def download(pin, *arguments):
+def download(pin: Pin, *arguments: str) -> pathlib.Path:
     """A source distribution into DOWNLOADS, through pip with these arguments; verified if its hash is known."""
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     for leftover in DOWNLOADS.glob(".tmp-*"):
@@ -142,7 +150,7 @@ def download(pin, *arguments):
         return DOWNLOADS / files[0].name
 
 
-def fetch_sdist(pin):
+def fetch_sdist(pin: Pin) -> pathlib.Path:
     """The pin's source distribution, verified; downloaded on the first call."""
     found = cached_sdist(pin)
     if found:
@@ -152,7 +160,7 @@ def fetch_sdist(pin):
     return download(pin, "--no-build-isolation", "--require-hashes")
 
 
-def extract_pin(pin, sdist, target):
+def extract_pin(pin: Pin, sdist: pathlib.Path, target: pathlib.Path) -> None:
     """Unpacks the pin's folder of the source distribution into target, which does not exist yet."""
     say(f"unpacking llama.cpp {pin['commit']}")
     target.mkdir()
@@ -166,13 +174,13 @@ def extract_pin(pin, sdist, target):
             if member.name == ".git" or not (member.isfile() or member.isdir()):
                 continue
             # The filter refuses paths outside target; Pythons before 3.10.12 do not know it (the hash still holds).
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             tar.extract(member, target, **safe)
     if not (target / "CMakeLists.txt").is_file():
         raise Failure(f"{sdist.name} has no {pin['folder']}/CMakeLists.txt{others_than(pin['folder'], sdist)}")
 
 
-def others_than(folder, sdist):
+def others_than(folder: str, sdist: pathlib.Path) -> str:
     """For a message: folders of a source distribution that hold a llama.cpp."""
     with tarfile.open(sdist) as tar:
         names = [name.partition("/")[2] for name in tar.getnames()]
@@ -180,16 +188,16 @@ def others_than(folder, sdist):
     return f"; it has {', '.join(found)}" if found and folder not in found else ""
 
 
-def left_out(source):
+def left_out(source: pathlib.Path) -> Callable[[str, list[str]], list[str]]:
     """For shutil.copytree: build folders and repository data stay behind."""
-    def ignore(folder, names):
+    def ignore(folder: str, names: list[str]) -> list[str]:
         top = pathlib.Path(folder) == source
         return [name for name in names if name in ("node_modules", "__pycache__") or top and (
             name == ".git" or name.startswith("build") and (source / name).is_dir())]
     return ignore
 
 
-def copy_source(source, target):
+def copy_source(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a tree that the user has."""
     if not (source / "ggml" / "CMakeLists.txt").is_file():
         raise Failure(f"TBQ_LLAMA_CPP_SOURCE={source} is not a llama.cpp source tree")
@@ -197,7 +205,7 @@ def copy_source(source, target):
     shutil.copytree(source, target, symlinks=True, ignore=left_out(source))
 
 
-def fingerprint(source):
+def fingerprint(source: pathlib.Path) -> str:
     """Changes when a file of the user's tree does: names, sizes and times."""
     ignore = left_out(source)
     digest = hashlib.sha256(str(source).encode())
@@ -213,10 +221,10 @@ def fingerprint(source):
 # --- patches ----------------------------------------------------------------------------------------------------
 
 
-def touched_files(patch):
+def touched_files(patch: pathlib.Path) -> list[tuple[str, str, str]]:
     """(path, blob id before, blob id after) of each file in a patch; NO_FILE where there is no file."""
     found = []
-    path = None
+    path: str | None = None
     for line in patch.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         if line.startswith("diff --git a/"):
             path = line.split(" b/", 1)[1]
@@ -231,7 +239,7 @@ def touched_files(patch):
     return found
 
 
-def blob_id(path):
+def blob_id(path: pathlib.Path) -> str:
     """The id git gives a file's content."""
     if not path.is_file():
         return NO_FILE
@@ -239,12 +247,12 @@ def blob_id(path):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def check_pristine(tree, patches, pin, what):
+def check_pristine(tree: pathlib.Path, patches: list[pathlib.Path], pin: Pin, what: str) -> None:
     """Every file that the series touches must be exactly the one that it was made for.
 
     The series itself holds the list: the `index` line of a file's first hunk names its content by hash.
     """
-    seen = set()
+    seen: set[str] = set()
     for patch in patches:
         for path, before, _ in touched_files(patch):
             if path not in seen and blob_id(tree / path) != before:
@@ -253,7 +261,7 @@ def check_pristine(tree, patches, pin, what):
             seen.add(path)
 
 
-def apply_patch(tree, patch, pin):
+def apply_patch(tree: pathlib.Path, patch: pathlib.Path, pin: Pin) -> None:
     result = git(["apply", "--whitespace=nowarn", str(patch)], tree, check=False)
     if result.returncode != 0:
         failed = re.search(r"patch failed: (.+):(\d+)", result.stdout)
@@ -264,20 +272,20 @@ def apply_patch(tree, patch, pin):
             raise Failure(f"patch {patch.name} left {path} with other content than it promises")
 
 
-def header_of(patch):
+def header_of(patch: pathlib.Path) -> str:
     return patch.read_text(encoding="utf-8", errors="surrogateescape").split("\ndiff --git ", 1)[0]
 
 
-def is_fix(patch):
+def is_fix(patch: pathlib.Path) -> bool:
     """A fix of upstream stands alone and names nothing of this project; its header says `Kind: fix of upstream`."""
     return re.search(r"^Kind: fix of upstream$", header_of(patch), re.M) is not None
 
 
-def changed_lines(patch):
+def changed_lines(patch: pathlib.Path) -> list[tuple[str, str]]:
     """What a patch adds and removes in files that upstream has: [(path, "+" or "-"), ...]."""
     new = {path for path, before, _ in touched_files(patch) if before == NO_FILE}
     changes = []
-    path = None
+    path: str | None = None
     header = True
     for line in patch.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         if line.startswith("diff --git a/"):
@@ -291,14 +299,14 @@ def changed_lines(patch):
     return changes
 
 
-def size_of(patches):
+def size_of(patches: list[pathlib.Path]) -> str:
     changes = [change for patch in patches for change in changed_lines(patch)]
     added = sum(sign == "+" for _, sign in changes)
     return (f"{len(patches)} patches, {len(changes)} changed lines (+{added} -{len(changes) - added}) "
             f"in {len({path for path, _ in changes})} upstream files")
 
 
-def series_size(patches):
+def series_size(patches: list[pathlib.Path]) -> str:
     """Changed lines in files that upstream has, the figures that the project keeps low."""
     fixes = [patch for patch in patches if is_fix(patch)]
     seams = [patch for patch in patches if not is_fix(patch)]
@@ -308,7 +316,7 @@ def series_size(patches):
 # --- prepare ----------------------------------------------------------------------------------------------------
 
 
-def stamp_of(pin, patches, source):
+def stamp_of(pin: Pin, patches: list[pathlib.Path], source: pathlib.Path | None) -> str:
     digest = hashlib.sha256(f"{LAYOUT}\n{json.dumps(pin, sort_keys=True)}\n".encode())
     if source:
         digest.update(fingerprint(source).encode())
@@ -317,11 +325,11 @@ def stamp_of(pin, patches, source):
     return digest.hexdigest() + "\n"
 
 
-def relative_files(tree):
+def relative_files(tree: pathlib.Path) -> set[pathlib.Path]:
     return {p.relative_to(tree) for p in tree.rglob("*") if p.is_file() or p.is_symlink()}
 
 
-def replace_file(source, target):
+def replace_file(source: pathlib.Path, target: pathlib.Path) -> None:
     """Atomic, and with the time of now, so that the build sees the change."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".tbq-partial")
@@ -330,7 +338,7 @@ def replace_file(source, target):
     os.replace(partial, target)
 
 
-def synchronise(fresh, tree):
+def synchronise(fresh: pathlib.Path, tree: pathlib.Path) -> int:
     """Makes tree equal to fresh, but leaves the time of every unchanged file alone: the next build is short."""
     wanted = relative_files(fresh)
     for path in relative_files(tree) - wanted:
@@ -344,7 +352,7 @@ def synchronise(fresh, tree):
     return changed
 
 
-def build_fresh(fresh, pin, patches, source):
+def build_fresh(fresh: pathlib.Path, pin: Pin, patches: list[pathlib.Path], source: pathlib.Path | None) -> None:
     if source:
         copy_source(source, fresh)
         check_pristine(fresh, patches, pin, f"TBQ_LLAMA_CPP_SOURCE={source}")
@@ -354,7 +362,7 @@ def build_fresh(fresh, pin, patches, source):
         apply_patch(fresh, patch, pin)
 
 
-def prepare(tree, source=None):
+def prepare(tree: pathlib.Path, source: pathlib.Path | None = None) -> None:
     pin = read_pin()
     patches = series()
     stamp = stamp_of(pin, patches, source)
@@ -380,7 +388,7 @@ def prepare(tree, source=None):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def bindings(folder):
+def bindings(folder: pathlib.Path) -> None:
     """The Python bindings of the pin's source distribution, pure Python, into a folder: they fit its llama.cpp."""
     pin = read_pin()
     stamp = folder / STAMP
@@ -395,8 +403,9 @@ def bindings(folder):
         with tarfile.open(sdist) as tar:
             for member in tar:
                 _, _, path = member.name.partition("/")
-                if member.isfile() and re.fullmatch(r"llama_cpp/\w+\.py|llama_cpp/py\.typed|LICENSE\.md", path):
-                    (tmp / pathlib.Path(path).name).write_bytes(tar.extractfile(member).read())
+                file = tar.extractfile(member)  # None for what is not a file
+                if file and re.fullmatch(r"llama_cpp/\w+\.py|llama_cpp/py\.typed|LICENSE\.md", path):
+                    (tmp / pathlib.Path(path).name).write_bytes(file.read())
         if not (tmp / "llama_cpp.py").is_file():
             raise Failure(f"{sdist.name} has no llama_cpp/llama_cpp.py")
         (tmp / STAMP).write_text(pin["sha256"])
@@ -414,19 +423,19 @@ AUTHOR = ["-c", f"user.name={NAME}", "-c", f"user.email={EMAIL}", "-c", "commit.
           "-c", "core.hooksPath=" + os.devnull]
 
 
-def commit_pristine(tree, pin):
+def commit_pristine(tree: pathlib.Path, pin: Pin) -> None:
     """Everything in a repository's folder becomes a commit with the tag `pin`."""
     git(["add", "--all", "--force"], tree)
     git([*AUTHOR, "commit", "-q", "--no-verify", "-m", f"llama.cpp {pin['commit']}"], tree)
     git(["tag", "-f", "pin"], tree)
 
 
-def apply_mail(tree, patch, *options):
+def apply_mail(tree: pathlib.Path, patch: pathlib.Path, *options: str) -> Result:
     """Applies a patch as a commit: git's result."""
     return git([*AUTHOR, "am", *options, "--whitespace=nowarn", "--keep-cr", str(patch)], tree, check=False)
 
 
-def git_tree(tree):
+def git_tree(tree: pathlib.Path) -> None:
     """A repository with the pristine pin (tag `pin`) and each patch as a commit."""
     if tree.exists():
         raise Failure(f"{tree} exists already; name a new folder")
@@ -449,12 +458,12 @@ def git_tree(tree):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def with_one_author(patch):
+def with_one_author(patch: bytes) -> bytes:
     """A patch as bytes, with the project's author in place of its own; a long name is folded over several lines."""
     return re.sub(rb"^From: .*(\n[ \t].*)*$", f"From: {NAME} <{EMAIL}>".encode(), patch, count=1, flags=re.M)
 
 
-def export(tree, pin=None):
+def export(tree: pathlib.Path, pin: Pin | None = None) -> None:
     """Replaces patches/*.patch with the commits after tag `pin`; the same commits give the same bytes.
 
     pin: what pin.json shall say then.
@@ -477,7 +486,7 @@ def export(tree, pin=None):
         # all is written; from here on files are only renamed and removed
         for file in new:
             os.replace(file, PATCHES / file.name)
-        for old in set(p.name for p in series()) - set(p.name for p in new):
+        for old in {p.name for p in series()} - {p.name for p in new}:
             (PATCHES / old).unlink()
     say(series_size(series()))
 
@@ -490,20 +499,21 @@ TREE = BUMP / "tree"
 GO_ON = "then run `make bump CONTINUE=1`"
 
 
-def read_state():
+def read_state() -> State:
     try:
-        return json.loads((BUMP / "state.json").read_text(encoding="utf-8"))
+        state: State = json.loads((BUMP / "state.json").read_text(encoding="utf-8"))
     except OSError:
         raise Failure("no bump is in progress; `make bump PIN=NAME==VERSION` starts one") from None
+    return state
 
 
-def write_state(state):
+def write_state(state: State) -> None:
     partial = BUMP / "state.json.tbq-partial"
     partial.write_text(json.dumps(state, indent=4) + "\n", encoding="utf-8")
     os.replace(partial, BUMP / "state.json")
 
 
-def start_bump(requirement, folder, commit, trial):
+def start_bump(requirement: str, folder: str | None, commit: str | None, trial: bool) -> None:
     """A repository with the new pin, and branch `old` with today's series: a three-way merge needs its files."""
     if BUMP.exists():
         raise Failure(f"a bump to {read_state()['pin']['requirement']} is in progress in {BUMP}: "
@@ -535,24 +545,24 @@ def start_bump(requirement, folder, commit, trial):
         say(f"{sdist.name} has no llama_cpp/llama_cpp.py: tbq.llama has no bindings of it")
 
 
-def has_bindings(sdist):
+def has_bindings(sdist: pathlib.Path) -> bool:
     with tarfile.open(sdist) as tar:
         return any(re.fullmatch(r"[^/]+/llama_cpp/llama_cpp\.py", name) for name in tar.getnames())
 
 
-def head_of(tree):
+def head_of(tree: pathlib.Path) -> str:
     return git(["rev-parse", "HEAD"], tree).stdout.strip()
 
 
-def is_applying():
+def is_applying() -> bool:
     return (TREE / ".git" / "rebase-apply").exists()
 
 
-def conflicts():
+def conflicts() -> list[str]:
     return git(["diff", "--name-only", "--diff-filter=U"], TREE).stdout.splitlines()
 
 
-def finish_by_hand(state):
+def finish_by_hand(state: State) -> None:
     """The patch at which the last call stopped, after the user's edits: it becomes a commit, or is left out."""
     patch = state.pop("at")
     before = state.pop("head")
@@ -568,7 +578,7 @@ def finish_by_hand(state):
     write_state(state)
 
 
-def apply_next(state, patch):
+def apply_next(state: State, patch: pathlib.Path) -> None:
     """One patch on the new tree; Failure, with the patch half applied, where somebody must decide."""
     before = head_of(TREE)
     result = apply_mail(TREE, patch, "--3way")
@@ -583,7 +593,7 @@ def apply_next(state, patch):
     write_state(state)
 
 
-def finish_bump(state):
+def finish_bump(state: State) -> None:
     """All patches are on the new tree: what they took, the new patches/ and pin.json, and what is left to do."""
     for patch, how in state["done"].items():
         if how != "applied":
@@ -600,7 +610,7 @@ def finish_bump(state):
     print("\n".join(["", "Left to do:", *checklist()]), flush=True)
 
 
-def checklist():
+def checklist() -> Iterator[str]:
     """What no program can decide, line by line."""
     yield "- patches/pin.json: `commit` is upstream's; put it there if COMMIT did not name it."
     yield "- patches/README.md: the table of patches, and both tables of details: does each still hold?"
@@ -614,7 +624,7 @@ def checklist():
     yield "- Commit patches/ and what belongs to it together."
 
 
-def bump(arguments):
+def bump(arguments: argparse.Namespace) -> None:
     if arguments.abort:
         read_state()
         shutil.rmtree(BUMP)
@@ -633,8 +643,8 @@ def bump(arguments):
     finish_bump(state)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("prepare", "bindings", "git-tree", "export"):
         command = commands.add_parser(name)
@@ -654,7 +664,7 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     arguments = parse_arguments()
     if arguments.command == "prepare":
         prepare(arguments.tree, arguments.source)
