@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "cuda"))
 
-import hf_package  # noqa: E402, F401
+import hf_package  # noqa: F401
 
 # --- kernels and a layer --------------------------------------------------------------------------------------------
 

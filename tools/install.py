@@ -329,7 +329,7 @@ def mark(stamps: Sequence[pathlib.Path], start: float) -> None:
 def open_log() -> TextIO:
     """Opens and locks the log.  Two builds in one folder would break each other, so the second one waits."""
     LOG.parent.mkdir(exist_ok=True)
-    log = open(LOG, "a", encoding="utf-8")  # noqa: SIM115  the caller closes it
+    log = open(LOG, "a", encoding="utf-8")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

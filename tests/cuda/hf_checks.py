@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import numpy_reference as reference  # noqa: E402
+import numpy_reference as reference
 
 FAILED = []
 
