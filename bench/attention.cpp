@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Attention alone, without llama.cpp: every implementation that this machine supports, and each type.
 //
-//     tbq-bench-attention [cached rows] [threads] [query rows] [KV heads] [query heads per KV head] [head size] [rounds]
+//     tbq-bench-attention [cached rows] [threads] [query rows] [KV heads] [query heads per KV head] [head size]
+//     [rounds]
 //
-// Prints milliseconds for the calls of 8 layers, the bytes of K and V that these read per second, and the speed of a plain
-// read of the same bytes by the same threads.  Each layer has a KV cache of its own, so that no CPU cache holds them all.  All
-// candidates take turns within each round, and the fastest round of each counts.
+// Prints milliseconds for the calls of 8 layers, the bytes of K and V that these read per second, and the speed of a
+// plain read of the same bytes by the same threads.  Each layer has a KV cache of its own, so that no CPU cache holds
+// them all.  All candidates take turns within each round, and the fastest round of each counts.
 #include "tbq-attention.h"
 
 #include <algorithm>
@@ -85,7 +86,7 @@ static int64_t take(void * context) {
 }
 
 static uint64_t read_all(const std::vector<uint8_t> & bytes, int part, int parts) {
-    const size_t words = bytes.size() / 8;
+    const size_t words  = bytes.size() / 8;
     uint64_t     sum[8] = {};
     for (size_t i = words * part / parts; i + 8 <= words * (part + 1) / parts; i += 8) {
         uint64_t w[8];
@@ -114,15 +115,15 @@ int main(int argc, char ** argv) {
     for (auto & x : q) {
         x = normal(random);
     }
-    printf("%d cached rows, %d query rows for each of %d x %d heads of %d, %d threads, %d layers\n", (int) n_kv, (int) n_tokens,
-           (int) n_head_kv, (int) group, (int) size, n_threads, n_layers);
+    printf("%d cached rows, %d query rows for each of %d x %d heads of %d, %d threads, %d layers\n", (int) n_kv,
+           (int) n_tokens, (int) n_head_kv, (int) group, (int) size, n_threads, n_layers);
     printf("%-24s %10s %10s %12s\n", "", "ms", "GB/s", "read, GB/s");
 
     int                         count;
     const tbq_kernels * const * list = tbq_list_kernels(&count);
     for (int type = TBQ_TYPE_TBQ2_0; type <= TBQ_TYPE_TBQ4_0; type++) {
-        const size_t       bytes = tbq_row_bytes((tbq_type) type, size);
-        std::vector<layer> layers(n_layers);
+        const size_t         bytes = tbq_row_bytes((tbq_type) type, size);
+        std::vector<layer>   layers(n_layers);
         std::vector<uint8_t> some(bytes * 1024);
         for (int r = 0; r < 1024; r++) {
             for (auto & x : row) {
@@ -140,19 +141,19 @@ int main(int argc, char ** argv) {
         }
         tbq_attention a = {};
         a.n_streams = a.k.n_streams = a.v.n_streams = 1;
-        a.n_tokens  = n_tokens;
-        a.n_kv      = n_kv;
-        a.n_head    = n_head_kv * group;
-        a.n_head_kv = n_head_kv;
+        a.n_tokens                                  = n_tokens;
+        a.n_kv                                      = n_kv;
+        a.n_head                                    = n_head_kv * group;
+        a.n_head_kv                                 = n_head_kv;
         a.k_size = a.v_size = size;
-        a.q               = q.data();
-        a.q_head_stride   = size * sizeof(float);
-        a.q_token_stride  = a.q_head_stride * a.n_head;
+        a.q                 = q.data();
+        a.q_head_stride     = size * sizeof(float);
+        a.q_token_stride    = a.q_head_stride * a.n_head;
         a.k.type = a.v.type = type;
         a.k.row_stride = a.v.row_stride = bytes * n_head_kv;
         a.k.head_stride = a.v.head_stride = bytes;
-        a.scale = 1.0f / std::sqrt((float) size);
-        a.out   = out.data();
+        a.scale                           = 1.0f / std::sqrt((float) size);
+        a.out                             = out.data();
 
         tbq_attention_plan plan;
         const tbq_status   status = tbq_attention_make_plan(&a, &plan);
@@ -170,36 +171,39 @@ int main(int argc, char ** argv) {
                 if (!list[i]->supported() || (i == 0 && round > 0)) { // the reference once: it is slow
                     continue;
                 }
-                best[i] = std::min(best[i], seconds([&] {
-                    for (auto & l : layers) {
-                        counter items;
-                        plan.a.k.data = l.k.data();
-                        plan.a.v.data = l.v.data();
-                        workers.run([&](int thread) {
-                            tbq_attention_run(&plan, list[i], thread, work.data(), take, &items);
-                            if (plan.n_chunks > 1) {
-                                workers.barrier();
-                                tbq_attention_merge(&plan, list[i], plan.n_rows * thread / n_threads,
-                                                    plan.n_rows * (thread + 1) / n_threads, work.data());
-                            }
-                        });
-                    }
-                }));
+                best[i] =
+                    std::min(best[i], seconds([&] {
+                                 for (auto & l : layers) {
+                                     counter items;
+                                     plan.a.k.data = l.k.data();
+                                     plan.a.v.data = l.v.data();
+                                     workers.run([&](int thread) {
+                                         tbq_attention_run(&plan, list[i], thread, work.data(), take, &items);
+                                         if (plan.n_chunks > 1) {
+                                             workers.barrier();
+                                             tbq_attention_merge(&plan, list[i], plan.n_rows * thread / n_threads,
+                                                                 plan.n_rows * (thread + 1) / n_threads, work.data());
+                                         }
+                                     });
+                                 }
+                             }));
             }
             best_read = std::min(best_read, seconds([&] {
-                workers.run([&](int thread) {
-                    for (auto & l : layers) {
-                        sink += read_all(l.k, thread, n_threads) + read_all(l.v, thread, n_threads);
-                    }
-                });
-            }));
+                                     workers.run([&](int thread) {
+                                         for (auto & l : layers) {
+                                             sink +=
+                                                 read_all(l.k, thread, n_threads) + read_all(l.v, thread, n_threads);
+                                         }
+                                     });
+                                 }));
         }
         const double total = 2.0 * n_layers * layers[0].k.size();
         for (int i = 0; i < count; i++) {
             if (list[i]->supported()) {
                 char name[64];
                 snprintf(name, sizeof(name), "%s, %s", tbq_get_type_info((tbq_type) type)->name, list[i]->name);
-                printf("%-24s %10.3f %10.2f %12.2f\n", name, best[i] * 1e3, total / best[i] / 1e9, total / best_read / 1e9);
+                printf("%-24s %10.3f %10.2f %12.2f\n", name, best[i] * 1e3, total / best[i] / 1e9,
+                       total / best_read / 1e9);
             }
         }
     }

@@ -9,9 +9,10 @@
 Needs torch, transformers and Triton, and python/tbq of this repository; the compiled package for --only cpu alone.
 Prints a table; --json FILE writes the figures.  tests/cuda/hf_checks.py says whether the kernels are right.
 
-Timing: the caches take turns, token by token from the same prompt.  Reported are the median of the rounds and its ratio to
-DynamicCache.  Memory: what torch's allocator holds more after the prompt than before.
+Timing: the caches take turns, token by token from the same prompt.  Reported are the median of the rounds and its ratio
+to DynamicCache.  Memory: what torch's allocator holds more after the prompt than before.
 """
+
 import argparse
 import inspect
 import json
@@ -41,12 +42,16 @@ def time_kernels(cuda, device, head_size, heads, kv_heads, n_kv, figures):
         packed = torch.zeros((1, n_kv, kv_heads, head_size // 64 * (2 + 8 * bits)), dtype=torch.uint8, device=device)
         cuda.encode(long, packed, bits, long, None, 0)
         row = packed[:, :1].clone()
-        for name, run in {"encode a token": lambda: cuda.encode(new, row, bits, new, row, bits),
-                          "encode all": lambda: cuda.encode(long, packed, bits, long, packed, bits),
-                          "decode all": lambda: cuda.decode(packed, bits, head_size, packed, bits, head_size, torch.bfloat16),
-                          "attend": lambda: cuda.attention(q, packed, bits, packed, bits, 0.125),
-                          "torch's attention, bf16": lambda: torch.nn.functional.scaled_dot_product_attention(q, long, long, enable_gqa=True),
-                          "torch.cat of a token": lambda: torch.cat([long, new], dim=2)}.items():
+        for name, run in {
+            "encode a token": lambda: cuda.encode(new, row, bits, new, row, bits),
+            "encode all": lambda: cuda.encode(long, packed, bits, long, packed, bits),
+            "decode all": lambda: cuda.decode(packed, bits, head_size, packed, bits, head_size, torch.bfloat16),
+            "attend": lambda: cuda.attention(q, packed, bits, packed, bits, 0.125),
+            "torch's attention, bf16": lambda: torch.nn.functional.scaled_dot_product_attention(
+                q, long, long, enable_gqa=True
+            ),
+            "torch.cat of a token": lambda: torch.cat([long, new], dim=2),
+        }.items():
             gpu = do_bench(run, warmup=20, rep=100) * 1000
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -54,12 +59,17 @@ def time_kernels(cuda, device, head_size, heads, kv_heads, n_kv, figures):
                 run()
             host = (time.perf_counter() - start) / 200 * 1e6
             torch.cuda.synchronize()
-            print(f"{bits} bits, {n_kv} tokens, {kv_heads} KV heads of {head_size}: {name}: {gpu:.1f} us on the GPU, host {host:.1f} us", flush=True)
+            print(
+                f"{bits} bits, {n_kv} tokens, {kv_heads} KV heads of {head_size}: {name}: {gpu:.1f} us on the GPU, host"
+                f" {host:.1f} us",
+                flush=True,
+            )
             figures.append({"kernel": name, "bits": bits, "n_kv": n_kv, "gpu_us": gpu, "host_us": host})
 
 
 def time_cpu_layer(n_kv, figures):
-    """One layer's update and attention of one token on one thread of this CPU; time of the thread, which a busy machine does not lengthen."""
+    """One layer's update and attention of one token on one thread of this CPU; time of the thread, which a busy machine
+    does not lengthen."""
     from transformers.cache_utils import DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -71,8 +81,12 @@ def time_cpu_layer(n_kv, figures):
     blocks = types.SimpleNamespace(_attn_implementation="tbq")
     for dtype in (torch.float32, torch.bfloat16):
         for size in (64, 128):
-            kinds = {"DynamicCache": (DynamicLayer(), sdpa_attention_forward), "tbq4_0, decoded": (TBQLayer(4, 4, None, size // 2), sdpa_attention_forward),
-                     "tbq4_0, from blocks": (TBQLayer(4, 4, blocks, size // 2), attention), "tbq3_0, from blocks": (TBQLayer(3, 3, blocks, size // 2), attention)}
+            kinds = {
+                "DynamicCache": (DynamicLayer(), sdpa_attention_forward),
+                "tbq4_0, decoded": (TBQLayer(4, 4, None, size // 2), sdpa_attention_forward),
+                "tbq4_0, from blocks": (TBQLayer(4, 4, blocks, size // 2), attention),
+                "tbq3_0, from blocks": (TBQLayer(3, 3, blocks, size // 2), attention),
+            }
             k, q = torch.randn(1, 8, n_kv, size).to(dtype), torch.randn(1, 32, 1, size).to(dtype)
             times = {kind: [] for kind in kinds}
             with torch.inference_mode():
@@ -86,8 +100,14 @@ def time_cpu_layer(n_kv, figures):
             base = statistics.median(times["DynamicCache"])
             for kind, each in times.items():
                 ms = statistics.median(each)
-                print(f"{dtype}, 32 query and 8 KV heads of {size}, {n_kv} tokens: {kind}: {ms:.2f} ms, {ms / base:.3f} of DynamicCache", flush=True)
-                figures.append({"layer": kind, "dtype": str(dtype), "head_size": size, "n_kv": n_kv, "ms": ms, "ratio": ms / base})
+                print(
+                    f"{dtype}, 32 query and 8 KV heads of {size}, {n_kv} tokens: {kind}: {ms:.2f} ms, {ms / base:.3f}"
+                    " of DynamicCache",
+                    flush=True,
+                )
+                figures.append(
+                    {"layer": kind, "dtype": str(dtype), "head_size": size, "n_kv": n_kv, "ms": ms, "ratio": ms / base}
+                )
 
 
 # --- a model ------------------------------------------------------------------------------------------------------
@@ -99,8 +119,17 @@ def build_model(tiny, head_size, layers, device, dtype):
 
     width, heads = (128, 128 // head_size) if tiny else (2048, 2048 // head_size)
     config = transformers.LlamaConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
-        head_dim=head_size, vocab_size=512 if tiny else 128256, max_position_embeddings=131072, tie_word_embeddings=True, rope_theta=500000.0)
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=head_size,
+        vocab_size=512 if tiny else 128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -153,7 +182,9 @@ def measure_model(args, device, batch, figures):
     allocated = torch.cuda.memory_allocated if cuda else (lambda: 0)
     model, config = build_model(args.tiny, args.head_size, args.layers, device, torch.bfloat16)
     n = sum(p.numel() for p in model.parameters())
-    prompt = torch.randint(0, config.vocab_size, (batch, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = torch.randint(0, config.vocab_size, (batch, args.tokens), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     kinds = {"DynamicCache": lambda: DynamicCache(config=config)}
     for bits in args.bits:
         kinds[f"tbq{bits}_0"] = lambda bits=bits: TBQCache(config, bits, bits)
@@ -174,17 +205,43 @@ def measure_model(args, device, batch, figures):
                 run.times.append(run.step(args.new, sync))
                 run.peak = torch.cuda.max_memory_allocated() - held if cuda else 0
         base = runs[0]
-        print(f"\n{n / 1e9:.2f}e9 parameters, {config.num_hidden_layers} layers, {config.num_attention_heads} query and {config.num_key_value_heads} KV heads "
-              f"of {config.head_dim}, bfloat16, batch {batch}, prompt of {args.tokens}; {args.rounds} rounds of {args.new} tokens")
-        print(f"{'cache':18} {'ms/token':>9} {'of Dynamic':>10} {'spread':>7} {'cache MB':>9} {'ratio':>6} {'step MB':>8} {'KLD':>9}")
+        print(
+            f"\n{n / 1e9:.2f}e9 parameters, {config.num_hidden_layers} layers, {config.num_attention_heads} query and"
+            f" {config.num_key_value_heads} KV heads of {config.head_dim}, bfloat16, batch {batch}, prompt of"
+            f" {args.tokens}; {args.rounds} rounds of {args.new} tokens"
+        )
+        print(
+            f"{'cache':18} {'ms/token':>9} {'of Dynamic':>10} {'spread':>7} {'cache MB':>9} {'ratio':>6} {'step MB':>8}"
+            f" {'KLD':>9}"
+        )
         for run in runs:
             ms, base_ms = statistics.median(run.times), statistics.median(base.times)
             ratio = base.bytes / run.bytes if run.bytes else 0.0
-            kld = float((base.logits.log_softmax(-1).exp() * (base.logits.log_softmax(-1) - run.logits.log_softmax(-1))).sum(-1).mean())
-            print(f"{run.kind:18} {ms:9.3f} {ms / base_ms:10.3f} {max(run.times) / min(run.times) - 1:7.1%} {run.bytes / 1e6:9.1f} {ratio:6.3f} "
-                  f"{run.peak / 1e6:8.1f} {kld:9.2e}", flush=True)
-            figures.append({"kind": run.kind, "batch": batch, "tokens": args.tokens, "head_size": args.head_size, "ms": ms, "times": run.times,
-                            "time_ratio": ms / base_ms, "bytes": run.bytes, "memory_ratio": ratio, "peak_step_bytes": run.peak, "kld": kld})
+            kld = float(
+                (base.logits.log_softmax(-1).exp() * (base.logits.log_softmax(-1) - run.logits.log_softmax(-1)))
+                .sum(-1)
+                .mean()
+            )
+            print(
+                f"{run.kind:18} {ms:9.3f} {ms / base_ms:10.3f} {max(run.times) / min(run.times) - 1:7.1%}"
+                f" {run.bytes / 1e6:9.1f} {ratio:6.3f} {run.peak / 1e6:8.1f} {kld:9.2e}",
+                flush=True,
+            )
+            figures.append(
+                {
+                    "kind": run.kind,
+                    "batch": batch,
+                    "tokens": args.tokens,
+                    "head_size": args.head_size,
+                    "ms": ms,
+                    "times": run.times,
+                    "time_ratio": ms / base_ms,
+                    "bytes": run.bytes,
+                    "memory_ratio": ratio,
+                    "peak_step_bytes": run.peak,
+                    "kld": kld,
+                }
+            )
             if not run.logits.isfinite().all():
                 sys.exit(f"error: {run.kind}, batch {batch}: a logit is not finite")
         if cuda and args.profile:
@@ -193,17 +250,23 @@ def measure_model(args, device, batch, figures):
 
 def profile(runs, sync):
     for run in runs:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as seen:
             run.step(8, sync)
         print(f"\n{run.kind}, 8 tokens")
         print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=40))
-        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40), flush=True)
+        print(
+            seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40), flush=True
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model, on the CPU: for Triton's interpreter")
-    parser.add_argument("--only", choices=("kernels", "model", "cpu"), help="cpu: a layer on this CPU, with the compiled package")
+    parser.add_argument(
+        "--only", choices=("kernels", "model", "cpu"), help="cpu: a layer on this CPU, with the compiled package"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -211,7 +274,11 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--no-cudnn", action="store_true", help="torch's attention without cuDNN, which plans anew, for 3 ms a layer, at every length")
+    parser.add_argument(
+        "--no-cudnn",
+        action="store_true",
+        help="torch's attention without cuDNN, which plans anew, for 3 ms a layer, at every length",
+    )
     parser.add_argument("--profile", action="store_true", help="what the time goes to")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
@@ -224,8 +291,11 @@ def main():
 
     from tbq.hf import _backend
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "device": "CPU" if args.only == "cpu" else "interpreter" if args.tiny else torch.cuda.get_device_name()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "CPU" if args.only == "cpu" else "interpreter" if args.tiny else torch.cuda.get_device_name(),
+    }
     figures = []
     if args.only == "cpu":
         print(versions, flush=True)

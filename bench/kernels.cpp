@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Dot product, dequantize and quantize on one core: the tbq types, with every implementation that this machine supports,
-// compared with iq4_nl, q4_0 and q8_0.
+// Dot product, dequantize and quantize on one core: the tbq types, with every implementation that this machine
+// supports, compared with iq4_nl, q4_0 and q8_0.
 //
 //     tbq-bench-kernels [values per row] [rounds]
 //
-// All candidates take turns within each round, and the fastest round of each counts, so a busy machine slows all of them
-// alike.  Rows are read in turn from a buffer that fits a second-level cache, as attention reads a short cache.
+// All candidates take turns within each round, and the fastest round of each counts, so a busy machine slows all of
+// them alike.  Rows are read in turn from a buffer that fits a second-level cache, as attention reads a short cache.
 #include "ggml.h"
 #include "ggml-cpu.h"
 #include "tbq-kernels.h"
@@ -64,9 +64,11 @@ int main(int argc, char ** argv) {
 
     int                         n_kernels;
     const tbq_kernels * const * kernels = tbq_list_kernels(&n_kernels);
-    printf("row %lld, %d rows, %d rounds, tbq kernels chosen here: %s\n", (long long) n, rows, rounds, tbq_best_kernels()->name);
+    printf("row %lld, %d rows, %d rounds, tbq kernels chosen here: %s\n", (long long) n, rows, rounds,
+           tbq_best_kernels()->name);
 
-    const ggml_type           types[] = { GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_TBQ4_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ2_0 };
+    const ggml_type                   types[] = { GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_0,   GGML_TYPE_Q8_0,
+                                                  GGML_TYPE_TBQ4_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ2_0 };
     std::vector<std::vector<uint8_t>> blocks, acts;
     for (ggml_type t : types) {
         const auto * cpu = ggml_get_type_traits_cpu(t);
@@ -86,22 +88,22 @@ int main(int argc, char ** argv) {
         uint8_t * const a    = acts[i].data();
         const auto *    cpu  = ggml_get_type_traits_cpu(t);
         dots.push_back({ ggml_type_name(t), [=, &sink] {
-            float s;
-            for (int r = 0; r < rows; r++) {
-                cpu->vec_dot((int) n, &s, 0, b + r * step, 0, a, 0, 1);
-                sink = s;
-            }
-        } });
+                            float s;
+                            for (int r = 0; r < rows; r++) {
+                                cpu->vec_dot((int) n, &s, 0, b + r * step, 0, a, 0, 1);
+                                sink = s;
+                            }
+                        } });
         dequants.push_back({ ggml_type_name(t), [=, &y] {
-            for (int r = 0; r < rows; r++) {
-                ggml_get_type_traits(t)->to_float(b + r * step, y.data() + r * n, n);
-            }
-        } });
+                                for (int r = 0; r < rows; r++) {
+                                    ggml_get_type_traits(t)->to_float(b + r * step, y.data() + r * n, n);
+                                }
+                            } });
         quants.push_back({ ggml_type_name(t), [=, &x] {
-            for (int r = 0; r < rows; r++) {
-                cpu->from_float(x.data() + r * n, b + r * step, n);
-            }
-        } });
+                              for (int r = 0; r < rows; r++) {
+                                  cpu->from_float(x.data() + r * n, b + r * step, n);
+                              }
+                          } });
     }
     for (int k = 0; k < n_kernels; k++) {
         const tbq_kernels * const v = kernels[k];
@@ -112,24 +114,24 @@ int main(int argc, char ** argv) {
             uint8_t * const   a    = acts[i].data();
             const std::string name = std::string(ggml_type_name(types[i])) + " " + v->name;
             dots.push_back({ name, [=, &sink] {
-                for (int r = 0; r < rows; r++) {
-                    sink = v->dot[bits](b + r * step, a, n);
-                }
-            } });
+                                for (int r = 0; r < rows; r++) {
+                                    sink = v->dot[bits](b + r * step, a, n);
+                                }
+                            } });
             dequants.push_back({ name, [=, &y] {
-                for (int r = 0; r < rows; r++) {
-                    v->dequantize[bits](b + r * step, y.data() + r * n, n);
-                }
-            } });
+                                    for (int r = 0; r < rows; r++) {
+                                        v->dequantize[bits](b + r * step, y.data() + r * n, n);
+                                    }
+                                } });
             for (bool kv : { false, true }) {
                 const auto quantize = [=](const float * from, uint8_t * to, int64_t size) {
                     kv ? v->quantize_kv[bits](from, nullptr, nullptr, to, size) : v->quantize[bits](from, to, size);
                 };
                 quants.push_back({ name + (kv ? " kv" : ""), [=, &x] {
-                    for (int r = 0; r < rows; r++) {
-                        quantize(x.data() + r * n, b + r * step, n);
-                    }
-                } });
+                                      for (int r = 0; r < rows; r++) {
+                                          quantize(x.data() + r * n, b + r * step, n);
+                                      }
+                                  } });
             }
         }
     }

@@ -8,6 +8,7 @@ library runs butterflies, this builds the Hadamard matrix by doubling and sums i
 because a butterfly only adds and subtracts, and rounding is symmetric in sign, the two agree in every bit except
 the sign of a zero.
 """
+
 import pathlib
 import re
 
@@ -56,7 +57,7 @@ def header_numbers(name):
 def encoder_tables(bits):
     """(fixed-point one, thresholds of shape (scales, levels/2 - 1)): the encoder's tuning, not a part of the format."""
     flat = np.array(header_numbers(f"TBQ{bits}_THRESHOLDS"), np.int64)
-    return header_numbers("TBQ_Q_ONE")[0], flat.reshape(-1, 2**(bits - 1) - 1)
+    return header_numbers("TBQ_Q_ONE")[0], flat.reshape(-1, 2 ** (bits - 1) - 1)
 
 
 # --- the rotation -----------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def inverse(y, factor):
 
 
 def _in_batches(function, *arrays):
-    parts = [function(*(a[i:i + BATCH] for a in arrays)) for i in range(0, len(arrays[0]), BATCH)]
+    parts = [function(*(a[i : i + BATCH] for a in arrays)) for i in range(0, len(arrays[0]), BATCH)]
     return np.concatenate(parts) if parts else function(*arrays)
 
 
@@ -148,14 +149,14 @@ def sum_squares(z):
     for i in range(1, 4):
         p = p + squares[:, i]
     for h in (8, 4, 2, 1):
-        p = p[:, :h] + p[:, h:2 * h]
+        p = p[:, :h] + p[:, h : 2 * h]
     return p[:, 0]
 
 
 def search(bits, q):
     """Magnitudes (n, 64) of the scale whose levels have the largest cosine to q, and their <q, k> and <k, k>."""
     _, table = encoder_tables(bits)
-    half = np.array(LEVELS[bits][2**(bits - 1):], np.int64)
+    half = np.array(LEVELS[bits][2 ** (bits - 1) :], np.int64)
     best_m = np.zeros(q.shape, np.int64)
     best_qk = np.zeros(len(q), np.int64)
     best_kk = np.ones(len(q), np.int64)
@@ -177,7 +178,11 @@ def shape_noise(bits, x, weight, p, mean_square, d, index):
     gap_down = np.append(np.float32(0), np.diff(levels))
     pairs = (x * x).reshape(-1, BLOCK // 2, 2)
     energy = np.repeat(pairs[:, :, 0] + pairs[:, :, 1], 2, axis=1)
-    w = np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPING_FLOOR) if weight is None else weight
+    w = (
+        np.sqrt(energy * (np.float32(0.5) / mean_square)[:, None]) + np.float32(SHAPING_FLOOR)
+        if weight is None
+        else weight
+    )
     m = tree_sum(H * w[:, None, :]) * np.float32(1 / BLOCK)
     e = p - d[:, None] * levels[index]
     g = tree_sum(H * (tree_sum(H * e[:, None, :]) * w)[:, None, :]) * np.float32(1 / BLOCK)
@@ -188,7 +193,7 @@ def shape_noise(bits, x, weight, p, mean_square, d, index):
             rise = g > 0
             gap = d[:, None] * np.where(rise, gap_up[index], gap_down[index])
             gain = gap * ((np.abs(g) + np.abs(g)) - gap * m[:, :1])
-            gain[:, 1 - parity::2] = -1  # the other half of the coordinates
+            gain[:, 1 - parity :: 2] = -1  # the other half of the coordinates
             at = gain.argmax(axis=1)  # the first of equals
             move = gain[rows, at] > 0
             s = np.where(rise[rows, at], gap[rows, at], -gap[rows, at])
@@ -230,7 +235,7 @@ def _quantize_blocks(bits, kv, x, weight=None):
     inverse_rms = np.float32(one) / rms
     q = (np.abs(z) * inverse_rms[:, None] + np.float32(0.5)).astype(np.int64)
     m, qk, kk = search(bits, q)
-    half = 2**(bits - 1)
+    half = 2 ** (bits - 1)
     index = np.where(z < 0, half - 1 - m, half + m)
     shaped = ordinary & ~huge
     if kv:
@@ -255,7 +260,9 @@ def quantize(x, bits, kv=False, mean=None, weight=None):
         if weight is None:
             blocks = _in_batches(lambda b: _quantize_blocks(bits, kv, b), x.reshape(-1, BLOCK))
         else:
-            blocks = _quantize_blocks(bits, kv, x.reshape(-1, BLOCK), np.broadcast_to(weight, x.shape).reshape(-1, BLOCK))
+            blocks = _quantize_blocks(
+                bits, kv, x.reshape(-1, BLOCK), np.broadcast_to(weight, x.shape).reshape(-1, BLOCK)
+            )
     return blocks.reshape(*x.shape[:-1], x.shape[-1] // BLOCK * blocks.shape[1])
 
 
@@ -288,8 +295,9 @@ def quantize_act(x):
     top = np.abs(y).max(axis=1)
     ordinary = np.isfinite(top) & (top >= SMALLEST_ACT)
     safe_top = np.where(ordinary, top, np.float32(1))
-    q = (np.abs(np.where(ordinary[:, None], y, 0)) * (np.float32(127) / safe_top)[:, None]
-         + np.float32(0.5)).astype(np.int64)
+    q = (np.abs(np.where(ordinary[:, None], y, 0)) * (np.float32(127) / safe_top)[:, None] + np.float32(0.5)).astype(
+        np.int64
+    )
     d = np.where(ordinary, top / np.float32(127), np.where(np.isfinite(top), np.float32(0), np.float32(np.nan)))
     return d.astype(np.float32), np.where(y < 0, -q, q)
 
@@ -304,7 +312,7 @@ def dot(packed, bits, act):
     for block in range(len(p)):
         sums = sums + (d[block] * act_d[block]) * p[block].astype(np.float32)
     for h in (4, 2, 1):
-        sums = sums[:h] + sums[h:2 * h]
+        sums = sums[:h] + sums[h : 2 * h]
     return sums[0]
 
 
@@ -325,16 +333,28 @@ def golden_inputs():
     tails = bell * np.abs(bell) ** 3
     broken = bell.copy()
     broken[70] = np.nan
-    return {"bell": bell, "tails": tails.astype(np.float32), "one-hot": one_hot,
-            "constant": np.full(128, -0.75, np.float32), "tiny": bell * np.float32(2.0**-24),
-            "huge": bell * np.float32(2.0**90), "broken": broken, "zero": np.zeros(128, np.float32)}
+    return {
+        "bell": bell,
+        "tails": tails.astype(np.float32),
+        "one-hot": one_hot,
+        "constant": np.full(128, -0.75, np.float32),
+        "tiny": bell * np.float32(2.0**-24),
+        "huge": bell * np.float32(2.0**90),
+        "broken": broken,
+        "zero": np.zeros(128, np.float32),
+    }
 
 
 def golden_lines():
-    return [f"tbq{bits}_0 {encoder} {name} {quantize(x, bits, encoder == 'kv').tobytes().hex()}"
-            for bits in LEVELS for encoder in ("plain", "kv") for name, x in golden_inputs().items()]
+    return [
+        f"tbq{bits}_0 {encoder} {name} {quantize(x, bits, encoder == 'kv').tobytes().hex()}"
+        for bits in LEVELS
+        for encoder in ("plain", "kv")
+        for name, x in golden_inputs().items()
+    ]
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text("\n".join(["# python tests/numpy_reference.py writes this file", *golden_lines()]) + "\n",
-                      encoding="utf-8")
+    GOLDEN.write_text(
+        "\n".join(["# python tests/numpy_reference.py writes this file", *golden_lines()]) + "\n", encoding="utf-8"
+    )

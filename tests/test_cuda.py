@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels. Without a GPU: that they compile for every architecture, as they should, and that a machine without
-nvcc is told so. With one, the tests marked gpu: everything that docs/measurements/cuda.md claims but the speed, which bench/cuda.sh
-measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of it."""
+nvcc is told so. With one, the tests marked gpu: everything that docs/measurements/cuda.md claims but the speed, which
+bench/cuda.sh measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of
+it."""
+
 import os
 import re
 import shutil
@@ -21,17 +23,43 @@ def has_gpu():
     return shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
-needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU; docs/measurements/cuda.md has the log of the last run on one")
+needs_gpu = pytest.mark.skipif(
+    not has_gpu(), reason="no NVIDIA GPU; docs/measurements/cuda.md has the log of the last run on one"
+)
 
 
 def compile_for(arch, out):
-    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-use_fast_math", f"-arch=sm_{arch}", "-Werror", "all-warnings",
-                           "-I", TBQ / "include", "-I", TBQ / "cuda", "-Xptxas", "-v", "-cubin", "-o", out,
-                           CUDA / "architectures.cu"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            "-use_fast_math",
+            f"-arch=sm_{arch}",
+            "-Werror",
+            "all-warnings",
+            "-I",
+            TBQ / "include",
+            "-I",
+            TBQ / "cuda",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-o",
+            out,
+            CUDA / "architectures.cu",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     # name, bytes of spilling, registers
-    return {name: (int(spill), int(registers)) for name, spill, registers in re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", done.stderr, re.S)}
+    return {
+        name: (int(spill), int(registers))
+        for name, spill, registers in re.findall(
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", done.stderr, re.S
+        )
+    }
 
 
 @needs_nvcc
@@ -53,6 +81,7 @@ def test_standalone_programs_compile(tmp_path):
     """What the tests on a GPU build: one program is enough here."""
     sys.path.insert(0, str(CUDA))
     import build
+
     build.build(tmp_path, arch="sm_90", programs=("blocks",))
     # without a GPU it must say so, not pass
     done = subprocess.run([tmp_path / "blocks", "100"], capture_output=True, text=True)
@@ -71,11 +100,18 @@ def test_make_cuda_without_nvcc(tmp_path):
     for tool in ("git", "cc", "c++", "gcc", "g++"):
         if found := shutil.which(tool):
             (path / tool).symlink_to(found)
-    done = subprocess.run([sys.executable, ROOT / "tools" / "install.py", tmp_path / "venv", "--cuda"], capture_output=True, text=True,
-                          env={"PATH": str(path)}, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "install.py", tmp_path / "venv", "--cuda"],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(path)},
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and not (tmp_path / "venv").exists()
-    assert done.stderr.strip() == ("error: no CUDA compiler (nvcc); install the CUDA toolkit and put nvcc into $PATH, "
-                                   "or name it in $CUDACXX")
+    assert (
+        done.stderr.strip()
+        == "error: no CUDA compiler (nvcc); install the CUDA toolkit and put nvcc into $PATH, or name it in $CUDACXX"
+    )
 
 
 @pytest.mark.parametrize("platform", ["HIP", "MUSA"])
@@ -94,8 +130,19 @@ int main() {
     return any ? 1 : 0;
 }
 """)
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", f"-DGGML_USE_{platform}", "-I", TBQ / "ggml", "-o", tmp_path / "no", source],
-                   check=True)
+    subprocess.run(
+        [
+            os.environ.get("CXX", "c++"),
+            "-std=c++17",
+            f"-DGGML_USE_{platform}",
+            "-I",
+            TBQ / "ggml",
+            "-o",
+            tmp_path / "no",
+            source,
+        ],
+        check=True,
+    )
     assert subprocess.run([tmp_path / "no"]).returncode == 0
 
 
@@ -103,8 +150,26 @@ def test_a_device_that_lacks_the_types_is_noticed(tmp_path, build_dir):
     """The question that llama_kv_cache asks before it makes a layer; without it the layer would run on the CPU."""
     source, ggml = CUDA / "refusal.cpp", build_dir / "llama.cpp-src" / "ggml"
     library = next((build_dir / "bin").glob("lib*ggml-base.*"))
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-I", ggml / "include", "-I", ggml / "src", "-I", TBQ / "include", "-I", TBQ / "ggml",
-                    "-o", tmp_path / "refusal", source, library, f"-Wl,-rpath,{library.parent}"], check=True)
+    subprocess.run(
+        [
+            os.environ.get("CXX", "c++"),
+            "-std=c++17",
+            "-I",
+            ggml / "include",
+            "-I",
+            ggml / "src",
+            "-I",
+            TBQ / "include",
+            "-I",
+            TBQ / "ggml",
+            "-o",
+            tmp_path / "refusal",
+            source,
+            library,
+            f"-Wl,-rpath,{library.parent}",
+        ],
+        check=True,
+    )
     done = subprocess.run([tmp_path / "refusal"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -132,6 +197,7 @@ def standalone(tmp_path_factory):
     """The folder with the programs of tests/cuda that run the kernels alone."""
     sys.path.insert(0, str(CUDA))
     import build
+
     folder = tmp_path_factory.mktemp("standalone")
     build.build(folder)
     return folder
@@ -139,8 +205,9 @@ def standalone(tmp_path_factory):
 
 def run(*command):
     """The output of a command that ends well, without colors."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace")
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     out = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert done.returncode == 0, f"status {done.returncode}\n{out[-4000:]}"
     return out
@@ -168,7 +235,9 @@ def test_gpu_kernels_attention(standalone):
 @needs_nvcc
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("program", [("attention", "check", "18", "7"), ("blocks", "500")], ids=lambda program: program[0])
+@pytest.mark.parametrize(
+    "program", [("attention", "check", "18", "7"), ("blocks", "500")], ids=lambda program: program[0]
+)
 def test_gpu_kernels_sanitized(standalone, tool, program):
     out = run("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", standalone / program[0], *program[1:])
     print(out.strip().splitlines()[-1])
@@ -176,8 +245,12 @@ def test_gpu_kernels_sanitized(standalone, tool, program):
 
 TBQ_OPS = ("SET_ROWS", "ROPE_SET_ROWS", "CENTER_SET_ROWS", "CPY", "GET_ROWS", "MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT")
 # what is fused with the SUB of the mean, and what the patches must leave as it is
-STOCK_OPS = (("CENTER_SET_ROWS", "type=[qif]"), ("SET_ROWS", "type_dst=(f16|q8_0|q4_0)"), ("GET_ROWS", "type=(f16|q8_0|q4_0)"),
-             ("FLASH_ATTN_EXT", "hsk=128,.*type_K=(f16|q8_0|q4_0),type_V=(f16|q8_0|q4_0)"))
+STOCK_OPS = (
+    ("CENTER_SET_ROWS", "type=[qif]"),
+    ("SET_ROWS", "type_dst=(f16|q8_0|q4_0)"),
+    ("GET_ROWS", "type=(f16|q8_0|q4_0)"),
+    ("FLASH_ATTN_EXT", "hsk=128,.*type_K=(f16|q8_0|q4_0),type_V=(f16|q8_0|q4_0)"),
+)
 
 
 @on_gpu
@@ -192,8 +265,27 @@ def test_gpu_ops(programs, op, pattern):
 
 def splits(programs, model, k, v):
     """The parts that the graph falls into; 2 are the embedding on the CPU and the rest."""
-    out = run(programs / "llama-bench", "-m", model, "-ngl", "99", "-fa", "1", "-ctk", k, "-ctv", v, "-p", "8", "-n", "1",
-              "-r", "1", "--no-warmup", "-v")
+    out = run(
+        programs / "llama-bench",
+        "-m",
+        model,
+        "-ngl",
+        "99",
+        "-fa",
+        "1",
+        "-ctk",
+        k,
+        "-ctv",
+        v,
+        "-p",
+        "8",
+        "-n",
+        "1",
+        "-r",
+        "1",
+        "--no-warmup",
+        "-v",
+    )
     return {int(n) for n in re.findall(r"splits = (\d+)", out)}
 
 

@@ -845,8 +845,12 @@ def test_triton_kernels_in_the_interpreter():
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with this NumPy")
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "cuda" / "hf_checks.py"), "--tiny"], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "cuda" / "hf_checks.py"), "--tiny"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0 and done.stdout.strip().endswith("all checks passed"), done.stdout + done.stderr
 
 

@@ -906,7 +906,10 @@ WRONG_FILES = {
     "nan": (("build", "nan.npy", "o"), "vectors[299] holds a NaN or an infinity"),
     "no columns": (("build", "thin.npy", "o"), "dim is 0; it must be from 1 to 1048576"),
     "no folder": (("build", "x.npy", "no/o"), "is not a folder that can be written to"),
-    "itself": (("build", "x.npy", "x.npy", "--force"), "x.npy has the vectors or ids of the index; name another file to write"),
+    "itself": (
+        ("build", "x.npy", "x.npy", "--force"),
+        "x.npy has the vectors or ids of the index; name another file to write",
+    ),
     "index": (("query", "x.npy", "q.npy"), "x.npy is not an index of tbq"),
     "no index": (("query", "nothing", "q.npy"), "No such file or directory: nothing"),
     "wrong width": (

@@ -3,6 +3,7 @@
 
 These tests work on a small tree of their own with a series of its own; the real one was applied by the build.
 """
+
 import hashlib
 import io
 import json
@@ -28,19 +29,28 @@ def blob_id(text):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def patch_text(path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new="two and a half", subject="change",
-               kind="seam"):
-    return (f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nDate: Mon, 1 Jan 2024 00:00:00 +0000\n"
-            f"Subject: [PATCH] {subject}\n\nwhy\n\nKind: {kind}\n---\n"
-            f"diff --git a/{path} b/{path}\nindex {blob_id(before)}..{blob_id(after)} 100644\n"
-            f"--- a/{path}\n+++ b/{path}\n@@ -1,3 +1,3 @@\n one\n-{line}\n+{new}\n three\n-- \n2.0\n")
+def patch_text(
+    path="ggml/list.txt", before=BEFORE, after=AFTER, line="two", new="two and a half", subject="change", kind="seam"
+):
+    return (
+        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nDate: Mon, 1 Jan 2024 00:00:00 +0000\n"
+        f"Subject: [PATCH] {subject}\n\nwhy\n\nKind: {kind}\n---\n"
+        f"diff --git a/{path} b/{path}\nindex {blob_id(before)}..{blob_id(after)} 100644\n"
+        f"--- a/{path}\n+++ b/{path}\n@@ -1,3 +1,3 @@\n one\n-{line}\n+{new}\n three\n-- \n2.0\n"
+    )
 
 
 #: Of a file with one line.
 OTHER = patch_text("other.txt", "x\n", "y\n", "x", "y", "other").replace(
-    "@@ -1,3 +1,3 @@\n one\n-x\n+y\n three\n", "@@ -1 +1 @@\n-x\n+y\n")
-UPSTREAM = {"CMakeLists.txt": "", "ggml/CMakeLists.txt": "", "ggml/list.txt": BEFORE, "other.txt": "x\n",
-            ".git": "gitdir: ../../nowhere\n"}
+    "@@ -1,3 +1,3 @@\n one\n-x\n+y\n three\n", "@@ -1 +1 @@\n-x\n+y\n"
+)
+UPSTREAM = {
+    "CMakeLists.txt": "",
+    "ggml/CMakeLists.txt": "",
+    "ggml/list.txt": BEFORE,
+    "other.txt": "x\n",
+    ".git": "gitdir: ../../nowhere\n",
+}
 
 
 def write_sdist(path, folder, files):
@@ -70,14 +80,25 @@ def project(tmp_path):
 
 
 def write_pin(root, sha256):
-    (root / "patches" / "pin.json").write_text(json.dumps({
-        "requirement": "no-such-distribution-of-ggml-tbq==1.0", "sha256": sha256, "folder": "vendor/llama.cpp",
-        "commit": "abc"}))
+    (root / "patches" / "pin.json").write_text(
+        json.dumps(
+            {
+                "requirement": "no-such-distribution-of-ggml-tbq==1.0",
+                "sha256": sha256,
+                "folder": "vendor/llama.cpp",
+                "commit": "abc",
+            }
+        )
+    )
 
 
 def script(root, *arguments, **options):
-    return subprocess.run([sys.executable, str(root / "tools" / "patch_series.py"), *map(str, arguments)],
-                          capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, str(root / "tools" / "patch_series.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def prepare(root, *arguments, **options):
@@ -118,7 +139,8 @@ def test_changed_series_keeps_the_times_of_unchanged_files(project):
     for path in tree.rglob("*.txt"):
         os.utime(path, (1_100_000_000, 1_100_000_000))
     (project / "patches" / "0001-change.patch").write_text(
-        patch_text(after=AFTER.replace("half", "bit"), new="two and a bit"))
+        patch_text(after=AFTER.replace("half", "bit"), new="two and a bit")
+    )
     assert prepare(project).returncode == 0
     assert (tree / "ggml" / "list.txt").read_text() == "one\ntwo and a bit\nthree\n"
     changed = {p.name for p in tree.rglob("*.txt") if p.stat().st_mtime != 1_100_000_000}
@@ -243,8 +265,12 @@ def test_source_that_changes_is_copied_again(project, source):
 
 def test_source_of_another_version(project, source):
     (source / "ggml" / "list.txt").write_text(BEFORE + "four\n")
-    assert_fails(project, prepare(project, "--source", source), "is not the pinned version, llama.cpp abc",
-                 "ggml/list.txt differs")
+    assert_fails(
+        project,
+        prepare(project, "--source", source),
+        "is not the pinned version, llama.cpp abc",
+        "ggml/list.txt differs",
+    )
 
 
 def test_source_that_is_none(project):
@@ -257,8 +283,13 @@ def test_source_that_is_none(project):
 
 
 def git(tree, *arguments):
-    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments], cwd=tree,
-                          check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments],
+        cwd=tree,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
 def test_edit_and_export(project):
@@ -289,7 +320,8 @@ def test_size_tells_fixes_from_seams(project):
     assert script(project, "size").stdout == (
         "patch series: 2 patches, 4 changed lines (+2 -2) in 2 upstream files; "
         "fixes of upstream: 1 patches, 2 changed lines (+1 -1) in 1 upstream files; "
-        "seams: 1 patches, 2 changed lines (+1 -1) in 1 upstream files\n")
+        "seams: 1 patches, 2 changed lines (+1 -1) in 1 upstream files\n"
+    )
     assert prepare(project).returncode == 0
 
 
@@ -298,8 +330,14 @@ def test_export_has_one_author(project):
     tree = project.parent / "edit"
     assert script(project, "git-tree", tree).returncode == 0
     (tree / "other.txt").write_text("y\n")
-    git(tree, "commit", "-qam", "another: more\n\nwhy", "--author",
-        "A person with a name that takes more than a line <somebody@a-machine-with-a-long-name.example.org>")
+    git(
+        tree,
+        "commit",
+        "-qam",
+        "another: more\n\nwhy",
+        "--author",
+        "A person with a name that takes more than a line <somebody@a-machine-with-a-long-name.example.org>",
+    )
     assert script(project, "export", tree).returncode == 0
     patches = sorted((project / "patches").glob("*.patch"))
     assert len(patches) == 2
@@ -316,7 +354,8 @@ def test_git_tree_does_not_overwrite(project):
 # --- another llama.cpp ------------------------------------------------------------------------------------------
 
 METADATA = "Metadata-Version: 2.1\nName: next\nVersion: 2.0\n"
-BACKEND = """import pathlib
+BACKEND = (
+    """import pathlib
 def prepare_metadata_for_build_wheel(folder, settings=None):
     path = pathlib.Path(folder, "next-2.0.dist-info")
     path.mkdir()
@@ -325,9 +364,14 @@ def prepare_metadata_for_build_wheel(folder, settings=None):
     return path.name
 def build_wheel(folder, settings=None, metadata=None):
     raise SystemExit("nobody needs a wheel")
-""" % METADATA
-BUILD = {"PKG-INFO": METADATA, "backend.py": BACKEND,
-         "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'}
+"""
+    % METADATA
+)
+BUILD = {
+    "PKG-INFO": METADATA,
+    "backend.py": BACKEND,
+    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+}
 
 
 def bump(root, *arguments, **files):
@@ -335,8 +379,11 @@ def bump(root, *arguments, **files):
     links = root.parent / "links"
     links.mkdir(exist_ok=True)
     upstream = {**UPSTREAM, **{name.replace("__", "/") + ".txt": text for name, text in files.items()}}
-    write_sdist(links / "next-2.0.tar.gz", "next-2.0",
-                {**BUILD, **{f"vendor/llama.cpp/{name}": text for name, text in upstream.items()}})
+    write_sdist(
+        links / "next-2.0.tar.gz",
+        "next-2.0",
+        {**BUILD, **{f"vendor/llama.cpp/{name}": text for name, text in upstream.items()}},
+    )
     return script(root, "bump", *arguments, env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)})
 
 
@@ -358,8 +405,11 @@ def test_bump(two_patches):
     assert "Left to do:" in result.stdout
     sdist = two_patches / "build" / "downloads" / "next-2.0.tar.gz"
     assert json.loads((two_patches / "patches" / "pin.json").read_text()) == {
-        "requirement": "next==2.0", "sha256": hashlib.sha256(sdist.read_bytes()).hexdigest(),
-        "folder": "vendor/llama.cpp", "commit": "def"}
+        "requirement": "next==2.0",
+        "sha256": hashlib.sha256(sdist.read_bytes()).hexdigest(),
+        "folder": "vendor/llama.cpp",
+        "commit": "def",
+    }
     assert sorted(p.name for p in (two_patches / "build").iterdir()) == ["downloads"]
     assert prepare(two_patches).returncode == 0
     assert (two_patches / "build" / "tree" / "ggml" / "list.txt").read_text() == "zero\nnought\n" + AFTER + "four\n"
@@ -371,7 +421,7 @@ def test_bump_stops_at_a_conflict_and_goes_on(two_patches):
     result = bump(two_patches, "next==2.0", ggml__list=BEFORE.replace("two", "deux"))
     tree = two_patches / "build" / "bump" / "tree"
     assert result.returncode == 1
-    line, = result.stderr.splitlines()
+    (line,) = result.stderr.splitlines()
     assert line.startswith("error: patch 0001-change.patch conflicts in ggml/list.txt; ")
     assert str(tree) in line and "make bump CONTINUE=1" in line
     assert state(two_patches) == before
@@ -419,10 +469,15 @@ def test_trial_and_abort(two_patches):
     assert result.returncode == 1 and "no bump is in progress" in result.stderr
 
 
-@pytest.mark.parametrize("arguments,words", [
-    ((), ("PIN is missing",)), (("next",), ("PIN 'next' is not NAME==VERSION",)),
-    (("next==3.0",), ("next==3.0 cannot be downloaded",)),
-    (("next==2.0", "--folder", "llama.cpp"), ("has no llama.cpp/CMakeLists.txt", "it has vendor/llama.cpp"))])
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ((), ("PIN is missing",)),
+        (("next",), ("PIN 'next' is not NAME==VERSION",)),
+        (("next==3.0",), ("next==3.0 cannot be downloaded",)),
+        (("next==2.0", "--folder", "llama.cpp"), ("has no llama.cpp/CMakeLists.txt", "it has vendor/llama.cpp")),
+    ],
+)
 def test_bumps_that_do_not_start(project, arguments, words):
     before = state(project)
     assert_fails(project, bump(project, *arguments), *words)

@@ -13,6 +13,7 @@ The pin (patches/pin.json) is a folder of a source distribution.  pip fetches it
 index the user has configured.  Every error ends in one line and leaves nothing half-written: trees are built
 beside their place and renamed into it.
 """
+
 import argparse
 import hashlib
 import json
@@ -77,8 +78,15 @@ def last_line(text: str, default: str = "no message") -> str:
 
 def run(command: list[str], **options: Any) -> Result:
     try:
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              errors="replace", stdin=subprocess.DEVNULL, **options)
+        return subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            **options,
+        )
     except FileNotFoundError:
         raise Failure(f"{command[0]} is not installed; it is needed to prepare llama.cpp") from None
 
@@ -119,14 +127,15 @@ def pip_error(output: str, pin: Pin) -> str:
     """One line out of pip's many."""
     if "DO NOT MATCH THE HASHES" in output:
         got = re.search(r"Got\s+([0-9a-f]{64})", output)
-        return (f"the index's {pin['requirement']} has sha256 {got[1] if got else '?'}, "
-                f"patches/pin.json says {pin['sha256']}")
+        return (
+            f"the index's {pin['requirement']} has sha256 {got[1] if got else '?'}, "
+            f"patches/pin.json says {pin['sha256']}"
+        )
     if "No space left" in output:
         return f"no disk space left for {pin['requirement']} (250 MB needed)"
     if "No module named pip" in output:
         return f"{sys.executable} has no pip, which fetches {pin['requirement']}"
-    return (f"{pin['requirement']} cannot be downloaded from the configured package index: "
-            f"{last_line(output)}")
+    return f"{pin['requirement']} cannot be downloaded from the configured package index: {last_line(output)}"
 
 
 def download(pin: Pin, *arguments: str) -> pathlib.Path:
@@ -138,9 +147,24 @@ def download(pin: Pin, *arguments: str) -> pathlib.Path:
         wanted = pathlib.Path(tmp, "requirements.txt")
         known = f" --hash=sha256:{pin['sha256']}" if "sha256" in pin else ""
         wanted.write_text(f"{pin['requirement']}{known}\n", encoding="utf-8")
-        result = run([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input",
-                      "--no-deps", "--no-binary", pin["requirement"].split("==")[0], *arguments,
-                      "--dest", tmp, "--requirement", str(wanted)])
+        result = run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--disable-pip-version-check",
+                "--no-input",
+                "--no-deps",
+                "--no-binary",
+                pin["requirement"].split("==")[0],
+                *arguments,
+                "--dest",
+                tmp,
+                "--requirement",
+                str(wanted),
+            ]
+        )
         files = list(pathlib.Path(tmp).glob("*.tar.gz"))
         if result.returncode != 0 or len(files) != 1:
             raise Failure(pip_error(result.stdout, pin))
@@ -169,7 +193,7 @@ def extract_pin(pin: Pin, sdist: pathlib.Path, target: pathlib.Path) -> None:
             _, _, path = member.name.partition("/")
             if not path.startswith(pin["folder"] + "/"):
                 continue
-            member.name = path[len(pin["folder"]) + 1:]
+            member.name = path[len(pin["folder"]) + 1 :]
             # .git is a file that points into a repository which is not there.
             if member.name == ".git" or not (member.isfile() or member.isdir()):
                 continue
@@ -190,10 +214,17 @@ def others_than(folder: str, sdist: pathlib.Path) -> str:
 
 def left_out(source: pathlib.Path) -> Callable[[str, list[str]], list[str]]:
     """For shutil.copytree: build folders and repository data stay behind."""
+
     def ignore(folder: str, names: list[str]) -> list[str]:
         top = pathlib.Path(folder) == source
-        return [name for name in names if name in ("node_modules", "__pycache__") or top and (
-            name == ".git" or name.startswith("build") and (source / name).is_dir())]
+        return [
+            name
+            for name in names
+            if name in ("node_modules", "__pycache__")
+            or top
+            and (name == ".git" or name.startswith("build") and (source / name).is_dir())
+        ]
+
     return ignore
 
 
@@ -256,8 +287,10 @@ def check_pristine(tree: pathlib.Path, patches: list[pathlib.Path], pin: Pin, wh
     for patch in patches:
         for path, before, _ in touched_files(patch):
             if path not in seen and blob_id(tree / path) != before:
-                raise Failure(f"{what} is not the pinned version, llama.cpp {pin['commit']} "
-                              f"({pin['requirement']}): {path} differs")
+                raise Failure(
+                    f"{what} is not the pinned version, llama.cpp {pin['commit']} "
+                    f"({pin['requirement']}): {path} differs"
+                )
             seen.add(path)
 
 
@@ -302,8 +335,10 @@ def changed_lines(patch: pathlib.Path) -> list[tuple[str, str]]:
 def size_of(patches: list[pathlib.Path]) -> str:
     changes = [change for patch in patches for change in changed_lines(patch)]
     added = sum(sign == "+" for _, sign in changes)
-    return (f"{len(patches)} patches, {len(changes)} changed lines (+{added} -{len(changes) - added}) "
-            f"in {len({path for path, _ in changes})} upstream files")
+    return (
+        f"{len(patches)} patches, {len(changes)} changed lines (+{added} -{len(changes) - added}) "
+        f"in {len({path for path, _ in changes})} upstream files"
+    )
 
 
 def series_size(patches: list[pathlib.Path]) -> str:
@@ -419,8 +454,16 @@ def bindings(folder: pathlib.Path) -> None:
 
 #: The author of every patch, whoever committed it.
 NAME, EMAIL = "ggml-tbq", "tbq@example.invalid"
-AUTHOR = ["-c", f"user.name={NAME}", "-c", f"user.email={EMAIL}", "-c", "commit.gpgsign=false",
-          "-c", "core.hooksPath=" + os.devnull]
+AUTHOR = [
+    "-c",
+    f"user.name={NAME}",
+    "-c",
+    f"user.email={EMAIL}",
+    "-c",
+    "commit.gpgsign=false",
+    "-c",
+    "core.hooksPath=" + os.devnull,
+]
 
 
 def commit_pristine(tree: pathlib.Path, pin: Pin) -> None:
@@ -473,8 +516,24 @@ def export(tree: pathlib.Path, pin: Pin | None = None) -> None:
     if git(["status", "--porcelain", "--untracked-files=no"], tree).stdout.strip():
         raise Failure(f"{tree} has changes that are not committed")
     with tempfile.TemporaryDirectory(dir=PATCHES, prefix=".tmp-") as tmp:
-        git(["format-patch", "-q", "--zero-commit", "--no-signature", "--full-index", "-N", "--no-renames",
-             "--diff-algorithm=histogram", "--src-prefix=a/", "--dst-prefix=b/", "-o", tmp, "pin..HEAD"], tree)
+        git(
+            [
+                "format-patch",
+                "-q",
+                "--zero-commit",
+                "--no-signature",
+                "--full-index",
+                "-N",
+                "--no-renames",
+                "--diff-algorithm=histogram",
+                "--src-prefix=a/",
+                "--dst-prefix=b/",
+                "-o",
+                tmp,
+                "pin..HEAD",
+            ],
+            tree,
+        )
         new = sorted(pathlib.Path(tmp).glob("*.patch"))
         if not new:
             raise Failure(f"{tree} has no commit after tag pin")
@@ -516,14 +575,20 @@ def write_state(state: State) -> None:
 def start_bump(requirement: str, folder: str | None, commit: str | None, trial: bool) -> None:
     """A repository with the new pin, and branch `old` with today's series: a three-way merge needs its files."""
     if BUMP.exists():
-        raise Failure(f"a bump to {read_state()['pin']['requirement']} is in progress in {BUMP}: "
-                      "`make bump CONTINUE=1` or `make bump ABORT=1`")
+        raise Failure(
+            f"a bump to {read_state()['pin']['requirement']} is in progress in {BUMP}: "
+            "`make bump CONTINUE=1` or `make bump ABORT=1`"
+        )
     if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", requirement):
         raise Failure(f"PIN {requirement!r} is not NAME==VERSION, as in llama-cpp-python==0.3.36")
     say(f"downloading {requirement}")
     sdist = download({"requirement": requirement})
-    pin = {"requirement": requirement, "sha256": sha256(sdist), "folder": folder or read_pin()["folder"],
-           "commit": commit or requirement.replace("==", "-")}
+    pin = {
+        "requirement": requirement,
+        "sha256": sha256(sdist),
+        "folder": folder or read_pin()["folder"],
+        "commit": commit or requirement.replace("==", "-"),
+    }
     BUMP.parent.mkdir(parents=True, exist_ok=True)
     tmp = pathlib.Path(tempfile.mkdtemp(dir=BUMP.parent, prefix=f".{BUMP.name}-tmp-"))
     try:
@@ -568,12 +633,15 @@ def finish_by_hand(state: State) -> None:
     before = state.pop("head")
     if is_applying():
         if left := conflicts():
-            raise Failure(f"patch {patch} still has conflicts in {', '.join(left)}; "
-                          f"resolve and `git add` them in {TREE}, {GO_ON}")
+            raise Failure(
+                f"patch {patch} still has conflicts in {', '.join(left)}; resolve and `git add` them in {TREE}, {GO_ON}"
+            )
         result = git([*AUTHOR, "am", "--continue"], TREE, check=False)
         if result.returncode != 0:
-            raise Failure(f"patch {patch}: {last_line(result.stdout)}; `git add` what you changed in {TREE}, "
-                          f"or leave the patch out with `git am --skip`, {GO_ON}")
+            raise Failure(
+                f"patch {patch}: {last_line(result.stdout)}; `git add` what you changed in {TREE}, "
+                f"or leave the patch out with `git am --skip`, {GO_ON}"
+            )
     state["done"][patch] = "left out" if head_of(TREE) == before else "by hand"
     write_state(state)
 
@@ -586,8 +654,10 @@ def apply_next(state: State, patch: pathlib.Path) -> None:
         write_state({**state, "at": patch.name, "head": before})
         left = conflicts()
         what = f"conflicts in {', '.join(left)}" if left else f"does not apply ({last_line(result.stdout)})"
-        raise Failure(f"patch {patch.name} {what}; resolve and `git add` that in {TREE} "
-                      f"(branch `old` has the series on the pin), {GO_ON}")
+        raise Failure(
+            f"patch {patch.name} {what}; resolve and `git add` that in {TREE} "
+            f"(branch `old` has the series on the pin), {GO_ON}"
+        )
     merged = "Falling back" in result.stdout
     state["done"][patch.name] = "upstream has it" if head_of(TREE) == before else "merged" if merged else "applied"
     write_state(state)
@@ -602,8 +672,7 @@ def finish_bump(state: State) -> None:
     counts = ", ".join(f"{ways.count(how)} {how}" for how in dict.fromkeys(ways))
     say(f"{state['pin']['requirement']}: {len(ways)} patches: {counts}")
     if state["trial"]:
-        say(f"a trial: {TREE} has the series, patches/ and pin.json are as before; "
-            "`make bump ABORT=1` removes it")
+        say(f"a trial: {TREE} has the series, patches/ and pin.json are as before; `make bump ABORT=1` removes it")
         return
     export(TREE, state["pin"])
     shutil.rmtree(BUMP)
@@ -650,12 +719,16 @@ def parse_arguments() -> argparse.Namespace:
         command = commands.add_parser(name)
         command.add_argument("tree", type=lambda path: pathlib.Path(path).absolute())
         if name == "prepare":
-            command.add_argument("--source", type=lambda path: pathlib.Path(path).absolute(),
-                                 help="a llama.cpp tree to copy instead of the pin")
+            command.add_argument(
+                "--source",
+                type=lambda path: pathlib.Path(path).absolute(),
+                help="a llama.cpp tree to copy instead of the pin",
+            )
     commands.add_parser("size")
     command = commands.add_parser("bump")
-    command.add_argument("requirement", nargs="?", metavar="NAME==VERSION",
-                         help="the source distribution of the new pin")
+    command.add_argument(
+        "requirement", nargs="?", metavar="NAME==VERSION", help="the source distribution of the new pin"
+    )
     command.add_argument("--folder", help="of llama.cpp in it (the present pin's)")
     command.add_argument("--commit", help="upstream's, for pin.json")
     command.add_argument("--trial", action="store_true", help="leave patches/ and pin.json alone")

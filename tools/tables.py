@@ -18,6 +18,7 @@ Scale search: see "Encoder" in tbq.h.  The grids are geometric; their ends and s
 Gaussian blocks of 64, where they come within 1 % (4 bit), 0.4 % (3 bit) and 0.1 % (2 bit) of the MSE of
 141 scales.
 """
+
 import argparse
 import math
 import pathlib
@@ -32,9 +33,9 @@ BITS = (2, 3, 4)
 Q_ONE = 2048
 DESCENT_STEPS = 5
 SHAPING_FLOOR = 0.5
-# Of the largest |x| of a block: below 2^-30, the best d is less than half of the smallest half.  Above 2^50, d saturates
-# whatever the values are, but their squares must not overflow, so the block is quantized times 2^-100.  Below 2^-100, 127
-# over an activation is not finite.
+# Of the largest |x| of a block: below 2^-30, the best d is less than half of the smallest half.  Above 2^50, d
+# saturates whatever the values are, but their squares must not overflow, so the block is quantized times 2^-100.  Below
+# 2^-100, 127 over an activation is not finite.
 SMALLEST, HUGE, HUGE_SCALE, SMALLEST_ACT = 2.0**-30, 2.0**50, 2.0**-100, 2.0**-100
 F16_MAX, F16_NAN = 65504.0, 0x7E00
 GRID = {2: (0.88, 1.33, 6), 3: (0.78, 1.45, 8), 4: (0.71, 1.32, 12)}  # first, last, count
@@ -155,14 +156,23 @@ def header() -> str:
         "// |y|/rms(y) = 1.0 in the fixed-point units of the scale search",
         f"#define TBQ_Q_ONE {Q_ONE}",
         "",
-        "// Noise shaping (cpu/rows/rows.inc): steps of the coordinate descent, of two moves each; the least weight of a channel",
+        (
+            "// Noise shaping (cpu/rows/rows.inc): steps of the coordinate descent, of two moves each; the least weight"
+            " of a channel"
+        ),
         f"#define TBQ_DESCENT_STEPS {DESCENT_STEPS}",
         f"#define TBQ_SHAPING_FLOOR {SHAPING_FLOOR}f",
         "",
         "// Bounds on the largest |x| of a block, as the bits of a float: what is not negative orders like its bits.",
         f"#define TBQ_BITS_SMALLEST     {float_bits(SMALLEST)}u // {power(SMALLEST)}: below, d is 0",
-        f"#define TBQ_BITS_SMALLEST_ACT {float_bits(SMALLEST_ACT)}u // {power(SMALLEST_ACT)}: the same of an activation block",
-        f"#define TBQ_BITS_HUGE         {float_bits(HUGE)}u // {power(HUGE)}: above, the block is quantized times TBQ_HUGE_SCALE",
+        (
+            f"#define TBQ_BITS_SMALLEST_ACT {float_bits(SMALLEST_ACT)}u // {power(SMALLEST_ACT)}: the same of an"
+            " activation block"
+        ),
+        (
+            f"#define TBQ_BITS_HUGE         {float_bits(HUGE)}u // {power(HUGE)}: above, the block is quantized times"
+            " TBQ_HUGE_SCALE"
+        ),
         f"#define TBQ_BITS_INF          {float_bits(math.inf)}u // from here on, Inf or NaN: d is NaN",
         f"#define TBQ_HUGE_SCALE   {power(HUGE_SCALE)}",
         f"#define TBQ_HUGE_UNSCALE {power(1 / HUGE_SCALE)}",
@@ -178,10 +188,12 @@ def header() -> str:
         rows = [thresholds(ints, c, g) for g in grid(bits)]
         out += [
             "",
-            f"// tbq{bits}_0: Lloyd-Max levels of N(0,1) times {c:.4f}; "
-            f"distortion {d:.6f}, {100 * (d / d0 - 1):.2f} % above {d0:.6f} of the real-valued levels",
+            (
+                f"// tbq{bits}_0: Lloyd-Max levels of N(0,1) times {c:.4f}; "
+                f"distortion {d:.6f}, {100 * (d / d0 - 1):.2f} % above {d0:.6f} of the real-valued levels"
+            ),
             f"#define TBQ{bits}_LEVELS {braces(ints)}",
-            f"#define TBQ{bits}_HALF_LEVELS {braces(ints[len(ints) // 2:])}",
+            f"#define TBQ{bits}_HALF_LEVELS {braces(ints[len(ints) // 2 :])}",
             f"#define TBQ{bits}_GAPS_UP {braces([*gaps(ints), 0])}",
             f"#define TBQ{bits}_GAPS_DOWN {braces([0, *gaps(ints)])}",
             f"#define TBQ{bits}_N_SCALES {len(rows)}",
@@ -231,8 +243,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
     root = pathlib.Path(__file__).resolve().parent.parent
-    for path, text in ((root / "ggml_tbq" / "include" / "tbq-tables.h", header()),
-                       (root / "python" / "tbq" / "hf" / "_tables.py", module())):
+    for path, text in (
+        (root / "ggml_tbq" / "include" / "tbq-tables.h", header()),
+        (root / "python" / "tbq" / "hf" / "_tables.py", module()),
+    ):
         if not args.check:
             path.write_text(text)
         elif path.read_text() != text:

@@ -14,11 +14,11 @@
 #include <sys/types.h>
 
 #define PY_MAJOR_VERSION 3
-#define PY_VERSION_HEX 0x030A0000
+#define PY_VERSION_HEX   0x030A0000
 
-typedef ssize_t            Py_ssize_t;
-typedef struct _object     PyObject;
-typedef struct _ts         PyThreadState;
+typedef ssize_t        Py_ssize_t;
+typedef struct _object PyObject;
+typedef struct _ts     PyThreadState;
 
 #define PyMODINIT_FUNC __attribute__((visibility("default"))) PyObject *
 
@@ -50,5 +50,9 @@ extern PyObject _Py_NoneStruct;
 #define Py_DECREF(object)  Py_DecRef((PyObject *) (object))
 #define Py_XDECREF(object) Py_DecRef((PyObject *) (object)) // accepts NULL
 
-#define Py_BEGIN_ALLOW_THREADS { PyThreadState * _save = PyEval_SaveThread();
-#define Py_END_ALLOW_THREADS   PyEval_RestoreThread(_save); }
+#define Py_BEGIN_ALLOW_THREADS \
+    {                          \
+        PyThreadState * _save = PyEval_SaveThread();
+#define Py_END_ALLOW_THREADS     \
+    PyEval_RestoreThread(_save); \
+    }

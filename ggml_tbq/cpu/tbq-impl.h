@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the implementations share: constants in memory, conversion of halves, access to blocks, the list of implementations.
+// What the implementations share: constants in memory, conversion of halves, access to blocks, the list of
+// implementations.
 #pragma once
 
 #include "tbq-kernels.h"
@@ -12,11 +13,10 @@
 #endif
 
 // {f(0), ..., f(63)}
-#define TBQ_LIST_16(f, i) \
+#define TBQ_LIST_16(f, i)                                                                                      \
     f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7), f(i + 8), f(i + 9), f(i + 10), \
         f(i + 11), f(i + 12), f(i + 13), f(i + 14), f(i + 15)
-#define TBQ_LIST_64(f) \
-    { TBQ_LIST_16(f, 0), TBQ_LIST_16(f, 16), TBQ_LIST_16(f, 32), TBQ_LIST_16(f, 48) }
+#define TBQ_LIST_64(f) { TBQ_LIST_16(f, 0), TBQ_LIST_16(f, 16), TBQ_LIST_16(f, 32), TBQ_LIST_16(f, 48) }
 
 // The sign bit of float number i where channel i is negated.
 #define TBQ_SIGN_MASK(i) ((uint32_t) (TBQ_SIGN_BITS >> (i) & 1) << 31)
@@ -89,8 +89,8 @@ static inline uint16_t tbq_float_to_half(float f) {
     return sign | (uint16_t) ((mag - 0x38000000 + 0xFFF + (mag >> 13 & 1)) >> 13);
 }
 
-// Functions with a parameter `bits` are written once, for all types.  They are inlined into a caller for each type, where
-// bits is a constant, so the compiler decides every test of it.
+// Functions with a parameter `bits` are written once, for all types.  They are inlined into a caller for each type,
+// where bits is a constant, so the compiler decides every test of it.
 #if defined(__GNUC__)
 #define TBQ_INLINE static inline __attribute__((always_inline))
 #elif defined(_MSC_VER)

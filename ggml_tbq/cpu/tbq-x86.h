@@ -14,9 +14,9 @@
 #elif defined(__clang__) && __clang_major__ < 18
 #include <cpuid.h>
 
-// Older clang has no __builtin_cpu_supports("f16c"), so this reads bit 29 of ecx in CPUID leaf 1.  It is read once, when the
-// library is loaded, although it is needed for each row: CPUID exits from a virtual machine, which takes microseconds, and
-// a prompt took 50 times as long.
+// Older clang has no __builtin_cpu_supports("f16c"), so this reads bit 29 of ecx in CPUID leaf 1.  It is read once,
+// when the library is loaded, although it is needed for each row: CPUID exits from a virtual machine, which takes
+// microseconds, and a prompt took 50 times as long.
 static int has_f16c;
 
 __attribute__((constructor)) static void find_f16c(void) {
@@ -49,7 +49,8 @@ TBQ_INLINE bytes64 qh_bits(const void * block) {
     memcpy(&qh, tbq_qh(block), 8);
     const __m256i h    = _mm256_set1_epi64x(qh);
     const __m256i four = _mm256_set1_epi8(4);
-    const __m256i lo   = _mm256_set_epi64x(0x0808080808080808, 0x0202020202020202, 0x0404040404040404, 0x0101010101010101);
+    const __m256i lo =
+        _mm256_set_epi64x(0x0808080808080808, 0x0202020202020202, 0x0404040404040404, 0x0101010101010101);
     const __m256i hi   = _mm256_slli_epi16(lo, 4);
     const bytes64 bits = {
         _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(h, lo), lo), four),
@@ -63,19 +64,19 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
     if (bits == 4) {
         const __m256i nibble = _mm256_set1_epi8(15);
         const __m256i qs     = _mm256_loadu_si256((const __m256i *) tbq_qs(block));
-        r.lo = _mm256_and_si256(qs, nibble);
-        r.hi = _mm256_and_si256(_mm256_srli_epi16(qs, 4), nibble);
+        r.lo                 = _mm256_and_si256(qs, nibble);
+        r.hi                 = _mm256_and_si256(_mm256_srli_epi16(qs, 4), nibble);
         return r;
     }
     const __m256i pair = _mm256_set1_epi8(3);
     const __m256i qs   = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tbq_qs(block)));
     const __m256i even = _mm256_srlv_epi32(qs, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0)); // j = 0 | 1
-    r.lo = _mm256_and_si256(even, pair);
-    r.hi = _mm256_and_si256(_mm256_srli_epi16(even, 4), pair);                             // j = 2 | 3
+    r.lo               = _mm256_and_si256(even, pair);
+    r.hi               = _mm256_and_si256(_mm256_srli_epi16(even, 4), pair); // j = 2 | 3
     if (bits == 3) {
         const bytes64 high = qh_bits(block);
-        r.lo = _mm256_or_si256(r.lo, high.lo);
-        r.hi = _mm256_or_si256(r.hi, high.hi);
+        r.lo               = _mm256_or_si256(r.lo, high.lo);
+        r.hi               = _mm256_or_si256(r.hi, high.hi);
     }
     return r;
 }
@@ -100,14 +101,14 @@ TBQ_INLINE dot_sums dot(int bits, const void * block, const block_tbq8_act * a, 
     const __m256i lo = _mm256_loadu_si256((const __m256i *) a->qs);
     const __m256i hi = _mm256_loadu_si256((const __m256i *) (a->qs + 32));
     __m256i       p  = _mm256_loadu_si256((const __m256i *) a->bias);
-    p = dot4(dot4(p, k.lo, lo), k.hi, hi);
+    p                = dot4(dot4(p, k.lo, lo), k.hi, hi);
     return _mm256_add_ps(sums, _mm256_mul_ps(_mm256_set1_ps(f), _mm256_cvtepi32_ps(p)));
 }
 
 static inline float sum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    s = _mm_add_ss(s, _mm_movehdup_ps(s));
+    s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s        = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
 }
 
@@ -121,8 +122,8 @@ static inline void sums8_i32(__m256i a, __m256i b, int32_t * sum_a, int32_t * su
     const __m128i y = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
     const __m128i s = _mm_add_epi32(_mm_unpacklo_epi32(x, y), _mm_unpackhi_epi32(x, y));
     const __m128i t = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-    *sum_a = _mm_cvtsi128_si32(t);
-    *sum_b = _mm_extract_epi32(t, 1);
+    *sum_a          = _mm_cvtsi128_si32(t);
+    *sum_b          = _mm_extract_epi32(t, 1);
 }
 
 // The levels of the positive half, for vpshufb.

@@ -2,13 +2,13 @@
 // The public functions: checks, type information, and the choice of an implementation.
 #include "tbq-impl.h"
 
-#define TEXT_OF(x)  #x
-#define TEXT(x)     TEXT_OF(x)
+#define TEXT_OF(x) #x
+#define TEXT(x)    TEXT_OF(x)
 
 static const tbq_type_info type_infos[] = {
-    { TBQ_TYPE_TBQ2_0,   "tbq2_0",   2, TBQ_BLOCK, sizeof(block_tbq2_0),   tbq_codebook_2 },
-    { TBQ_TYPE_TBQ3_0,   "tbq3_0",   3, TBQ_BLOCK, sizeof(block_tbq3_0),   tbq_codebook_3 },
-    { TBQ_TYPE_TBQ4_0,   "tbq4_0",   4, TBQ_BLOCK, sizeof(block_tbq4_0),   tbq_codebook_4 },
+    { TBQ_TYPE_TBQ2_0, "tbq2_0", 2, TBQ_BLOCK, sizeof(block_tbq2_0), tbq_codebook_2 },
+    { TBQ_TYPE_TBQ3_0, "tbq3_0", 3, TBQ_BLOCK, sizeof(block_tbq3_0), tbq_codebook_3 },
+    { TBQ_TYPE_TBQ4_0, "tbq4_0", 4, TBQ_BLOCK, sizeof(block_tbq4_0), tbq_codebook_4 },
     { TBQ_TYPE_TBQ8_ACT, "tbq8_act", 8, TBQ_BLOCK, sizeof(block_tbq8_act), NULL },
 };
 enum { N_TYPES = sizeof(type_infos) / sizeof(type_infos[0]) };
@@ -29,10 +29,10 @@ enum { N_KERNELS = sizeof(kernels_list) / sizeof(kernels_list[0]) };
 
 const char * tbq_status_text(tbq_status status) {
     switch (status) {
-        case TBQ_OK:           return "success";
-        case TBQ_ERROR_TYPE:   return "not a tbq type that this function takes";
+        case TBQ_OK: return "success";
+        case TBQ_ERROR_TYPE: return "not a tbq type that this function takes";
         case TBQ_ERROR_LENGTH: return "the number of values is negative or not a multiple of 64";
-        case TBQ_ERROR_NULL:   return "a pointer is null";
+        case TBQ_ERROR_NULL: return "a pointer is null";
     }
     return "unknown status";
 }
@@ -136,7 +136,8 @@ enum { CHUNK = 16 * TBQ_BLOCK };
 
 typedef tbq_status (*quantize_function)(tbq_type type, const float * src, void * dst, int64_t n);
 
-static tbq_status quantize_halves(quantize_function quantize, tbq_type type, const uint16_t * src, void * dst, int64_t n) {
+static tbq_status quantize_halves(quantize_function quantize, tbq_type type, const uint16_t * src, void * dst,
+                                  int64_t n) {
     const tbq_status status = check_row(type, n, src, dst);
     for (int64_t i = 0; status == TBQ_OK && i < n; i += CHUNK) {
         float         values[CHUNK];

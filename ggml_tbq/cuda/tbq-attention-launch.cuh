@@ -5,7 +5,8 @@
 #include "ggml-cuda/common.cuh"
 #include "tbq-attention.cuh"
 
-template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
+template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx,
+                                                                                     tbq_attention_args          a) {
     auto * const kernel = tbq_attention<D, BITS_K, BITS_V, NC>;
     const int    smem   = tbq_attention_smem(D, BITS_K, BITS_V, NC);
     int          n_cta  = 0;
@@ -16,21 +17,24 @@ template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launc
 
     ggml_cuda_pool_alloc<char> partial(ctx.pool());
     const size_t               bytes = tbq_attention_partial_bytes(a, D);
-    a.partial = bytes ? (float *) partial.alloc(bytes) : nullptr;
+    a.partial                        = bytes ? (float *) partial.alloc(bytes) : nullptr;
 
     const int  n_columns = a.n_q * (a.n_head / a.n_head_kv);
     const dim3 grid(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq);
-    ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(TBQ_ATTENTION_THREADS), smem, ctx.stream()), a);
+    ggml_cuda_kernel_launch(kernel,
+                            ggml_cuda_kernel_launch_params(grid, dim3(TBQ_ATTENTION_THREADS), smem, ctx.stream()), a);
     CUDA_CHECK(cudaGetLastError());
     if (a.n_split > 1) {
         constexpr int groups = 512 / D;
-        ggml_cuda_kernel_launch(tbq_attention_combine<D, groups, (BITS_V < 8)>,
-                                ggml_cuda_kernel_launch_params(dim3(a.n_seq * a.n_q * a.n_head), dim3(D, groups), 0, ctx.stream()), a);
+        ggml_cuda_kernel_launch(
+            tbq_attention_combine<D, groups, (BITS_V < 8)>,
+            ggml_cuda_kernel_launch_params(dim3(a.n_seq * a.n_q * a.n_head), dim3(D, groups), 0, ctx.stream()), a);
         CUDA_CHECK(cudaGetLastError());
     }
 }
 
-template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_backend_cuda_context & ctx, const tbq_attention_args & a) {
+template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_backend_cuda_context & ctx,
+                                                                          const tbq_attention_args &  a) {
     if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8) {
         tbq_attention_launch_nc<D, BITS_K, BITS_V, 8>(ctx, a);
     } else {
@@ -38,7 +42,8 @@ template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_b
     }
 }
 
-#define TBQ_ATTENTION_DECLARE(K, V) void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a)
+#define TBQ_ATTENTION_DECLARE(K, V) \
+    void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a)
 
 // Keys of K bits, values of V bits: 2, 3, 4 of tbq, 8 of q8_0, 16 of f16.  X(K, V) for every pair that has kernels.
 // clang-format off
@@ -51,12 +56,12 @@ template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_b
 #define TBQ_ATTENTION_DECLARE_ONE(K, V) TBQ_ATTENTION_DECLARE(K, V);
 TBQ_ATTENTION_PAIRS(TBQ_ATTENTION_DECLARE_ONE)
 
-#define TBQ_ATTENTION_DEFINE(K, V)                          \
-    TBQ_ATTENTION_DECLARE(K, V) {                           \
-        switch (d) {                                        \
+#define TBQ_ATTENTION_DEFINE(K, V)                                    \
+    TBQ_ATTENTION_DECLARE(K, V) {                                     \
+        switch (d) {                                                  \
             case 64: tbq_attention_launch<64, K, V>(ctx, a); break;   \
             case 128: tbq_attention_launch<128, K, V>(ctx, a); break; \
             case 256: tbq_attention_launch<256, K, V>(ctx, a); break; \
-            default: GGML_ABORT("head size %d", d);         \
-        }                                                   \
+            default: GGML_ABORT("head size %d", d);                   \
+        }                                                             \
     }

@@ -3,16 +3,20 @@
 //
 // WHY IT IS FAST
 //
-// A cache of a quarter of the bytes is read in a quarter of the time only if unpacking keeps up.  llama.cpp's vector kernel
-// unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
+// A cache of a quarter of the bytes is read in a quarter of the time only if unpacking keeps up.  llama.cpp's vector
+// kernel unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
 //
-//   - all query heads of a KV head, and several tokens, are the columns of one tensor-core tile, so a key is unpacked once.
+//   - all query heads of a KV head, and several tokens, are the columns of one tensor-core tile, so a key is unpacked
+//   once.
 //     The columns are padded to 8 or 16, because unpacking is the limit and not the tensor core;
-//   - an unpacked word is an operand of the tensor core: one or two `prmt` turn four indices into four bytes, in an order
+//   - an unpacked word is an operand of the tensor core: one or two `prmt` turn four indices into four bytes, in an
+//   order
 //     that costs nothing, because the order of a contraction is free and queries are permuted once instead;
-//   - keys are multiplied by queries as integers, so keys need no conversion.  Queries have 8 bits and one scale for 64, as
+//   - keys are multiplied by queries as integers, so keys need no conversion.  Queries have 8 bits and one scale for
+//   64, as
 //     on the CPU (docs/measurements/attention.md has the divergences);
-//   - values become bfloat16 in pairs of tokens, with one `lop3` or `prmt` and one `fma` for two.  Weights times scales are
+//   - values become bfloat16 in pairs of tokens, with one `lop3` or `prmt` and one `fma` for two.  Weights times scales
+//   are
 //     rounded to bfloat16, in whose range every such product is;
 //   - each warp runs independently: slices of 16 tokens through a ring of its own in shared memory (cp.async), its own
 //     running maximum and sums, no barrier until the end of its split of the cache.
@@ -22,17 +26,19 @@
 //     S = Q . K^T     m16n8k32, s8 . u8:  A = queries (rows g, g + 8), B = keys (column g), twice for 16 tokens
 //     O^T = V^T . P^T m16n8k16, bf16:     A = values (rows = channels), B = weights (columns = queries)
 //
-// The result of the first product holds tokens 2t, 2t + 1 of query g.  The second product needs just these as B, so weights
-// stay in their registers.  Of a block of 64 channels, lane (g, t) takes nibble words t and t + 4 of a key (tbq-block.cuh),
-// and word g of the values of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i < 4, of the output.
+// The result of the first product holds tokens 2t, 2t + 1 of query g.  The second product needs just these as B, so
+// weights stay in their registers.  Of a block of 64 channels, lane (g, t) takes nibble words t and t + 4 of a key
+// (tbq-block.cuh), and word g of the values of tokens 2t, 2t + 1, 2t + 8, 2t + 9: channels 4g + i and 4g + 32 + i, i <
+// 4, of the output.
 //
-// Everything is computed in the rotated domain: queries are rotated when they are loaded, and the output is rotated back
-// when it is written.  The order of all sums depends on the shape of the problem and the number of multiprocessors.
+// Everything is computed in the rotated domain: queries are rotated when they are loaded, and the output is rotated
+// back when it is written.  The order of all sums depends on the shape of the problem and the number of
+// multiprocessors.
 //
 // K OR V MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large key biases needs that), in the same frame.  q8_0
-// keys are bytes already, with a scale for 32 channels, and queries are rounded likewise.  q8_0 values become bfloat16, in
-// tiles of 32 channels because of their scales.  f16 is loaded with `ldmatrix`, and queries or weights are f16 for it.
-// Neither is rotated here.
+// keys are bytes already, with a scale for 32 channels, and queries are rounded likewise.  q8_0 values become bfloat16,
+// in tiles of 32 channels because of their scales.  f16 is loaded with `ldmatrix`, and queries or weights are f16 for
+// it. Neither is rotated here.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -41,38 +47,39 @@
 
 // Shapes in ggml's order.  Strides are bytes.
 struct tbq_attention_args {
-    const char * q;     // f32 [D, n_q, n_head, n_seq]
-    const char * k;     // [D, n_kv, n_head_kv, n_seq_kv] of the type that BITS_K names
-    const char * v;     // [D, n_kv, n_head_kv, n_seq_kv], BITS_V
-    const char * mask;  // f16 [n_kv, >= n_q, 1, n_seq_mask], or null
+    const char *  q;     // f32 [D, n_q, n_head, n_seq]
+    const char *  k;     // [D, n_kv, n_head_kv, n_seq_kv] of the type that BITS_K names
+    const char *  v;     // [D, n_kv, n_head_kv, n_seq_kv], BITS_V
+    const char *  mask;  // f16 [n_kv, >= n_q, 1, n_seq_mask], or null
     const float * sinks; // f32 [n_head], or null
-    float * dst;        // f32 [D, n_head, n_q, n_seq], contiguous
+    float *       dst;   // f32 [D, n_head, n_q, n_seq], contiguous
 
-    float * partial;    // tbq_attention_partial_bytes() of them, unless n_split == 1
+    float * partial; // tbq_attention_partial_bytes() of them, unless n_split == 1
 
     float scale, max_bias, logit_softcap;
 
-    int n_q, n_head, n_seq;
-    int n_kv, n_head_kv, n_seq_kv, n_seq_mask;
+    int       n_q, n_head, n_seq;
+    int       n_kv, n_head_kv, n_seq_kv, n_seq_mask;
     long long q_nb1, q_nb2, q_nb3;
     long long k_nb1, k_nb2, k_nb3;
     long long v_nb1, v_nb2, v_nb3;
     long long mask_nb1, mask_nb3;
 
     // set by tbq_attention_partition
-    int gqa;              // query heads of a KV head
-    unsigned gqa_magic;   // x / gqa = x . gqa_magic >> 32 for x < 2^32 / gqa; 0 if gqa == 1
-    int n_groups;         // tiles of columns
-    int kv_per_seq;       // sequences of queries that share one of keys
-    int n_split;          // of the cache (split-KV)
-    int slices_per_split; // of 16 tokens
+    int      gqa;              // query heads of a KV head
+    unsigned gqa_magic;        // x / gqa = x . gqa_magic >> 32 for x < 2^32 / gqa; 0 if gqa == 1
+    int      n_groups;         // tiles of columns
+    int      kv_per_seq;       // sequences of queries that share one of keys
+    int      n_split;          // of the cache (split-KV)
+    int      slices_per_split; // of 16 tokens
 };
 
 #define TBQ_ATTENTION_WARPS   8
 #define TBQ_ATTENTION_SLICE   16
 #define TBQ_ATTENTION_THREADS (32 * TBQ_ATTENTION_WARPS)
 
-// Bytes of 64 values of a K or V tensor by bits: 2, 3, 4: tbq; 8: two blocks of q8_0, each a half and 32 bytes; 16: f16.
+// Bytes of 64 values of a K or V tensor by bits: 2, 3, 4: tbq; 8: two blocks of q8_0, each a half and 32 bytes; 16:
+// f16.
 constexpr __host__ __device__ int tbq_attention_block(int bits) {
     return bits == 16 ? 128 : bits == 8 ? 68 : tbq_block_bytes(bits);
 }
@@ -108,11 +115,12 @@ constexpr __host__ __device__ int tbq_attention_row(int d) {
     return d + 4;
 }
 
-// The rings, and later the results of four warps in the same place.  One word more, because a word that may cross a boundary
-// is read as two.
+// The rings, and later the results of four warps in the same place.  One word more, because a word that may cross a
+// boundary is read as two.
 constexpr __host__ __device__ int tbq_attention_smem(int d, int bits_k, int bits_v, int nc) {
-    const int rings = TBQ_ATTENTION_WARPS * tbq_attention_stages(bits_k, bits_v) * TBQ_ATTENTION_SLICE *
-                          (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) + 16;
+    const int rings   = TBQ_ATTENTION_WARPS * tbq_attention_stages(bits_k, bits_v) * TBQ_ATTENTION_SLICE *
+                            (tbq_attention_pitch(d, bits_k) + tbq_attention_pitch(d, bits_v)) +
+                        16;
     const int results = TBQ_ATTENTION_WARPS / 2 * nc * tbq_attention_row(d) * 4;
     return rings > results ? rings : results;
 }
@@ -127,8 +135,8 @@ static inline int tbq_attention_columns(int n_columns) {
     return n_columns <= 8 ? 8 : 16;
 }
 
-// How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at least
-// two slices.  n_resident: CTAs that run at the same time.
+// How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at
+// least two slices.  n_resident: CTAs that run at the same time.
 static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
     a.gqa               = a.n_head / a.n_head_kv;
     a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
@@ -155,12 +163,14 @@ static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, i
 
 #define TBQ_LOG2E 1.4426950408889634f
 
-// --- instructions -----------------------------------------------------------------------------------------------------
+// --- instructions
+// -----------------------------------------------------------------------------------------------------
 
 // Without a branch: every lane of the warp comes here with its own answer.
 static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(on), "r"(smem), "l"(global));
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(on),
+                 "r"(smem), "l"(global));
 #else
     (void) on, (void) smem, (void) global;
 #endif
@@ -186,7 +196,8 @@ template <int N> static __device__ __forceinline__ void tbq_cp_async_wait() {
 #endif
 }
 
-static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                     const int (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -194,7 +205,8 @@ static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t
 #endif
 }
 
-static __device__ __forceinline__ void tbq_mma_s8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int c) {
+static __device__ __forceinline__ void tbq_mma_s8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                     int c) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -214,14 +226,18 @@ static __device__ __forceinline__ void tbq_mma_f16(float (&d)[4], const uint32_t
 static __device__ __forceinline__ void tbq_ldmatrix(uint32_t (&r)[4], const void * row) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t) __cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
 static __device__ __forceinline__ void tbq_ldmatrix_transposed(uint32_t (&r)[4], const void * row) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t) __cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -244,11 +260,14 @@ static __device__ __forceinline__ uint32_t tbq_bf16_levels(uint32_t biased) {
     return r;
 }
 
-// Signed bytes in the low halves of both words: the lower 7 bits under the exponent of 128, less 128 or 256 as the top bit says.
+// Signed bytes in the low halves of both words: the lower 7 bits under the exponent of 128, less 128 or 256 as the top
+// bit says.
 static __device__ __forceinline__ uint32_t tbq_bf16_bytes(uint32_t x) {
     uint32_t r;
 #if __CUDA_ARCH__ >= 800
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"((x & 0x007F007Fu) | 0x43004300u), "r"(0x3F803F80u), "r"((x & 0x00800080u) | 0xC300C300u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(r)
+        : "r"((x & 0x007F007Fu) | 0x43004300u), "r"(0x3F803F80u), "r"((x & 0x00800080u) | 0xC300C300u));
 #else
     r = x;
 #endif
@@ -312,20 +331,21 @@ template <int D, int BITS> struct tbq_cache_reader {
     int          nb1;    // bytes from one token to the next
     bool         wide;   // every row starts at the same place of a unit
 
-    // The units of a slice are in a line, row after row, and neighboring lanes copy neighboring units, so the units of a row in
-    // one cache line are one request.  (With two lanes for each row, the number of requests was the limit.)
+    // The units of a slice are in a line, row after row, and neighboring lanes copy neighboring units, so the units of
+    // a row in one cache line are one request.  (With two lanes for each row, the number of requests was the limit.)
     __device__ __forceinline__ tbq_cache_reader(const char * row0, long long stride, int first_slice, int lane) {
         const char * slice = row0 + (long long) first_slice * TBQ_ATTENTION_SLICE * stride;
-        wide   = stride % 16 == 0;
-        nb1    = (int) stride;
-        offset = (int) ((size_t) row0 & (wide ? 15 : 3));
-        odd    = ALIGN == 2 && !wide ? nb1 & 2 : 0;
-        step   = stride * (TBQ_ATTENTION_SLICE * TBQ_ATTENTION_WARPS);
-        units  = 0;
+        wide               = stride % 16 == 0;
+        nb1                = (int) stride;
+        offset             = (int) ((size_t) row0 & (wide ? 15 : 3));
+        odd                = ALIGN == 2 && !wide ? nb1 & 2 : 0;
+        step               = stride * (TBQ_ATTENTION_SLICE * TBQ_ATTENTION_WARPS);
+        units              = 0;
         if (wide) {
             for (int i = 0; i < TRIPS; i++) {
                 const int unit = lane + 32 * i;
-                units |= (uint32_t) (unit < TBQ_ATTENTION_SLICE * UNITS && unit % UNITS * 16 < offset + NB * BYTES) << i;
+                units |= (uint32_t) (unit < TBQ_ATTENTION_SLICE * UNITS && unit % UNITS * 16 < offset + NB * BYTES)
+                         << i;
             }
             to   = lane / UNITS * PITCH + lane % UNITS * 16;
             from = slice - offset + lane / UNITS * stride + lane % UNITS * 16;
@@ -379,13 +399,9 @@ template <int D, int BITS> struct tbq_cache_reader {
     }
 
     // Where in a block's qs and qh the lane with nibble word w reads.
-    static __device__ __forceinline__ int qs_at(int w) {
-        return 4 * (BITS == 2 || BITS == 3 ? w % 4 : w);
-    }
+    static __device__ __forceinline__ int qs_at(int w) { return 4 * (BITS == 2 || BITS == 3 ? w % 4 : w); }
 
-    static __device__ __forceinline__ int qh_at(int w) {
-        return 4 * (w % 2);
-    }
+    static __device__ __forceinline__ int qh_at(int w) { return 4 * (w % 2); }
 
     // h: which half of the 64 channels; only those of q8_0 differ
     static __device__ __forceinline__ float scale(const char * row, int b, int h = 0) {
@@ -395,17 +411,17 @@ template <int D, int BITS> struct tbq_cache_reader {
 
 // --- the kernel -----------------------------------------------------------------------------------------------------
 
-// Ends an output row, a block for each warp: sink, division, rotation back, store.  m, l: its maximum and the sum of its
-// weights.
+// Ends an output row, a block for each warp: sink, division, rotation back, store.  m, l: its maximum and the sum of
+// its weights.
 template <bool ROTATED>
-static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l, const float * sink,
-                                                           int b, int lane) {
+static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l,
+                                                           const float * sink, int b, int lane) {
     if (sink) {
-        const float s   = *sink * TBQ_LOG2E;
+        const float s      = *sink * TBQ_LOG2E;
         const float larger = fmaxf(m, s);
-        const float f   = tbq_exp2(m - larger);
-        l               = l * f + tbq_exp2(s - larger);
-        m               = f;
+        const float f      = tbq_exp2(m - larger);
+        l                  = l * f + tbq_exp2(s - larger);
+        m                  = f;
     } else {
         m = 1.0f;
     }
@@ -421,12 +437,13 @@ static __device__ __forceinline__ void tbq_attention_store(float * dst, const fl
 
 // grid: (splits, tiles of columns times KV heads, sequences)
 template <int D, int BITS_K, int BITS_V, int NC>
-__global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) tbq_attention(const tbq_attention_args a) {
+__global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
+    tbq_attention(const tbq_attention_args a) {
 #if __CUDA_ARCH__ >= 800
-    using reader_k = tbq_cache_reader<D, BITS_K>;
-    using reader_v = tbq_cache_reader<D, BITS_V>;
-    constexpr int NB     = D / 64;  // blocks of a row
-    constexpr int NG     = NC / 8;  // groups of 8 columns
+    using reader_k       = tbq_cache_reader<D, BITS_K>;
+    using reader_v       = tbq_cache_reader<D, BITS_V>;
+    constexpr int NB     = D / 64; // blocks of a row
+    constexpr int NG     = NC / 8; // groups of 8 columns
     constexpr int WARPS  = TBQ_ATTENTION_WARPS;
     constexpr int SLICE  = TBQ_ATTENTION_SLICE;
     constexpr int STAGES = tbq_attention_stages(BITS_K, BITS_V);
@@ -447,15 +464,15 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
     extern __shared__ __align__(16) char smem[];
-    constexpr int QROW = tbq_attention_query(D, BITS_K);
-    constexpr int NS   = BITS_K == 8 ? 2 : 1; // scales of a query for 64 channels
-    __shared__ __align__(16) int8_t q8[NC][QROW]; // in the order in which operand A takes them
-    __shared__ float   q_scale[NC][NB * NS];
-    __shared__ int     q_sum[NC][NB];
-    __shared__ uint32_t hidden[TBQ_N_HIDDEN];
-    __shared__ float    max_of[WARPS][NC];
-    __shared__ float    sum_of[WARPS][NC];
-    __shared__ float    factor_of[WARPS][NC];
+    constexpr int                        QROW = tbq_attention_query(D, BITS_K);
+    constexpr int                        NS   = BITS_K == 8 ? 2 : 1; // scales of a query for 64 channels
+    __shared__ __align__(16) int8_t q8[NC][QROW];                    // in the order in which operand A takes them
+    __shared__ float                q_scale[NC][NB * NS];
+    __shared__ int                  q_sum[NC][NB];
+    __shared__ uint32_t             hidden[TBQ_N_HIDDEN];
+    __shared__ float                max_of[WARPS][NC];
+    __shared__ float                sum_of[WARPS][NC];
+    __shared__ float                factor_of[WARPS][NC];
 
     // A ring of this warp alone.
     char * const   ring      = smem + warp * STAGES * STAGE;
@@ -517,7 +534,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         if constexpr (BITS_K < 8) {
             tbq_rotate_warp(lo, hi, lane);
         }
-        // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the rounding
+        // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the
+        // rounding
         uint32_t bits_lo = __float_as_uint(lo) & 0x7FFFFFFFu, bits_hi = __float_as_uint(hi) & 0x7FFFFFFFu;
         if constexpr (NS == 1) {
             bits_lo = bits_hi = __reduce_max_sync(TBQ_WARP_ALL, max(bits_lo, bits_hi));
@@ -525,8 +543,12 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
             bits_lo = __reduce_max_sync(TBQ_WARP_ALL, bits_lo);
             bits_hi = __reduce_max_sync(TBQ_WARP_ALL, bits_hi);
         }
-        auto inverse = [](uint32_t bits) { return bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f; };
-        auto scale   = [&](uint32_t bits) { return bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * q_factor; };
+        auto inverse = [](uint32_t bits) {
+            return bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f;
+        };
+        auto scale = [&](uint32_t bits) {
+            return bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * q_factor;
+        };
         const float inverse_lo = inverse(bits_lo);
         const int   qlo        = __float2int_rn(lo * inverse_lo);
         const int   qhi        = __float2int_rn(hi * (NS == 1 ? inverse_lo : inverse(bits_hi)));
@@ -539,7 +561,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         } else {
             // word 2 w + h: channels 4w + 2h, 4w + 2h + 32, 4w + 2h + 1, 4w + 2h + 33
             *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
-            const int sum = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
+            const int sum                        = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
             if (lane == 0) {
                 q_scale[c][b] = scale(bits_lo);
                 q_sum[c][b]   = sum;
@@ -555,9 +577,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     // Operand A of the first product, and what the bias of the keys' bytes adds to it: an integer sum minus that, put
     // into the mantissa of 1.5 . 2^23, reads as a float.
     constexpr int FLOAT_ZERO = 0x4B400000;
-    uint32_t qa[NB][2][4];
-    float    dq[NB * NS][NG];
-    int      start[NB][NG];
+    uint32_t      qa[NB][2][4];
+    float         dq[NB * NS][NG];
+    int           start[NB][NG];
 #pragma unroll
     for (int b = 0; BITS_K <= 8 && b < NB; b++) {
 #pragma unroll
@@ -584,8 +606,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #pragma unroll
     for (int n = 0; n < NG; n++) {
         const int col = min(first_col + g + 8 * n, n_columns - 1);
-        mask[n]       = a.mask ? (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3) : nullptr;
-        slope[n]      = tbq_alibi_slope(a.max_bias, head_of(col), a.n_head) * TBQ_LOG2E;
+        mask[n] =
+            a.mask ? (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3) : nullptr;
+        slope[n] = tbq_alibi_slope(a.max_bias, head_of(col), a.n_head) * TBQ_LOG2E;
     }
 
     float acc[NG][NB][4][4];
@@ -602,18 +625,20 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 
     // What this lane reads of a stage, in bytes from its start.  Keys: the words of token g (and g + 8, a constant
     // further), and the scales of tokens 2t, 2t + 1.  Values: words and scales of tokens 2t, 2t + 1.
-    const int k_row   = g * reader_k::PITCH + (keys.offset ^ (g & 1 ? keys.odd : 0));
-    const int k_qs    = k_row + reader_k::qs_at(t);
-    const int k_qh    = k_row + reader_k::qh_at(t);
-    const int k_d[2]  = { 2 * t * reader_k::PITCH + keys.offset, (2 * t + 1) * reader_k::PITCH + (keys.offset ^ keys.odd) };
-    const int v_base  = SLICE * reader_k::PITCH;
-    const int v_d[2]  = { v_base + 2 * t * reader_v::PITCH + values.offset, v_base + (2 * t + 1) * reader_v::PITCH + (values.offset ^ values.odd) };
-    const int v_qs    = reader_v::qs_at(g);
-    const int v_qh    = reader_v::qh_at(g);
+    const int k_row  = g * reader_k::PITCH + (keys.offset ^ (g & 1 ? keys.odd : 0));
+    const int k_qs   = k_row + reader_k::qs_at(t);
+    const int k_qh   = k_row + reader_k::qh_at(t);
+    const int k_d[2] = { 2 * t * reader_k::PITCH + keys.offset,
+                         (2 * t + 1) * reader_k::PITCH + (keys.offset ^ keys.odd) };
+    const int v_base = SLICE * reader_k::PITCH;
+    const int v_d[2] = { v_base + 2 * t * reader_v::PITCH + values.offset,
+                         v_base + (2 * t + 1) * reader_v::PITCH + (values.offset ^ values.odd) };
+    const int v_qs   = reader_v::qs_at(g);
+    const int v_qh   = reader_v::qh_at(g);
 
     // A pair of the mask's halves is one load where it can be.
-    const bool pairs = ((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 4 == 0;
-    auto mask_of = [&](int n, int token) -> uint32_t {
+    const bool pairs   = ((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 4 == 0;
+    auto       mask_of = [&](int n, int token) -> uint32_t {
         constexpr uint32_t hide = 0xFC00; // -inf, for tokens past the last
         if (token + 1 < a.n_kv) {
             if (!mask[n]) {
@@ -640,7 +665,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         for (int n = 0; n < NG; n++) {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const float2 x = __half22float2(*(const half2 *) &mask_ahead[n][j]);
+                const float2 x     = __half22float2(*(const half2 *) &mask_ahead[n][j]);
                 bias[n][2 * j + 0] = x.x;
                 bias[n][2 * j + 1] = x.y;
                 seen |= x.x != -INFINITY || x.y != -INFINITY;
@@ -660,7 +685,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
             __syncwarp();
         }
         char * const rows = ring + stage * STAGE;
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
+        stage             = stage == STAGES - 1 ? 0 : stage + 1;
 
         if (!__any_sync(TBQ_WARP_ALL, seen)) {
             continue; // hidden from every column: other sequences, or not written yet
@@ -670,7 +695,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         float s[NG][4];
         if constexpr (BITS_K == 16) {
             // tile i of what a lane names: row lane % 8 of channels 32 c + 8 i
-            const int at = lane % 8 * reader_k::PITCH + lane / 8 * 16;
+            const int at      = lane % 8 * reader_k::PITCH + lane / 8 * 16;
             float     c[2][4] = {};
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
@@ -709,10 +734,12 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                         }
                     } else {
                         const uint32_t qs = reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET);
-                        const uint32_t q4 = BITS_K == 4 ? reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET + 16) : qs;
-                        const uint32_t qh = BITS_K == 3 ? reader_k::word(rows + k_qh + half * HALF, b, TBQ_QH_OFFSET) : 0;
-                        const uint2    w0 = k_levels(tbq_nibbles<BITS_K>(qs, qh, t));
-                        const uint2    w1 = k_levels(tbq_nibbles<BITS_K>(q4, qh, t + 4));
+                        const uint32_t q4 =
+                            BITS_K == 4 ? reader_k::word(rows + k_qs + half * HALF, b, TBQ_QS_OFFSET + 16) : qs;
+                        const uint32_t qh =
+                            BITS_K == 3 ? reader_k::word(rows + k_qh + half * HALF, b, TBQ_QH_OFFSET) : 0;
+                        const uint2 w0 = k_levels(tbq_nibbles<BITS_K>(qs, qh, t));
+                        const uint2 w1 = k_levels(tbq_nibbles<BITS_K>(q4, qh, t + 4));
                         tbq_mma_s8_u8(c[0], qa[b][0], w0.x, w0.y, { 0, 0, 0, 0 });
                         tbq_mma_s8_u8(c[0], qa[b][1], w1.x, w1.y, c[0]);
                     }
@@ -723,7 +750,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                             const float d = reader_k::scale(rows + k_d[j] + half * HALF, b, h);
 #pragma unroll
                             for (int n = 0; n < NG; n++) {
-                                const float x = __int_as_float(c[h][2 * n + j] + (BITS_K == 8 ? 0 : start[b][n])) - 12582912.0f;
+                                const float x =
+                                    __int_as_float(c[h][2 * n + j] + (BITS_K == 8 ? 0 : start[b][n])) - 12582912.0f;
                                 const float f = d * dq[b * NS + h][n];
                                 float &     y = s[n][2 * half + j];
                                 y             = b == 0 && h == 0 ? x * f : y + x * f;
@@ -735,8 +763,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
         }
 
         constexpr int NV = BITS_V == 8 ? 2 : 1; // scales of a value for 64 channels
-        float d_v[NB * NV][4];
-        float d_sum = 0.0f;
+        float         d_v[NB * NV][4];
+        float         d_sum = 0.0f;
 #pragma unroll
         for (int b = 0; BITS_V <= 8 && b < NB * NV; b++) {
 #pragma unroll
@@ -799,7 +827,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 
         // Weights of the four tokens times their scales of number b.
         uint32_t pb[NG][2];
-        auto weigh = [&](int b) {
+        auto     weigh = [&](int b) {
 #pragma unroll
             for (int n = 0; n < NG; n++) {
                 float w[4];
@@ -849,7 +877,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                 uint32_t word[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    word[j] = reader_v::word(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH + v_qs, b / 2, b % 2 * 34 + 2);
+                    word[j] =
+                        reader_v::word(rows + v_d[j % 2] + j / 2 * 8 * reader_v::PITCH + v_qs, b / 2, b % 2 * 34 + 2);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -879,8 +908,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
                 uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    // byte i of both tokens next to each other: the four indices that a look-up takes are then channel 4g + i
-                    // and 4g + 32 + i of one token and of the other
+                    // byte i of both tokens next to each other: the four indices that a look-up takes are then channel
+                    // 4g + i and 4g + 32 + i of one token and of the other
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const uint32_t x  = tbq_prmt(word[2 * pair], word[2 * pair + 1], h == 0 ? 0x5140 : 0x7362);
@@ -916,7 +945,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     }
     __syncthreads(); // the rings are free now
     if (threadIdx.x < NC) {
-        const int c     = threadIdx.x;
+        const int c       = threadIdx.x;
         float     row_max = max_of[0][c];
         float     row_sum = 0.0f;
         for (int w = 1; w < WARPS; w++) {
@@ -932,7 +961,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
     }
     __syncthreads();
 
-    constexpr int ROW = tbq_attention_row(D);
+    constexpr int ROW  = tbq_attention_row(D);
     float * const sums = (float *) smem + (warp % (WARPS / 2)) * NC * ROW;
 #pragma unroll 1
     for (int round = 0; round < 2; round++) {
@@ -956,7 +985,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 #pragma unroll
                         for (int r = 0; r < 4; r++) {
                             // where channel 4g + r of these 32 is
-                            x[r] = f * (BITS_V == 8 ? acc[n][i / 2][i % 2 * 2 + r / 2][r % 2 * 2 + j] : acc[n][i / 2][r][i % 2 * 2 + j]);
+                            x[r] = f * (BITS_V == 8 ? acc[n][i / 2][i % 2 * 2 + r / 2][r % 2 * 2 + j]
+                                                    : acc[n][i / 2][r][i % 2 * 2 + j]);
                         }
                         if (round == 1) {
                             const float4 y = *to;
@@ -976,23 +1006,24 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 
 #pragma unroll 1
     for (int i = warp; i < n_cols * NB; i += WARPS) {
-        const int   c     = i / NB;
-        const int   b     = i % NB;
-        const int   col   = first_col + c;
-        const float row_max   = max_of[0][c];
-        const float row_sum = sum_of[0][c];
-        float * const sum0 = (float *) smem + c * ROW;
+        const int     c       = i / NB;
+        const int     b       = i % NB;
+        const int     col     = first_col + c;
+        const float   row_max = max_of[0][c];
+        const float   row_sum = sum_of[0][c];
+        float * const sum0    = (float *) smem + c * ROW;
 #pragma unroll
         for (int x = 0; x < 2; x++) {
             float * p = sum0 + 64 * b + 32 * x + lane;
-            *p = (p[0] + p[NC * ROW]) + (p[2 * NC * ROW] + p[3 * NC * ROW]);
+            *p        = (p[0] + p[NC * ROW]) + (p[2 * NC * ROW] + p[3 * NC * ROW]);
         }
         const int       head = head_of(col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
         if (a.n_split == 1) {
-            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, row_max, row_sum, a.sinks ? a.sinks + head : nullptr, b, lane);
+            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, row_max, row_sum,
+                                              a.sinks ? a.sinks + head : nullptr, b, lane);
         } else {
-            float * to = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
+            float * to             = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
             to[64 * b + lane]      = sum0[64 * b + lane];
             to[64 * b + lane + 32] = sum0[64 * b + lane + 32];
             if (b == 0 && lane == 0) {
@@ -1007,7 +1038,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D *NC <= 1024 ? 2 : 1) 
 }
 
 // Merges the splits of a row, rotates it back and stores it.  grid: (rows); block: (D, groups)
-template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *GROUPS) tbq_attention_combine(const tbq_attention_args a) {
+template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D * GROUPS)
+    tbq_attention_combine(const tbq_attention_args a) {
     const int       d    = threadIdx.x;
     const int       grp  = threadIdx.y;
     const long long row  = blockIdx.x;
@@ -1048,7 +1080,8 @@ template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *
     sums[0][d] = sum;
     asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // the threads of group 0
     if (d / 32 < D / 64) {
-        tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], row_max, row_sum, a.sinks ? a.sinks + head : nullptr, d / 32, d % 32);
+        tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], row_max, row_sum, a.sinks ? a.sinks + head : nullptr,
+                                     d / 32, d % 32);
     }
 }
 

@@ -28,8 +28,8 @@ struct tbq_index4 {
     long long i0, i1, i2, i3;
 };
 
-// The shape of such a tensor.  ne[0] counts blocks.  s[k - 1] is the distance between neighbors in dimension k, in bytes or
-// in elements, as the user of the struct says.
+// The shape of such a tensor.  ne[0] counts blocks.  s[k - 1] is the distance between neighbors in dimension k, in
+// bytes or in elements, as the user of the struct says.
 struct tbq_rows {
     long long ne[4];
     long long s[3];
@@ -50,10 +50,9 @@ struct tbq_rows {
 
 // --- levels ---------------------------------------------------------------------------------------------------
 
-// Byte n of a table is level n + 64.  With this bias every entry is below 128, so a `prmt` whose selector has its top bit
-// set, which replicates the sign, gives 0.  One instruction looks four indices up, and gives 0 for indices in the other half
-// of a table of 16.
-// Returns word i of the table.
+// Byte n of a table is level n + 64.  With this bias every entry is below 128, so a `prmt` whose selector has its top
+// bit set, which replicates the sign, gives 0.  One instruction looks four indices up, and gives 0 for indices in the
+// other half of a table of 16. Returns word i of the table.
 template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i) {
     constexpr int8_t levels[3][16] = { TBQ2_LEVELS, TBQ3_LEVELS, TBQ4_LEVELS };
     uint32_t         word          = 0;
@@ -86,8 +85,8 @@ static __device__ __forceinline__ uint2 tbq_lookup(uint32_t nibbles, uint32_t t0
     }
 }
 
-// A `prmt` takes one of its three operands as an immediate, so of a larger table the other words must be in registers.  A
-// compiler that knows their values moves them there for every use, which was a third of all instructions.  Where this
+// A `prmt` takes one of its three operands as an immediate, so of a larger table the other words must be in registers.
+// A compiler that knows their values moves them there for every use, which was a third of all instructions.  Where this
 // matters, the words are read from shared memory, where the compiler does not know them.
 #define TBQ_N_HIDDEN 5
 static __device__ __forceinline__ uint32_t tbq_hidden_constant(int i) {
@@ -104,16 +103,17 @@ template <int BITS> struct tbq_lookup_table {
     uint32_t t0, t2;
 
     // hidden: the constants above, in shared memory
-    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden) : t0(BITS <= 4 ? hidden[BITS] : 0), t2(BITS == 4 ? hidden[1] : 0) {}
+    __device__ __forceinline__ explicit tbq_lookup_table(const uint32_t * hidden)
+        : t0(BITS <= 4 ? hidden[BITS] : 0), t2(BITS == 4 ? hidden[1] : 0) {}
 
     __device__ __forceinline__ uint2 operator()(uint32_t nibbles) const { return tbq_lookup<BITS>(nibbles, t0, t2); }
 };
 
 // --- unpacking ------------------------------------------------------------------------------------------------
 
-// A block has eight "nibble words", the same for every type.  In word w, nibble 2 i is the index of value 4 w + i, and nibble
-// 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 these are the words of qs.  For the other types word w is made from
-// bytes 4 (w & 3) .. of qs, shifted by two bits for w >= 4, and from the high bits in qh.
+// A block has eight "nibble words", the same for every type.  In word w, nibble 2 i is the index of value 4 w + i, and
+// nibble 2 i + 1 that of value 4 w + i + 32 (i < 4).  For tbq4_0 these are the words of qs.  For the other types word w
+// is made from bytes 4 (w & 3) .. of qs, shifted by two bits for w >= 4, and from the high bits in qh.
 //
 // `qs` is word w of qs for tbq4_0, else word w & 3; `qh` is word w & 1 of qh.
 template <int BITS> static __device__ __forceinline__ uint32_t tbq_nibbles(uint32_t qs, uint32_t qh, int w) {
@@ -136,12 +136,12 @@ static __device__ __forceinline__ void tbq_butterflies(float & lo, float & hi, i
     for (int h = 1; h < 32; h *= 2) {
         const float a = __shfl_xor_sync(TBQ_WARP_ALL, lo, h);
         const float b = __shfl_xor_sync(TBQ_WARP_ALL, hi, h);
-        lo = lane & h ? a - lo : a + lo;
-        hi = lane & h ? b - hi : b + hi;
+        lo            = lane & h ? a - lo : a + lo;
+        hi            = lane & h ? b - hi : b + hi;
     }
     const float sum = lo + hi;
-    hi = lo - hi;
-    lo = sum;
+    hi              = lo - hi;
+    lo              = sum;
 }
 
 static __device__ __forceinline__ float tbq_flip(float x, int i) {

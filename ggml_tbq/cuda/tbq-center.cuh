@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Mean-centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode, a launch of its own for
-// SUB took 2.5 % of the time of a 7B model with an empty cache.
+// Mean-centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode, a launch of its
+// own for SUB took 2.5 % of the time of a 7B model with an empty cache.
 #pragma once
 
 #include "ggml-cuda/cpy-utils.cuh"
@@ -8,15 +8,15 @@
 // Rows of keys, their mean, and where they go.
 struct tbq_center_args {
     const float * src;
-    const float * mean;    // ne0 blocks of values
+    const float * mean; // ne0 blocks of values
     char *        dst;
-    const void *  ids;     // row i becomes row ids[i]
+    const void *  ids; // row i becomes row ids[i]
     int           ids_64;
-    long long     ids_s0;  // elements
-    long long     ne0;     // blocks of a row
-    long long     n;       // blocks of all rows
-    long long     s1;      // elements between rows of the source
-    long long     nb1;     // bytes between rows of the destination
+    long long     ids_s0; // elements
+    long long     ne0;    // blocks of a row
+    long long     n;      // blocks of all rows
+    long long     s1;     // elements between rows of the source
+    long long     nb1;    // bytes between rows of the destination
 };
 
 #define TBQ_CENTER_THREADS 64
@@ -27,7 +27,7 @@ template <typename block_t, int QK, void (*quantize)(const float *, block_t *)>
 static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(const tbq_center_args a) {
     const long long i     = (long long) blockIdx.x * TBQ_CENTER_THREADS + threadIdx.x;
     const long long block = i % a.ne0, row = i / a.ne0;
-    const bool      here  = i < a.n;
+    const bool      here = i < a.n;
 
     float4 x[QK / 4]; // the mean first: it does not depend on the previous grid (see tbq_center)
 #pragma unroll
@@ -36,7 +36,8 @@ static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(con
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
     if (!here) {
         return;
@@ -46,10 +47,10 @@ static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(con
 #pragma unroll
     for (int j = 0; j < QK / 4; j++) {
         const float4 k = ((const float4 *) src)[j];
-        v[4 * j + 0] = __fsub_rn(k.x, x[j].x);
-        v[4 * j + 1] = __fsub_rn(k.y, x[j].y);
-        v[4 * j + 2] = __fsub_rn(k.z, x[j].z);
-        v[4 * j + 3] = __fsub_rn(k.w, x[j].w);
+        v[4 * j + 0]   = __fsub_rn(k.x, x[j].x);
+        v[4 * j + 1]   = __fsub_rn(k.y, x[j].y);
+        v[4 * j + 2]   = __fsub_rn(k.z, x[j].z);
+        v[4 * j + 3]   = __fsub_rn(k.w, x[j].w);
     }
     const long long to = a.ids_64 ? ((const long long *) a.ids)[row * a.ids_s0] : ((const int *) a.ids)[row * a.ids_s0];
     quantize(v, (block_t *) (a.dst + to * a.nb1) + block);

@@ -11,7 +11,10 @@
 
 // Bits of an index, of a q8_0 or an f16 value; 0 for other types.
 static int kv_bits(ggml_type type) {
-    return ggml_is_tbq(type) ? 2 + type - GGML_TYPE_TBQ2_0 : type == GGML_TYPE_Q8_0 ? 8 : type == GGML_TYPE_F16 ? 16 : 0;
+    return ggml_is_tbq(type)        ? 2 + type - GGML_TYPE_TBQ2_0
+           : type == GGML_TYPE_Q8_0 ? 8
+           : type == GGML_TYPE_F16  ? 16
+                                    : 0;
 }
 
 // f(std::integral_constant<int, bits>)
@@ -33,13 +36,14 @@ static dim3 grid_for(int64_t n_threads, int block) {
 // The shape of one tensor in blocks, and the strides of another (or of the same) in units of so many bytes.
 static tbq_rows rows_of(const ggml_tensor * shape, const ggml_tensor * strides, size_t unit) {
     const auto stride = [&](int i) { return (long long) (strides->nb[i] / unit); };
-    return { { shape->ne[0] / TBQ_BLOCK, shape->ne[1], shape->ne[2], shape->ne[3] }, { stride(1), stride(2), stride(3) } };
+    return { { shape->ne[0] / TBQ_BLOCK, shape->ne[1], shape->ne[2], shape->ne[3] },
+             { stride(1), stride(2), stride(3) } };
 }
 
 // --- values to blocks ---------------------------------------------------------------------------------------------
 
-// Few enough blocks for the multiprocessors to take at once: those of the tokens of a decode step.  (__reduce_max_sync needs
-// sm_80.)
+// Few enough blocks for the multiprocessors to take at once: those of the tokens of a decode step.  (__reduce_max_sync
+// needs sm_80.)
 static bool is_decode_size(const tbq_encode_args & a) {
     const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
     return a.from.n_blocks() <= 512 && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
@@ -50,14 +54,17 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
     if (n == 0) {
         return;
     }
-    const bool decode_size = is_decode_size(a);
+    const bool                           decode_size = is_decode_size(a);
     const ggml_cuda_kernel_launch_params launch(decode_size ? dim3((unsigned) n) : grid_for(16 * n, TBQ_ENCODE_THREADS),
-                                                dim3(decode_size ? TBQ_DECODE_SIZE_THREADS : TBQ_ENCODE_THREADS), 0, stream);
+                                                dim3(decode_size ? TBQ_DECODE_SIZE_THREADS : TBQ_ENCODE_THREADS), 0,
+                                                stream);
     dispatch_bits(type, [&](auto bits) {
         if (half_source) {
-            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, half> : tbq_quantize_rows<bits, half>, launch, a);
+            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, half> : tbq_quantize_rows<bits, half>,
+                                    launch, a);
         } else {
-            ggml_cuda_kernel_launch(decode_size ? tbq_quantize_decode_size<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
+            ggml_cuda_kernel_launch(
+                decode_size ? tbq_quantize_decode_size<bits, float> : tbq_quantize_rows<bits, float>, launch, a);
         }
     });
     CUDA_CHECK(cudaGetLastError());
@@ -66,10 +73,10 @@ static void encode(ggml_type type, bool half_source, const tbq_encode_args & a, 
 // src: f32 or f16, dst: tbq, of the same sizes but for the rows
 static tbq_encode_args encode_args(const ggml_tensor * src, const ggml_tensor * dst) {
     tbq_encode_args a = {};
-    a.src  = src->data;
-    a.dst  = (char *) dst->data;
-    a.from = rows_of(src, src, ggml_type_size(src->type));
-    a.to   = rows_of(src, dst, 1);
+    a.src             = src->data;
+    a.dst             = (char *) dst->data;
+    a.from            = rows_of(src, src, ggml_type_size(src->type));
+    a.to              = rows_of(src, dst, 1);
     return a;
 }
 
@@ -77,16 +84,16 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
     const ggml_tensor * ids = dst->src[1];
     const size_t        ti  = ggml_type_size(ids->type);
     tbq_encode_args     a   = encode_args(dst->src[0], dst);
-    a.ids     = ids->data;
-    a.ids_64  = ids->type == GGML_TYPE_I64;
-    a.ids_ne1 = ids->ne[1];
-    a.ids_ne2 = ids->ne[2];
-    a.ids_s0  = ids->nb[0] / ti;
-    a.ids_s1  = ids->nb[1] / ti;
-    a.ids_s2  = ids->nb[2] / ti;
+    a.ids                   = ids->data;
+    a.ids_64                = ids->type == GGML_TYPE_I64;
+    a.ids_ne1               = ids->ne[1];
+    a.ids_ne2               = ids->ne[2];
+    a.ids_s0                = ids->nb[0] / ti;
+    a.ids_s1                = ids->nb[1] / ti;
+    a.ids_s2                = ids->nb[2] / ti;
     // centered keys: ggml_tbq/llama/llama-center.cpp
-    a.mean    = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
-    a.weight  = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
+    a.mean   = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
+    a.weight = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
     return a;
 }
 
@@ -103,8 +110,8 @@ static bool rope_args(const ggml_tensor * rope, tbq_rope_args & r) {
     const ggml_tensor * x      = rope->src[0];
     const int32_t *     params = (const int32_t *) rope->op_params;
     const int           n_dims = params[1], mode = params[2], n_ctx_orig = params[4], n_offs = params[15];
-    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 || x->type != GGML_TYPE_F32 ||
-        x->nb[0] != sizeof(float) || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0) {
+    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 ||
+        x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0) {
         return false;
     }
     float freq_base, beta_fast, beta_slow, corr[2];
@@ -162,24 +169,25 @@ static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
     const center_kernel kernel = center_kernel_of(dst->type);
     auto aligned = [](const void * p, size_t stride) { return ((uintptr_t) p | stride) % sizeof(float4) == 0; };
     if (dst->op != GGML_OP_SET_ROWS || dst->src[0] != sub || !(dst->flags & GGML_TENSOR_FLAG_COMPUTE) || !kernel ||
-        x->type != GGML_TYPE_F32 || mean->type != GGML_TYPE_F32 || sub->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
-        mean->nb[0] != sizeof(float) || mean->ne[0] != x->ne[0] || ggml_nrows(mean) != 1 || x->ne[2] * x->ne[3] != 1 || ggml_is_empty(x) ||
-        !aligned(x->data, x->nb[1]) || !aligned(mean->data, 0)) {
+        x->type != GGML_TYPE_F32 || mean->type != GGML_TYPE_F32 || sub->type != GGML_TYPE_F32 ||
+        x->nb[0] != sizeof(float) || mean->nb[0] != sizeof(float) || mean->ne[0] != x->ne[0] || ggml_nrows(mean) != 1 ||
+        x->ne[2] * x->ne[3] != 1 || ggml_is_empty(x) || !aligned(x->data, x->nb[1]) || !aligned(mean->data, 0)) {
         return 0;
     }
     const ggml_tensor * ids = dst->src[1];
     tbq_center_args     a   = {};
-    a.src    = (const float *) x->data;
-    a.mean   = (const float *) mean->data;
-    a.dst    = (char *) dst->data;
-    a.ids    = ids->data;
-    a.ids_64 = ids->type == GGML_TYPE_I64;
-    a.ids_s0 = ids->nb[0] / ggml_type_size(ids->type);
-    a.ne0    = x->ne[0] / ggml_blck_size(dst->type);
-    a.n      = a.ne0 * x->ne[1];
-    a.s1     = x->nb[1] / sizeof(float);
-    a.nb1    = dst->nb[1];
-    const ggml_cuda_kernel_launch_params launch(grid_for(a.n, TBQ_CENTER_THREADS), dim3(TBQ_CENTER_THREADS), 0, ctx.stream());
+    a.src                   = (const float *) x->data;
+    a.mean                  = (const float *) mean->data;
+    a.dst                   = (char *) dst->data;
+    a.ids                   = ids->data;
+    a.ids_64                = ids->type == GGML_TYPE_I64;
+    a.ids_s0                = ids->nb[0] / ggml_type_size(ids->type);
+    a.ne0                   = x->ne[0] / ggml_blck_size(dst->type);
+    a.n                     = a.ne0 * x->ne[1];
+    a.s1                    = x->nb[1] / sizeof(float);
+    a.nb1                   = dst->nb[1];
+    const ggml_cuda_kernel_launch_params launch(grid_for(a.n, TBQ_CENTER_THREADS), dim3(TBQ_CENTER_THREADS), 0,
+                                                ctx.stream());
     ggml_cuda_kernel_launch(kernel, launch, a);
     CUDA_CHECK(cudaGetLastError());
     return j - i;
@@ -187,7 +195,8 @@ static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
 
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
-        return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
+        return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 &&
+               (t->flags & GGML_TENSOR_FLAG_COMPUTE);
     };
     auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     // on other streams than the first, keys and values are branches that do not wait for each other
@@ -207,9 +216,10 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
             return 0;
         }
         const ggml_tensor * view = graph->nodes[i + 1];
-        last = i + 2;
-        if (graph->nodes[last]->src[0] != view || view->view_src != k || view->view_offs != 0 || view->ne[0] != k->ne[0] * k->ne[1] ||
-            view->ne[1] != k->ne[2] || view->ne[2] * view->ne[3] != 1 || !ggml_is_contiguous(k) || !rope_args(k, rope)) {
+        last                     = i + 2;
+        if (graph->nodes[last]->src[0] != view || view->view_src != k || view->view_offs != 0 ||
+            view->ne[0] != k->ne[0] * k->ne[1] || view->ne[1] != k->ne[2] || view->ne[2] * view->ne[3] != 1 ||
+            !ggml_is_contiguous(k) || !rope_args(k, rope)) {
             return 0;
         }
         k = graph->nodes[last];
@@ -219,8 +229,8 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     tbq_encode_args a = set_rows_args(k);
     if (rope.head_size) {
         const ggml_tensor * x = graph->nodes[i]->src[0];
-        a.src = x->data;
-        a.from.s[0] = x->nb[2] / sizeof(float);
+        a.src                 = x->data;
+        a.from.s[0]           = x->nb[2] / sizeof(float);
     }
     if (a.from.n_blocks() == 0 || !is_decode_size(a)) {
         return 0;
@@ -233,7 +243,8 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (v) {
         // two caches, and the second reads nothing that the first writes
         b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 || !is_decode_size(b)) {
+        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 ||
+            !is_decode_size(b)) {
             v = nullptr;
         }
     }
@@ -242,11 +253,13 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     }
     const int                            n_a = (int) a.from.n_blocks();
     const int                            n_b = v ? (int) b.from.n_blocks() : 0;
-    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream());
+    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_DECODE_SIZE_THREADS), 0,
+                                                ctx.stream());
     dispatch_bits(k->type, [&](auto bits_k) {
         dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
-            ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>, launch, a,
-                                    rope, b, n_a);
+            ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true>
+                                                   : tbq_quantize_pair<bits_k, bits_v, false>,
+                                    launch, a, rope, b, n_a);
         });
     });
     CUDA_CHECK(cudaGetLastError());
@@ -267,14 +280,14 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_decode_ar
 
 // s01, s02, s03 count blocks
 template <int BITS, typename dst_t>
-static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01, int64_t s02,
-                         int64_t s03, cudaStream_t stream) {
+static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01,
+                         int64_t s02, int64_t s03, cudaStream_t stream) {
     constexpr int64_t bytes = tbq_block_bytes(BITS);
     tbq_decode_args   a     = {};
-    a.src  = (const char *) x;
-    a.dst  = y;
-    a.from = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { s01 * bytes, s02 * bytes, s03 * bytes } };
-    a.to   = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { ne00, ne00 * ne01, ne00 * ne01 * ne02 } };
+    a.src                   = (const char *) x;
+    a.dst                   = y;
+    a.from                  = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { s01 * bytes, s02 * bytes, s03 * bytes } };
+    a.to                    = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { ne00, ne00 * ne01, ne00 * ne01 * ne02 } };
     decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
 }
 
@@ -282,10 +295,11 @@ template <int BITS, typename dst_t> static void to_values(const void * x, dst_t 
     to_values_nc<BITS>(x, y, k, 1, 1, 1, 0, 0, 0, stream);
 }
 
-#define TBQ_PICK(function, type, dst_t)                                         \
-    ((type) == GGML_TYPE_TBQ2_0 ? function<2, dst_t> :                          \
-     (type) == GGML_TYPE_TBQ3_0 ? function<3, dst_t> :                          \
-     (type) == GGML_TYPE_TBQ4_0 ? function<4, dst_t> : nullptr)
+#define TBQ_PICK(function, type, dst_t)                \
+    ((type) == GGML_TYPE_TBQ2_0   ? function<2, dst_t> \
+     : (type) == GGML_TYPE_TBQ3_0 ? function<3, dst_t> \
+     : (type) == GGML_TYPE_TBQ4_0 ? function<4, dst_t> \
+                                  : nullptr)
 
 to_fp16_cuda_t tbq_cuda_to_fp16(ggml_type type) {
     return TBQ_PICK(to_values, type, half);
@@ -314,10 +328,10 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type) {
 // src: tbq, dst: values, of the same sizes but for the rows
 static tbq_decode_args decode_args(const ggml_tensor * src, const ggml_tensor * dst) {
     tbq_decode_args a = {};
-    a.src  = (const char *) src->data;
-    a.dst  = dst->data;
-    a.from = rows_of(dst, src, 1);
-    a.to   = rows_of(dst, dst, ggml_type_size(dst->type));
+    a.src             = (const char *) src->data;
+    a.dst             = dst->data;
+    a.from            = rows_of(dst, src, 1);
+    a.to              = rows_of(dst, dst, ggml_type_size(dst->type));
     return a;
 }
 
@@ -341,10 +355,10 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
     tbq_decode_args a = decode_args(src, dst);
-    a.ids    = (const int *) ids->data;
-    a.ids_s0 = ids->nb[0] / sizeof(int);
-    a.ids_s1 = ids->nb[1] / sizeof(int);
-    a.ids_s2 = ids->nb[2] / sizeof(int);
+    a.ids             = (const int *) ids->data;
+    a.ids_s0          = ids->nb[0] / sizeof(int);
+    a.ids_s1          = ids->nb[1] / sizeof(int);
+    a.ids_s2          = ids->nb[2] / sizeof(int);
     switch (dst->type) {
         case GGML_TYPE_F32: decode<float>(src->type, a, ctx.stream()); break;
         case GGML_TYPE_F16: decode<half>(src->type, a, ctx.stream()); break;
@@ -356,13 +370,16 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
 // --- weights --------------------------------------------------------------------------------------------------------
 
-static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids, const ggml_tensor * dst) {
-    return ggml_is_tbq(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
-           src0->ne[0] > 0 && (ids ? dst->ne[2] <= 8 && ids->ne[0] <= 65535 : src1->ne[1] <= 8 && src1->ne[2] <= 65535 && src1->ne[3] <= 65535);
+static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+                              const ggml_tensor * dst) {
+    return ggml_is_tbq(src0->type) && src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 &&
+           src1->nb[0] == sizeof(float) && src0->ne[0] > 0 &&
+           (ids ? dst->ne[2] <= 8 && ids->ne[0] <= 65535
+                : src1->ne[1] <= 8 && src1->ne[2] <= 65535 && src1->ne[3] <= 65535);
 }
 
-static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
-                    ggml_tensor * dst) {
+static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1,
+                    const ggml_tensor * ids, ggml_tensor * dst) {
     if (!mul_mat_supported(src0, src1, ids, dst)) {
         return false;
     }
@@ -372,39 +389,41 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
 
     ggml_cuda_pool_alloc<tbq_activations> x(ctx.pool(), n_all);
     tbq_activations_args                  r = {};
-    r.src  = (const float *) src1->data;
-    r.dst  = x.ptr;
-    r.rows = rows_of(src1, src1, sizeof(float));
-    ggml_cuda_kernel_launch(tbq_rotate_activations, ggml_cuda_kernel_launch_params(grid_for(32 * n_all, 128), dim3(128), 0, stream), r);
+    r.src                                   = (const float *) src1->data;
+    r.dst                                   = x.ptr;
+    r.rows                                  = rows_of(src1, src1, sizeof(float));
+    ggml_cuda_kernel_launch(tbq_rotate_activations,
+                            ggml_cuda_kernel_launch_params(grid_for(32 * n_all, 128), dim3(128), 0, stream), r);
     CUDA_CHECK(cudaGetLastError());
 
     tbq_matvec_args a = {};
-    a.w        = (const char *) src0->data;
-    a.x        = x.ptr;
-    a.dst      = (float *) dst->data;
-    a.ids      = ids ? (const int *) ids->data : nullptr;
-    a.n_blocks = n_blocks;
-    a.n_rows   = src0->ne[1];
-    a.n_cols   = ids ? 1 : src1->ne[1];
-    a.nb1      = src0->nb[1];
-    a.nb2      = src0->nb[2];
-    a.nb3      = src0->nb[3];
-    a.ne02     = src0->ne[2];
-    a.ne03     = src0->ne[3];
-    a.ne12     = src1->ne[2];
-    a.ne13     = src1->ne[3];
-    a.x_slots  = src1->ne[1];
-    a.x_s1     = n_blocks;
-    a.x_s2     = n_blocks * src1->ne[1];
-    a.x_s3     = n_blocks * src1->ne[1] * src1->ne[2];
-    a.dst_s1   = dst->nb[1] / sizeof(float);
-    a.dst_s2   = dst->nb[2] / sizeof(float);
-    a.dst_s3   = dst->nb[3] / sizeof(float);
+    a.w               = (const char *) src0->data;
+    a.x               = x.ptr;
+    a.dst             = (float *) dst->data;
+    a.ids             = ids ? (const int *) ids->data : nullptr;
+    a.n_blocks        = n_blocks;
+    a.n_rows          = src0->ne[1];
+    a.n_cols          = ids ? 1 : src1->ne[1];
+    a.nb1             = src0->nb[1];
+    a.nb2             = src0->nb[2];
+    a.nb3             = src0->nb[3];
+    a.ne02            = src0->ne[2];
+    a.ne03            = src0->ne[3];
+    a.ne12            = src1->ne[2];
+    a.ne13            = src1->ne[3];
+    a.x_slots         = src1->ne[1];
+    a.x_s1            = n_blocks;
+    a.x_s2            = n_blocks * src1->ne[1];
+    a.x_s3            = n_blocks * src1->ne[1] * src1->ne[2];
+    a.dst_s1          = dst->nb[1] / sizeof(float);
+    a.dst_s2          = dst->nb[2] / sizeof(float);
+    a.dst_s3          = dst->nb[3] / sizeof(float);
     if (ids) {
         a.ids_s0 = ids->nb[0] / sizeof(int);
         a.ids_s1 = ids->nb[1] / sizeof(int);
     }
-    const dim3 grid((a.n_rows + TBQ_MATVEC_WARPS - 1) / TBQ_MATVEC_WARPS, ids ? ids->ne[0] : src1->ne[2], ids ? ids->ne[1] : src1->ne[3]);
+    const dim3 grid((a.n_rows + TBQ_MATVEC_WARPS - 1) / TBQ_MATVEC_WARPS, ids ? ids->ne[0] : src1->ne[2],
+                    ids ? ids->ne[1] : src1->ne[3]);
     const ggml_cuda_kernel_launch_params launch(grid, dim3(32 * TBQ_MATVEC_WARPS), 0, stream);
     dispatch_bits(src0->type, [&](auto bits) {
         switch (a.n_cols) {
@@ -439,17 +458,18 @@ bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
 #define TBQ_ATTENTION_MAX_COLUMNS 64
 
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
-    const ggml_tensor * q     = dst->src[0];
-    const ggml_tensor * k     = dst->src[1];
-    const ggml_tensor * v     = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
-    const int64_t       d     = q->ne[0];
-    const int           cc    = ggml_cuda_info().devices[device].cc;
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    const int64_t       d    = q->ne[0];
+    const int           cc   = ggml_cuda_info().devices[device].cc;
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
 #endif
     const int bits_k = kv_bits(k->type), bits_v = kv_bits(v->type);
-    if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
+    if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) ||
+        v->ne[0] != d) {
         return false;
     }
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
@@ -468,8 +488,9 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     if (q->ne[1] * (q->ne[2] / k->ne[2]) > TBQ_ATTENTION_MAX_COLUMNS && !only_native(dst)) {
         return false;
     }
-    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 || !ggml_is_contiguous(dst) ||
-        k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 || (mask && mask->ne[2] != 1)) {
+    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
+        !ggml_is_contiguous(dst) || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 ||
+        (mask && mask->ne[2] != 1)) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
@@ -498,12 +519,12 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
 
     tbq_attention_args a = {};
-    a.q     = (const char *) q->data;
-    a.k     = (const char *) k->data;
-    a.v     = (const char *) v->data;
-    a.mask  = mask ? (const char *) mask->data : nullptr;
-    a.sinks = sinks ? (const float *) sinks->data : nullptr;
-    a.dst   = (float *) dst->data;
+    a.q                  = (const char *) q->data;
+    a.k                  = (const char *) k->data;
+    a.v                  = (const char *) v->data;
+    a.mask               = mask ? (const char *) mask->data : nullptr;
+    a.sinks              = sinks ? (const float *) sinks->data : nullptr;
+    a.dst                = (float *) dst->data;
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -521,7 +542,8 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb1 = mask->nb[1];
         a.mask_nb3 = mask->nb[3];
     }
-#define TBQ_CASE(K, V) case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
+#define TBQ_CASE(K, V) \
+    case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
     switch (100 * kv_bits(k->type) + kv_bits(v->type)) {
         TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
@@ -529,7 +551,8 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
-// --- what the backend asks for, and what it promises --------------------------------------------------------------------------------------
+// --- what the backend asks for, and what it promises
+// --------------------------------------------------------------------------------------
 
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (dst->op) {
@@ -563,10 +586,12 @@ bool tbq_cuda_supports_op(const ggml_tensor * op) {
                    a->nb[0] == ggml_type_size(a->type) && (b->type == GGML_TYPE_I32 || b->type == GGML_TYPE_I64);
         case GGML_OP_CPY:
             // b is where it goes
-            return ((ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32) || (a->type == GGML_TYPE_F32 && ggml_is_tbq(b->type))) &&
-                   ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) && b->nb[0] == ggml_type_size(b->type) &&
-                   (b->type != GGML_TYPE_F32 || (b->nb[1] | b->nb[2] | b->nb[3] | b->view_offs) % 16 == 0); // four values at once
-        default:
-            return false;
+            return ((ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32) ||
+                    (a->type == GGML_TYPE_F32 && ggml_is_tbq(b->type))) &&
+                   ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) &&
+                   b->nb[0] == ggml_type_size(b->type) &&
+                   (b->type != GGML_TYPE_F32 ||
+                    (b->nb[1] | b->nb[2] | b->nb[3] | b->view_offs) % 16 == 0); // four values at once
+        default: return false;
     }
 }

@@ -4,14 +4,14 @@
 
 #include "tbq-block.cuh"
 
-// Four lanes take a block, 16 values each.  From nibble words t and t + 4, lane t has values 4t + i + 16 m, i, m < 4, so only
-// the butterflies of distance 4 and 8 cross lanes.  All sums but the last are of at most 32 levels.  These are integers below
-// 2048, which halves hold exactly, so the order is free.  The one rounding is that of d . sum, as on the CPU.
-// dst(e, values of channels e .. e + 3) is called for e = 4t, 4t + 16, 4t + 32, 4t + 48.
+// Four lanes take a block, 16 values each.  From nibble words t and t + 4, lane t has values 4t + i + 16 m, i, m < 4,
+// so only the butterflies of distance 4 and 8 cross lanes.  All sums but the last are of at most 32 levels.  These are
+// integers below 2048, which halves hold exactly, so the order is free.  The one rounding is that of d . sum, as on the
+// CPU. dst(e, values of channels e .. e + 3) is called for e = 4t, 4t + 16, 4t + 32, 4t + 48.
 template <int BITS, typename store_t>
 static __device__ __forceinline__ void tbq_dequantize_block(const char * block, int t, store_t dst) {
     const uint16_t * halves = (const uint16_t *) block; // blocks are at even addresses
-    auto word = [&](int at) { return halves[at / 2] | (uint32_t) halves[at / 2 + 1] << 16; };
+    auto             word   = [&](int at) { return halves[at / 2] | (uint32_t) halves[at / 2 + 1] << 16; };
 
     const uint32_t qs = word(TBQ_QS_OFFSET + 4 * t);
     const uint32_t q4 = BITS == 4 ? word(TBQ_QS_OFFSET + 16 + 4 * t) : qs;
@@ -25,13 +25,13 @@ static __device__ __forceinline__ void tbq_dequantize_block(const char * block, 
         for (int i = 0; i < 4; i++) {
             // a byte under the exponent of 1024 is the half 1024 + byte
             const uint32_t x = tbq_prmt(i < 2 ? bytes.x : bytes.y, 0x64646464u, i % 2 == 0 ? 0x4140 : 0x4342);
-            v[m][i] = __hsub2(*(const half2 *) &x, __float2half2_rn(1024.0f + 64.0f));
+            v[m][i]          = __hsub2(*(const half2 *) &x, __float2half2_rn(1024.0f + 64.0f));
         }
     }
     auto butterfly = [](half2 & a, half2 & b) {
         const half2 sum = __hadd2(a, b);
-        b = __hsub2(a, b);
-        a = sum;
+        b               = __hsub2(a, b);
+        a               = sum;
     };
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -64,8 +64,8 @@ static __device__ __forceinline__ void tbq_dequantize_block(const char * block, 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float2 x = __half22float2(v[m][i]);
-            lo[i] = d == 0.0f ? 0.0f : tbq_flip(d * (x.x + x.y), 4 * t + i + 16 * m);
-            hi[i] = d == 0.0f ? 0.0f : tbq_flip(d * (x.x - x.y), 4 * t + i + 16 * m + 32);
+            lo[i]          = d == 0.0f ? 0.0f : tbq_flip(d * (x.x + x.y), 4 * t + i + 16 * m);
+            hi[i]          = d == 0.0f ? 0.0f : tbq_flip(d * (x.x - x.y), 4 * t + i + 16 * m + 32);
         }
         dst(4 * t + 16 * m, make_float4(lo[0], lo[1], lo[2], lo[3]));
         dst(4 * t + 16 * m + 32, make_float4(hi[0], hi[1], hi[2], hi[3]));
@@ -98,14 +98,16 @@ struct tbq_decode_args {
 };
 
 // grid: enough threads for 4 x the number of blocks; a multiple of 32 of them
-template <int BITS, typename dst_t> __global__ void __launch_bounds__(256) tbq_dequantize_rows(const tbq_decode_args a) {
+template <int BITS, typename dst_t> __global__ void __launch_bounds__(256)
+    tbq_dequantize_rows(const tbq_decode_args a) {
     const long long  index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 4;
     const long long  n     = a.from.n_blocks();
     const tbq_index4 at    = a.from.index4(index < n ? index : n - 1); // all lanes take part in the shuffles
     const int        t     = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
     const long long    row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
     const char * const src = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);

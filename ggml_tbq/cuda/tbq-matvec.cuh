@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Weights in tbq times one to eight columns of activations: MUL_MAT and MUL_MAT_ID in decode.
 //
-// The rotation cancels in a dot product, so activations are rotated once and weights stay rotated.  Activations have 8 bits
-// and a scale for 64 (TBQ8_ACT of the CPU), levels are bytes, and dp4a multiplies them.
+// The rotation cancels in a dot product, so activations are rotated once and weights stay rotated.  Activations have 8
+// bits and a scale for 64 (TBQ8_ACT of the CPU), levels are bytes, and dp4a multiplies them.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -14,9 +14,9 @@ struct tbq_activations {
 };
 
 struct tbq_activations_args {
-    const float * src; // rows of 64 rows.ne[0] values
+    const float *     src; // rows of 64 rows.ne[0] values
     tbq_activations * dst;
-    tbq_rows      rows; // strides of the source in elements
+    tbq_rows          rows; // strides of the source in elements
 };
 
 // A warp to a block.  grid: enough warps for all
@@ -29,7 +29,8 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     const tbq_index4 from = a.rows.index4(i);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
     const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
@@ -43,7 +44,7 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     const bool  bad     = __any_sync(TBQ_WARP_ALL, !(fabsf(lo) <= 3.4e38f) || !(fabsf(hi) <= 3.4e38f));
     const float inverse = largest > 0.0f && !bad ? 127.0f / largest : 0.0f;
     // value e < 32 is byte 2 (e % 4) of word e / 4, but bytes 0..3 are those of channels 0, 32, 1, 33; and so on
-    const int at = lane / 4 * 8 + lane % 4 * 2;
+    const int at        = lane / 4 * 8 + lane % 4 * 2;
     a.dst[i].qs[at]     = (int8_t) __float2int_rn(lo * inverse);
     a.dst[i].qs[at + 1] = (int8_t) __float2int_rn(hi * inverse);
     if (lane == 0) {
@@ -68,9 +69,9 @@ struct tbq_matvec_args {
     float *                 dst; // [ne01, ..]
     const int *             ids; // null, or for MUL_MAT_ID: expert of (slot, token)
     int                     n_blocks, n_rows, n_cols;
-    long long               nb1, nb2, nb3;  // of w, bytes
+    long long               nb1, nb2, nb3;          // of w, bytes
     int                     ne02, ne03, ne12, ne13; // broadcast; with ids: ne12 = tokens
-    int                     x_slots;        // with ids: columns of x that a token has, 1 or one for each slot
+    int                     x_slots;                // with ids: columns of x that a token has, 1 or one for each slot
     long long               x_s1, x_s2, x_s3;       // of x, blocks
     long long               dst_s1, dst_s2, dst_s3; // elements
     long long               ids_s0, ids_s1;         // elements
@@ -80,7 +81,8 @@ struct tbq_matvec_args {
 
 // A warp to a row of w and COLS columns.  Eight lanes to a block, a nibble word each.
 // grid: (rows / warps, ne12 or slots, ne13 or tokens)
-template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_WARPS) tbq_matvec(const tbq_matvec_args a) {
+template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_WARPS)
+    tbq_matvec(const tbq_matvec_args a) {
     const int lane = threadIdx.x % 32;
     const int row  = blockIdx.x * TBQ_MATVEC_WARPS + threadIdx.x / 32;
     if (row >= a.n_rows) {
@@ -88,11 +90,12 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
-    const char *            w   = a.w + row * a.nb1;
-    const tbq_activations * x   = a.x;
-    float *                 dst = a.dst + row + blockIdx.y * (a.ids ? a.dst_s1 : a.dst_s2) + blockIdx.z * (a.ids ? a.dst_s2 : a.dst_s3);
+    const char *            w = a.w + row * a.nb1;
+    const tbq_activations * x = a.x;
+    float * dst = a.dst + row + blockIdx.y * (a.ids ? a.dst_s1 : a.dst_s2) + blockIdx.z * (a.ids ? a.dst_s2 : a.dst_s3);
     if (a.ids) {
         w += a.ids[blockIdx.y * a.ids_s0 + blockIdx.z * a.ids_s1] * a.nb2;
         x += blockIdx.y % a.x_slots * a.x_s1 + blockIdx.z * a.x_s2;

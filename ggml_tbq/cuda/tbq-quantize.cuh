@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
-// The steps and the order of every sum are those of cpu/rows/rows.inc, which has the reasons.  A half-warp takes a block.
-// Lane l has values l, l + 16, l + 32, l + 48, so butterflies of distance 1, 2, 4, 8 are shuffles, those of distance 16 and 32
-// stay in the lane, and each lane has one of the 16 partial sums of squares.  The intrinsics keep the compiler from contracting
-// or approximating anything, whatever flags it is called with.
+// The steps and the order of every sum are those of cpu/rows/rows.inc, which has the reasons.  A half-warp takes a
+// block. Lane l has values l, l + 16, l + 32, l + 48, so butterflies of distance 1, 2, 4, 8 are shuffles, those of
+// distance 16 and 32 stay in the lane, and each lane has one of the 16 partial sums of squares.  The intrinsics keep
+// the compiler from contracting or approximating anything, whatever flags it is called with.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -12,21 +12,17 @@
 // --- tables -----------------------------------------------------------------------------------------------------
 
 // int, because a comparison can read an int directly from constant memory.
-#define TBQ_ENCODER_TABLES(B)                                                                                    \
-    static __constant__ int tbq_thresholds_##B[TBQ##B##_N_SCALES][TBQ##B##_N_THRESHOLDS] = TBQ##B##_THRESHOLDS;  \
-    static __constant__ int8_t tbq_gaps_##B[3][16] = { TBQ##B##_GAPS_UP, TBQ##B##_GAPS_DOWN, TBQ##B##_LEVELS };  \
-    template <> struct tbq_encoder_tables<B> {                                                                   \
-        static constexpr int N_SCALES = TBQ##B##_N_SCALES, N_THRESHOLDS = TBQ##B##_N_THRESHOLDS;                 \
-        static __device__ __forceinline__ int threshold(int s, int t) {                                          \
-            return tbq_thresholds_##B[s][t];                                                                     \
-        }                                                                                                        \
-        static __device__ __forceinline__ float gap(int which, int i) {                                          \
-            return tbq_gaps_##B[which][i];                                                                       \
-        }                                                                                                        \
-        static constexpr __host__ __device__ int half_level(int m) {                                             \
-            constexpr int8_t all[N_THRESHOLDS + 1] = TBQ##B##_HALF_LEVELS;                                       \
-            return all[m];                                                                                       \
-        }                                                                                                        \
+#define TBQ_ENCODER_TABLES(B)                                                                                        \
+    static __constant__ int    tbq_thresholds_##B[TBQ##B##_N_SCALES][TBQ##B##_N_THRESHOLDS] = TBQ##B##_THRESHOLDS;   \
+    static __constant__ int8_t tbq_gaps_##B[3][16] = { TBQ##B##_GAPS_UP, TBQ##B##_GAPS_DOWN, TBQ##B##_LEVELS };      \
+    template <> struct tbq_encoder_tables<B> {                                                                       \
+        static constexpr int                     N_SCALES = TBQ##B##_N_SCALES, N_THRESHOLDS = TBQ##B##_N_THRESHOLDS; \
+        static __device__ __forceinline__ int    threshold(int s, int t) { return tbq_thresholds_##B[s][t]; }        \
+        static __device__ __forceinline__ float  gap(int which, int i) { return tbq_gaps_##B[which][i]; }            \
+        static constexpr __host__ __device__ int half_level(int m) {                                                 \
+            constexpr int8_t all[N_THRESHOLDS + 1] = TBQ##B##_HALF_LEVELS;                                           \
+            return all[m];                                                                                           \
+        }                                                                                                            \
     };
 template <int BITS> struct tbq_encoder_tables;
 TBQ_ENCODER_TABLES(2)
@@ -53,7 +49,7 @@ static __device__ __forceinline__ void tbq_butterflies_16(float (&v)[4], int l) 
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float other = __shfl_xor_sync(TBQ_WARP_ALL, v[j], h);
-            v[j] = l & h ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
+            v[j]              = l & h ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
         }
     }
 #pragma unroll
@@ -82,8 +78,8 @@ static __device__ __forceinline__ void tbq_first_largest(float & gain, int & at)
     }
 }
 
-// Turns the sums of each lane for 2 H scales into the sums over the lanes for one scale.  Lanes with bit H keep the upper half
-// of their sums, the others the lower half.
+// Turns the sums of each lane for 2 H scales into the sums over the lanes for one scale.  Lanes with bit H keep the
+// upper half of their sums, the others the lower half.
 template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int (&qk)[N], int (&kk)[N], int l) {
     const bool upper = l & H;
 #pragma unroll
@@ -108,7 +104,8 @@ static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool h
 
 // 16 lanes write a block; lane l has values l + 16 j.
 template <int BITS>
-static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], unsigned short d, char * block, bool write, int l) {
+static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], unsigned short d, char * block,
+                                                       bool write, int l) {
     int high = 0;
     if constexpr (BITS == 3) {
 #pragma unroll
@@ -135,8 +132,8 @@ static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], un
     }
 }
 
-// A scale of the search: its number, and the sums of q k and k k over the block, k the level of the positive half that q
-// falls on.
+// A scale of the search: its number, and the sums of q k and k k over the block, k the level of the positive half that
+// q falls on.
 struct tbq_scale {
     int qk, kk, number;
 
@@ -165,7 +162,7 @@ template <int LANES> static __device__ __forceinline__ tbq_scale tbq_best_scale(
 
 // The index of the level of a rotated value z, whose size in fixed point is q, with a scale of the search.
 template <int BITS> static __device__ __forceinline__ int tbq_level_index(int q, float z, const tbq_scale & best) {
-    using tables = tbq_encoder_tables<BITS>;
+    using tables       = tbq_encoder_tables<BITS>;
     constexpr int HALF = 1 << (BITS - 1);
     int           m    = 0;
 #pragma unroll
@@ -182,7 +179,8 @@ struct tbq_measure {
 };
 
 // x[j]: value l + 16 j.  z: the rotated values, not divided by 8.  largest: the bits of the largest |x| of the block.
-static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4], uint32_t largest, int l) {
+static __device__ __forceinline__ tbq_measure tbq_rotate_and_measure(const float (&x)[4], float (&z)[4],
+                                                                     uint32_t largest, int l) {
     tbq_measure m;
     m.bad  = largest >= TBQ_BITS_INF;
     m.zero = largest < TBQ_BITS_SMALLEST;
@@ -217,15 +215,15 @@ struct tbq_encoder_scratch {
     float pad[16]; // so that the other half of the warp uses other banks
 };
 
-// The gap from a level to the one above and to the one below, and the level.  In shared memory, because lanes read different
-// ones.  The first 16 threads fill it in, before a barrier.
+// The gap from a level to the one above and to the one below, and the level.  In shared memory, because lanes read
+// different ones.  The first 16 threads fill it in, before a barrier.
 struct tbq_encoder_gaps {
     float up[16], down[16], level[16];
 };
 
 template <int BITS> static __device__ __forceinline__ void tbq_encoder_fill_gaps(tbq_encoder_gaps * gaps) {
     using tables = tbq_encoder_tables<BITS>;
-    const int i = threadIdx.x;
+    const int i  = threadIdx.x;
     if (i < 16) {
         gaps->up[i]    = tables::gap(0, i);
         gaps->down[i]  = tables::gap(1, i);
@@ -241,7 +239,7 @@ static __device__ __forceinline__ void tbq_guess_weights(const float (&x)[4], fl
     for (int j = 0; j < 4; j++) {
         const float square = __fmul_rn(x[j], x[j]);
         const float pair   = __fadd_rn(square, __shfl_xor_sync(TBQ_WARP_ALL, square, 1));
-        w[j] = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPING_FLOOR);
+        w[j]               = __fadd_rn(__fsqrt_rn(__fmul_rn(pair, scale)), TBQ_SHAPING_FLOOR);
     }
 }
 
@@ -251,7 +249,8 @@ static __device__ __forceinline__ float tbq_gain(float gap, float g, float m0) {
     return __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
 }
 
-// --- a block by a half-warp -------------------------------------------------------------------------------------------
+// --- a block by a half-warp
+// -------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
     uint32_t largest = 0;
@@ -266,11 +265,11 @@ static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
     return largest;
 }
 
-// The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves of what
-// they have until each has the sums of one scale, and the best is the maximum over the lanes.
+// The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves of
+// what they have until each has the sums of one scale, and the best is the maximum over the lanes.
 template <int BITS> static __device__ __forceinline__ tbq_scale tbq_search_scale(const int (&q)[4], int l) {
     constexpr int N = 16;
-    int qk[N], kk[N];
+    int           qk[N], kk[N];
 #pragma unroll
     for (int s = 0; s < N; s++) {
         qk[s] = kk[s] = 0;
@@ -288,7 +287,8 @@ template <int BITS> static __device__ __forceinline__ tbq_scale tbq_search_scale
 }
 
 // The slopes g of the error, and row 0 of its matrix into scratch->m (cpu/rows/rows.inc has the formulas).
-static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], float (&g)[4], tbq_encoder_scratch * scratch, int l) {
+static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], float (&g)[4],
+                                                          tbq_encoder_scratch * scratch, int l) {
     float m[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -298,7 +298,7 @@ static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], f
     tbq_butterflies_16(g, l);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        g[j] = __fmul_rn(g[j], w[j]);
+        g[j]                   = __fmul_rn(g[j], w[j]);
         scratch->m[l + 16 * j] = __fmul_rn(m[j], 1.0f / 64);
     }
     tbq_butterflies_16(g, l);
@@ -309,9 +309,11 @@ static __device__ __forceinline__ void tbq_shaping_slopes(const float (&w)[4], f
     __syncwarp();
 }
 
-// Coordinate descent.  Even and odd lanes hold the even and the odd coordinates, which do not interact: both move at once.
-static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], int (&index)[4], float d, bool shaped, const tbq_encoder_scratch * scratch,
-                                                      const tbq_encoder_gaps * gaps, int l) {
+// Coordinate descent.  Even and odd lanes hold the even and the odd coordinates, which do not interact: both move at
+// once.
+static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], int (&index)[4], float d, bool shaped,
+                                                                 const tbq_encoder_scratch * scratch,
+                                                                 const tbq_encoder_gaps * gaps, int l) {
     const float m0 = scratch->m[0];
     for (int step = 0; step < TBQ_DESCENT_STEPS; step++) {
         float gain = 0.0f;
@@ -336,7 +338,7 @@ static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], 
         for (int j = 0; j < 4; j++) {
             if (moves && at == l + 16 * j) {
                 const bool up = g[j] > 0.0f;
-                s = __fmul_rn(d, up ? gaps->up[index[j]] : -gaps->down[index[j]]);
+                s             = __fmul_rn(d, up ? gaps->up[index[j]] : -gaps->down[index[j]]);
                 index[j] += up ? 1 : -1;
             }
         }
@@ -344,7 +346,7 @@ static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], 
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float change = __fmul_rn(s, scratch->m[((l + 16 * j) ^ at) & 63]);
-            g[j] = moves ? __fsub_rn(g[j], change) : g[j];
+            g[j]               = moves ? __fsub_rn(g[j], change) : g[j];
         }
     }
     __syncwarp(); // before the next block overwrites m
@@ -365,11 +367,12 @@ static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4]
     return total;
 }
 
-// x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write: whether the
-// block of this half-warp exists.
+// x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write:
+// whether the block of this half-warp exists.
 template <int BITS>
-static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, bool write, int l,
-                                                          tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
+static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block,
+                                                             bool write, int l, tbq_encoder_scratch * scratch,
+                                                             const tbq_encoder_gaps * gaps) {
     float             z[4];
     const tbq_measure b = tbq_rotate_and_measure(x, z, tbq_abs_max_16(x), l);
     int               q[4];
@@ -405,24 +408,26 @@ static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4]
     tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(scale)), block, write, l);
 }
 
-// --- rows -------------------------------------------------------------------------------------------------------------
+// --- rows
+// -------------------------------------------------------------------------------------------------------------
 
 // Rows of values to rows of blocks.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row
 // ids[i1, i2 % ids_ne1, i3 % ids_ne2].
 struct tbq_encode_args {
-    const void * src;
-    char *       dst;
-    tbq_rows     from; // the shape and the strides of the source, in elements
-    tbq_rows     to;   // the same shape, and the strides of the result in bytes
-    const void * ids;
-    int          ids_64;
-    long long    ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
-    const float * mean;   // of a row of keys, subtracted first; null: zeros
+    const void *  src;
+    char *        dst;
+    tbq_rows      from; // the shape and the strides of the source, in elements
+    tbq_rows      to;   // the same shape, and the strides of the result in bytes
+    const void *  ids;
+    int           ids_64;
+    long long     ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
+    const float * mean;                                     // of a row of keys, subtracted first; null: zeros
     const float * weight; // of the error in each channel, equal in pairs of neighbors; null: guessed from the block
 };
 
-// The rotary embedding (GGML_OP_ROPE, modes NORMAL and NEOX) of keys that are encoded right after it.  Angles are computed as
-// the backend computes those of the queries, with the same approximations, because only equal errors cancel.
+// The rotary embedding (GGML_OP_ROPE, modes NORMAL and NEOX) of keys that are encoded right after it.  Angles are
+// computed as the backend computes those of the queries, with the same approximations, because only equal errors
+// cancel.
 struct tbq_rope_args {
     int           head_size;
     int           n_dims;  // rotated channels of a head; the others are copied
@@ -430,7 +435,7 @@ struct tbq_rope_args {
     const int *   pos;     // of each token
     const float * factors; // n_dims / 2 divisors of the angles, or null
     float         theta_scale, freq_scale, ext_factor, attn_factor, corr_low, corr_high;
-    long long     s_head;  // elements between heads of the source
+    long long     s_head; // elements between heads of the source
 };
 
 // Channel c of the head that starts at x.
@@ -438,11 +443,11 @@ static __device__ __forceinline__ float tbq_rope(const tbq_rope_args & r, const 
     if (c >= r.n_dims) {
         return x[c];
     }
-    const int  half   = r.n_dims / 2;
-    const bool second = r.neox ? c >= half : c & 1;
-    const int  pair   = r.neox ? c - (second ? half : 0) : c / 2;
-    const float x0 = x[r.neox ? pair : 2 * pair];
-    const float x1 = x[r.neox ? pair + half : 2 * pair + 1];
+    const int   half   = r.n_dims / 2;
+    const bool  second = r.neox ? c >= half : c & 1;
+    const int   pair   = r.neox ? c - (second ? half : 0) : c / 2;
+    const float x0     = x[r.neox ? pair : 2 * pair];
+    const float x1     = x[r.neox ? pair + half : 2 * pair + 1];
 
     float extrapolated = pos * powf(r.theta_scale, (float) pair);
     if (r.factors) {
@@ -468,8 +473,9 @@ static __device__ __forceinline__ float tbq_load(const half * p) {
     return __half2float(*p);
 }
 
-// The mean and the weights of lane l in block i0 of a row.  They have left the L2 cache since the last token, so they are
-// loaded before the wait for the previous grid.  Loaded after it, they took 1.5 % of the time of a 7B model's decode.
+// The mean and the weights of lane l in block i0 of a row.  They have left the L2 cache since the last token, so they
+// are loaded before the wait for the previous grid.  Loaded after it, they took 1.5 % of the time of a 7B model's
+// decode.
 struct tbq_center {
     float mean[4], weight[4];
 
@@ -485,43 +491,47 @@ struct tbq_center {
 #define TBQ_ENCODE_THREADS 128
 
 // grid: at least a half-warp for each block
-template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_THREADS) tbq_quantize_rows(const tbq_encode_args a) {
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE_THREADS)
+    tbq_quantize_rows(const tbq_encode_args a) {
     __shared__ tbq_encoder_scratch scratch[TBQ_ENCODE_THREADS / 16];
     __shared__ tbq_encoder_gaps    gaps;
     tbq_encoder_fill_gaps<BITS>(&gaps);
 
-    const int       l     = threadIdx.x % 16;
-    const long long index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
-    const long long n     = a.from.n_blocks();
-    const tbq_index4 at   = a.from.index4(index < n ? index : n - 1);
+    const int        l     = threadIdx.x % 16;
+    const long long  index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
+    const long long  n     = a.from.n_blocks();
+    const tbq_index4 at    = a.from.index4(index < n ? index : n - 1);
     const tbq_center center(a, at.i0, l);
     __syncthreads();
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
     long long row = at.i1;
     if (a.ids) {
         const long long id = at.i1 * a.ids_s0 + at.i2 % a.ids_ne1 * a.ids_s1 + at.i3 % a.ids_ne2 * a.ids_s2;
-        row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
+        row                = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
     const src_t * src = (const src_t *) a.src + at.i0 * 64 + a.from.offset(at.i1, at.i2, at.i3);
     char *        dst = a.dst + at.i0 * tbq_block_bytes(BITS) + a.to.offset(row, at.i2, at.i3);
-    float x[4];
+    float         x[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(tbq_load(src + l + 16 * j), center.mean[j]);
     }
-    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16], &gaps);
+    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16],
+                                &gaps);
 }
 
-// --- decode size ------------------------------------------------------------------------------------------------------
+// --- decode size
+// ------------------------------------------------------------------------------------------------------
 //
-// In decode there are one or two blocks for each KV head, and the latency of one block counts.  Four warps take a block.
-// Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the weights of
-// noise shaping.  Then one warp runs the coordinate descent on the even coordinates, a lane to each, and another on the odd
-// ones.
+// In decode there are one or two blocks for each KV head, and the latency of one block counts.  Four warps take a
+// block. Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the
+// weights of noise shaping.  Then one warp runs the coordinate descent on the even coordinates, a lane to each, and
+// another on the odd ones.
 
 #define TBQ_DECODE_SIZE_THREADS 128
 
@@ -531,11 +541,11 @@ struct tbq_small_place {
     long long id;
 };
 
-// index4 in 32 bits, which the number of blocks allows, and without the divisions that a single token does not need: they
-// are a tenth of the time of this kernel.
+// index4 in 32 bits, which the number of blocks allows, and without the divisions that a single token does not need:
+// they are a tenth of the time of this kernel.
 static __device__ __forceinline__ tbq_small_place tbq_place_of(const tbq_encode_args & a, unsigned i) {
     const unsigned  ne0 = (unsigned) a.from.ne[0], ne1 = (unsigned) a.from.ne[1], ne2 = (unsigned) a.from.ne[2];
-    tbq_small_place at  = { i % ne0, i / ne0, 0, 0, 0 };
+    tbq_small_place at = { i % ne0, i / ne0, 0, 0, 0 };
     if (a.from.ne[2] * a.from.ne[3] > 1) {
         const unsigned rest = at.i1 / ne1;
         at.i1 %= ne1;
@@ -550,8 +560,8 @@ static __device__ __forceinline__ tbq_small_place tbq_place_of(const tbq_encode_
 
 // Values l + 16 j of a block, after their rotary embedding if there is one.
 template <typename src_t>
-static __device__ __forceinline__ void tbq_load_block(const tbq_encode_args & a, const tbq_small_place & at, const tbq_rope_args * rope, int l,
-                                                      float (&x)[4]) {
+static __device__ __forceinline__ void tbq_load_block(const tbq_encode_args & a, const tbq_small_place & at,
+                                                      const tbq_rope_args * rope, int l, float (&x)[4]) {
     if (rope) {
         const unsigned head = at.i0 * 64 / rope->head_size;
         const float *  from = (const float *) a.src + head * rope->s_head + at.i1 * a.from.s[0];
@@ -570,7 +580,8 @@ static __device__ __forceinline__ void tbq_load_block(const tbq_encode_args & a,
 }
 
 // The better of the two scales that half-warp number hw tries.
-template <int BITS> static __device__ __forceinline__ tbq_scale tbq_try_two_scales(const float (&z)[4], float inverse, bool none, int hw) {
+template <int BITS> static __device__ __forceinline__ tbq_scale tbq_try_two_scales(const float (&z)[4], float inverse,
+                                                                                   bool none, int hw) {
     constexpr int N    = tbq_encoder_tables<BITS>::N_SCALES;
     tbq_scale     best = { 0, 1, hw };
 #pragma unroll
@@ -589,19 +600,20 @@ template <int BITS> static __device__ __forceinline__ tbq_scale tbq_try_two_scal
             s.kk += __shfl_xor_sync(TBQ_WARP_ALL, s.kk, h);
         }
         const bool better = s.number < N && s.better(best);
-        best = better ? s : best;
+        best              = better ? s : best;
     }
     return best;
 }
 
 // The weights of noise shaping and row 0 of the error's matrix, for the other warps.
-static __device__ __forceinline__ void tbq_prepare_shaping(const float (&x)[4], float rms, bool measured, const tbq_center & center, int l,
-                                                           float (&w_all)[64], float (&m_all)[64]) {
+static __device__ __forceinline__ void tbq_prepare_shaping(const float (&x)[4], float rms, bool measured,
+                                                           const tbq_center & center, int l, float (&w_all)[64],
+                                                           float (&m_all)[64]) {
     float w[4];
     tbq_guess_weights(x, rms, w);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        w[j] = measured ? center.weight[j] : w[j];
+        w[j]              = measured ? center.weight[j] : w[j];
         w_all[l + 16 * j] = w[j];
     }
     tbq_butterflies_16(w, l);
@@ -619,15 +631,17 @@ struct tbq_coordinate {
 
 // Levels and slopes of values lane and lane + 32, and of these the lane's share: coordinate 2 lane + parity.
 template <int BITS>
-static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&z_all)[64], const float (&w_all)[64], const tbq_encoder_gaps & gaps,
-                                                                  const tbq_scale & best, float d, float inverse, bool none, int lane, int parity) {
+static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&z_all)[64], const float (&w_all)[64],
+                                                                  const tbq_encoder_gaps & gaps, const tbq_scale & best,
+                                                                  float d, float inverse, bool none, int lane,
+                                                                  int parity) {
     float g[2];
     int   index[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float z = z_all[lane + 32 * r];
-        index[r] = tbq_level_index<BITS>(tbq_to_fixed(z, inverse, none), z, best);
-        g[r]     = __fsub_rn(__fmul_rn(z, inverse), __fmul_rn(d, gaps.level[index[r]]));
+        index[r]      = tbq_level_index<BITS>(tbq_to_fixed(z, inverse, none), z, best);
+        g[r]          = __fsub_rn(__fmul_rn(z, inverse), __fmul_rn(d, gaps.level[index[r]]));
     }
     tbq_butterflies(g[0], g[1], lane);
     g[0] = __fmul_rn(g[0], w_all[lane]);
@@ -640,17 +654,19 @@ static __device__ __forceinline__ tbq_coordinate tbq_first_levels(const float (&
     return { __fmul_rn(lane < 16 ? g_lo : g_hi, 1.0f / 64), lane < 16 ? i_lo : i_hi };
 }
 
-// Coordinate descent of a warp on the coordinates of one parity, a lane to each: its slope and index.  Returns the index that
-// it ends at.
-static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps, float slope, int index, float d, bool shaped,
-                                                     int lane) {
+// Coordinate descent of a warp on the coordinates of one parity, a lane to each: its slope and index.  Returns the
+// index that it ends at.
+static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_all)[64], const tbq_encoder_gaps & gaps,
+                                                                float slope, int index, float d, bool shaped,
+                                                                int lane) {
 #if __CUDA_ARCH__ >= 800 // __reduce_max_sync
     const float m0 = m_all[0];
     float       up = __fmul_rn(d, gaps.up[index]), down = __fmul_rn(d, gaps.down[index]);
     for (int step = 0; step < TBQ_DESCENT_STEPS && shaped; step++) {
         const float    value = tbq_gain(slope > 0.0f ? up : down, slope, m0);
-        const uint32_t gain  = value > 0.0f ? __float_as_uint(value) : 0u; // not negative, so that the bits order like the values
-        const uint32_t most  = __reduce_max_sync(TBQ_WARP_ALL, gain);
+        const uint32_t gain =
+            value > 0.0f ? __float_as_uint(value) : 0u; // not negative, so that the bits order like the values
+        const uint32_t most = __reduce_max_sync(TBQ_WARP_ALL, gain);
         if (most == 0) {
             break;
         }
@@ -670,13 +686,15 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
 
 // Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.
 template <int BITS, typename src_t>
-static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i, const tbq_rope_args * rope = nullptr) {
+static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i,
+                                                              const tbq_rope_args * rope = nullptr) {
 #if __CUDA_ARCH__ >= 800
     // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
-    __shared__ float            z_all[64], w_all[64], m_all[64]; // rotated values; weights of noise shaping; row 0 of the error's matrix
-    __shared__ int              qk_of[8], kk_of[8], number_of[8]; // the scale of each half-warp
-    __shared__ int              index_all[64], squares_of[2];     // indices; sums of k k over even and odd coordinates
+    __shared__ float            z_all[64], w_all[64],
+        m_all[64]; // rotated values; weights of noise shaping; row 0 of the error's matrix
+    __shared__ int qk_of[8], kk_of[8], number_of[8]; // the scale of each half-warp
+    __shared__ int index_all[64], squares_of[2];     // indices; sums of k k over even and odd coordinates
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -689,25 +707,26 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
+                                               // reads
 #endif
     long long row = at.i1;
     if (a.ids) {
         const long long id = at.id + at.i1 * a.ids_s0;
-        row = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
+        row                = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
     float    x[4], z[4];
     uint32_t largest = 0;
     tbq_load_block<src_t>(a, at, rope, l, x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        x[j] = __fsub_rn(x[j], center.mean[j]);
+        x[j]    = __fsub_rn(x[j], center.mean[j]);
         largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
-    largest = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
-    const tbq_measure b    = tbq_rotate_and_measure(x, z, largest, l);
+    largest             = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
+    const tbq_measure b = tbq_rotate_and_measure(x, z, largest, l);
     // b.zero || b.bad has no variable: with one, nvcc 13.0 does not unroll the descent.
-    tbq_scale         best = tbq_try_two_scales<BITS>(z, b.inverse, b.zero || b.bad, hw);
+    tbq_scale best = tbq_try_two_scales<BITS>(z, b.inverse, b.zero || b.bad, hw);
     if (l == 0) {
         qk_of[hw]     = best.qk;
         kk_of[hw]     = best.kk;
@@ -724,13 +743,15 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     __syncthreads();
 
     if (warp < 2) {
-        best = tbq_best_scale<8>({ qk_of[lane % 8], kk_of[lane % 8], number_of[lane % 8] });
-        const float          d     = best.least_squares();
-        const tbq_coordinate c     = tbq_first_levels<BITS>(z_all, w_all, gaps, best, d, b.inverse, b.zero || b.bad, lane, warp);
-        const int            index = tbq_coordinate_descent_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
+        best                   = tbq_best_scale<8>({ qk_of[lane % 8], kk_of[lane % 8], number_of[lane % 8] });
+        const float          d = best.least_squares();
+        const tbq_coordinate c =
+            tbq_first_levels<BITS>(z_all, w_all, gaps, best, d, b.inverse, b.zero || b.bad, lane, warp);
+        const int index =
+            tbq_coordinate_descent_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
         index_all[2 * lane + warp] = b.zero || b.bad ? 0 : index;
-        const int level = (int) gaps.level[index];
-        const int total = __reduce_add_sync(TBQ_WARP_ALL, level * level);
+        const int level            = (int) gaps.level[index];
+        const int total            = __reduce_add_sync(TBQ_WARP_ALL, level * level);
         if (lane == 0) {
             squares_of[warp] = total;
         }
@@ -752,12 +773,13 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 #endif
 }
 
-template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_decode_size(const tbq_encode_args a) {
+template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
+    tbq_quantize_decode_size(const tbq_encode_args a) {
     tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
-// The keys and values of a token in one launch: the first n_a CTAs encode a, the others b.  ROPE: the keys get their rotary
-// embedding first.
+// The keys and values of a token in one launch: the first n_a CTAs encode a, the others b.  ROPE: the keys get their
+// rotary embedding first.
 template <int BITS_A, int BITS_B, bool ROPE>
 __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
     tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {

@@ -75,7 +75,7 @@ typedef struct {
 static int64_t next_item(void * context) {
     item_source * source = (item_source *) context;
     const int     first  = source->first;
-    source->first = -1;
+    source->first        = -1;
     return first >= 0 ? first : ggml_threadpool_chunk_add(source->pool, 1);
 }
 
@@ -107,7 +107,8 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
     if (!ggml_is_tbq(dst->type) || (!dst->src[3] && !dst->src[4])) {
         return false;
     }
-    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) && (ids->type == GGML_TYPE_I64 || ids->type == GGML_TYPE_I32));
+    GGML_ASSERT(src->type == GGML_TYPE_F32 && src->nb[0] == sizeof(float) &&
+                (ids->type == GGML_TYPE_I64 || ids->type == GGML_TYPE_I32));
     GGML_ASSERT(src->ne[2] * src->ne[3] * ids->ne[1] * ids->ne[2] == 1 && dst->ne[2] * dst->ne[3] == 1);
     const float * mean   = dst->src[3] ? (const float *) dst->src[3]->data : NULL;
     const float * weight = dst->src[4] ? (const float *) dst->src[4]->data : NULL;
@@ -125,9 +126,10 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
         const int64_t to    = ids->type == GGML_TYPE_I64 ? *(const int64_t *) id : *(const int32_t *) id;
         GGML_ASSERT(to >= 0 && to < dst->ne[1]);
         tbq_best_kernels()->quantize_kv[dst->type - GGML_TYPE_TBQ2_0](
-            (const float *) ((const char *) src->data + row * src->nb[1]) + first * TBQ_BLOCK, mean ? mean + first * TBQ_BLOCK : NULL,
-            weight ? weight + first * TBQ_BLOCK : NULL,
-            (char *) dst->data + to * dst->nb[1] + tbq_row_bytes((tbq_type) dst->type, first * TBQ_BLOCK), count * TBQ_BLOCK);
+            (const float *) ((const char *) src->data + row * src->nb[1]) + first * TBQ_BLOCK,
+            mean ? mean + first * TBQ_BLOCK : NULL, weight ? weight + first * TBQ_BLOCK : NULL,
+            (char *) dst->data + to * dst->nb[1] + tbq_row_bytes((tbq_type) dst->type, first * TBQ_BLOCK),
+            count * TBQ_BLOCK);
         i += count;
     }
     return true;

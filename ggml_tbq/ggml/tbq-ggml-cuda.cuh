@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend calls these functions
-// first.  False, with nothing done, leaves the operation to the backend.
+// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend calls these
+// functions first.  False, with nothing done, leaves the operation to the backend.
 #pragma once
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
@@ -20,9 +20,9 @@ static inline bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor *) {
     return true;
 }
 #undef TBQ_CUDA_NOT_HERE
-#define TBQ_CUDA_NOT_HERE(name)                             \
-    static inline std::nullptr_t name(ggml_type) {          \
-        return nullptr;                                     \
+#define TBQ_CUDA_NOT_HERE(name)                    \
+    static inline std::nullptr_t name(ggml_type) { \
+        return nullptr;                            \
     }
 TBQ_CUDA_NOT_HERE(tbq_cuda_to_fp16)
 TBQ_CUDA_NOT_HERE(tbq_cuda_to_bf16)
@@ -43,14 +43,14 @@ bool tbq_cuda_supports_op(const ggml_tensor * op);
 // Whether a cache may have this type.
 bool tbq_cuda_kv_type_supported(ggml_type type);
 
-// Computes a node: SET_ROWS (f32 or f16, int32 or int64 row numbers; the CPU's bytes), CPY between f32 and blocks of one
-// shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
+// Computes a node: SET_ROWS (f32 or f16, int32 or int64 row numbers; the CPU's bytes), CPY between f32 and blocks of
+// one shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// In decode a launch takes as long as the work in it.  So the ROPE of a token's keys, their SET_ROWS and the SET_ROWS of its
-// values become one launch, if node i is the first of them and they follow each other (ROPE and keys, keys and values, or
-// all three).  So do the SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types.
-// Returns how many nodes after i are done, 0 if node i is something else.
+// In decode a launch takes as long as the work in it.  So the ROPE of a token's keys, their SET_ROWS and the SET_ROWS
+// of its values become one launch, if node i is the first of them and they follow each other (ROPE and keys, keys and
+// values, or all three).  So do the SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types. Returns how
+// many nodes after i are done, 0 if node i is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // Values in the original domain, the CPU's to the last bit, rounded once.
@@ -61,9 +61,9 @@ to_fp16_nc_cuda_t tbq_cuda_to_fp16_nc(ggml_type type);
 to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type);
 to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 
-// Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number if nothing else has a
-// kernel), head sizes 64, 128 and 256, K and V both tbq, or one of them q8_0 or f16, sm_80 and later.  Everything else
-// converts to f16 and takes the backend's own kernels.
+// Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number if nothing else
+// has a kernel), head sizes 64, 128 and 256, K and V both tbq, or one of them q8_0 or f16, sm_80 and later.  Everything
+// else converts to f16 and takes the backend's own kernels.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // whether those kernels work for it
 

@@ -9,17 +9,17 @@ TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ3_0 == (int) TBQ_TYPE_TBQ3_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ4_0 == (int) TBQ_TYPE_TBQ4_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ8_ACT == (int) TBQ_TYPE_TBQ8_ACT, "type id");
 
-#define DEFINE(name, i)                                                                                         \
-    void dequantize_row_##name(const void * x, float * y, int64_t k) {                                          \
-        tbq_best_kernels()->dequantize[i](x, y, k);                                                             \
-    }                                                                                                           \
-    void quantize_row_##name##_ref(const float * x, void * y, int64_t k) {                                      \
-        tbq_best_kernels()->quantize_kv[i](x, NULL, NULL, y, k);                                                \
-    }                                                                                                           \
-    void ggml_vec_dot_##name##_tbq8_act(int n, float * s, size_t bs, const void * vx, size_t bx,                \
-                                        const void * vy, size_t by, int nrc) {                                  \
-        (void) bs, (void) bx, (void) by, (void) nrc; /* one row at a time: .nrows = 1 */                        \
-        *s = tbq_best_kernels()->dot[i](vx, vy, n);                                                             \
+#define DEFINE(name, i)                                                                                           \
+    void dequantize_row_##name(const void * x, float * y, int64_t k) {                                            \
+        tbq_best_kernels()->dequantize[i](x, y, k);                                                               \
+    }                                                                                                             \
+    void quantize_row_##name##_ref(const float * x, void * y, int64_t k) {                                        \
+        tbq_best_kernels()->quantize_kv[i](x, NULL, NULL, y, k);                                                  \
+    }                                                                                                             \
+    void ggml_vec_dot_##name##_tbq8_act(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, \
+                                        size_t by, int nrc) {                                                     \
+        (void) bs, (void) bx, (void) by, (void) nrc; /* one row at a time: .nrows = 1 */                          \
+        *s = tbq_best_kernels()->dot[i](vx, vy, n);                                                               \
     }
 DEFINE(tbq2_0, 0)
 DEFINE(tbq3_0, 1)
@@ -52,8 +52,8 @@ tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type) {
     return ggml_is_tbq(type) ? tbq_best_kernels()->mad_rotated[type - GGML_TYPE_TBQ2_0] : NULL;
 }
 
-bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash, bool v_in_k,
-                             int64_t head_size_k, int64_t head_size_v, int64_t n_head, int64_t n_head_kv) {
+bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash,
+                             bool v_in_k, int64_t head_size_k, int64_t head_size_v, int64_t n_head, int64_t n_head_kv) {
     if (!dev || n_head == 0 || n_head_kv == 0 || (!ggml_is_tbq(type_k) && !ggml_is_tbq(type_v))) {
         return true;
     }
@@ -65,30 +65,33 @@ bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum
     }
     // as llama.cpp lays them out: all heads of a token in a row
     struct ggml_tensor * cache_k = ggml_new_tensor_2d(ctx, type_k, head_size_k * n_head_kv, N_KV);
-    struct ggml_tensor * k = ggml_view_4d(ctx, cache_k, head_size_k, N_KV, n_head_kv, 1, cache_k->nb[1],
-                                          ggml_row_size(type_k, head_size_k), cache_k->nb[2], 0);
-    struct ggml_tensor * ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
-    bool                 can = ggml_backend_dev_supports_op(
+    struct ggml_tensor * k       = ggml_view_4d(ctx, cache_k, head_size_k, N_KV, n_head_kv, 1, cache_k->nb[1],
+                                                ggml_row_size(type_k, head_size_k), cache_k->nb[2], 0);
+    struct ggml_tensor * ids     = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
+    bool                 can     = ggml_backend_dev_supports_op(
         dev, ggml_set_rows(ctx, cache_k, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_k->ne[0], 1), ids));
 
     struct ggml_tensor * v = NULL;
     if (v_in_k) {
         // an indexer's cache has keys only, of another size: nobody attends to it
         if (head_size_v > 0 && head_size_v <= head_size_k && head_size_v % ggml_blck_size(type_k) == 0) {
-            v = ggml_view_4d(ctx, cache_k, head_size_v, N_KV, n_head_kv, 1, cache_k->nb[1], ggml_row_size(type_k, head_size_k), cache_k->nb[2], 0);
+            v = ggml_view_4d(ctx, cache_k, head_size_v, N_KV, n_head_kv, 1, cache_k->nb[1],
+                             ggml_row_size(type_k, head_size_k), cache_k->nb[2], 0);
         }
     } else {
         struct ggml_tensor * cache_v = ggml_new_tensor_2d(ctx, type_v, head_size_v * n_head_kv, N_KV);
-        v   = ggml_view_4d(ctx, cache_v, head_size_v, N_KV, n_head_kv, 1, cache_v->nb[1], ggml_row_size(type_v, head_size_v), cache_v->nb[2], 0);
-        can = can && ggml_backend_dev_supports_op(
-                         dev, ggml_set_rows(ctx, cache_v, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_v->ne[0], 1), ids));
+        v                            = ggml_view_4d(ctx, cache_v, head_size_v, N_KV, n_head_kv, 1, cache_v->nb[1],
+                                                    ggml_row_size(type_v, head_size_v), cache_v->nb[2], 0);
+        can                          = can &&
+                                       ggml_backend_dev_supports_op(
+                                           dev, ggml_set_rows(ctx, cache_v, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, cache_v->ne[0], 1), ids));
     }
     for (int i = 0; i < 2 && v; i++) {
         const int64_t        n    = i == 0 ? 1 : PROMPT;
         struct ggml_tensor * q    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, head_size_k, n, n_head, 1);
         struct ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, N_KV, n, 1, 1);
-        can = can && ggml_backend_dev_supports_op(
-                         dev, flash ? ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f) : ggml_mul_mat(ctx, k, q));
+        can = can && ggml_backend_dev_supports_op(dev, flash ? ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f)
+                                                             : ggml_mul_mat(ctx, k, q));
     }
     ggml_free(ctx);
     return can;

@@ -9,18 +9,20 @@
 //
 // K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them is f16 or q8_0.
 //
-// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  A row whose softmax weight underflows to 0 in
-// its tile of 64 cached rows affects only how the other weights are rounded.  A query row that sees no key gets zeros.  A
-// query row becomes NaN if it sees a NaN in a key, a product q.k of +Inf (with a soft-cap: any Inf), or a sink that is NaN.
-// A scale of NaN or Inf in tbq values makes the 64 channels of its block NaN.  All else follows IEEE arithmetic.
+// A row whose mask is -Inf has no effect, whatever it holds, NaN included.  A row whose softmax weight underflows to 0
+// in its tile of 64 cached rows affects only how the other weights are rounded.  A query row that sees no key gets
+// zeros.  A query row becomes NaN if it sees a NaN in a key, a product q.k of +Inf (with a soft-cap: any Inf), or a
+// sink that is NaN. A scale of NaN or Inf in tbq values makes the 64 channels of its block NaN.  All else follows IEEE
+// arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
-//   - Queries are rotated once and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT.  K is unpacked to bytes once
+//   - Queries are rotated once and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT.  K is unpacked to bytes
+//   once
 //     for all query rows that share it.  Products are exact integers.  f16 and q8_0 keys are multiplied by f32 queries.
 //   - The softmax is in f32, relative to the maximum of the tile.
 //   - Weights times the scales of V are rounded to 15 bits and a sign, relative to their largest possible value in the
-//     tile, or to their largest where the mask hides a row.  Products with unpacked V are exact integers again.  The sum
-//     stays rotated, and is rotated back once per query row.  f16 and q8_0 values are multiplied by f32 weights.
+//     tile, or to their largest where the mask hides a row.  Products with unpacked V are exact integers again.  The
+//     sum stays rotated, and is rotated back once per query row.  f16 and q8_0 values are multiplied by f32 weights.
 // docs/measurements/attention.md has the error that this adds to f32 arithmetic on the dequantized cache.
 //
 // EXACTNESS
@@ -63,13 +65,13 @@ typedef struct {
 typedef struct {
     int64_t n_streams; // independent problems, each with n_tokens query rows for each head
     int64_t n_tokens;
-    int64_t n_kv;      // cached rows
-    int64_t n_head;    // a multiple of
+    int64_t n_kv;   // cached rows
+    int64_t n_head; // a multiple of
     int64_t n_head_kv;
-    int64_t k_size;    // head sizes: multiples of 64
+    int64_t k_size; // head sizes: multiples of 64
     int64_t v_size;
 
-    const float * q;   // k_size floats for each query row; strides in bytes
+    const float * q; // k_size floats for each query row; strides in bytes
     size_t        q_token_stride, q_head_stride, q_stream_stride;
 
     tbq_attention_side k, v;
@@ -78,15 +80,15 @@ typedef struct {
     size_t           mask_token_stride, mask_head_stride, mask_stream_stride;
     int64_t          mask_n_heads, mask_n_streams; // head h uses mask h % mask_n_heads; streams likewise
 
-    const float * sinks; // n_head logits, or NULL
+    const float * sinks;                          // n_head logits, or NULL
     float         scale, max_bias, logit_softcap; // max_bias > 0: ALiBi slopes; logit_softcap 0: none
 
     float * out; // [n_streams][n_tokens][n_head][v_size], contiguous
 } tbq_attention;
 
-// How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of threads.
-// A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that are adjacent
-// in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are merged.
+// How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of
+// threads. A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that
+// are adjacent in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are merged.
 typedef struct {
     tbq_attention a;
     int64_t       n_items;
@@ -94,16 +96,16 @@ typedef struct {
     int64_t       chunk_rows;     // cached rows in a chunk, a multiple of 64
     int64_t       heads_per_item; // KV heads
     int64_t       n_head_groups;
-    int64_t       tile_rows;      // query rows of one KV head in an item; row = token . (n_head / n_head_kv) + head
+    int64_t       tile_rows; // query rows of one KV head in an item; row = token . (n_head / n_head_kv) + head
     int64_t       n_row_tiles;
-    int64_t       n_rows;         // of out
+    int64_t       n_rows; // of out
     size_t        thread_bytes, partial_bytes;
 } tbq_attention_plan;
 
-// Fills in the plan.  TBQ_OK, or why these kernels do not take the problem: TBQ_ERROR_TYPE (neither K nor V is tbq, or one
-// has a type that is not listed above) or TBQ_ERROR_LENGTH (a count below 1, head sizes that are not multiples of 64, heads
-// or streams that do not divide).  Reads types, sizes and counts only, and of mask whether it is NULL: other pointers and
-// strides may be set later, in plan->a.
+// Fills in the plan.  TBQ_OK, or why these kernels do not take the problem: TBQ_ERROR_TYPE (neither K nor V is tbq, or
+// one has a type that is not listed above) or TBQ_ERROR_LENGTH (a count below 1, head sizes that are not multiples of
+// 64, heads or streams that do not divide).  Reads types, sizes and counts only, and of mask whether it is NULL: other
+// pointers and strides may be set later, in plan->a.
 TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
 
 // The bytes of work: scratch for each thread and, with several chunks, partial results.

@@ -18,19 +18,19 @@ extern "C" {
 // The search of one implementation.
 struct tbq_search_kernels {
     void (*top_k[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
-                      int64_t n_queries, int64_t k, float * scores, int64_t * positions);
+                     int64_t n_queries, int64_t k, float * scores, int64_t * positions);
 };
 
 typedef struct {
-    const char * name;         // "ref", "avx2", "avx512", "avx512vnni", "neon", "neon-dotprod"
-    int (*supported)(void);    // whether this machine runs it
+    const char * name;      // "ref", "avx2", "avx512", "avx512vnni", "neon", "neon-dotprod"
+    int (*supported)(void); // whether this machine runs it
     void (*quantize[3])(const float * src, void * dst, int64_t n);
     void (*quantize_kv[3])(const float * src, const float * mean, const float * weight, void * dst, int64_t n);
     void (*dequantize[3])(const void * src, float * dst, int64_t n);
     void (*quantize_act)(const float * src, void * dst, int64_t n);
     float (*dot[3])(const void * row, const void * act, int64_t n);
-    // acc += scale . d . k[idx], n floats in the rotated domain: how attention adds a row of values.  tbq_unrotate takes
-    // the sum back to the original domain once.
+    // acc += scale . d . k[idx], n floats in the rotated domain: how attention adds a row of values.  tbq_unrotate
+    // takes the sum back to the original domain once.
     void (*mad_rotated[3])(const void * src, float scale, float * acc, int64_t n);
     void (*rotate)(const float * src, float * dst, int64_t n);
     void (*unrotate)(const float * src, float * dst, int64_t n);
@@ -38,8 +38,8 @@ typedef struct {
     const struct tbq_search_kernels *    search;    // of tbq-search.h
 } tbq_kernels;
 
-// Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their number.  This
-// machine may not support all of them.
+// Every implementation in this build, slowest first; entry 0 is the scalar reference.  *count receives their number.
+// This machine may not support all of them.
 TBQ_API const tbq_kernels * const * tbq_list_kernels(int * count);
 
 // The fastest one that this machine supports, which the functions of tbq.h use.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Exhaustive nearest-neighbor search of a flat index of packed vectors: the dot products of queries with every vector, and
-// the k vectors with the best scores.
+// Exhaustive nearest-neighbor search of a flat index of packed vectors: the dot products of queries with every vector,
+// and the k vectors with the best scores.
 //
 //     score(q, x) = mul[x] . <q, x^> + add[x]
 //
-// x^ is what the vector decodes to.  mul and add hold one float for each vector.  The caller sets them, for example to turn
-// dot products into cosines, unbiased estimates or distances.
+// x^ is what the vector decodes to.  mul and add hold one float for each vector.  The caller sets them, for example to
+// turn dot products into cosines, unbiased estimates or distances.
 //
 // LAYOUT
 //
@@ -15,8 +15,8 @@
 //     d[group][block][16]             the scales, IEEE halves
 //     codes[group][block][word][16]   the rest of the block as 32-bit little-endian words: 4, 6 or 8 of them
 //
-// These are the bytes of the rows in another order.  The last group may be partly filled: memory for its other lanes, in mul
-// and add too, must exist, but its contents do not matter.  codes is aligned to 4 bytes; with 64 it is faster.
+// These are the bytes of the rows in another order.  The last group may be partly filled: memory for its other lanes,
+// in mul and add too, must exist, but its contents do not matter.  codes is aligned to 4 bytes; with 64 it is faster.
 //
 // EXACTNESS
 //
@@ -48,16 +48,16 @@ typedef struct {
     int64_t          n;      // vectors
     const uint16_t * d;
     const uint32_t * codes;
-    const float *    mul;    // NULL: 1
-    const float *    add;    // NULL: 0
+    const float *    mul; // NULL: 1
+    const float *    add; // NULL: 0
 } tbq_scan_rows;
 
 // The 32-bit words of a block without d: 4, 6 or 8; 0 for a type that is not tbq2_0, tbq3_0 or tbq4_0.
 TBQ_API int32_t tbq_scan_words(tbq_type type);
 
 // rows: n vectors as tbq_quantize wrote them; they become vectors first .. first + n - 1.
-TBQ_API tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d,
-                                uint32_t * codes);
+TBQ_API tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n,
+                                uint16_t * d, uint32_t * codes);
 
 // The inverse: the vectors at n positions, which must exist, to rows.
 TBQ_API tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
@@ -66,12 +66,13 @@ TBQ_API tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * 
 // Queries for tbq_scan_search.  src: n floats, n a multiple of 64.  dst: n / 64 blocks.
 TBQ_API tbq_status tbq_scan_prepare(const float * src, tbq_scan_query * dst, int64_t n);
 
-// The best k of vectors first .. last - 1 for each of n_queries prepared queries, k >= 1.  first is a multiple of 16, or the
-// result is TBQ_ERROR_LENGTH.  scores and positions: n_queries x k, the highest score first, and of equal scores the lowest
-// position first.  Vectors whose score is NaN or -Inf are not found; where fewer than k are found, -Inf and -1 follow.
-// To use threads, give each of them some of the queries or a range of the vectors.
-TBQ_API tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
-                                   int64_t n_queries, int64_t k, float * scores, int64_t * positions);
+// The best k of vectors first .. last - 1 for each of n_queries prepared queries, k >= 1.  first is a multiple of 16,
+// or the result is TBQ_ERROR_LENGTH.  scores and positions: n_queries x k, the highest score first, and of equal scores
+// the lowest position first.  Vectors whose score is NaN or -Inf are not found; where fewer than k are found, -Inf and
+// -1 follow. To use threads, give each of them some of the queries or a range of the vectors.
+TBQ_API tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t last,
+                                   const tbq_scan_query * queries, int64_t n_queries, int64_t k, float * scores,
+                                   int64_t * positions);
 
 #ifdef __cplusplus
 }

@@ -36,9 +36,9 @@
 //                   j =  3     2     3     2     1     0     1     0
 //                   i >= 8 for bits 2, 3, 6, 7: bit = (j & 1) | (i >> 3) << 1 | (j >> 1) << 2
 //
-// Why this order: on AVX2, AVX-512 and NEON a 16- or 32-byte load, shifts by constants and one table lookup unpack it in
-// element order.  On CUDA, which reads 32-bit words, the nibbles of tbq4_0 are `prmt` selectors without any change.  For
-// tbq3_0 the low pairs of word w with parity p of j are (qs32[w] >> 2p) & 0x33333333, and their high bits
+// Why this order: on AVX2, AVX-512 and NEON a 16- or 32-byte load, shifts by constants and one table lookup unpack it
+// in element order.  On CUDA, which reads 32-bit words, the nibbles of tbq4_0 are `prmt` selectors without any change.
+// For tbq3_0 the low pairs of word w with parity p of j are (qs32[w] >> 2p) & 0x33333333, and their high bits
 // ((qh32[w & 1] >> (2 (w >> 1) + p)) & 0x11111111) << 2: one constant shift each.
 //
 // EXACTNESS
@@ -49,9 +49,9 @@
 //
 // CONVENTIONS
 //
-// n counts values.  It is a multiple of TBQ_BLOCK, and may be 0; otherwise the result is TBQ_ERROR_LENGTH and nothing is
-// written.  Blocks may start at any address; arrays of float and half are aligned as C requires.  Buffers do not overlap
-// unless a function says that they may.  All functions are reentrant, allocate nothing and keep no state.
+// n counts values.  It is a multiple of TBQ_BLOCK, and may be 0; otherwise the result is TBQ_ERROR_LENGTH and nothing
+// is written.  Blocks may start at any address; arrays of float and half are aligned as C requires.  Buffers do not
+// overlap unless a function says that they may.  All functions are reentrant, allocate nothing and keep no state.
 #pragma once
 
 #include <stddef.h>
@@ -76,45 +76,47 @@ extern "C" {
 #define TBQ_API
 #endif
 
-#define TBQ_VERSION_MAJOR 0
-#define TBQ_VERSION_MINOR 1
-#define TBQ_VERSION_PATCH 0
+#define TBQ_VERSION_MAJOR  0
+#define TBQ_VERSION_MINOR  1
+#define TBQ_VERSION_PATCH  0
 #define TBQ_FORMAT_VERSION 1
 
 #define TBQ_BLOCK 64
 
 typedef struct {
-    uint16_t d;       // scale, IEEE half
-    uint8_t  qs[32];  // 4-bit indices
+    uint16_t d;      // scale, IEEE half
+    uint8_t  qs[32]; // 4-bit indices
 } block_tbq4_0;
 TBQ_STATIC_ASSERT(sizeof(block_tbq4_0) == 34, "tbq4_0 block size");
 
 typedef struct {
-    uint16_t d;       // scale, IEEE half
-    uint8_t  qs[16];  // low two bits of each index
-    uint8_t  qh[8];   // high bit plane
+    uint16_t d;      // scale, IEEE half
+    uint8_t  qs[16]; // low two bits of each index
+    uint8_t  qh[8];  // high bit plane
 } block_tbq3_0;
 TBQ_STATIC_ASSERT(sizeof(block_tbq3_0) == 26, "tbq3_0 block size");
 
 typedef struct {
-    uint16_t d;       // scale, IEEE half
-    uint8_t  qs[16];  // 2-bit indices
+    uint16_t d;      // scale, IEEE half
+    uint8_t  qs[16]; // 2-bit indices
 } block_tbq2_0;
 TBQ_STATIC_ASSERT(sizeof(block_tbq2_0) == 18, "tbq2_0 block size");
 
-// The other operand of a dot product, such as an activation: d . qs approximates y, the rotated values.  Never in files.
+// The other operand of a dot product, such as an activation: d . qs approximates y, the rotated values.  Never in
+// files.
 //
-// x86 multiplies unsigned by signed bytes, so its kernels add 64 to the codebook entries.  bias[] subtracts what this adds
-// to a dot product.  It is the start value of the eight partial sums that every implementation forms; partial sum l has
-// the products of values 4l..4l+3 and 32+4l..32+4l+3.
+// x86 multiplies unsigned by signed bytes, so its kernels add 64 to the codebook entries.  bias[] subtracts what this
+// adds to a dot product.  It is the start value of the eight partial sums that every implementation forms; partial sum
+// l has the products of values 4l..4l+3 and 32+4l..32+4l+3.
 typedef struct {
     float   d;
-    int32_t bias[8];  // -64 times the sum of qs over the values of partial sum l
-    int8_t  qs[64];   // -127..127
+    int32_t bias[8]; // -64 times the sum of qs over the values of partial sum l
+    int8_t  qs[64];  // -127..127
 } block_tbq8_act;
 TBQ_STATIC_ASSERT(sizeof(block_tbq8_act) == 100, "tbq8_act block size");
 
-// The values are the GGML type ids.  They are far above llama.cpp's own, so that no other type can be mistaken for these.
+// The values are the GGML type ids.  They are far above llama.cpp's own, so that no other type can be mistaken for
+// these.
 typedef enum {
     TBQ_TYPE_TBQ2_0   = 642,
     TBQ_TYPE_TBQ3_0   = 643,
@@ -124,18 +126,18 @@ typedef enum {
 
 typedef enum {
     TBQ_OK           = 0,
-    TBQ_ERROR_TYPE   = -1,  // not a tbq type, or not one that this function takes
-    TBQ_ERROR_LENGTH = -2,  // n is negative or not a multiple of TBQ_BLOCK, or another count breaks the function's rule
-    TBQ_ERROR_NULL   = -3,  // a null pointer where n > 0
+    TBQ_ERROR_TYPE   = -1, // not a tbq type, or not one that this function takes
+    TBQ_ERROR_LENGTH = -2, // n is negative or not a multiple of TBQ_BLOCK, or another count breaks the function's rule
+    TBQ_ERROR_NULL   = -3, // a null pointer where n > 0
 } tbq_status;
 
 typedef struct {
-    tbq_type     type;
-    const char * name;         // "tbq4_0"
-    int32_t      bits;         // bits of an index; 8 for the activation type
-    int32_t      block;        // values per block: TBQ_BLOCK
-    size_t       block_bytes;
-    const int8_t * levels;     // the 2^bits codebook entries, ascending; NULL for the activation type
+    tbq_type       type;
+    const char *   name;  // "tbq4_0"
+    int32_t        bits;  // bits of an index; 8 for the activation type
+    int32_t        block; // values per block: TBQ_BLOCK
+    size_t         block_bytes;
+    const int8_t * levels; // the 2^bits codebook entries, ascending; NULL for the activation type
 } tbq_type_info;
 
 // English text, never NULL.
@@ -158,20 +160,21 @@ TBQ_API size_t tbq_row_bytes(tbq_type type, int64_t n);
 // src: n floats (or IEEE halves).  dst: tbq_row_bytes(type, n) bytes.  tbq_quantize takes TBQ_TYPE_TBQ8_ACT, too.
 //
 // The encoder tries a grid of scales around rms(y), keeps the index vector with the largest cosine to y, and sets d by
-// least squares.  A block with a NaN or Inf gets d = NaN.  Zeros, and values too small for any d, give d = 0.  A d above
-// the largest finite half becomes that.
+// least squares.  A block with a NaN or Inf gets d = NaN.  Zeros, and values too small for any d, give d = 0.  A d
+// above the largest finite half becomes that.
 TBQ_API tbq_status tbq_quantize(tbq_type type, const float * src, void * dst, int64_t n);
 TBQ_API tbq_status tbq_quantize_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n);
 
 // The same for the keys and values of attention, which a model reads mostly through their large channels: the squared
-// error is 6 to 9 % larger in sum, but smaller in those channels, and the norm is preserved.  The KV cache of the patched
-// llama.cpp is written with this, weights with the above (docs/design/encoder.md).
+// error is 6 to 9 % larger in sum, but smaller in those channels, and the norm is preserved.  The KV cache of the
+// patched llama.cpp is written with this, weights with the above (docs/design/encoder.md).
 TBQ_API tbq_status tbq_quantize_kv(tbq_type type, const float * src, void * dst, int64_t n);
 TBQ_API tbq_status tbq_quantize_kv_f16(tbq_type type, const uint16_t * src, void * dst, int64_t n);
 
 // The same for src - mean, with measured weights for the squared error in each channel; blocks decode to src - mean.
 // mean: n floats, or NULL for zeros.  weight: n floats above 0 with weight[c] == weight[c ^ 1], of any scale within a
-// block, or NULL: weights from src, as in tbq_quantize_kv.  Both belong to a layer of a model (docs/design/centering.md).
+// block, or NULL: weights from src, as in tbq_quantize_kv.  Both belong to a layer of a model
+// (docs/design/centering.md).
 TBQ_API tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight,
                                             void * dst, int64_t n);
 
@@ -180,8 +183,8 @@ TBQ_API tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, co
 TBQ_API tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t n);
 TBQ_API tbq_status tbq_dequantize_f16(tbq_type type, const void * src, uint16_t * dst, int64_t n);
 
-// *result = the dot product of row, n values in a tbq type, and act, n values in TBQ_TYPE_TBQ8_ACT.  The rotation cancels,
-// so this approximates the dot product of the original vectors.
+// *result = the dot product of row, n values in a tbq type, and act, n values in TBQ_TYPE_TBQ8_ACT.  The rotation
+// cancels, so this approximates the dot product of the original vectors.
 TBQ_API tbq_status tbq_dot(tbq_type type, const void * row, const void * act, int64_t n, float * result);
 
 // The rotation y = H64 . diag(s) . x / 8 of each 64 values, and its inverse x = diag(s) . H64 . y / 8.

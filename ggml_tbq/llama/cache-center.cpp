@@ -23,17 +23,19 @@ namespace {
 
 constexpr uint32_t N_CHUNK  = 128; // tokens of a chunk
 constexpr uint32_t N_CHUNKS = 8;   // unless --chunks says otherwise
-constexpr uint32_t N_SKIP   = 8;   // the first keys of a chunk are attention sinks: far from the others, and few in a context
+constexpr uint32_t N_SKIP =
+    8; // the first keys of a chunk are attention sinks: far from the others, and few in a context
 
 void print_usage(int, char ** argv) {
-    LOG("\nexample usage:\n\n    %s -m model.gguf -f text.txt -c 8192 -o model.center.gguf [--chunks 8] [-ngl 99]\n\n", argv[0]);
+    LOG("\nexample usage:\n\n    %s -m model.gguf -f text.txt -c 8192 -o model.center.gguf [--chunks 8] [-ngl 99]\n\n",
+        argv[0]);
 }
 
 // Decodes tokens at pos, pos + 1, ... in an empty memory.
 bool decode(llama_context * ctx, const llama_token * tokens, int32_t n, llama_pos pos) {
     llama_memory_clear(llama_get_memory(ctx), true);
     llama_batch batch = llama_batch_init(n, 0, 1);
-    batch.n_tokens = n;
+    batch.n_tokens    = n;
     for (int32_t i = 0; i < n; ++i) {
         batch.token[i]     = tokens[i];
         batch.pos[i]       = pos + i;
@@ -65,13 +67,15 @@ void set_up(common_params & params, uint32_t n_chunk) {
 
 // NULL, and the reason is in the log, for a model that cannot be measured.
 llama_model_ptr load_model(common_params & params) {
-    llama_model_ptr model { llama_model_load_from_file(params.model.path.c_str(), common_model_params_to_llama(params)) };
+    llama_model_ptr model{ llama_model_load_from_file(params.model.path.c_str(),
+                                                      common_model_params_to_llama(params)) };
     if (!model) {
         LOG_ERR("error: %s cannot be loaded\n", params.model.path.c_str());
         return nullptr;
     }
     if (llama_model_has_encoder(model.get()) || !params.lora_adapters.empty() || !params.control_vectors.empty()) {
-        LOG_ERR("error: models with an encoder, adapters and control vectors are not for this program: measure the model itself\n");
+        LOG_ERR(
+            "error: models with an encoder, adapters and control vectors are not for this program: measure the model itself\n");
         return nullptr;
     }
     return model;
@@ -80,7 +84,7 @@ llama_model_ptr load_model(common_params & params) {
 std::vector<llama_token> tokenize(const llama_context * ctx, const std::string & text) {
     const llama_vocab * vocab = llama_model_get_vocab(llama_get_model(ctx));
     if (llama_vocab_type(vocab) != LLAMA_VOCAB_TYPE_NONE) {
-        return common_tokenize(ctx, text, /*add_special =*/ false);
+        return common_tokenize(ctx, text, /*add_special =*/false);
     }
     std::vector<llama_token> tokens; // a random model, to measure speed on: any tokens will do
     for (const unsigned char c : text) {
@@ -91,10 +95,10 @@ std::vector<llama_token> tokenize(const llama_context * ctx, const std::string &
 
 // Where the chunks of a text are taken from, and at which positions they are decoded.
 struct chunking {
-    uint32_t n_ctx;
-    uint32_t n_chunk;  // tokens of a chunk, with the token for the beginning of a text
-    uint32_t n_chunks;
-    bool     bos;
+    uint32_t                 n_ctx;
+    uint32_t                 n_chunk; // tokens of a chunk, with the token for the beginning of a text
+    uint32_t                 n_chunks;
+    bool                     bos;
     std::vector<llama_token> text;
 
     uint32_t n_text() const { return n_chunk - bos; }
@@ -105,7 +109,7 @@ struct chunking {
         if (bos) {
             res.push_back(llama_vocab_bos(vocab));
         }
-        const auto begin = text.begin() + (n_chunks > 1 ? (size_t) i*(text.size() - n_text())/(n_chunks - 1) : 0);
+        const auto begin = text.begin() + (n_chunks > 1 ? (size_t) i * (text.size() - n_text()) / (n_chunks - 1) : 0);
         res.insert(res.end(), begin, begin + n_text());
         return res;
     }
@@ -115,13 +119,13 @@ struct chunking {
     llama_pos pos(uint64_t i) const {
         const uint64_t last = n_ctx - n_chunk;
         const uint64_t n    = n_chunks - 1;
-        return (llama_pos) (n > 0 ? i*i*last/(n*n) : 0);
+        return (llama_pos) (n > 0 ? i * i * last / (n * n) : 0);
     }
 
     // After an eighth, a quarter, half and all of the chunks.
     bool is_reported(uint32_t n_done) const {
-        const uint32_t eighths = 8*n_done/n_chunks;
-        return n_done == n_chunks || ((8*n_done) % n_chunks == 0 && (eighths == 1 || eighths == 2 || eighths == 4));
+        const uint32_t eighths = 8 * n_done / n_chunks;
+        return n_done == n_chunks || ((8 * n_done) % n_chunks == 0 && (eighths == 1 || eighths == 2 || eighths == 4));
     }
 };
 
@@ -133,7 +137,7 @@ bool measure(llama_context * ctx, llama_cache_center_stats * stats, const chunki
     const llama_model * model   = llama_get_model(ctx);
     const int32_t       n_layer = llama_model_n_layer(model);
     for (uint32_t i = 0; i < chunks.n_chunks; ++i) {
-        const llama_pos pos = chunks.pos(i);
+        const llama_pos                pos   = chunks.pos(i);
         const std::vector<llama_token> chunk = chunks.tokens(i, llama_model_get_vocab(model));
         if (!decode(ctx, chunk.data(), chunk.size(), pos)) {
             LOG_ERR("error: decoding failed at chunk %u\n", i);
@@ -189,24 +193,26 @@ int run(common_params & params) {
     if (!model) {
         return 1;
     }
-    params.n_ctx = llama_cache_center_n_cells(model.get(), n_ctx, n_chunk);
+    params.n_ctx                        = llama_cache_center_n_cells(model.get(), n_ctx, n_chunk);
     llama_cache_center_stats * counting = nullptr;
-    llama_context_params cparams = common_context_params_to_llama(params);
-    cparams.cb_eval           = llama_cache_center_stats_eval;
-    cparams.cb_eval_user_data = &counting;
-    const llama_context_ptr ctx { llama_init_from_model(model.get(), cparams) };
+    llama_context_params       cparams  = common_context_params_to_llama(params);
+    cparams.cb_eval                     = llama_cache_center_stats_eval;
+    cparams.cb_eval_user_data           = &counting;
+    const llama_context_ptr ctx{ llama_init_from_model(model.get(), cparams) };
     if (!ctx) {
         LOG_ERR("error: no context for %s\n", params.model.path.c_str());
         return 1;
     }
-    const stats_ptr stats { llama_cache_center_stats_init(ctx.get()) };
+    const stats_ptr stats{ llama_cache_center_stats_init(ctx.get()) };
     if (!stats) {
         return 1;
     }
     counting = stats.get();
 
-    chunking chunks { n_ctx, n_chunk, 0, llama_vocab_get_add_bos(llama_model_get_vocab(model.get())), tokenize(ctx.get(), params.prompt) };
-    chunks.n_chunks = std::min((uint32_t) chunks.text.size()/chunks.n_text(), params.n_chunks > 0 ? (uint32_t) params.n_chunks : N_CHUNKS);
+    chunking chunks{ n_ctx, n_chunk, 0, llama_vocab_get_add_bos(llama_model_get_vocab(model.get())),
+                     tokenize(ctx.get(), params.prompt) };
+    chunks.n_chunks = std::min((uint32_t) chunks.text.size() / chunks.n_text(),
+                               params.n_chunks > 0 ? (uint32_t) params.n_chunks : N_CHUNKS);
     if (chunks.n_chunks == 0) {
         LOG_ERR("error: the text has %zu tokens, a chunk takes %u\n", chunks.text.size(), chunks.n_text());
         return 1;

@@ -4,7 +4,8 @@
 
 #include "common.h"
 
-// The context with the means that the parameters name, or NULL, with the context freed, if they do not fit it (see the log).
+// The context with the means that the parameters name, or NULL, with the context freed, if they do not fit it (see the
+// log).
 static inline llama_context * common_set_center(llama_context * ctx, common_params & params) {
     if (!ctx || params.cache_center.empty()) {
         return ctx;

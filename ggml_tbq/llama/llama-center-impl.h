@@ -15,11 +15,11 @@ class llama_kv_cache;
 struct llama_file;
 struct llama_model_loader;
 
-// What ties a center to a model: the names, types, shapes and the first and last bytes of all tensors of the model's files.
-// A model keeps where they are; they are read when a center is set or saved.
+// What ties a center to a model: the names, types, shapes and the first and last bytes of all tensors of the model's
+// files. A model keeps where they are; they are read when a center is set or saved.
 struct llama_center_source {
     struct tensor {
-        std::string text;   // name, type and shape
+        std::string text; // name, type and shape
         size_t      i_file;
         size_t      offset;
         size_t      size;
@@ -42,11 +42,11 @@ struct llama_center {
     struct layer {
         int64_t            n_embd_head; // head size
         int64_t            n_head_kv;
-        std::vector<float> mean;        // [n_head_kv][n_embd_head]
-        std::vector<float> energy;      // mean square of the queries that read these keys, the same shape
+        std::vector<float> mean;   // [n_head_kv][n_embd_head]
+        std::vector<float> energy; // mean square of the queries that read these keys, the same shape
         std::vector<float> rope;
         std::string        rope_factors;
-        float              share;       // the share of the keys' energy that is in their mean
+        float              share; // the share of the keys' energy that is in their mean
     };
     std::map<int32_t, layer> layers;
 
@@ -54,12 +54,12 @@ struct llama_center {
     std::string hash() const;
 
     // both throw
-    void save(const char * path) const;
+    void                save(const char * path) const;
     static llama_center load(const char * path);
 };
 
 // RoPE as the context applies it to a layer: the keys' means depend on it.
-std::vector<float> llama_center_rope        (const llama_context & ctx, int32_t il);
+std::vector<float> llama_center_rope(const llama_context & ctx, int32_t il);
 std::string        llama_center_rope_factors(const llama_context & ctx, int32_t il);
 
 // Why the keys of a layer are not centered, or NULL.

@@ -36,11 +36,12 @@ llama_cache_center_stats * llama_cache_center_stats_init(const llama_context * c
         LLAMA_LOG_ERROR("%s: nothing to measure: %s\n", __func__, err.what());
         return nullptr;
     }
-    auto res = std::make_unique<llama_cache_center_stats>();
+    auto         res    = std::make_unique<llama_cache_center_stats>();
     const char * reason = "it has no layer with keys";
     for (const llama_kv_cache * kv : caches) {
         if (kv->type_k() != GGML_TYPE_F32 && kv->type_k() != GGML_TYPE_F16) {
-            LLAMA_LOG_ERROR("%s: keys of type %s cannot be measured, f32 or f16 can\n", __func__, ggml_type_name(kv->type_k()));
+            LLAMA_LOG_ERROR("%s: keys of type %s cannot be measured, f32 or f16 can\n", __func__,
+                            ggml_type_name(kv->type_k()));
             return nullptr;
         }
         for (const uint32_t il : kv->get_layer_ids()) {
@@ -48,7 +49,7 @@ llama_cache_center_stats * llama_cache_center_stats_init(const llama_context * c
                 reason = why;
                 continue;
             }
-            res->layers[il].sum  .resize(ctx->get_model().hparams.n_embd_k_gqa(il));
+            res->layers[il].sum.resize(ctx->get_model().hparams.n_embd_k_gqa(il));
             res->layers[il].query.resize(ctx->get_model().hparams.n_embd_k_gqa(il));
             res->caches[kv->get_k_storage(il)] = il;
         }
@@ -74,7 +75,8 @@ bool llama_cache_center_stats_eval(ggml_tensor * t, bool ask, void * user_data) 
     const ggml_tensor * k = t->op == GGML_OP_MUL_MAT ? t->src[0] : t->src[1];
     // through views, and the cast of f32 keys
     while (k->src[0] && stats->caches.find(k->view_src) == stats->caches.end() &&
-            (k->op == GGML_OP_CPY || k->op == GGML_OP_CONT || k->op == GGML_OP_VIEW || k->op == GGML_OP_PERMUTE || k->op == GGML_OP_RESHAPE)) {
+           (k->op == GGML_OP_CPY || k->op == GGML_OP_CONT || k->op == GGML_OP_VIEW || k->op == GGML_OP_PERMUTE ||
+            k->op == GGML_OP_RESHAPE)) {
         k = k->src[0];
     }
     const auto cache = stats->caches.find(k->view_src);
@@ -85,21 +87,21 @@ bool llama_cache_center_stats_eval(ggml_tensor * t, bool ask, void * user_data) 
         return true;
     }
     // q: [n_embd_head, n_tokens, n_head], a view in any order
-    llama_cache_center_stats::layer & layer = stats->layers[cache->second];
-    const int64_t n_embd_head = q->ne[0];
-    const int64_t n_head_kv   = layer.query.size()/n_embd_head;
-    std::vector<uint8_t> raw(ggml_nbytes(q));
+    llama_cache_center_stats::layer & layer       = stats->layers[cache->second];
+    const int64_t                     n_embd_head = q->ne[0];
+    const int64_t                     n_head_kv   = layer.query.size() / n_embd_head;
+    std::vector<uint8_t>              raw(ggml_nbytes(q));
     ggml_backend_tensor_get(q, raw.data(), 0, raw.size());
     for (int64_t h = 0; h < q->ne[2]; ++h) {
-        double * sum = layer.query.data() + h/(q->ne[2]/n_head_kv)*n_embd_head;
+        double * sum = layer.query.data() + h / (q->ne[2] / n_head_kv) * n_embd_head;
         for (int64_t i = 0; i < q->ne[1]; ++i) {
-            const float * row = (const float *) (raw.data() + h*q->nb[2] + i*q->nb[1]);
+            const float * row = (const float *) (raw.data() + h * q->nb[2] + i * q->nb[1]);
             for (int64_t c = 0; c < n_embd_head; ++c) {
-                sum[c] += (double) row[c]*row[c];
+                sum[c] += (double) row[c] * row[c];
             }
         }
     }
-    layer.n_query += q->ne[1]*(q->ne[2]/n_head_kv);
+    layer.n_query += q->ne[1] * (q->ne[2] / n_head_kv);
     return true;
 }
 
@@ -113,16 +115,16 @@ int32_t llama_cache_center_stats_add(llama_cache_center_stats * stats, llama_con
             if (it == stats->layers.end()) {
                 continue;
             }
-            const ggml_tensor * k = kv->get_k_storage(il);
-            const size_t n_embd = it->second.sum.size();
+            const ggml_tensor *  k      = kv->get_k_storage(il);
+            const size_t         n_embd = it->second.sum.size();
             std::vector<uint8_t> raw(ggml_row_size(k->type, n_embd));
             std::vector<float>   row(n_embd);
-            int32_t n = 0;
+            int32_t              n = 0;
             for (uint32_t i = 0; i < cells.size(); ++i) {
                 if (cells.is_empty(i) || !cells.seq_has(i, 0) || cells.pos_get(i) < pos) {
                     continue;
                 }
-                ggml_backend_tensor_get(k, raw.data(), i*k->nb[1], raw.size());
+                ggml_backend_tensor_get(k, raw.data(), i * k->nb[1], raw.size());
                 if (k->type == GGML_TYPE_F16) {
                     ggml_fp16_to_fp32_row((const ggml_fp16_t *) raw.data(), row.data(), n_embd);
                 } else {
@@ -130,7 +132,7 @@ int32_t llama_cache_center_stats_add(llama_cache_center_stats * stats, llama_con
                 }
                 for (size_t j = 0; j < n_embd; ++j) {
                     it->second.sum[j] += row[j];
-                    it->second.energy += (double) row[j]*row[j];
+                    it->second.energy += (double) row[j] * row[j];
                 }
                 n++;
             }
@@ -148,21 +150,23 @@ float llama_cache_center_stats_share(const llama_cache_center_stats * stats, int
     }
     double square = 0;
     for (const double sum : it->second.sum) {
-        square += sum*sum;
+        square += sum * sum;
     }
-    return (float) (square/it->second.n/it->second.energy);
+    return (float) (square / it->second.n / it->second.energy);
 }
 
 uint32_t llama_cache_center_n_cells(const llama_model * model, uint32_t n_ctx, uint32_t n_chunk) {
-    const bool long_rope = std::any_of(model->layers.begin(), model->layers.end(), [](const llama_layer & l) { return l.rope_long; });
+    const bool long_rope =
+        std::any_of(model->layers.begin(), model->layers.end(), [](const llama_layer & l) { return l.rope_long; });
     return long_rope && n_ctx > model->hparams.n_ctx_orig_yarn ? model->hparams.n_ctx_orig_yarn + n_chunk : n_chunk;
 }
 
-int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, const llama_context * ctx, uint32_t n_ctx, const char * path) {
+int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, const llama_context * ctx, uint32_t n_ctx,
+                                      const char * path) {
     const llama_model & model = ctx->get_model();
-    llama_center center;
-    center.arch        = llm_arch_name(model.arch);
-    center.n_ctx       = n_ctx;
+    llama_center        center;
+    center.arch  = llm_arch_name(model.arch);
+    center.n_ctx = n_ctx;
     for (const auto & [il, l] : stats->layers) {
         if (l.n == 0 || l.n_query == 0) {
             LLAMA_LOG_ERROR("%s: layer %d saw no %s\n", __func__, il, l.n ? "query" : "key");
@@ -170,11 +174,17 @@ int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, co
         }
         std::vector<float> mean(l.sum.size());
         std::vector<float> energy(l.query.size());
-        std::transform(l.sum.begin(),   l.sum.end(),   mean.begin(),   [&](double sum) { return (float) (sum/l.n); });
-        std::transform(l.query.begin(), l.query.end(), energy.begin(), [&](double sum) { return (float) (sum/l.n_query); });
+        std::transform(l.sum.begin(), l.sum.end(), mean.begin(), [&](double sum) { return (float) (sum / l.n); });
+        std::transform(l.query.begin(), l.query.end(), energy.begin(),
+                       [&](double sum) { return (float) (sum / l.n_query); });
         center.n_tokens   = std::max(center.n_tokens, l.n);
-        center.layers[il] = { model.hparams.n_embd_head_k(il), model.hparams.n_head_kv(il), std::move(mean), std::move(energy), llama_center_rope(*ctx, il), llama_center_rope_factors(*ctx, il),
-            llama_cache_center_stats_share(stats, il) };
+        center.layers[il] = { model.hparams.n_embd_head_k(il),
+                              model.hparams.n_head_kv(il),
+                              std::move(mean),
+                              std::move(energy),
+                              llama_center_rope(*ctx, il),
+                              llama_center_rope_factors(*ctx, il),
+                              llama_cache_center_stats_share(stats, il) };
     }
     // the old file stays until the new one has been read back
     try {

@@ -24,9 +24,14 @@
 
 std::vector<float> llama_center_rope(const llama_context & ctx, int32_t il) {
     const llama_cparams & cparams = ctx.get_cparams();
-    const llama_model   & model   = ctx.get_model();
-    return { model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il), cparams.yarn_ext_factor,
-             cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow, (float) cparams.n_ctx_orig_yarn };
+    const llama_model &   model   = ctx.get_model();
+    return { model.get_rope_freq_base(cparams, il),
+             model.get_rope_freq_scale(cparams, il),
+             cparams.yarn_ext_factor,
+             cparams.yarn_attn_factor,
+             cparams.yarn_beta_fast,
+             cparams.yarn_beta_slow,
+             (float) cparams.n_ctx_orig_yarn };
 }
 
 std::string llama_center_rope_factors(const llama_context & ctx, int32_t il) {
@@ -34,8 +39,8 @@ std::string llama_center_rope_factors(const llama_context & ctx, int32_t il) {
     return t ? ggml_get_name(t) : "none";
 }
 
-// Both reasons add something to the softmax that does not move with the logits of a query.  A constant in all of the logits
-// would no longer cancel.
+// Both reasons add something to the softmax that does not move with the logits of a query.  A constant in all of the
+// logits would no longer cancel.
 const char * llama_center_why_not(const llama_model & model, int32_t il) {
     if (model.layers[il].attn_sinks) {
         return "attention sinks";
@@ -46,11 +51,11 @@ const char * llama_center_why_not(const llama_model & model, int32_t il) {
     return nullptr;
 }
 
-// Other caches are not centered: latent vectors of MLA, which are values too; the keys of an indexer, whose scores see no
-// softmax; recurrent states.
+// Other caches are not centered: latent vectors of MLA, which are values too; the keys of an indexer, whose scores see
+// no softmax; recurrent states.
 std::vector<llama_kv_cache *> llama_center_caches(const llama_context & ctx) {
-    const llama_model & model = ctx.get_model();
-    llama_memory_i * memory = ctx.get_memory();
+    const llama_model & model  = ctx.get_model();
+    llama_memory_i *    memory = ctx.get_memory();
 
     if (model.hparams.is_mla()) {
         throw std::runtime_error("a cell of MLA is key and value at once");
@@ -69,20 +74,21 @@ std::vector<llama_kv_cache *> llama_center_caches(const llama_context & ctx) {
             return { hybrid->get_mem_attn()->get_base(), hybrid->get_mem_attn()->get_swa() };
         }
     }
-    throw std::runtime_error(format("the memory of a %s model has no keys that can be centered", llm_arch_name(model.arch)));
+    throw std::runtime_error(
+        format("the memory of a %s model has no keys that can be centered", llm_arch_name(model.arch)));
 }
 
 // --- in the cache ---------------------------------------------------------------------------------------------------
 
-// Rotate heads as the graph does before it stores keys (build_input_k_rot): a rotation is linear, so the mean of rotated
-// keys is the rotated mean.
+// Rotate heads as the graph does before it stores keys (build_input_k_rot): a rotation is linear, so the mean of
+// rotated keys is the rotated mean.
 static std::vector<float> rotated(const std::vector<float> & x, const std::vector<float> & rot, int64_t n_rot) {
     std::vector<float> res(x.size());
     for (size_t i = 0; i < x.size(); i += n_rot) {
         for (int64_t r = 0; r < n_rot; ++r) {
             double sum = 0.0;
             for (int64_t c = 0; c < n_rot; ++c) {
-                sum += (double) rot[r*n_rot + c]*x[i + c];
+                sum += (double) rot[r * n_rot + c] * x[i + c];
             }
             res[i + r] = (float) sum;
         }
@@ -90,31 +96,33 @@ static std::vector<float> rotated(const std::vector<float> & x, const std::vecto
     return res;
 }
 
-// What error costs in each channel of a block: the queries' energy there, pooled over pairs of channels as the encoder wants
-// it, to a power that trusts the sample a little less, and a floor.  docs/center.md has what was tried.
+// What error costs in each channel of a block: the queries' energy there, pooled over pairs of channels as the encoder
+// wants it, to a power that trusts the sample a little less, and a floor.  docs/center.md has what was tried.
 static std::vector<float> weights_of(const std::vector<float> & energy) {
-    constexpr size_t n_block = TBQ_BLOCK;
+    constexpr size_t   n_block = TBQ_BLOCK;
     std::vector<float> res(energy.size());
     for (size_t b = 0; b + n_block <= energy.size(); b += n_block) {
         double sum = 0.0;
         for (size_t i = b; i < b + n_block; i += 2) {
-            res[i] = res[i + 1] = std::pow(0.5f*(energy[i] + energy[i + 1]), 0.75f);
-            sum += 2.0*res[i];
+            res[i] = res[i + 1] = std::pow(0.5f * (energy[i] + energy[i + 1]), 0.75f);
+            sum += 2.0 * res[i];
         }
         for (size_t i = b; i < b + n_block; ++i) {
-            res[i] = sum > 0.0 ? (float) (res[i]/(sum/n_block)) + 0.1f : 1.0f;
+            res[i] = sum > 0.0 ? (float) (res[i] / (sum / n_block)) + 0.1f : 1.0f;
         }
     }
     return res;
 }
 
 // a tensor of these values in a buffer of its own, which bufs keeps
-static ggml_tensor * upload(llama_kv_center & center, ggml_backend_buffer_type_t buft, const char * name, const std::vector<float> & values, bool no_alloc) {
-    ggml_init_params params = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
-    ggml_context_ptr ctx { ggml_init(params) };
-    ggml_tensor * t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, values.size());
+static ggml_tensor * upload(llama_kv_center & center, ggml_backend_buffer_type_t buft, const char * name,
+                            const std::vector<float> & values, bool no_alloc) {
+    ggml_init_params params = { /*.mem_size =*/ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
+    ggml_context_ptr ctx{ ggml_init(params) };
+    ggml_tensor *    t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, values.size());
     ggml_set_name(t, name);
-    ggml_backend_buffer_ptr buf { no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0) : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+    ggml_backend_buffer_ptr buf{ no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0)
+                                          : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
     if (!buf) {
         throw std::runtime_error("failed to allocate the means of the keys");
     }
@@ -141,7 +149,7 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
     }
 
     int64_t n_rot = 64; // as in build_input_k_rot
-    while (attn_rot_k && n_embd_head_k_all % (2*n_rot) == 0) {
+    while (attn_rot_k && n_embd_head_k_all % (2 * n_rot) == 0) {
         n_rot *= 2;
     }
     for (auto & layer : layers) {
@@ -150,11 +158,15 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
             continue;
         }
         // where they are used: for a tbq type next to the cache, in SET_ROWS; for others where the keys are computed
-        const bool tbq = ggml_is_tbq(layer.k->type);
-        ggml_backend_buffer_type_t buft = tbq ? ggml_backend_buffer_get_type(layer.k->buffer) : ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
+        const bool                 tbq  = ggml_is_tbq(layer.k->type);
+        ggml_backend_buffer_type_t buft = tbq ? ggml_backend_buffer_get_type(layer.k->buffer)
+                                              : ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
         // named like the keys: with a split of tensors over devices the name decides who holds which heads
-        const auto put = [&](const std::vector<float> & values) { return upload(center, buft, layer.k->name, values, hparams.no_alloc); };
-        layer.center.mean = put(attn_rot_k ? rotated(it->second.mean, attn_rot_hadamard.at(n_rot), n_rot) : it->second.mean);
+        const auto put = [&](const std::vector<float> & values) {
+            return upload(center, buft, layer.k->name, values, hparams.no_alloc);
+        };
+        layer.center.mean =
+            put(attn_rot_k ? rotated(it->second.mean, attn_rot_hadamard.at(n_rot), n_rot) : it->second.mean);
         if (tbq) {
             layer.center.weight = put(weights_of(it->second.energy));
         }
@@ -165,8 +177,9 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
 
 // the means in the shape of k: whole rows, heads, or the first channels of each head
 static ggml_tensor * mean_like(ggml_context * ctx, const llama_kv_center_layer & layer, const ggml_tensor * k) {
-    return k->ne[0] == layer.mean->ne[0] ? layer.mean
-                                         : ggml_view_2d(ctx, layer.mean, k->ne[0], k->ne[1], layer.n_embd_head*sizeof(float), 0);
+    return k->ne[0] == layer.mean->ne[0]
+               ? layer.mean
+               : ggml_view_2d(ctx, layer.mean, k->ne[0], k->ne[1], layer.n_embd_head * sizeof(float), 0);
 }
 
 ggml_tensor * llama_kv_center_layer::add(ggml_context * ctx, ggml_tensor * k) const {
@@ -178,13 +191,14 @@ ggml_tensor * llama_kv_center_layer::subtract(ggml_context * ctx, ggml_tensor * 
 }
 
 // SET_ROWS of a tbq type subtracts the mean itself and weighs error by channel; for other types a SUB goes before it.
-ggml_tensor * llama_kv_center_layer::set_rows(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_cur, ggml_tensor * k_idxs) const {
+ggml_tensor * llama_kv_center_layer::set_rows(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_cur,
+                                              ggml_tensor * k_idxs) const {
     if (!ggml_is_tbq(k->type)) {
         return ggml_set_rows(ctx, k, subtract(ctx, k_cur), k_idxs);
     }
     ggml_tensor * res = ggml_set_rows(ctx, k, k_cur, k_idxs);
-    res->src[3] = mean;
-    res->src[4] = weight;
+    res->src[3]       = mean;
+    res->src[4]       = weight;
     return res;
 }
 
@@ -211,8 +225,9 @@ void llama_kv_center::state_read(llama_io_read_i & io, uint32_t & n_stream) cons
     }
     if (saved != hash) {
         const auto name = [](const std::string & h) { return h.empty() ? std::string("none") : h.substr(0, 12); };
-        throw std::runtime_error(format("this state was saved with a different calibration file (hash %s; this context: %s)",
-            name(saved).c_str(), name(hash).c_str()));
+        throw std::runtime_error(
+            format("this state was saved with a different calibration file (hash %s; this context: %s)",
+                   name(saved).c_str(), name(hash).c_str()));
     }
 }
 
@@ -221,35 +236,41 @@ void llama_kv_center::state_read(llama_io_read_i & io, uint32_t & n_stream) cons
 // Throws if the means of a layer do not fit the model or the context.
 static void check_layer(const llama_context & ctx, const llama_center & center, uint32_t il) {
     const llama_hparams & hparams = ctx.get_model().hparams;
-    const char * path = center.path.c_str();
-    const auto it = center.layers.find(il);
+    const char *          path    = center.path.c_str();
+    const auto            it      = center.layers.find(il);
     if (it == center.layers.end()) {
         throw std::runtime_error(format("%s has no means for layer %u", path, il));
     }
     const llama_center::layer & l = it->second;
     if (l.n_embd_head != (int64_t) hparams.n_embd_head_k(il) || l.n_head_kv != (int64_t) hparams.n_head_kv(il)) {
-        throw std::runtime_error(format("%s: layer %u has %" PRId64 " heads of %" PRId64 " there and %u of %u here", path, il,
-            l.n_head_kv, l.n_embd_head, hparams.n_head_kv(il), hparams.n_embd_head_k(il)));
+        throw std::runtime_error(format("%s: layer %u has %" PRId64 " heads of %" PRId64 " there and %u of %u here",
+                                        path, il, l.n_head_kv, l.n_embd_head, hparams.n_head_kv(il),
+                                        hparams.n_embd_head_k(il)));
     }
-    if (!std::all_of(l.mean.begin(),   l.mean.end(),   [](float x) { return std::isfinite(x); }) ||
+    if (!std::all_of(l.mean.begin(), l.mean.end(), [](float x) { return std::isfinite(x); }) ||
         !std::all_of(l.energy.begin(), l.energy.end(), [](float x) { return x >= 0 && x < 1e30f; })) {
         throw std::runtime_error(format("%s: the means of layer %u are not finite", path, il));
     }
     const std::vector<float> rope    = llama_center_rope(ctx, il);
     const std::string        factors = llama_center_rope_factors(ctx, il);
     if (l.rope != rope || l.rope_factors != factors) {
-        throw std::runtime_error(format("%s was measured with another RoPE (layer %u: base %g, scale %g, factors %s; here %g, %g, %s); measure again with the same options",
-            path, il, l.rope.empty() ? 0.0 : l.rope[0], l.rope.size() < 2 ? 0.0 : l.rope[1], l.rope_factors.c_str(), rope[0], rope[1], factors.c_str()));
+        throw std::runtime_error(format(
+            "%s was measured with another RoPE (layer %u: base %g, scale %g, factors %s; here %g, %g, %s); measure again with the same options",
+            path, il, l.rope.empty() ? 0.0 : l.rope[0], l.rope.size() < 2 ? 0.0 : l.rope[1], l.rope_factors.c_str(),
+            rope[0], rope[1], factors.c_str()));
     }
 }
 
 // Throws if a center does not fit; the number of layers that it is for.
-static size_t check_center(const llama_context & ctx, const std::vector<llama_kv_cache *> & caches, const llama_center & center) {
-    const llama_model & model = ctx.get_model();
-    const std::string fingerprint = model.center_source->fingerprint();
+static size_t check_center(const llama_context & ctx, const std::vector<llama_kv_cache *> & caches,
+                           const llama_center & center) {
+    const llama_model & model       = ctx.get_model();
+    const std::string   fingerprint = model.center_source->fingerprint();
     if (center.arch != llm_arch_name(model.arch) || center.fingerprint != fingerprint) {
-        throw std::runtime_error(format("%s was measured on another model (%s, tensors %s); this one is %s, %s", center.path.c_str(),
-            center.arch.c_str(), center.fingerprint.substr(0, 12).c_str(), llm_arch_name(model.arch), fingerprint.substr(0, 12).c_str()));
+        throw std::runtime_error(format("%s was measured on another model (%s, tensors %s); this one is %s, %s",
+                                        center.path.c_str(), center.arch.c_str(),
+                                        center.fingerprint.substr(0, 12).c_str(), llm_arch_name(model.arch),
+                                        fingerprint.substr(0, 12).c_str()));
     }
     size_t n_layer = 0;
     for (const llama_kv_cache * kv : caches) {
@@ -263,7 +284,8 @@ static size_t check_center(const llama_context & ctx, const std::vector<llama_kv
         }
     }
     if (n_layer != center.layers.size()) {
-        throw std::runtime_error(format("%s has means for %zu layers, the cache %zu", center.path.c_str(), center.layers.size(), n_layer));
+        throw std::runtime_error(
+            format("%s has means for %zu layers, the cache %zu", center.path.c_str(), center.layers.size(), n_layer));
     }
     return n_layer;
 }
@@ -290,8 +312,9 @@ void llama_context::set_center(const llama_center * center) {
         throw;
     }
     if (center) {
-        LLAMA_LOG_INFO("%s: keys are stored minus their means: %zu layers, measured for a context of %u tokens, hash %s\n", __func__,
-            n_layer, center->n_ctx, hash.substr(0, 12).c_str());
+        LLAMA_LOG_INFO(
+            "%s: keys are stored minus their means: %zu layers, measured for a context of %u tokens, hash %s\n",
+            __func__, n_layer, center->n_ctx, hash.substr(0, 12).c_str());
     }
 }
 

@@ -24,14 +24,15 @@ struct llama_cache_center_stats;
 
 // NULL if the model has no layer whose keys may be centered.
 LLAMA_API struct llama_cache_center_stats * llama_cache_center_stats_init(const struct llama_context * ctx);
-LLAMA_API void llama_cache_center_stats_free(struct llama_cache_center_stats * stats);
+LLAMA_API void                              llama_cache_center_stats_free(struct llama_cache_center_stats * stats);
 
-// For llama_context_params.cb_eval, with the address of a stats pointer (NULL until there is one) as user data: counts the
-// queries that each layer's keys are read with.
+// For llama_context_params.cb_eval, with the address of a stats pointer (NULL until there is one) as user data: counts
+// the queries that each layer's keys are read with.
 LLAMA_API bool llama_cache_center_stats_eval(struct ggml_tensor * t, bool ask, void * user_data);
 
 // Count the keys of sequence 0 whose position is at least `pos`.  Returns how many, negative on failure.
-LLAMA_API int32_t llama_cache_center_stats_add(struct llama_cache_center_stats * stats, struct llama_context * ctx, llama_pos pos);
+LLAMA_API int32_t llama_cache_center_stats_add(struct llama_cache_center_stats * stats, struct llama_context * ctx,
+                                               llama_pos pos);
 
 // The share of the keys' energy that the mean holds, |E k|^2 / E |k|^2 in 0..1; -1 for a layer that is not centered.
 LLAMA_API float llama_cache_center_stats_share(const struct llama_cache_center_stats * stats, int32_t il);
@@ -41,7 +42,8 @@ LLAMA_API float llama_cache_center_stats_share(const struct llama_cache_center_s
 LLAMA_API uint32_t llama_cache_center_n_cells(const struct llama_model * model, uint32_t n_ctx, uint32_t n_chunk);
 
 // Write the means, for contexts of n_ctx tokens.  0, or negative on failure.
-LLAMA_API int32_t llama_cache_center_stats_save(const struct llama_cache_center_stats * stats, const struct llama_context * ctx, uint32_t n_ctx, const char * path);
+LLAMA_API int32_t llama_cache_center_stats_save(const struct llama_cache_center_stats * stats,
+                                                const struct llama_context * ctx, uint32_t n_ctx, const char * path);
 
 #ifdef __cplusplus
 }

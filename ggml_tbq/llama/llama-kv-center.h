@@ -15,14 +15,14 @@ class llama_io_write_i;
 
 // Of one layer.  A layer without means returns every tensor as it is.
 struct llama_kv_center_layer {
-    ggml_tensor * mean   = nullptr; // f32 [n_embd_k_gqa]
-    ggml_tensor * weight = nullptr; // the same, of the channels; for tbq types
+    ggml_tensor * mean        = nullptr; // f32 [n_embd_k_gqa]
+    ggml_tensor * weight      = nullptr; // the same, of the channels; for tbq types
     int64_t       n_embd_head = 0;
 
     explicit operator bool() const { return mean; }
 
     // k: whole rows of the cache, or heads of them, or the first channels of each head
-    ggml_tensor * add     (ggml_context * ctx, ggml_tensor * k) const;
+    ggml_tensor * add(ggml_context * ctx, ggml_tensor * k) const;
     ggml_tensor * subtract(ggml_context * ctx, ggml_tensor * k) const;
 
     // k_cur minus the means into the cache
@@ -32,8 +32,8 @@ struct llama_kv_center_layer {
 // Of a cache.
 struct llama_kv_center {
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs; // of the layers' means
-    std::string hash;                                                       // of their file; empty without means
+    std::string                                                       hash; // of their file; empty without means
 
     void state_write(llama_io_write_i & io) const;
-    void state_read (llama_io_read_i  & io, uint32_t & n_stream) const;
+    void state_read(llama_io_read_i & io, uint32_t & n_stream) const;
 };

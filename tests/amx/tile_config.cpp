@@ -25,7 +25,7 @@
 static bool expected(const uint8_t * config) {
     static const uint16_t colsb[16] = { 64, 64, 32, 32, 64, 64, 64, 64 };
     static const uint8_t  rows[16]  = { 8, 8, 16, 16, 16, 16, 16, 16 };
-    uint8_t want[64] = { 1 };
+    uint8_t               want[64]  = { 1 };
     memcpy(want + 16, colsb, sizeof(colsb));
     memcpy(want + 48, rows, sizeof(rows));
     if (memcmp(config, want, sizeof(want)) == 0) {
@@ -46,15 +46,15 @@ static const uint8_t * operand(const uint8_t * code, const greg_t * gregs) {
     if (code[0] != 0xC4 || (code[1] & 0x1F) != 2 || code[2] != 0x78 || code[3] != 0x49) {
         return nullptr;
     }
-    const int b = code[1] & 0x20 ? 0 : 8, x = code[1] & 0x40 ? 0 : 8;
-    const int mod = code[4] >> 6, rm = code[4] & 7;
-    const uint8_t * next = code + 5;
-    uintptr_t address = 0;
-    bool      absolute = false;
+    const int       b = code[1] & 0x20 ? 0 : 8, x = code[1] & 0x40 ? 0 : 8;
+    const int       mod = code[4] >> 6, rm = code[4] & 7;
+    const uint8_t * next     = code + 5;
+    uintptr_t       address  = 0;
+    bool            absolute = false;
     if (rm == 4) {
-        const int sib = *next++;
-        absolute = (sib & 7) == 5 && mod == 0;
-        address  = absolute ? 0 : (uintptr_t) gregs[order[(sib & 7) | b]];
+        const int sib   = *next++;
+        absolute        = (sib & 7) == 5 && mod == 0;
+        address         = absolute ? 0 : (uintptr_t) gregs[order[(sib & 7) | b]];
         const int index = (sib >> 3 & 7) | x;
         address += index == 4 ? 0 : (uintptr_t) gregs[order[index]] << (sib >> 6);
     } else if (!(mod == 0 && rm == 5)) {
@@ -86,8 +86,8 @@ static void trapped(int, siginfo_t *, void * context) {
 
 int main() {
     struct sigaction action = {};
-    action.sa_sigaction = trapped;
-    action.sa_flags     = SA_SIGINFO;
+    action.sa_sigaction     = trapped;
+    action.sa_flags         = SA_SIGINFO;
     sigaction(SIGILL, &action, nullptr);
     sigaction(SIGSEGV, &action, nullptr); // with AMX, a bad configuration is a protection fault
 

@@ -14,4 +14,5 @@ template __global__ void tbq_attention_combine<128, 4, true>(const tbq_attention
 template __global__ void tbq_dequantize_rows<4, half>(const tbq_decode_args);
 template __global__ void tbq_matvec<4, 1>(const tbq_matvec_args);
 template __global__ void tbq_quantize_rows<4, float>(const tbq_encode_args);
-template __global__ void tbq_quantize_pair<4, 3, true>(const tbq_encode_args, const tbq_rope_args, const tbq_encode_args, int);
+template __global__ void tbq_quantize_pair<4, 3, true>(const tbq_encode_args, const tbq_rope_args,
+                                                       const tbq_encode_args, int);

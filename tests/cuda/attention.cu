@@ -19,7 +19,9 @@ template <typename T> struct device_array {
     size_t n = 0;
     // to a multiple of 16 bytes, as ggml's buffers are
     explicit device_array(size_t count) : n(count) { CHECK(cudaMalloc(&p, (count * sizeof(T) + 31) / 16 * 16)); }
-    device_array(const std::vector<T> & v) : device_array(v.size()) { CHECK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
+    device_array(const std::vector<T> & v) : device_array(v.size()) {
+        CHECK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice));
+    }
     device_array(const device_array &) = delete;
     ~device_array() { cudaFree(p); }
 };
@@ -36,7 +38,7 @@ template <int D, int K, int V, int NC> static void launch_nc(tbq_attention_args 
     auto * const kernel = tbq_attention<D, K, V, NC>;
     const int    smem   = tbq_attention_smem(D, K, V, NC);
     tbq_attention_partition(a, n_resident_of((const void *) kernel, smem));
-    a.partial = partial;
+    a.partial           = partial;
     const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
     kernel<<<dim3(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq), TBQ_ATTENTION_THREADS, smem>>>(a);
     CHECK(cudaGetLastError());
@@ -78,7 +80,8 @@ static void launch_any(int d, int k, int v, const tbq_attention_args & a, float 
     }
 }
 
-static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, { 3, 2 }, { 2, 4 }, { 8, 4 }, { 3, 8 }, { 16, 3 }, { 4, 16 } };
+static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 },  { 3, 2 },
+                                { 2, 4 }, { 8, 4 }, { 3, 8 }, { 16, 3 }, { 4, 16 } };
 static const int N_PAIRS    = sizeof(PAIRS) / sizeof(PAIRS[0]);
 
 // Random blocks: any bytes decode to something; only the scales must be reasonable.
@@ -162,26 +165,26 @@ static double alibi(float max_bias, int head, int n_head) {
 }
 
 static double check(int index, std::mt19937 & rng) {
-    const int * const pair = PAIRS[index % N_PAIRS];
-    const int         d    = 64 << (index / N_PAIRS % 3);
-    auto              pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
+    const int * const  pair = PAIRS[index % N_PAIRS];
+    const int          d    = 64 << (index / N_PAIRS % 3);
+    auto               pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
-    a.n_head_kv = pick({ 1, 2, 3, 4, 5, 8 });
-    const int gqa = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
-    a.n_head      = a.n_head_kv * gqa;
-    a.n_q         = pick({ 1, 1, 1, 2, 3, 4, 5, 8, 16 });
-    a.n_seq       = pick({ 1, 1, 2, 3 });
-    a.n_seq_kv    = pick({ 1, a.n_seq });
-    a.n_seq_mask  = pick({ 1, a.n_seq });
-    a.n_kv        = pick({ 1, 5, 16, 17, 113, 256, 512, 1023, 4096 });
+    a.n_head_kv     = pick({ 1, 2, 3, 4, 5, 8 });
+    const int gqa   = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
+    a.n_head        = a.n_head_kv * gqa;
+    a.n_q           = pick({ 1, 1, 1, 2, 3, 4, 5, 8, 16 });
+    a.n_seq         = pick({ 1, 1, 2, 3 });
+    a.n_seq_kv      = pick({ 1, a.n_seq });
+    a.n_seq_mask    = pick({ 1, a.n_seq });
+    a.n_kv          = pick({ 1, 5, 16, 17, 113, 256, 512, 1023, 4096 });
     a.scale         = 1.0f / std::sqrt((float) d);
     a.max_bias      = pick({ 0, 0, 8 });
     a.logit_softcap = pick({ 0, 0, 10 });
 
-    const bool heads_apart = rng() % 4 == 0; // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
+    const bool heads_apart = rng() % 4 == 0;    // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
     const int  more        = pick({ 0, 0, 3 }); // rows that the view leaves out
     std::normal_distribution<float> normal;
-    std::vector<float> q((size_t) d * a.n_q * a.n_head * a.n_seq);
+    std::vector<float>              q((size_t) d * a.n_q * a.n_head * a.n_seq);
     for (float & x : q) {
         x = normal(rng) * 1.5f;
     }
@@ -193,20 +196,21 @@ static double check(int index, std::mt19937 & rng) {
     long long *       nb[2] = { &a.k_nb1, &a.v_nb1 };
     for (int side = 0; side < 2; side++) {
         const long long row = (long long) d / 64 * tbq_attention_block(pair[side]);
-        rows[side]          = random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
-        nb[side][0]         = heads_apart ? row : row * a.n_head_kv;
-        nb[side][1]         = heads_apart ? row * (a.n_kv + more) : row;
-        nb[side][2]         = row * a.n_head_kv * (a.n_kv + more);
+        rows[side]  = random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
+        nb[side][0] = heads_apart ? row : row * a.n_head_kv;
+        nb[side][1] = heads_apart ? row * (a.n_kv + more) : row;
+        nb[side][2] = row * a.n_head_kv * (a.n_kv + more);
     }
-    const bool           masked = a.max_bias != 0 || rng() % 3 != 0;
-    std::vector<__half>  mask((size_t) a.n_kv * a.n_q * a.n_seq_mask);
+    const bool          masked = a.max_bias != 0 || rng() % 3 != 0;
+    std::vector<__half> mask((size_t) a.n_kv * a.n_q * a.n_seq_mask);
     for (size_t i = 0; i < mask.size(); i++) {
         const int token = i % a.n_kv;
         const int hide  = i / a.n_kv % 3; // whole stretches, single tokens, nothing
-        mask[i] = __float2half((hide == 0 && token / 40 % 2 == 1) || (hide == 1 && rng() % 4 == 0) ? -INFINITY : -(float) (rng() % 5));
+        mask[i]         = __float2half(
+            (hide == 0 && token / 40 % 2 == 1) || (hide == 1 && rng() % 4 == 0) ? -INFINITY : -(float) (rng() % 5));
     }
-    a.mask_nb1 = 2 * a.n_kv;
-    a.mask_nb3 = a.mask_nb1 * a.n_q;
+    a.mask_nb1                    = 2 * a.n_kv;
+    a.mask_nb3                    = a.mask_nb1 * a.n_q;
     const bool         with_sinks = rng() % 3 == 0;
     std::vector<float> sinks(a.n_head);
     for (float & x : sinks) {
@@ -245,7 +249,7 @@ static double check(int index, std::mt19937 & rng) {
     CHECK(cudaMemcpy(again.data(), dst_dev.p, dst.size() * 4, cudaMemcpyDeviceToHost));
     const bool repeats = std::memcmp(dst.data(), again.data(), dst.size() * 4) == 0;
 
-    double error = 0, norm = 0;
+    double             error = 0, norm = 0;
     std::vector<float> k_row(d), v_row(d);
     for (int s = 0; s < a.n_seq; s++) {
         const int s_kv = s / (a.n_seq / a.n_seq_kv);
@@ -256,13 +260,15 @@ static double check(int index, std::mt19937 & rng) {
                 decode(pair[1], &rows[1][s_kv * a.v_nb3 + h / gqa * a.v_nb2 + j * a.v_nb1], &vals[(size_t) j * d], d);
             }
             for (int i = 0; i < a.n_q; i++) {
-                std::vector<float> qi(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d], &q[(((size_t) s * a.n_q + i) * a.n_head + h) * d] + d);
+                std::vector<float> qi(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d],
+                                      &q[(((size_t) s * a.n_q + i) * a.n_head + h) * d] + d);
                 round_query(pair[0], qi.data(), d);
                 std::vector<double> w(a.n_kv);
-                double top = with_sinks ? sinks[h] : -INFINITY;
+                double              top = with_sinks ? sinks[h] : -INFINITY;
                 for (int j = 0; j < a.n_kv; j++) {
-                    const float b = masked ? __half2float(mask[((size_t) (s % a.n_seq_mask) * a.n_q + i) * a.n_kv + j]) : 0.0f;
-                    double      x = 0;
+                    const float b =
+                        masked ? __half2float(mask[((size_t) (s % a.n_seq_mask) * a.n_q + i) * a.n_kv + j]) : 0.0f;
+                    double x = 0;
                     for (int e = 0; e < d; e++) {
                         x += (double) qi[e] * keys[(size_t) j * d + e];
                     }
@@ -296,9 +302,11 @@ static double check(int index, std::mt19937 & rng) {
     }
     const double nmse = norm > 0 ? error / norm : error;
     if (!(nmse < 3e-5) || !repeats) {
-        std::printf("problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d seq %d/%d mask %d bias %g cap %g sinks %d apart %d: "
-                    "relative squared error %.3g%s\n", index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, a.n_seq,
-                    a.n_seq_kv, masked, a.max_bias, a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
+        std::printf(
+            "problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d seq %d/%d mask %d bias %g cap %g sinks %d apart %d: "
+            "relative squared error %.3g%s\n",
+            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, a.n_seq, a.n_seq_kv, masked, a.max_bias,
+            a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
         return 1;
     }
     return nmse;
@@ -306,7 +314,8 @@ static double check(int index, std::mt19937 & rng) {
 
 static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q) {
     tbq_attention_args a{};
-    a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_seq = a.n_seq_kv = a.n_seq_mask = 1, a.n_kv = n_kv;
+    a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_seq = a.n_seq_kv = a.n_seq_mask = 1,
+    a.n_kv  = n_kv;
     a.scale = 1.0f / std::sqrt((float) d);
     a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * n_q;
     a.k_nb2 = d / 64 * tbq_attention_block(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
@@ -314,16 +323,17 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
     a.mask_nb1 = 2 * n_kv, a.mask_nb3 = a.mask_nb1 * n_q;
     std::mt19937 rng(1);
     // several layers, so that the L2 cache does not hold what the next call reads
-    const int    layers = 4;
-    std::vector<char> rows_k = random_rows(k, (size_t) n_kv * n_head_kv * d / 64, rng), rows_v = random_rows(v, (size_t) n_kv * n_head_kv * d / 64, rng);
-    std::vector<float> q((size_t) d * n_q * a.n_head, 0.5f);
+    const int           layers = 4;
+    std::vector<char>   rows_k = random_rows(k, (size_t) n_kv * n_head_kv * d / 64, rng),
+                        rows_v = random_rows(v, (size_t) n_kv * n_head_kv * d / 64, rng);
+    std::vector<float>  q((size_t) d * n_q * a.n_head, 0.5f);
     std::vector<__half> mask((size_t) n_kv * n_q, __float2half(0.0f));
-    device_array<char> k_dev(rows_k.size() * layers), v_dev(rows_v.size() * layers);
+    device_array<char>  k_dev(rows_k.size() * layers), v_dev(rows_v.size() * layers);
     for (int i = 0; i < layers; i++) {
         CHECK(cudaMemcpy(k_dev.p + i * rows_k.size(), rows_k.data(), rows_k.size(), cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(v_dev.p + i * rows_v.size(), rows_v.data(), rows_v.size(), cudaMemcpyHostToDevice));
     }
-    device_array<float> q_dev(q), dst(q.size()), partial((size_t) n_q * a.n_head * 300 * (d + 2));
+    device_array<float>  q_dev(q), dst(q.size()), partial((size_t) n_q * a.n_head * 300 * (d + 2));
     device_array<__half> mask_dev(mask);
     a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
     auto round = [&]() {
@@ -336,7 +346,8 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
     round();
     CHECK(cudaDeviceSynchronize());
     cudaEvent_t from, to;
-    CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+    CHECK(cudaEventCreate(&from));
+    CHECK(cudaEventCreate(&to));
     float best = 1e9f;
     for (int r = 0; r < 5; r++) {
         CHECK(cudaEventRecord(from));
@@ -349,8 +360,8 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
         CHECK(cudaEventElapsedTime(&ms, from, to));
         best = std::min(best, ms / (5 * layers));
     }
-    std::printf("D %3d, %d/%d bits, %d x %2d heads, %6d tokens, %2d rows: %8.1f us, %6.0f GB/s packed\n", d, k, v, n_head_kv, gqa, n_kv, n_q,
-                best * 1000, (rows_k.size() + rows_v.size()) / (best * 1e6));
+    std::printf("D %3d, %d/%d bits, %d x %2d heads, %6d tokens, %2d rows: %8.1f us, %6.0f GB/s packed\n", d, k, v,
+                n_head_kv, gqa, n_kv, n_q, best * 1000, (rows_k.size() + rows_v.size()) / (best * 1e6));
 }
 
 int main(int argc, char ** argv) {
@@ -363,10 +374,11 @@ int main(int argc, char ** argv) {
         return 0;
     }
     if (argc > 1 && !std::strcmp(argv[1], "bench")) {
-        size_t bytes = 1ull << 30;
+        size_t             bytes = 1ull << 30;
         device_array<char> x(bytes), y(bytes);
-        cudaEvent_t from, to;
-        CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+        cudaEvent_t        from, to;
+        CHECK(cudaEventCreate(&from));
+        CHECK(cudaEventCreate(&to));
         float ms = 0;
         for (int i = 0; i < 3; i++) {
             CHECK(cudaEventRecord(from));
@@ -387,7 +399,7 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    const int    n    = argc > 2 ? std::atoi(argv[2]) : 180;
+    const int    n = argc > 2 ? std::atoi(argv[2]) : 180;
     std::mt19937 rng(argc > 3 ? std::atoi(argv[3]) : 1);
     int          bad  = 0;
     double       most = 0;

@@ -15,27 +15,52 @@
 #include <random>
 #include <vector>
 
-// No value is below 2^-126.  llama.cpp compiles for CUDA with such numbers flushed to zero; where only they keep a rotated
-// value from being 0, the level could be the one on the other side of 0.
+// No value is below 2^-126.  llama.cpp compiles for CUDA with such numbers flushed to zero; where only they keep a
+// rotated value from being 0, the level could be the one on the other side of 0.
 static std::vector<float> values(size_t n_blocks, std::mt19937 & rng) {
     std::normal_distribution<float> normal;
-    std::vector<float> x(n_blocks * 64);
+    std::vector<float>              x(n_blocks * 64);
     for (size_t b = 0; b < n_blocks; b++) {
-        float * v = &x[b * 64];
+        float *     v     = &x[b * 64];
         const int   kind  = rng() % 12;
         const float scale = std::ldexp(1.0f, (int) (rng() % 20) - 10);
         for (int i = 0; i < 64; i++) {
             v[i] = normal(rng) * scale;
         }
         switch (kind) {
-            case 0: v[rng() % 64] *= 50; break;                                        // an outlier
-            case 1: for (int i = 0; i < 64; i++) { v[i] = std::round(v[i] / scale); } break; // ties
-            case 2: for (int i = 0; i < 64; i++) { v[i] = scale; } break;
-            case 3: for (int i = 0; i < 64; i++) { v[i] *= std::ldexp(1.0f, (int) (rng() % 210) - 90); } break;
-            case 4: for (int i = 0; i < 64; i++) { v[i] *= rng() % 2 ? 1e-24f : 1e-9f; } break;
+            case 0: v[rng() % 64] *= 50; break; // an outlier
+            case 1:
+                for (int i = 0; i < 64; i++) {
+                    v[i] = std::round(v[i] / scale);
+                }
+                break; // ties
+            case 2:
+                for (int i = 0; i < 64; i++) {
+                    v[i] = scale;
+                }
+                break;
+            case 3:
+                for (int i = 0; i < 64; i++) {
+                    v[i] *= std::ldexp(1.0f, (int) (rng() % 210) - 90);
+                }
+                break;
+            case 4:
+                for (int i = 0; i < 64; i++) {
+                    v[i] *= rng() % 2 ? 1e-24f : 1e-9f;
+                }
+                break;
             case 5: std::fill(v, v + 64, 0.0f); break;
-            case 6: if (rng() % 4 == 0) { v[rng() % 64] = rng() % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity(); } break;
-            case 7: for (int i = 0; i < 64; i++) { v[i] = rng() % 8 ? 0.0f : v[i]; } break;
+            case 6:
+                if (rng() % 4 == 0) {
+                    v[rng() % 64] =
+                        rng() % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity();
+                }
+                break;
+            case 7:
+                for (int i = 0; i < 64; i++) {
+                    v[i] = rng() % 8 ? 0.0f : v[i];
+                }
+                break;
             default: break;
         }
     }
@@ -54,7 +79,10 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     const size_t        bytes = tbq_block_bytes(BITS);
     std::vector<char>   want(n_blocks * bytes), got(n_blocks * bytes);
 
-    T * in_dev; char * out_dev; float * back_dev; half * back16_dev;
+    T *     in_dev;
+    char *  out_dev;
+    float * back_dev;
+    half *  back16_dev;
     CHECK(cudaMalloc(&in_dev, in.size() * sizeof(T)));
     CHECK(cudaMalloc(&out_dev, got.size()));
     CHECK(cudaMalloc(&back_dev, x.size() * 4));
@@ -73,9 +101,10 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     tbq_encode_args e{};
     e.src = in_dev, e.dst = out_dev, e.from = e.to = { { (long long) n_blocks, 1, 1, 1 }, {} };
     const int blocks_per_cta = TBQ_ENCODE_THREADS / 16;
-    long bad = 0;
+    long      bad            = 0;
     for (bool centered : { true, false }) { // the second is what is decoded and timed below
-        ref->quantize_kv[BITS - 2](x.data(), centered ? center.data() : nullptr, centered ? center.data() + x.size() : nullptr, want.data(), x.size());
+        ref->quantize_kv[BITS - 2](x.data(), centered ? center.data() : nullptr,
+                                   centered ? center.data() + x.size() : nullptr, want.data(), x.size());
         e.mean   = centered ? center_dev : nullptr;
         e.weight = centered ? center_dev + x.size() : nullptr;
         for (bool decode_size : { false, true }) {
@@ -113,19 +142,20 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
         bad_values += !both_nan && std::memcmp(&back[i], &back_want[i], 4) != 0;
         bad_halves += !both_nan && back16[i] != back16_want[i];
     }
-    std::printf("tbq%d_0 from %s: %ld of %zu blocks differ, %ld values, %ld halves\n", BITS, sizeof(T) == 4 ? "f32" : "f16", bad, n_blocks,
-                bad_values, bad_halves);
+    std::printf("tbq%d_0 from %s: %ld of %zu blocks differ, %ld values, %ld halves\n", BITS,
+                sizeof(T) == 4 ? "f32" : "f16", bad, n_blocks, bad_values, bad_halves);
 
-    float ms = 0;
+    float       ms = 0;
     cudaEvent_t from, to;
-    CHECK(cudaEventCreate(&from)); CHECK(cudaEventCreate(&to));
+    CHECK(cudaEventCreate(&from));
+    CHECK(cudaEventCreate(&to));
     CHECK(cudaEventRecord(from));
     tbq_quantize_rows<BITS, T><<<(n_blocks + blocks_per_cta - 1) / blocks_per_cta, TBQ_ENCODE_THREADS>>>(e);
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
     const double encode = ms;
-    e.from.ne[0] = 16;
+    e.from.ne[0]        = 16;
     for (int i = 0; i < 21; i++) { // a token's keys; the first call warms up
         if (i == 1) {
             CHECK(cudaEventRecord(from));
@@ -136,32 +166,35 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
     const double token = ms / 20 * 1000;
-    d.dst = back16_dev;
+    d.dst              = back16_dev;
     CHECK(cudaEventRecord(from));
     tbq_dequantize_rows<BITS, half><<<(n_blocks * 4 + 255) / 256, 256>>>(d);
     CHECK(cudaEventRecord(to));
     CHECK(cudaEventSynchronize(to));
     CHECK(cudaEventElapsedTime(&ms, from, to));
-    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n", encode * 1e6 / n_blocks, token, ms * 1e6 / n_blocks,
-                n_blocks * (bytes + 128) / (ms * 1e6));
-    cudaFree(in_dev); cudaFree(out_dev); cudaFree(back_dev); cudaFree(back16_dev);
+    std::printf("    encode %.2f ns a block, 16 blocks %.1f us, decode to f16 %.3f ns a block (%.0f GB/s)\n",
+                encode * 1e6 / n_blocks, token, ms * 1e6 / n_blocks, n_blocks * (bytes + 128) / (ms * 1e6));
+    cudaFree(in_dev);
+    cudaFree(out_dev);
+    cudaFree(back_dev);
+    cudaFree(back16_dev);
     return bad + bad_values + bad_halves;
 }
 
 // A token's keys, with or without their rotary embedding, and its values in one launch; rows in any order.
 template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox, std::mt19937 & rng) {
-    const int tokens = 3, heads = 5, d = 128, width = heads * d, n_dims = 96, blocks = width / 64;
-    const float base = 10000.0f;
+    const int                       tokens = 3, heads = 5, d = 128, width = heads * d, n_dims = 96, blocks = width / 64;
+    const float                     base = 10000.0f;
     std::normal_distribution<float> normal;
-    std::vector<float> x(2 * tokens * width);
+    std::vector<float>              x(2 * tokens * width);
     for (float & v : x) {
         v = normal(rng);
     }
     const std::vector<int> pos = { 7, 1000, 0 }, ids = { 2, 0, 1 };
-    const int nb[2] = { blocks * tbq_block_bytes(BITS_K), blocks * tbq_block_bytes(BITS_V) };
-    float * x_dev;
-    int *   ids_dev;
-    char *  out_dev[2];
+    const int              nb[2] = { blocks * tbq_block_bytes(BITS_K), blocks * tbq_block_bytes(BITS_V) };
+    float *                x_dev;
+    int *                  ids_dev;
+    char *                 out_dev[2];
     CHECK(cudaMalloc(&x_dev, x.size() * 4));
     CHECK(cudaMalloc(&ids_dev, 6 * 4));
     CHECK(cudaMemcpy(x_dev, x.data(), x.size() * 4, cudaMemcpyHostToDevice));
@@ -178,7 +211,8 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     tbq_rope_args rope = {};
     rope.head_size = d, rope.n_dims = n_dims, rope.neox = neox, rope.pos = ids_dev + 3, rope.s_head = d;
     rope.theta_scale = std::pow(base, -2.0f / n_dims), rope.freq_scale = rope.attn_factor = 1.0f;
-    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(args[0], rope, args[1], tokens * blocks);
+    tbq_quantize_pair<BITS_K, BITS_V, ROPE>
+        <<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(args[0], rope, args[1], tokens * blocks);
     CHECK(cudaGetLastError());
 
     std::vector<float> want = x;
@@ -207,12 +241,17 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
                 error += (a[c] - b[c]) * (double) (a[c] - b[c]);
                 norm += a[c] * (double) a[c];
             }
-            // values: the same bytes.  Keys: the angles of a GPU are good to 1e-4 at position 1000, and a few levels flip.
+            // values: the same bytes.  Keys: the angles of a GPU are good to 1e-4 at position 1000, and a few levels
+            // flip.
             bad += ROPE && i == 0 ? !(error < 2e-3 * norm) : std::memcmp(row.data(), &got[ids[t] * nb[i]], nb[i]) != 0;
         }
         cudaFree(out_dev[i]);
     }
-    std::printf("tbq%d_0 and tbq%d_0 in one launch%s: %ld rows differ\n", BITS_K, BITS_V, !ROPE ? "" : neox ? ", ROPE neox" : ", ROPE", bad);
+    std::printf("tbq%d_0 and tbq%d_0 in one launch%s: %ld rows differ\n", BITS_K, BITS_V,
+                !ROPE  ? ""
+                : neox ? ", ROPE neox"
+                       : ", ROPE",
+                bad);
     cudaFree(x_dev), cudaFree(ids_dev);
     return bad;
 }
@@ -220,9 +259,10 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
 int main(int argc, char ** argv) {
     const size_t n = argc > 1 ? std::atol(argv[1]) : 200000;
     std::mt19937 rng(argc > 2 ? std::atoi(argv[2]) : 1);
-    const long bad = compare<2, float>(n, rng) + compare<3, float>(n, rng) + compare<4, float>(n, rng) + compare<2, half>(n, rng) +
-                     compare<3, half>(n, rng) + compare<4, half>(n, rng) + compare_pair<4, 3, false>(false, rng) +
-                     compare_pair<4, 2, true>(false, rng) + compare_pair<3, 4, true>(true, rng);
+    const long   bad = compare<2, float>(n, rng) + compare<3, float>(n, rng) + compare<4, float>(n, rng) +
+                       compare<2, half>(n, rng) + compare<3, half>(n, rng) + compare<4, half>(n, rng) +
+                       compare_pair<4, 3, false>(false, rng) + compare_pair<4, 2, true>(false, rng) +
+                       compare_pair<3, 4, true>(true, rng);
     std::printf("%ld differences\n", bad);
     return bad != 0;
 }

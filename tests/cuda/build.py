@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """build.py OUT [nvcc arguments]: compiles blocks.cu and attention.cu into the folder OUT, for this machine's GPU."""
+
 import pathlib
 import subprocess
 import sys
@@ -14,8 +15,24 @@ def build(out, arch="native", programs=("blocks", "attention")):
     subprocess.run(["cmake", "-S", HERE.parent / "kernels", "-B", out / "cpu"], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", out / "cpu", "--target", "tbq"], check=True, capture_output=True)
     for name in programs:
-        subprocess.run(["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-use_fast_math", "-I", TBQ / "include", "-I", TBQ / "cuda",
-                        HERE / f"{name}.cu", next((out / "cpu").glob("libtbq*")), "-o", out / name], check=True)
+        subprocess.run(
+            [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                f"-arch={arch}",
+                "-use_fast_math",
+                "-I",
+                TBQ / "include",
+                "-I",
+                TBQ / "cuda",
+                HERE / f"{name}.cu",
+                next((out / "cpu").glob("libtbq*")),
+                "-o",
+                out / name,
+            ],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Centred keys wherever a model and its cache can lie: one device, several, some layers on the CPU, the cache on the CPU.
+"""Centred keys wherever a model and its cache can lie: one device, several, some layers on the CPU, the cache on the
+CPU.
 
     python3 tests/cuda/center.py BIN [--model FILE]
 
-BIN: the folder with llama-bench, llama-perplexity and llama-cache-center.  Without --model, a model is made, which needs what
-the tests in tests/ need: 4 layers of random weights, with biases on the keys 16 times as large as the rest, in channels that
-turn slowly, so that quantized keys lose everything that centering does not save.  --make FILE only makes it.
+BIN: the folder with llama-bench, llama-perplexity and llama-cache-center.  Without --model, a model is made, which
+needs what the tests in tests/ need: 4 layers of random weights, with biases on the keys 16 times as large as the rest,
+in channels that turn slowly, so that quantized keys lose everything that centering does not save.  --make FILE only
+makes it.
 
-Prints, for each place and pair of types, the KL divergence to an f16 cache on one device, without and with a center; exits
-with 1 if a centered one is more than 1.5 times that of one device (0.0002 is noise), or if centering does not save anything.
+Prints, for each place and pair of types, the KL divergence to an f16 cache on one device, without and with a center;
+exits with 1 if a centered one is more than 1.5 times that of one device (0.0002 is noise), or if centering does not
+save anything.
 """
+
 import argparse
 import math
 import pathlib
@@ -35,7 +39,16 @@ def make(path):
 
     embd = HEADS * SIZE
     biases = {f"attn_{x}.bias": (n * SIZE,) for x, n in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
-    write_model(path, "qwen2", LAYERS, lambda i: attention(HEADS, KV_HEADS, SIZE, embd) | biases, embd=embd, heads=HEADS, kv_heads=KV_HEADS, size=SIZE)
+    write_model(
+        path,
+        "qwen2",
+        LAYERS,
+        lambda i: attention(HEADS, KV_HEADS, SIZE, embd) | biases,
+        embd=embd,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        size=SIZE,
+    )
     reader = gguf.GGUFReader(path, "r+")
     rng = np.random.default_rng(1)
     slow = np.arange(SIZE) % (SIZE // 2) >= SIZE // 4  # the slower half of the pairs (c, c + SIZE / 2)
@@ -46,13 +59,15 @@ def make(path):
 
 
 def run(program, *arguments):
-    done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(program), *map(str, arguments)], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 def divergence(status, log):
-    """The mean over the chunks, from the last row of the table: this llama.cpp may lose its last line, not more.  None if the
-    program failed before the first row."""
+    """The mean over the chunks, from the last row of the table: this llama.cpp may lose its last line, not more.  None
+    if the program failed before the first row."""
     rows = [line.replace("±", " ").split() for line in log.splitlines() if re.match(r" +\d+ +\S+ ± ", line)]
     if not rows:
         return None
@@ -84,10 +99,31 @@ def main():
         whole = ["-ngl", "99", "-sm", "none"] if devices else []
         places = {"one device" if devices else "CPU": whole}
         if devices:
-            places |= {"half of the layers on the CPU": ["-ngl", str(LAYERS // 2), "-sm", "none"], "cache on the CPU": [*whole, "-nkvo"], "all on the CPU": ["-ngl", "0"]}
+            places |= {
+                "half of the layers on the CPU": ["-ngl", str(LAYERS // 2), "-sm", "none"],
+                "cache on the CPU": [*whole, "-nkvo"],
+                "all on the CPU": ["-ngl", "0"],
+            }
         if devices > 1:
-            places |= {f"{devices} devices, split by {how}": ["-ngl", "99", "-sm", how] for how in ("layer", "row", "tensor")}
-        common = ["-m", model, "-f", text, "-c", "512", "-b", "512", "-fa", "on", "-t", "8" if devices else "2", "--chunks", str(CHUNKS)]
+            places |= {
+                f"{devices} devices, split by {how}": ["-ngl", "99", "-sm", how] for how in ("layer", "row", "tensor")
+            }
+        common = [
+            "-m",
+            model,
+            "-f",
+            text,
+            "-c",
+            "512",
+            "-b",
+            "512",
+            "-fa",
+            "on",
+            "-t",
+            "8" if devices else "2",
+            "--chunks",
+            str(CHUNKS),
+        ]
         status, log = run(args.bin / "llama-perplexity", *common, *whole, "--kl-divergence-base", work / "base")
         failed, wanted = bool(status), {}
         print(log[-2000:] if status else f"{devices} devices; KL divergence to an f16 cache, without and with a center")
@@ -95,10 +131,25 @@ def main():
             for k, v in PAIRS:
                 found = []
                 for center in ([], ["--cache-center", work / "center"]):
-                    status, log = run(args.bin / "llama-perplexity", *common, *options, "-ctk", k, "-ctv", v, *center, "--kl-divergence", "--kl-divergence-base", work / "base")
+                    status, log = run(
+                        args.bin / "llama-perplexity",
+                        *common,
+                        *options,
+                        "-ctk",
+                        k,
+                        "-ctv",
+                        v,
+                        *center,
+                        "--kl-divergence",
+                        "--kl-divergence-base",
+                        work / "base",
+                    )
                     found.append(divergence(status, log))
                     if found[-1] is None:
-                        print(f"{place}, {k}/{v}{', centered' if center else ''}: status {status}: {log.strip().splitlines()[-1] if log.strip() else ''}")
+                        print(
+                            f"{place}, {k}/{v}{', centered' if center else ''}: status {status}:"
+                            f" {log.strip().splitlines()[-1] if log.strip() else ''}"
+                        )
                 if None in found:  # some ways to split are not for every type; if one is, it is with a center too
                     failed |= found[0] is not None or "split" not in place
                     continue

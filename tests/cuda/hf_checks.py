@@ -9,6 +9,7 @@ Needs torch, transformers, Triton and NumPy.  Of this repository it needs python
 tests/golden.txt and ggml_tbq/include/tbq-tables.h in their places, but not the compiled package.
 Prints a line for each check, and exits with 1 if a check fails.  bench/hf.py measures the same kernels.
 """
+
 import argparse
 import pathlib
 import sys
@@ -39,8 +40,23 @@ def states(shape, device, seed=0):
     x = rng.standard_normal(shape).astype(np.float32) * np.exp(rng.standard_normal(shape[-1]) * 0.7).astype(np.float32)
     flat = x.reshape(-1, 64)
     special = min(12, len(flat))
-    for row, (factor, at) in zip(range(special), [(0, None), (1e-12, None), (2.0**-29, None), (1e18, None), (1, np.nan), (1, np.inf), (1, -np.inf),
-                                                  (2.0**60, None), (60000, None), (-1, None), (1e-3, None), (3, None)]):
+    for row, (factor, at) in zip(
+        range(special),
+        [
+            (0, None),
+            (1e-12, None),
+            (2.0**-29, None),
+            (1e18, None),
+            (1, np.nan),
+            (1, np.inf),
+            (1, -np.inf),
+            (2.0**60, None),
+            (60000, None),
+            (-1, None),
+            (1e-3, None),
+            (3, None),
+        ],
+    ):
         flat[row] *= np.float32(factor)
         if at is not None:
             flat[row, 7] = at
@@ -51,8 +67,11 @@ def check_golden(cuda, device):
     """The library's committed bytes, through the kernel."""
     inputs = reference.golden_inputs()
     for bits in (2, 3, 4):
-        wanted = {line.split()[2]: bytes.fromhex(line.split()[3]) for line in reference.GOLDEN.read_text().splitlines()
-                  if line.startswith(f"tbq{bits}_0 kv ")}
+        wanted = {
+            line.split()[2]: bytes.fromhex(line.split()[3])
+            for line in reference.GOLDEN.read_text().splitlines()
+            if line.startswith(f"tbq{bits}_0 kv ")
+        }
         x = torch.from_numpy(np.stack([inputs[name] for name in wanted])).to(device)[None, None]
         packed = torch.zeros((1, len(wanted), 1, 2 * (2 + 8 * bits)), dtype=torch.uint8, device=device)
         cuda.encode(x, packed, bits, x, None, 0)
@@ -77,14 +96,25 @@ def check_encode(cuda, device, tokens):
             wrong, blocks, worst = 0, 0, 0.0
             for x, packed, b in ((k, k_packed, bits), (v, v_packed, other)):
                 rows = x.float().cpu().numpy().transpose(0, 2, 1, 3)
-                want, got = (p.reshape(-1, 2 + 8 * b) for p in (reference.quantize(rows, b, kv=True), packed.cpu().numpy()))
+                want, got = (
+                    p.reshape(-1, 2 + 8 * b) for p in (reference.quantize(rows, b, kv=True), packed.cpu().numpy())
+                )
                 differ = (want != got).any(axis=1)
                 wrong, blocks = wrong + int(differ.sum()), blocks + len(want)
                 if differ.any():  # a tie: as good a block
-                    errors = [np.square(reference.dequantize(p[differ], b).reshape(-1, 64) - rows.reshape(-1, 64)[differ]).sum(axis=1) for p in (got, want)]
+                    errors = [
+                        np.square(
+                            reference.dequantize(p[differ], b).reshape(-1, 64) - rows.reshape(-1, 64)[differ]
+                        ).sum(axis=1)
+                        for p in (got, want)
+                    ]
                     worst = max(worst, float(np.nanmax(errors[0] / errors[1])))
-            check(f"encode {bits}/{other} bits, {dtype}", wrong <= blocks / 10000, f"{wrong} of {blocks} blocks differ from the library's" +
-                  (f", worst error ratio {worst:.3f}" if wrong else ""))
+            check(
+                f"encode {bits}/{other} bits, {dtype}",
+                wrong <= blocks / 10000,
+                f"{wrong} of {blocks} blocks differ from the library's"
+                + (f", worst error ratio {worst:.3f}" if wrong else ""),
+            )
 
 
 def check_decode(cuda, device, tokens):
@@ -93,7 +123,9 @@ def check_decode(cuda, device, tokens):
         packed = torch.from_numpy(reference.quantize(x, bits, kv=True))
         want = torch.from_numpy(reference.dequantize(packed.numpy(), bits).reshape(x.shape)).transpose(1, 2)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            half = {torch.float32: 64, torch.float16: 32, torch.bfloat16: 48}[dtype]  # all blocks paired, one, one and a half
+            half = {torch.float32: 64, torch.float16: 32, torch.bfloat16: 48}[
+                dtype
+            ]  # all blocks paired, one, one and a half
             got = cuda.decode(packed.to(device), bits, 128, packed.to(device), bits, 128, dtype, half)
             got = got[0][..., stored(128, half)], got[1]
             rounded = want.to(dtype)
@@ -136,10 +168,16 @@ def check_attention(cuda, device, dtypes):
     for case in CASES:
         k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size, options = case
         n_kv = min(n_kv, 200) if device == "cpu" else n_kv  # the interpreter takes a minute for the whole
-        k, v = (torch.from_numpy(reference.quantize(torch.randn(batch, n_kv, kv_heads, size, generator=generator).numpy(), bits, kv=True))
-                for size, bits in ((k_size, k_bits), (v_size, v_bits)))
-        k_plain, v_plain = (torch.from_numpy(reference.dequantize(p.numpy(), bits).reshape(batch, n_kv, kv_heads, size)).transpose(1, 2)
-                            for p, bits, size in ((k, k_bits, k_size), (v, v_bits, v_size)))
+        k, v = (
+            torch.from_numpy(
+                reference.quantize(torch.randn(batch, n_kv, kv_heads, size, generator=generator).numpy(), bits, kv=True)
+            )
+            for size, bits in ((k_size, k_bits), (v_size, v_bits))
+        )
+        k_plain, v_plain = (
+            torch.from_numpy(reference.dequantize(p.numpy(), bits).reshape(batch, n_kv, kv_heads, size)).transpose(1, 2)
+            for p, bits, size in ((k, k_bits, k_size), (v, v_bits, v_size))
+        )
         mask = sinks = None
         if options.get("mask") == "bool":
             mask = torch.rand(batch, 1, tokens, n_kv, generator=generator) < 0.7
@@ -153,11 +191,27 @@ def check_attention(cuda, device, dtypes):
             q = torch.randn(batch, heads, tokens, k_size, generator=generator).to(dtype)
             places = np.argsort(stored(k_size, options.get("half", 0)))
             want = attention_reference(q, k_plain[..., places], v_plain, k_size**-0.5, mask, *rest, sinks)
-            got = cuda.attention(q.to(device), k.to(device), k_bits, v.to(device), v_bits, k_size**-0.5, None if mask is None else mask.to(device),
-                                 *rest, None if sinks is None else sinks.to(device), options.get("half", 0))
+            got = cuda.attention(
+                q.to(device),
+                k.to(device),
+                k_bits,
+                v.to(device),
+                v_bits,
+                k_size**-0.5,
+                None if mask is None else mask.to(device),
+                *rest,
+                None if sinks is None else sinks.to(device),
+                options.get("half", 0),
+            )
             error = float((got.cpu().double() - want).abs().max() / want.abs().max())
-            bound = {torch.float32: 0.0015, torch.float16: 0.002, torch.bfloat16: 0.006}[dtype]  # halves in the products; the result's own rounding
-            check(f"attention {case}, {dtype}", error < bound, f"largest error {error:.5f} of the largest value, bound {bound}")
+            bound = {torch.float32: 0.0015, torch.float16: 0.002, torch.bfloat16: 0.006}[
+                dtype
+            ]  # halves in the products; the result's own rounding
+            check(
+                f"attention {case}, {dtype}",
+                error < bound,
+                f"largest error {error:.5f} of the largest value, bound {bound}",
+            )
 
 
 def check_attention_edges(cuda, device):
@@ -169,20 +223,35 @@ def check_attention_edges(cuda, device):
         k[0, 9] = v[0, 7] = v[0, 100:140] = 0
         k[0, 40], v[0, 41, :, :64] = np.nan, np.nan
         packed = [torch.from_numpy(reference.quantize(x, 4, kv=True)) for x in (k, v)]
-        plain = [torch.from_numpy(reference.dequantize(p.numpy(), 4).reshape(1, 200, 2, size)).transpose(1, 2).nan_to_num(0) for p in packed]
+        plain = [
+            torch.from_numpy(reference.dequantize(p.numpy(), 4).reshape(1, 200, 2, size)).transpose(1, 2).nan_to_num(0)
+            for p in packed
+        ]
         q = torch.randn(1, 6, 1, size, generator=generator)
         for name, hidden in (("of every magnitude", [40, 41]), ("of zeros", [*range(100), *range(140, 200)])):
             mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
             mask[..., hidden] = False
             want = attention_reference(q, *plain, size**-0.5, mask, False, 0.0, None)
             for kind, given in (("bool", mask), ("addend", torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))):
-                got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, given.to(device)).cpu().double()
+                got = (
+                    cuda.attention(
+                        q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, given.to(device)
+                    )
+                    .cpu()
+                    .double()
+                )
                 error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-                check(f"attention, values {name}, heads of {size}, mask: {kind}", error < 0.0015, f"largest error {error:.5f} of the largest value, bound 0.0015")
+                check(
+                    f"attention, values {name}, heads of {size}, mask: {kind}",
+                    error < 0.0015,
+                    f"largest error {error:.5f} of the largest value, bound 0.0015",
+                )
         for name, hidden in (("value", 40), ("key", 41)):
             mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
             mask[..., hidden] = False
-            got = cuda.attention(q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, mask.to(device))
+            got = cuda.attention(
+                q.to(device), packed[0].to(device), 4, packed[1].to(device), 4, size**-0.5, mask.to(device)
+            )
             check(f"attention, a NaN in a {name} is seen, heads of {size}", bool(got.isnan().all()))
 
 
@@ -196,8 +265,15 @@ def main():
 
     from tbq.hf import _cuda
 
-    print({"torch": torch.__version__, "triton": triton.__version__, "numpy": np.__version__,
-           "device": "interpreter" if args.tiny else torch.cuda.get_device_name()}, flush=True)
+    print(
+        {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "numpy": np.__version__,
+            "device": "interpreter" if args.tiny else torch.cuda.get_device_name(),
+        },
+        flush=True,
+    )
     if args.only in (None, "encode"):
         check_golden(_cuda, device)
         check_encode(_cuda, device, 9 if args.tiny else 1500)

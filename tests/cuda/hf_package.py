@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Makes tbq.hf importable from python/, also where the package is not compiled.  Imported for that alone."""
+
 import pathlib
 import sys
 import types

@@ -3,6 +3,7 @@
 
 The writer of `tbq bench speed --shape`, where the package is not installed.
 """
+
 import importlib.util
 import pathlib
 import sys

@@ -115,11 +115,13 @@ static void type_table() {
         const ggml_type t   = (ggml_type) i;
         const bool      gap = !tbq_get_type_info(tbq(t));
         expect(ggml_type_name(t) != nullptr, "a name for type " + std::to_string(i));
-        expect((ggml_blck_size(t) == 0) == gap && (ggml_type_size(t) == 0) == gap, "sizes of type " + std::to_string(i));
+        expect((ggml_blck_size(t) == 0) == gap && (ggml_type_size(t) == 0) == gap,
+               "sizes of type " + std::to_string(i));
         if (!gap) {
             const tbq_type_info * info = tbq_get_type_info(tbq(t));
             expect(std::string(info->name) == ggml_type_name(t) && info->block == ggml_blck_size(t) &&
-                       info->block_bytes == ggml_type_size(t) && ggml_is_quantized(t), std::string("traits of ") + info->name);
+                       info->block_bytes == ggml_type_size(t) && ggml_is_quantized(t),
+                   std::string("traits of ") + info->name);
         }
     }
 }
@@ -132,7 +134,8 @@ static void copies(ggml_type t, const std::string & name) {
 
     std::vector<uint8_t> chunk(q.size()), plain(q.size());
     tbq_quantize(tbq(t), x.data(), plain.data(), n * rows);
-    expect(ggml_quantize_chunk(t, x.data(), chunk.data(), 0, rows, n, nullptr) == q.size() && chunk == plain, "quantize_chunk to " + name);
+    expect(ggml_quantize_chunk(t, x.data(), chunk.data(), 0, rows, n, nullptr) == q.size() && chunk == plain,
+           "quantize_chunk to " + name);
     memset(chunk.data() + tbq_row_bytes(tbq(t), 2 * n), 0, chunk.size() - tbq_row_bytes(tbq(t), 2 * n));
     ggml_quantize_chunk(t, x.data(), chunk.data(), 2 * n, rows - 2, n, nullptr);
     expect(chunk == plain, "quantize_chunk from a later row to " + name);
@@ -153,7 +156,7 @@ static void copies(ggml_type t, const std::string & name) {
     // a strided view: the middle block of every row
     ggml_tensor * middle = ggml_view_2d(g.ctx, b, 64, rows, b->nb[1], ggml_type_size(t));
     ggml_tensor * m      = g.run(ggml_cpy(g.ctx, middle, g.tensor(GGML_TYPE_F32, { 64, rows })));
-    bool same = true;
+    bool          same   = true;
     for (int64_t r = 0; r < rows; r++) {
         same &= memcmp((float *) m->data + 64 * r, back.data() + n * r + 64, 64 * sizeof(float)) == 0;
     }
@@ -164,13 +167,14 @@ static void copies(ggml_type t, const std::string & name) {
     std::vector<float>       rounded(x.size());
     ggml_fp32_to_fp16_row(x.data(), half.data(), (int64_t) x.size());
     ggml_fp16_to_fp32_row(half.data(), rounded.data(), (int64_t) x.size());
-    ggml_tensor * h = g.run(ggml_cpy(g.ctx, g.tensor(GGML_TYPE_F16, { n, rows }, half.data()), g.tensor(t, { n, rows })));
-    const auto    qh = packed(t, rounded);
+    ggml_tensor * h =
+        g.run(ggml_cpy(g.ctx, g.tensor(GGML_TYPE_F16, { n, rows }, half.data()), g.tensor(t, { n, rows })));
+    const auto qh = packed(t, rounded);
     expect(memcmp(h->data, qh.data(), qh.size()) == 0, "CPY f16 to " + name);
 
     const int32_t order[4] = { 5, 0, 3, 3 };
-    ggml_tensor * got = g.run(ggml_get_rows(g.ctx, b, g.tensor(GGML_TYPE_I32, { 4 }, order)));
-    same = true;
+    ggml_tensor * got      = g.run(ggml_get_rows(g.ctx, b, g.tensor(GGML_TYPE_I32, { 4 }, order)));
+    same                   = true;
     for (int r = 0; r < 4; r++) {
         same &= memcmp((float *) got->data + n * r, back.data() + n * order[r], n * sizeof(float)) == 0;
     }
@@ -180,11 +184,12 @@ static void copies(ggml_type t, const std::string & name) {
     for (ggml_type index_type : { GGML_TYPE_I64, GGML_TYPE_I32 }) {
         ggml_tensor * index = g.tensor(index_type, { rows });
         for (int r = 0; r < rows; r++) {
-            index_type == GGML_TYPE_I64 ? (void) (((int64_t *) index->data)[r] = to[r]) : (void) (((int32_t *) index->data)[r] = (int32_t) to[r]);
+            index_type == GGML_TYPE_I64 ? (void) (((int64_t *) index->data)[r] = to[r])
+                                        : (void) (((int32_t *) index->data)[r] = (int32_t) to[r]);
         }
-        ggml_tensor * s = g.run(ggml_set_rows(g.ctx, g.tensor(t, { n, rows }), f, index));
+        ggml_tensor * s   = g.run(ggml_set_rows(g.ctx, g.tensor(t, { n, rows }), f, index));
         const size_t  row = tbq_row_bytes(tbq(t), n);
-        same = true;
+        same              = true;
         for (int r = 0; r < rows; r++) {
             same &= memcmp((uint8_t *) s->data + row * to[r], q.data() + row * r, row) == 0;
         }
@@ -212,7 +217,8 @@ static void products(ggml_type t, const std::string & name) {
     for (int i = 0; i < used * tokens; i++) {
         ((int32_t *) ids->data)[i] = (i * 3 + i / 4) % experts;
     }
-    expect_close(g.run(ggml_mul_mat_id(g.ctx, w, x, ids)), g.run(ggml_mul_mat_id(g.ctx, g.as_f32(w), x, ids)), "MUL_MAT_ID " + name);
+    expect_close(g.run(ggml_mul_mat_id(g.ctx, w, x, ids)), g.run(ggml_mul_mat_id(g.ctx, g.as_f32(w), x, ids)),
+                 "MUL_MAT_ID " + name);
 }
 
 struct attention {
@@ -249,8 +255,8 @@ static void attentions(ggml_type tk, ggml_type tv, const std::string & name) {
             }
         }
         const std::string what = "FLASH_ATTN_EXT " + name + " " + std::to_string(a.dk) + "/" + std::to_string(a.dv);
-        ggml_tensor * out  = attend(g, q, k, v, mask, sinks, a);
-        ggml_tensor * want = attend(g, q, g.as_f32(k), g.as_f32(v), mask, sinks, a);
+        ggml_tensor *     out  = attend(g, q, k, v, mask, sinks, a);
+        ggml_tensor *     want = attend(g, q, g.as_f32(k), g.as_f32(v), mask, sinks, a);
         expect_close(out, want, what);
         for (int threads : { 1, 5 }) {
             ggml_tensor * again = attend(g, q, k, v, mask, sinks, a, threads);
@@ -262,7 +268,8 @@ static void attentions(ggml_type tk, ggml_type tv, const std::string & name) {
 int main() {
     ggml_cpu_init();
     const ggml_type ours[] = { GGML_TYPE_TBQ2_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ4_0 };
-    const ggml_type all[]  = { GGML_TYPE_TBQ2_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ4_0, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+    const ggml_type all[]  = { GGML_TYPE_TBQ2_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ4_0, GGML_TYPE_F16,
+                               GGML_TYPE_BF16,   GGML_TYPE_Q8_0,   GGML_TYPE_Q4_0 };
     type_table();
     for (ggml_type t : ours) {
         copies(t, ggml_type_name(t));

@@ -4,8 +4,8 @@
 //
 //     attention [problems] [seed] [threads]
 //
-// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read past its
-// end.  Prints the implementations that ran; exits 1 on a difference.
+// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read
+// past its end.  Prints the implementations that ran; exits 1 on a difference.
 #include "random.h"
 #include "tbq-attention.h"
 
@@ -42,7 +42,9 @@ static uint16_t to_half(float x) { // up to 60000, or -Inf; what would be subnor
 }
 
 static size_t bytes_of(int type, int64_t n) {
-    return type == TBQ_ATTENTION_F16 ? (size_t) n * 2 : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34 : tbq_row_bytes(type, n);
+    return type == TBQ_ATTENTION_F16    ? (size_t) n * 2
+           : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34
+                                        : tbq_row_bytes(type, n);
 }
 
 static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
@@ -60,7 +62,8 @@ static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
             const uint16_t d = to_half(top / 127);
             memcpy(dst, &d, 2);
             for (int j = 0; j < 32; j++) {
-                ((int8_t *) dst)[2 + j] = (int8_t) (top > 0 ? lrintf(fminf(fmaxf(x[i + j] / from_half(d), -127), 127)) : 0);
+                ((int8_t *) dst)[2 + j] =
+                    (int8_t) (top > 0 ? lrintf(fminf(fmaxf(x[i + j] / from_half(d), -127), 127)) : 0);
             }
         }
     } else {
@@ -76,10 +79,10 @@ static void decode(int type, const uint8_t * src, float * x, int64_t n) {
     } else if (type == TBQ_ATTENTION_Q8_0) {
         for (int64_t i = 0; i < n; i++) {
             const uint8_t * b = src + i / 32 * 34;
-            x[i] = from_half((uint16_t) (b[0] | b[1] << 8)) * (float) ((const int8_t *) b)[2 + i % 32];
+            x[i]              = from_half((uint16_t) (b[0] | b[1] << 8)) * (float) ((const int8_t *) b)[2 + i % 32];
         }
     } else {
-        tbq_list_kernels(&(int) { 0 })[0]->dequantize[type - TBQ_TYPE_TBQ2_0](src, x, n);
+        tbq_list_kernels(&(int){ 0 })[0]->dequantize[type - TBQ_TYPE_TBQ2_0](src, x, n);
     }
 }
 
@@ -98,11 +101,12 @@ static void * allocate(problem * p, size_t bytes) {
 }
 
 // A cache [streams][rows][heads] or [streams][heads][rows], rows of it with NaN scales if no query sees them.
-static const float * make_side(problem * p, tbq_attention_side * s, int type, int64_t size, int64_t n_streams, const uint8_t * unseen) {
+static const float * make_side(problem * p, tbq_attention_side * s, int type, int64_t size, int64_t n_streams,
+                               const uint8_t * unseen) {
     const tbq_attention * a   = &p->a;
     const size_t          one = bytes_of(type, size) + (below(4) ? 0 : type == TBQ_ATTENTION_F16 ? 2 : 34) * below(3);
-    s->type      = type;
-    s->n_streams = n_streams;
+    s->type                   = type;
+    s->n_streams              = n_streams;
     if (below(2)) {
         s->head_stride = one;
         s->row_stride  = one * a->n_head_kv;
@@ -110,13 +114,13 @@ static const float * make_side(problem * p, tbq_attention_side * s, int type, in
         s->row_stride  = one;
         s->head_stride = one * a->n_kv;
     }
-    s->stream_stride = one * a->n_kv * a->n_head_kv;
+    s->stream_stride   = one * a->n_kv * a->n_head_kv;
     const size_t total = s->stream_stride * (n_streams - 1) + s->head_stride * (a->n_head_kv - 1) +
                          s->row_stride * (a->n_kv - 1) + bytes_of(type, size);
-    uint8_t * data = allocate(p, total);
-    float *   exact = allocate(p, n_streams * a->n_head_kv * a->n_kv * size * sizeof(float));
-    float *   x     = exact;
-    s->data = data;
+    uint8_t *    data  = allocate(p, total);
+    float *      exact = allocate(p, n_streams * a->n_head_kv * a->n_kv * size * sizeof(float));
+    float *      x     = exact;
+    s->data            = data;
     for (int64_t stream = 0; stream < n_streams; stream++) {
         for (int64_t h = 0; h < a->n_head_kv; h++) {
             for (int64_t r = 0; r < a->n_kv; r++, x += size) {
@@ -145,38 +149,42 @@ static int64_t divisor(int64_t n) {
 // Row i of the mask, of all its tokens, heads and streams.
 static const uint16_t * mask_row(const tbq_attention * a, int64_t i) {
     const int64_t t = i % a->n_tokens, h = i / a->n_tokens % a->mask_n_heads, s = i / a->n_tokens / a->mask_n_heads;
-    return (const uint16_t *) ((const char *) a->mask + s * a->mask_stream_stride + h * a->mask_head_stride + t * a->mask_token_stride);
+    return (const uint16_t *) ((const char *) a->mask + s * a->mask_stream_stride + h * a->mask_head_stride +
+                               t * a->mask_token_stride);
 }
 
 // What the mask says to a query row.
 static float mask_of(const tbq_attention * a, int64_t s, int64_t t, int64_t h, int64_t r) {
-    return a->mask ? from_half(mask_row(a, (s % a->mask_n_streams * a->mask_n_heads + h % a->mask_n_heads) * a->n_tokens + t)[r]) : 0.0f;
+    return a->mask ? from_half(mask_row(
+                         a, (s % a->mask_n_streams * a->mask_n_heads + h % a->mask_n_heads) * a->n_tokens + t)[r])
+                   : 0.0f;
 }
 
 static void make_mask(problem * p) {
     static const int64_t pads[] = { 0, 0, 1, 7, 64 };
     tbq_attention *      a      = &p->a;
-    a->mask_n_heads   = below(4) ? 1 : divisor(a->n_head);
-    a->mask_n_streams = divisor(a->n_streams);
-    a->mask_token_stride  = (size_t) (a->n_kv + PICK(pads)) * 2;
-    a->mask_head_stride   = a->mask_token_stride * (a->n_tokens + below(3));
-    a->mask_stream_stride = a->mask_head_stride * a->mask_n_heads;
-    uint16_t * m    = allocate(p, a->mask_stream_stride * (a->mask_n_streams - 1) + a->mask_head_stride * (a->mask_n_heads - 1) +
-                                      a->mask_token_stride * (a->n_tokens - 1) + a->n_kv * 2);
-    const int  kind = (int) below(6);
-    a->mask = m;
+    a->mask_n_heads             = below(4) ? 1 : divisor(a->n_head);
+    a->mask_n_streams           = divisor(a->n_streams);
+    a->mask_token_stride        = (size_t) (a->n_kv + PICK(pads)) * 2;
+    a->mask_head_stride         = a->mask_token_stride * (a->n_tokens + below(3));
+    a->mask_stream_stride       = a->mask_head_stride * a->mask_n_heads;
+    uint16_t * m =
+        allocate(p, a->mask_stream_stride * (a->mask_n_streams - 1) + a->mask_head_stride * (a->mask_n_heads - 1) +
+                        a->mask_token_stride * (a->n_tokens - 1) + a->n_kv * 2);
+    const int kind = (int) below(6);
+    a->mask        = m;
     for (int64_t i = 0; i < a->mask_n_streams * a->mask_n_heads * a->n_tokens; i++) {
         const int64_t token = i % a->n_tokens;
         uint16_t *    row   = (uint16_t *) mask_row(a, i);
         for (int64_t r = 0; r < a->n_kv; r++) {
             int hide;
             switch (kind) {
-                case 0:  hide = 0; break;
-                case 1:  hide = r > a->n_kv - a->n_tokens + token; break;                     // causal
-                case 2:  hide = r > a->n_kv - a->n_tokens + token || r + 100 < token; break;  // and a window
-                case 3:  hide = below(3) == 0; break;
-                case 4:  hide = r % a->n_tokens != token; break;                              // a sequence for each token
-                default: hide = r < a->n_kv - 1 || (token & 1); break;                        // one row, or none
+                case 0: hide = 0; break;
+                case 1: hide = r > a->n_kv - a->n_tokens + token; break;                    // causal
+                case 2: hide = r > a->n_kv - a->n_tokens + token || r + 100 < token; break; // and a window
+                case 3: hide = below(3) == 0; break;
+                case 4: hide = r % a->n_tokens != token; break;        // a sequence for each token
+                default: hide = r < a->n_kv - 1 || (token & 1); break; // one row, or none
             }
             row[r] = to_half(hide ? -INFINITY : kind == 3 || a->max_bias > 0 ? -(float) below(64) / 8 : 0.0f);
         }
@@ -197,27 +205,30 @@ static uint8_t * find_unseen(const tbq_attention * a) {
 
 // plain: tbq4_0 on both sides, 63 rows or more, logits of variance 1.
 static problem make_problem(int plain) {
-    static const int     types[]     = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0, TBQ_ATTENTION_F16, TBQ_ATTENTION_Q8_0 };
-    static const int64_t sizes[][2]  = { { 64, 64 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 512, 512 }, { 576, 512 }, { 64, 128 } };
-    static const int64_t groups[]    = { 1, 2, 3, 4, 7, 8, 16 };
-    static const int64_t tokens[]    = { 1, 1, 1, 2, 3, 4, 5, 8, 16, 33, 75 };
-    static const int64_t lengths[]   = { 1, 2, 63, 64, 65, 113, 128, 256, 257, 500, 700, 1030 };
-    problem              p           = { 0 };
-    tbq_attention *      a           = &p.a;
+    static const int types[] = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0, TBQ_ATTENTION_F16,
+                                 TBQ_ATTENTION_Q8_0 };
+    static const int64_t sizes[][2] = { { 64, 64 },   { 128, 128 }, { 192, 128 }, { 256, 256 },
+                                        { 512, 512 }, { 576, 512 }, { 64, 128 } };
+    static const int64_t groups[]   = { 1, 2, 3, 4, 7, 8, 16 };
+    static const int64_t tokens[]   = { 1, 1, 1, 2, 3, 4, 5, 8, 16, 33, 75 };
+    static const int64_t lengths[]  = { 1, 2, 63, 64, 65, 113, 128, 256, 257, 500, 700, 1030 };
+    problem              p          = { 0 };
+    tbq_attention *      a          = &p.a;
     do {
         a->k.type = plain ? TBQ_ATTENTION_TBQ4_0 : PICK(types);
         a->v.type = plain ? TBQ_ATTENTION_TBQ4_0 : PICK(types);
     } while (a->k.type < 100 && a->v.type < 100);
     const int64_t * size = PICK(sizes);
-    a->k_size    = size[0];
-    a->v_size    = size[1];
-    a->n_streams = 1 + (below(4) == 0) + (below(8) == 0) * 2;
+    a->k_size            = size[0];
+    a->v_size            = size[1];
+    a->n_streams         = 1 + (below(4) == 0) + (below(8) == 0) * 2;
     do {
         a->n_tokens  = PICK(tokens);
         a->n_kv      = PICK(lengths);
         a->n_head_kv = 1 + below(5);
         a->n_head    = a->n_head_kv * PICK(groups);
-    } while (a->n_streams * a->n_tokens * a->n_head * a->n_kv * a->k_size > 4000000 || (plain && a->n_kv < 63)); // scalar code must do it, too
+    } while (a->n_streams * a->n_tokens * a->n_head * a->n_kv * a->k_size > 4000000 ||
+             (plain && a->n_kv < 63)); // scalar code must do it, too
     a->scale         = 1.0f / sqrtf((float) a->k_size);
     a->max_bias      = below(4) ? 0.0f : 8.0f;
     a->logit_softcap = below(4) ? 0.0f : 10.0f;
@@ -227,15 +238,16 @@ static problem make_problem(int plain) {
     if (below(5)) {
         make_mask(&p);
     }
-    uint8_t *  unseen   = find_unseen(a);
-    const int  poison   = below(2) == 0;
+    uint8_t *     unseen    = find_unseen(a);
+    const int     poison    = below(2) == 0;
     const int64_t k_streams = a->n_streams % 2 || below(2) ? a->n_streams : a->n_streams / 2;
-    p.exact_k = make_side(&p, &a->k, a->k.type, a->k_size, k_streams, poison ? unseen : NULL);
+    p.exact_k               = make_side(&p, &a->k, a->k.type, a->k_size, k_streams, poison ? unseen : NULL);
     if (a->k.type == a->v.type && a->v_size <= a->k_size && below(4) == 0) {
         a->v      = a->k; // MLA
         p.exact_v = p.exact_k;
     } else {
-        p.exact_v = make_side(&p, &a->v, a->v.type, a->v_size, below(2) ? a->n_streams : k_streams, poison ? unseen : NULL);
+        p.exact_v =
+            make_side(&p, &a->v, a->v.type, a->v_size, below(2) ? a->n_streams : k_streams, poison ? unseen : NULL);
     }
     free(unseen);
     a->q_token_stride = a->k_size * sizeof(float);
@@ -245,7 +257,7 @@ static problem make_problem(int plain) {
         a->q_token_stride = a->q_head_stride * a->n_head;
     }
     a->q_stream_stride = a->k_size * sizeof(float) * a->n_head * a->n_tokens;
-    float * q = allocate(&p, a->n_streams * a->q_stream_stride);
+    float * q          = allocate(&p, a->n_streams * a->q_stream_stride);
     for (size_t i = 0; i < a->n_streams * a->q_stream_stride / sizeof(float); i++) {
         q[i] = gaussian();
     }
@@ -288,7 +300,8 @@ typedef enum {
 } oracle_kind;
 
 // A row of K or V in floats.
-static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64_t stream, int64_t head, int64_t r, float * buffer) {
+static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64_t stream, int64_t head, int64_t r,
+                            float * buffer) {
     const tbq_attention *      a    = &p->a;
     const tbq_attention_side * s    = is_v ? &a->v : &a->k;
     const int64_t              size = is_v && a->v.data != a->k.data ? a->v_size : a->k_size;
@@ -296,37 +309,40 @@ static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64
     if (kind == EXACT) {
         return (is_v ? p->exact_v : p->exact_k) + ((stream * a->n_head_kv + head) * a->n_kv + r) * size;
     }
-    decode(s->type, (const uint8_t *) s->data + stream * s->stream_stride + head * s->head_stride + r * s->row_stride, buffer,
-           is_v ? a->v_size : a->k_size);
+    decode(s->type, (const uint8_t *) s->data + stream * s->stream_stride + head * s->head_stride + r * s->row_stride,
+           buffer, is_v ? a->v_size : a->k_size);
     return buffer;
 }
 
 // Double precision.
 static void oracle(const problem * problem, oracle_kind kind, double * out) {
-    const tbq_attention * a = &problem->a;
-    const int64_t group = a->n_head / a->n_head_kv;
-    float *       row   = malloc((a->k_size + a->v_size) * sizeof(float));
-    float *       q     = malloc(a->k_size * sizeof(float));
-    double *      w     = malloc(a->n_kv * sizeof(double));
-    int64_t       power = 1;
+    const tbq_attention * a     = &problem->a;
+    const int64_t         group = a->n_head / a->n_head_kv;
+    float *               row   = malloc((a->k_size + a->v_size) * sizeof(float));
+    float *               q     = malloc(a->k_size * sizeof(float));
+    double *              w     = malloc(a->n_kv * sizeof(double));
+    int64_t               power = 1;
     while (2 * power <= a->n_head) {
         power *= 2;
     }
     for (int64_t i = 0; i < a->n_streams * a->n_tokens * a->n_head; i++, out += a->v_size) {
         const int64_t h = i % a->n_head, t = i / a->n_head % a->n_tokens, s = i / a->n_head / a->n_tokens;
-        const float * exact = (const float *) ((const char *) a->q + s * a->q_stream_stride + h * a->q_head_stride + t * a->q_token_stride);
-        const double slope = a->max_bias <= 0 ? 1 : h < power ? pow(2, -a->max_bias / power * (h + 1)) : pow(2, -a->max_bias / 2 / power * (2 * (h - power) + 1));
-        double       top   = a->sinks ? a->sinks[h] : -INFINITY;
-        double       total = 0;
+        const float * exact = (const float *) ((const char *) a->q + s * a->q_stream_stride + h * a->q_head_stride +
+                                               t * a->q_token_stride);
+        const double  slope = a->max_bias <= 0 ? 1
+                              : h < power      ? pow(2, -a->max_bias / power * (h + 1))
+                                               : pow(2, -a->max_bias / 2 / power * (2 * (h - power) + 1));
+        double        top   = a->sinks ? a->sinks[h] : -INFINITY;
+        double        total = 0;
         memcpy(q, exact, a->k_size * sizeof(float));
         if (kind == ROUNDED_QUERIES) {
             round_query(a, exact, q);
         }
         for (int64_t r = 0; r < a->n_kv; r++) {
             const double m = mask_of(a, s, t, h, r);
-            w[r] = -INFINITY;
+            w[r]           = -INFINITY;
             if (m > -INFINITY) {
-                double x = 0;
+                double        x = 0;
                 const float * k = row_of(problem, 0, kind, s, h / group, r, row);
                 for (int64_t c = 0; c < a->k_size; c++) {
                     x += (double) q[c] * k[c];
@@ -399,7 +415,8 @@ static void * work_on(void * argument) {
     tbq_attention_run(p, w->k, w->thread, w->work, take, w);
     if (p->n_chunks > 1) {
         wait_at(w->meet);
-        tbq_attention_merge(p, w->k, p->n_rows * w->thread / w->n_threads, p->n_rows * (w->thread + 1) / w->n_threads, w->work);
+        tbq_attention_merge(p, w->k, p->n_rows * w->thread / w->n_threads, p->n_rows * (w->thread + 1) / w->n_threads,
+                            w->work);
     }
     return NULL;
 }
@@ -429,7 +446,7 @@ static float * compute(const tbq_attention * a, const tbq_kernels * k, int n_thr
     void * work = malloc(tbq_attention_work_bytes(&plan, n_threads));
     memset(work, 0xFF, tbq_attention_work_bytes(&plan, n_threads));
     for (int i = 0; i < n_threads; i++) {
-        workers[i] = (worker) { &plan, k, work, n_threads, i, &next, stride, &meet };
+        workers[i] = (worker){ &plan, k, work, n_threads, i, &next, stride, &meet };
         pthread_create(&threads[i], NULL, work_on, &workers[i]);
     }
     for (int i = 0; i < n_threads; i++) {
@@ -447,10 +464,11 @@ static float * compute(const tbq_attention * a, const tbq_kernels * k, int n_thr
 // --- comparisons -------------------------------------------------------------------------------------------------
 
 static void describe(const tbq_attention * a) {
-    printf("  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g\n",
-           a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams, (int) a->v.n_streams,
-           (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL, (int) a->mask_n_heads,
-           a->sinks != NULL, a->max_bias, a->logit_softcap);
+    printf(
+        "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g\n",
+        a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams,
+        (int) a->v.n_streams, (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL,
+        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap);
 }
 
 static int same(const char * name, const tbq_attention * a, const float * x, const float * y, int64_t n) {
@@ -488,16 +506,20 @@ static double error_of(const problem * p, oracle_kind kind, const float * x, dou
 // A NaN in one cached row reaches the query rows that see it, whole (a key) or in the channels that share its scale
 // (a value), and nothing else.
 static int check_nan(const tbq_kernels * k) {
-    problem              p         = make_problem(0);
-    tbq_attention *      a         = &p.a;
-    const tbq_kernels *  ref       = tbq_list_kernels(&(int) { 0 })[0];
-    const int64_t        group     = a->n_head / a->n_head_kv;
-    const int64_t        at        = below(a->n_kv), head = below(a->n_head_kv), stream = below(a->k.n_streams);
+    problem              p     = make_problem(0);
+    tbq_attention *      a     = &p.a;
+    const tbq_kernels *  ref   = tbq_list_kernels(&(int){ 0 })[0];
+    const int64_t        group = a->n_head / a->n_head_kv;
+    const int64_t        at = below(a->n_kv), head = below(a->n_head_kv), stream = below(a->k.n_streams);
     const int            in_values = below(2) && a->k.data != a->v.data && a->v.n_streams == a->k.n_streams;
     tbq_attention_side * side      = in_values ? &a->v : &a->k;
-    const int64_t        reach     = !in_values ? a->v_size : side->type == TBQ_ATTENTION_F16 ? 1 : side->type == TBQ_ATTENTION_Q8_0 ? 32 : TBQ_BLOCK;
-    uint8_t *            row       = (uint8_t *) side->data + stream * side->stream_stride + head * side->head_stride + at * side->row_stride;
-    int                  ok        = 1;
+    const int64_t        reach     = !in_values                         ? a->v_size
+                                     : side->type == TBQ_ATTENTION_F16  ? 1
+                                     : side->type == TBQ_ATTENTION_Q8_0 ? 32
+                                                                        : TBQ_BLOCK;
+    uint8_t *            row =
+        (uint8_t *) side->data + stream * side->stream_stride + head * side->head_stride + at * side->row_stride;
+    int ok = 1;
     if (in_values) { // no weight is zero: logits that lie close together
         a->scale *= 0.1f;
         a->max_bias = 0;
@@ -509,11 +531,12 @@ static int check_nan(const tbq_kernels * k) {
     float * x = compute(a, k, 2);
     for (int64_t i = 0; ok && i < a->n_streams * a->n_tokens * a->n_head * a->v_size; i++) {
         const int64_t c = i % a->v_size, h = i / a->v_size % a->n_head, t = i / a->v_size / a->n_head % a->n_tokens;
-        const int64_t s    = i / a->v_size / a->n_head / a->n_tokens;
-        const int     sees = s / (a->n_streams / side->n_streams) == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY;
+        const int64_t s = i / a->v_size / a->n_head / a->n_tokens;
+        const int     sees =
+            s / (a->n_streams / side->n_streams) == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY;
         if (sees && c < reach ? !isnan(x[i]) : memcmp(x + i, clean + i, sizeof(float)) != 0) {
-            printf("%s, NaN in %s, row %d of head %d: %.9g, %.9g without, at %d\n", k->name, in_values ? "values" : "keys", (int) at, (int) head,
-                   x[i], clean[i], (int) i);
+            printf("%s, NaN in %s, row %d of head %d: %.9g, %.9g without, at %d\n", k->name,
+                   in_values ? "values" : "keys", (int) at, (int) head, x[i], clean[i], (int) i);
             describe(a);
             ok = 0;
         }
@@ -540,10 +563,10 @@ int main(int argc, char ** argv) {
         // the same problems on every machine, whatever the implementations there draw in between
         state = (seed << 32) + (uint64_t) i;
         random_bits();
-        const int     plain = i % 4 == 1;
-        problem       p     = make_problem(plain);
-        const int64_t n     = p.a.n_streams * p.a.n_tokens * p.a.n_head * p.a.v_size;
-        float *       x     = compute(&p.a, list[0], 1);
+        const int          plain = i % 4 == 1;
+        problem            p     = make_problem(plain);
+        const int64_t      n     = p.a.n_streams * p.a.n_tokens * p.a.n_head * p.a.v_size;
+        float *            x     = compute(&p.a, list[0], 1);
         tbq_attention_plan plan;
         tbq_attention_make_plan(&p.a, &plan);
         chunked += plan.n_chunks > 1;
@@ -576,9 +599,10 @@ int main(int argc, char ** argv) {
         printf("%s: %s\n", list[j]->supported() ? "compared with ref" : "not supported here", list[j]->name);
     }
     printf("%d problems, %d of them in chunks; relative squared error at most %.2g\n", problems, chunked, worst);
-    printf("tbq4_0 / tbq4_0, with queries rounded to 8 bits: the kernel adds %.2g of the squared error of quantization\n",
-           from_kernel / from_quantization);
-    if (n_plain >= 20) { // with fewer it is a matter of luck
+    printf(
+        "tbq4_0 / tbq4_0, with queries rounded to 8 bits: the kernel adds %.2g of the squared error of quantization\n",
+        from_kernel / from_quantization);
+    if (n_plain >= 20) {                                    // with fewer it is a matter of luck
         failed += !(from_kernel < from_quantization / 100); // a tenth, as a root of squares
     }
     printf("%d differences\n", failed);

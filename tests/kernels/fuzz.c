@@ -30,29 +30,44 @@ static float finite_bits(void) {
 }
 
 typedef enum {
-    GAUSSIAN, HEAVY_TAILED, CONSTANT, ONE_HOT, SPARSE, STEPS, TINY, DENORMAL, LARGE, HUGE, ZERO, WITH_NAN, WITH_INF,
-    FINITE_BITS, ANY_BITS, N_KINDS
+    GAUSSIAN,
+    HEAVY_TAILED,
+    CONSTANT,
+    ONE_HOT,
+    SPARSE,
+    STEPS,
+    TINY,
+    DENORMAL,
+    LARGE,
+    HUGE,
+    ZERO,
+    WITH_NAN,
+    WITH_INF,
+    FINITE_BITS,
+    ANY_BITS,
+    N_KINDS
 } kind_t;
 
 static const char * const kind_names[N_KINDS] = {
-    "gaussian", "heavy-tailed", "constant", "one-hot", "sparse", "steps", "tiny", "denormal", "large", "huge", "zero",
-    "with NaN", "with Inf", "finite bit patterns", "any bit patterns",
+    "gaussian",         "heavy-tailed", "constant", "one-hot", "sparse",   "steps",    "tiny",
+    "denormal",         "large",        "huge",     "zero",    "with NaN", "with Inf", "finite bit patterns",
+    "any bit patterns",
 };
 
 static float value_of(kind_t kind) {
     switch (kind) {
-        case GAUSSIAN:     return gaussian();
+        case GAUSSIAN: return gaussian();
         case HEAVY_TAILED: return gaussian() / (fabsf(gaussian()) + 1e-6f);
-        case SPARSE:       return random_bits() % 16 ? 0.0f : gaussian();
-        case STEPS:        return (float) ((int) (random_bits() % 5) - 2); // sums cancel to exact zeros
-        case TINY:         return gaussian() * 0x1p-28f;                   // around the smallest d
-        case DENORMAL:     return gaussian() * 1e-40f;
-        case LARGE:        return gaussian() * 1e5f;                       // around the largest d
-        case HUGE:         return gaussian() * 5e37f;
-        case ZERO:         return random_bits() % 2 ? 0.0f : -0.0f;
-        case FINITE_BITS:  return finite_bits();
-        case ANY_BITS:     return any_bits();
-        default:           return gaussian();
+        case SPARSE: return random_bits() % 16 ? 0.0f : gaussian();
+        case STEPS: return (float) ((int) (random_bits() % 5) - 2); // sums cancel to exact zeros
+        case TINY: return gaussian() * 0x1p-28f;                    // around the smallest d
+        case DENORMAL: return gaussian() * 1e-40f;
+        case LARGE: return gaussian() * 1e5f; // around the largest d
+        case HUGE: return gaussian() * 5e37f;
+        case ZERO: return random_bits() % 2 ? 0.0f : -0.0f;
+        case FINITE_BITS: return finite_bits();
+        case ANY_BITS: return any_bits();
+        default: return gaussian();
     }
 }
 
@@ -66,8 +81,8 @@ static void fill_block(kind_t kind, float * x) {
             x[i] = kind == CONSTANT ? x[0] : 0.0f;
         }
         const float first = x[0];
-        x[0]  = kind == CONSTANT ? first : 0.0f;
-        x[at] = first;
+        x[0]              = kind == CONSTANT ? first : 0.0f;
+        x[at]             = first;
     } else if (kind == WITH_NAN) {
         x[at] = random_bits() % 2 ? NAN : -NAN;
     } else if (kind == WITH_INF) {
@@ -94,14 +109,14 @@ static void expect(int ok, const char * what, const tbq_kernels * k, int bits, k
 }
 
 static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits, kind_t kind, int misalign) {
-    static float   x[ROW], a[ROW], b[ROW], act_source[ROW];
-    static uint8_t block_a[ROW + 64], block_b[ROW + 64];
+    static float          x[ROW], a[ROW], b[ROW], act_source[ROW];
+    static uint8_t        block_a[ROW + 64], block_b[ROW + 64];
     static block_tbq8_act act_a[ROW_BLOCKS], act_b[ROW_BLOCKS];
 
-    const int      t     = bits - 2;
-    const size_t   bytes = tbq_row_bytes((tbq_type) (TBQ_TYPE_TBQ2_0 + t), ROW);
-    uint8_t * const ra   = block_a + misalign;
-    uint8_t * const rb   = block_b + misalign;
+    const int       t     = bits - 2;
+    const size_t    bytes = tbq_row_bytes((tbq_type) (TBQ_TYPE_TBQ2_0 + t), ROW);
+    uint8_t * const ra    = block_a + misalign;
+    uint8_t * const rb    = block_b + misalign;
     for (int i = 0; i < ROW_BLOCKS; i++) {
         fill_block(kind, x + i * TBQ_BLOCK);
         fill_block(random_bits() % 8 ? GAUSSIAN : kind, act_source + i * TBQ_BLOCK);
@@ -137,7 +152,8 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     ref->quantize_act(act_source, act_a, ROW);
     k->quantize_act(act_source, act_b, ROW);
     for (int i = 0; i < ROW_BLOCKS; i++) {
-        expect(same_floats(&act_a[i].d, &act_b[i].d, 1) && !memcmp(act_a[i].bias, act_b[i].bias, 96), "quantize_act", k, bits, kind);
+        expect(same_floats(&act_a[i].d, &act_b[i].d, 1) && !memcmp(act_a[i].bias, act_b[i].bias, 96), "quantize_act", k,
+               bits, kind);
     }
     const float da = ref->dot[t](ra, act_a, ROW);
     const float db = k->dot[t](ra, act_a, ROW);
@@ -160,7 +176,7 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
 
 int main(int argc, char ** argv) {
     const long blocks = argc > 1 ? atol(argv[1]) : 20000;
-    state = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
+    state             = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
 
     int                         count;
     const tbq_kernels * const * list = tbq_list_kernels(&count);

@@ -9,8 +9,8 @@ static uint64_t state;
 
 static uint32_t random_bits(void) { // splitmix64 (Steele, Lea, Flood 2014)
     uint64_t z = state += 0x9E3779B97F4A7C15;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    z          = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z          = (z ^ (z >> 27)) * 0x94D049BB133111EB;
     return (uint32_t) ((z ^ (z >> 31)) >> 32);
 }
 

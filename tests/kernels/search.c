@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The search on problems of random shape.  Every implementation is compared with the scalar reference, bit for bit, and the
-// reference with plain arithmetic on the dequantized rows; vectors that are stored and read again must not change.
+// The search on problems of random shape.  Every implementation is compared with the scalar reference, bit for bit, and
+// the reference with plain arithmetic on the dequantized rows; vectors that are stored and read again must not change.
 //
 //     search [problems] [seed]
 //
-// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read past its
-// end.  Prints the implementations that ran; exits 1 on a difference.
+// Every buffer is its own allocation of exactly the size that the problem needs, so that AddressSanitizer sees a read
+// past its end.  Prints the implementations that ran; exits 1 on a difference.
 #include "random.h"
 #include "tbq-kernels.h"
 
@@ -14,12 +14,12 @@
 #include <string.h>
 
 typedef struct {
-    int             type;
-    int64_t         blocks, n, first, last, n_queries, k;
-    tbq_scan_rows   rows;
-    float *         x;       // what the vectors were
-    float *         queries; // and the queries
-    uint8_t *       packed;
+    int              type;
+    int64_t          blocks, n, first, last, n_queries, k;
+    tbq_scan_rows    rows;
+    float *          x;       // what the vectors were
+    float *          queries; // and the queries
+    uint8_t *        packed;
     tbq_scan_query * prepared;
 } problem;
 
@@ -49,20 +49,21 @@ static float * gaussians(int64_t n) {
     return x;
 }
 
-// The next random problem.  Some have equal vectors, for ties; some have scales that are NaN, whose vectors must never be found.
+// The next random problem.  Some have equal vectors, for ties; some have scales that are NaN, whose vectors must never
+// be found.
 static problem make(void) {
-    problem p = { .type = TBQ_TYPE_TBQ2_0 + (int) below(3), .blocks = 1 + below(below(4) ? 3 : 24) };
-    p.n         = below(6) ? below(200) : below(3000);
-    p.first     = below(2) ? 0 : below(p.n + 1) / 16 * 16;
-    p.last      = below(2) ? p.n : p.first + below(p.n - p.first + 1);
-    p.n_queries = below(20);
-    p.k         = 1 + below(below(3) ? 10 : p.n + 2);
+    problem p            = { .type = TBQ_TYPE_TBQ2_0 + (int) below(3), .blocks = 1 + below(below(4) ? 3 : 24) };
+    p.n                  = below(6) ? below(200) : below(3000);
+    p.first              = below(2) ? 0 : below(p.n + 1) / 16 * 16;
+    p.last               = below(2) ? p.n : p.first + below(p.n - p.first + 1);
+    p.n_queries          = below(20);
+    p.k                  = 1 + below(below(3) ? 10 : p.n + 2);
     const int64_t width  = p.blocks * TBQ_BLOCK;
     const int64_t groups = (p.n + 15) / 16;
-    p.x        = gaussians(p.n * width);
-    p.queries  = gaussians(p.n_queries * width);
-    p.packed   = allocate(tbq_row_bytes(p.type, p.n * width));
-    p.prepared = allocate((size_t) (p.n_queries * p.blocks) * sizeof(*p.prepared));
+    p.x                  = gaussians(p.n * width);
+    p.queries            = gaussians(p.n_queries * width);
+    p.packed             = allocate(tbq_row_bytes(p.type, p.n * width));
+    p.prepared           = allocate((size_t) (p.n_queries * p.blocks) * sizeof(*p.prepared));
     for (int64_t v = 1; v < p.n; v++) {
         if (below(5) == 0) {
             memcpy(p.x + v * width, p.x + below(v) * width, (size_t) width * sizeof(float));
@@ -76,7 +77,9 @@ static problem make(void) {
     tbq_scan_prepare(p.queries, p.prepared, p.n_queries * width);
     uint16_t * d     = allocate((size_t) (groups * p.blocks) * 16 * sizeof(*d));
     uint32_t * codes = allocate((size_t) (groups * p.blocks * tbq_scan_words(p.type)) * 16 * sizeof(*codes));
-    memset(d, 0x11, (size_t) (groups * p.blocks) * 16 * sizeof(*d)); // what is in the lanes after the last vector must not matter
+    memset(d, 0x11,
+           (size_t) (groups * p.blocks) * 16 *
+               sizeof(*d)); // what is in the lanes after the last vector must not matter
     memset(codes, 0x5A, (size_t) (groups * p.blocks * tbq_scan_words(p.type)) * 16 * sizeof(*codes));
     const int64_t cut = p.n ? below(p.n + 1) : 0;
     tbq_scan_put(p.type, p.blocks, p.packed, 0, cut, d, codes);
@@ -89,7 +92,7 @@ static problem make(void) {
     if (below(2)) {
         add = gaussians(groups * 16);
     }
-    p.rows = (tbq_scan_rows) { p.type, p.blocks, p.n, d, codes, mul, add };
+    p.rows = (tbq_scan_rows){ p.type, p.blocks, p.n, d, codes, mul, add };
     return p;
 }
 
@@ -106,16 +109,18 @@ static void release(problem * p) {
 
 static result empty(const problem * p) {
     const size_t count = (size_t) (p->n_queries * p->k);
-    return (result) { allocate(count * sizeof(float)), allocate(count * sizeof(int64_t)) };
+    return (result){ allocate(count * sizeof(float)), allocate(count * sizeof(int64_t)) };
 }
 
 static void search(const tbq_kernels * k, const problem * p, result r) {
-    k->search->top_k[p->type - TBQ_TYPE_TBQ2_0](&p->rows, p->first, p->last, p->prepared, p->n_queries, p->k, r.scores, r.positions);
+    k->search->top_k[p->type - TBQ_TYPE_TBQ2_0](&p->rows, p->first, p->last, p->prepared, p->n_queries, p->k, r.scores,
+                                                r.positions);
 }
 
 static int same(const problem * p, result a, result b) {
     const size_t count = (size_t) (p->n_queries * p->k);
-    return memcmp(a.scores, b.scores, count * sizeof(float)) == 0 && memcmp(a.positions, b.positions, count * sizeof(int64_t)) == 0;
+    return memcmp(a.scores, b.scores, count * sizeof(float)) == 0 &&
+           memcmp(a.positions, b.positions, count * sizeof(int64_t)) == 0;
 }
 
 static int layout_returns(const problem * p) {
@@ -136,7 +141,7 @@ static double plain_score(const problem * p, int64_t query, int64_t v) {
     double sum = 0;
     for (int64_t b = 0; b < p->blocks; b++) {
         float                  x[TBQ_BLOCK], y[TBQ_BLOCK];
-        const tbq_scan_query * q = p->prepared + query * p->blocks + b;
+        const tbq_scan_query * q  = p->prepared + query * p->blocks + b;
         const int64_t          at = (v * p->blocks + b) * TBQ_BLOCK;
         tbq_dequantize(p->type, p->packed + tbq_row_bytes(p->type, at), x, TBQ_BLOCK);
         tbq_rotate(x, y, TBQ_BLOCK);
@@ -147,7 +152,8 @@ static double plain_score(const problem * p, int64_t query, int64_t v) {
     return sum * (p->rows.mul ? p->rows.mul[v] : 1) + (p->rows.add ? p->rows.add[v] : 0);
 }
 
-// Every score found is the plain one up to rounding, scores descend, and no vector that was left out is better than the last.
+// Every score found is the plain one up to rounding, scores descend, and no vector that was left out is better than the
+// last.
 static int plausible(const problem * p, result r) {
     for (int64_t i = 0; i < p->n_queries; i++) {
         const float *   scores = r.scores + i * p->k;
@@ -161,8 +167,8 @@ static int plausible(const problem * p, result r) {
             }
             const double bound = 1e-4 * (1 + 8.0 * (double) p->blocks);
             if (j < p->k ? !(fabs(scores[j] - plain) < bound) : plain > scores[p->k - 1] + bound) {
-                printf("query %lld, vector %lld: %g at place %lld, plainly %g\n", (long long) i, (long long) v, j < p->k ? scores[j] : NAN,
-                       (long long) j, plain);
+                printf("query %lld, vector %lld: %g at place %lld, plainly %g\n", (long long) i, (long long) v,
+                       j < p->k ? scores[j] : NAN, (long long) j, plain);
                 return 0;
             }
             found += j < p->k;
@@ -170,7 +176,8 @@ static int plausible(const problem * p, result r) {
         for (int64_t j = 0; j < p->k; j++) {
             found -= at[j] >= 0;
             if ((at[j] < 0 && scores[j] != -INFINITY) ||
-                (j > 0 && (scores[j] > scores[j - 1] || (at[j] >= 0 && scores[j] == scores[j - 1] && at[j] < at[j - 1])))) {
+                (j > 0 &&
+                 (scores[j] > scores[j - 1] || (at[j] >= 0 && scores[j] == scores[j - 1] && at[j] < at[j - 1])))) {
                 return 0;
             }
         }
@@ -182,10 +189,10 @@ static int plausible(const problem * p, result r) {
 }
 
 int main(int argc, char ** argv) {
-    const int problems = argc > 1 ? atoi(argv[1]) : 200;
-    state              = argc > 2 ? (uint64_t) atoll(argv[2]) : 1;
+    const int problems                      = argc > 1 ? atoi(argv[1]) : 200;
+    state                                   = argc > 2 ? (uint64_t) atoll(argv[2]) : 1;
     int                         differences = 0, count;
-    const tbq_kernels * const * list = tbq_list_kernels(&count);
+    const tbq_kernels * const * list        = tbq_list_kernels(&count);
     for (int i = 0; i < problems; i++) {
         problem p         = make();
         result  reference = empty(&p);
@@ -196,8 +203,8 @@ int main(int argc, char ** argv) {
                 result r = empty(&p);
                 search(list[j], &p, r);
                 if (!same(&p, reference, r)) {
-                    printf("%s differs: problem %d, type %d, %lld blocks, %lld vectors\n", list[j]->name, i, p.type, (long long) p.blocks,
-                           (long long) p.n);
+                    printf("%s differs: problem %d, type %d, %lld blocks, %lld vectors\n", list[j]->name, i, p.type,
+                           (long long) p.blocks, (long long) p.n);
                     wrong++;
                 }
                 free(r.scores);

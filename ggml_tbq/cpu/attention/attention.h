@@ -6,10 +6,11 @@
 #include "../tbq-impl.h"
 
 enum {
-    TBQ_TILE      = 64,   // cached rows that are unpacked and multiplied at a time
-    KEYS_AT_ONCE  = 4,    // most queries of one product with keys
-    TBQ_PANEL     = 4096, // bytes of a block of 64 values of such rows, unpacked
-    TBQ_HEADER    = 16,   // floats in front of the sum in a partial result: running maximum and sum, then padding for alignment
+    TBQ_TILE     = 64,   // cached rows that are unpacked and multiplied at a time
+    KEYS_AT_ONCE = 4,    // most queries of one product with keys
+    TBQ_PANEL    = 4096, // bytes of a block of 64 values of such rows, unpacked
+    TBQ_HEADER =
+        16, // floats in front of the sum in a partial result: running maximum and sum, then padding for alignment
 };
 
 // The largest weight: 127 . 256 + 127, so that it splits into two signed bytes.
@@ -45,17 +46,17 @@ typedef struct {
     float *       running_sum; // rows: sum of w = exp(logit - running_max); NaN if the row has seen one
     float *       slope;       // rows: ALiBi
     // for the current tile and KV head
-    float *       logits;      // tile_rows x 64, weights later
-    float *       mask;        // tile_rows x 64
-    uint8_t *     mask_kind;   // tile_rows
-    float *       rescale;      // tile_rows: the factor of the running sums,
-    float *       tile_rescale; // and of the weights of the tile, when the running maximum changes
-    float *       factor;       // tile_rescale times the unit of the rounded weights
-    int16_t *     weights;     // tile_rows x 64, rounded; or two planes of bytes
-    int32_t *     weight_sums; // tile_rows
-    uint8_t *     panel;       // 64 rows unpacked: TBQ_PANEL bytes, or floats of whole rows
-    float *       scales;      // 64
-    uint64_t *    qh;          // 64: the high bit planes of tbq3_0
+    float *    logits;       // tile_rows x 64, weights later
+    float *    mask;         // tile_rows x 64
+    uint8_t *  mask_kind;    // tile_rows
+    float *    rescale;      // tile_rows: the factor of the running sums,
+    float *    tile_rescale; // and of the weights of the tile, when the running maximum changes
+    float *    factor;       // tile_rescale times the unit of the rounded weights
+    int16_t *  weights;      // tile_rows x 64, rounded; or two planes of bytes
+    int32_t *  weight_sums;  // tile_rows
+    uint8_t *  panel;        // 64 rows unpacked: TBQ_PANEL bytes, or floats of whole rows
+    float *    scales;       // 64
+    uint64_t * qh;           // 64: the high bit planes of tbq3_0
 } attention_scratch;
 
 static inline int is_tbq(int type) {
@@ -74,8 +75,8 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     const size_t k    = (size_t) p->a.k_size;
     const size_t v    = (size_t) p->a.v_size;
     size_t       at   = 0;
-#define ARRAY(name, count)                                     \
-    s->name = (void *) ((uintptr_t) base + at);                \
+#define ARRAY(name, count)                      \
+    s->name = (void *) ((uintptr_t) base + at); \
     at += ((count) * sizeof(*s->name) + 63) / 64 * 64
     ARRAY(queries, is_tbq(p->a.k.type) ? rows * (k / TBQ_BLOCK) : 0);
     ARRAY(queries_f32, is_tbq(p->a.k.type) ? 0 : rows * k);
@@ -101,7 +102,8 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     return at;
 }
 
-// Partial results: for each chunk and row of out the running maximum and sum, padding to TBQ_HEADER, and the sum of w v.
+// Partial results: for each chunk and row of out the running maximum and sum, padding to TBQ_HEADER, and the sum of w
+// v.
 static inline float * partial_of(const tbq_attention_plan * p, float * partials, int64_t chunk, int64_t row) {
     return partials + (chunk * p->n_rows + row) * (TBQ_HEADER + p->a.v_size);
 }

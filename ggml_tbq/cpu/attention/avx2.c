@@ -26,10 +26,10 @@ static inline lanes lanes_set(float x) {
     return r;
 }
 
-#define DEFINE(name)                                                                      \
-    static inline lanes lanes_##name(lanes a, lanes b) {                                  \
+#define DEFINE(name)                                                                        \
+    static inline lanes lanes_##name(lanes a, lanes b) {                                    \
         const lanes r = { _mm256_##name##_ps(a.lo, b.lo), _mm256_##name##_ps(a.hi, b.hi) }; \
-        return r;                                                                         \
+        return r;                                                                           \
     }
 DEFINE(add)
 DEFINE(sub)
@@ -86,14 +86,14 @@ static inline unsigned lanes_unbounded(lanes x) {
 static inline float lanes_sum(lanes x) {
     const __m256 a = _mm256_add_ps(x.lo, x.hi);
     __m128       s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s              = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 static inline float lanes_reduce_max(lanes x) {
     const __m256 a = _mm256_max_ps(x.lo, x.hi);
     __m128       s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    s              = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
@@ -135,8 +135,8 @@ static inline void qh_words(const uint64_t * qh, int r, __m256i h[2]) {
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     const __m256i a     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (qh + r)), order);
     const __m256i b     = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *) (qh + r + 4)), order);
-    h[0] = _mm256_permute2x128_si256(a, b, 0x20);
-    h[1] = _mm256_permute2x128_si256(a, b, 0x31);
+    h[0]                = _mm256_permute2x128_si256(a, b, 0x20);
+    h[1]                = _mm256_permute2x128_si256(a, b, 0x31);
 }
 
 // Bit `bit` of each byte as a 4, or 0.
@@ -149,7 +149,8 @@ static inline void store_keys(uint8_t * panel, int j, int r, __m256i v) {
     _mm256_storeu_si256((__m256i *) (panel + (j * TBQ_TILE + r) * 4), v);
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                            uint8_t * panel) {
     const __m256i table = level_table(bits, 64);
     for (int r = 0; r < TBQ_TILE; r += 8) {
         __m256i w[4], h[2];
@@ -174,7 +175,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
                 __m256i index = _mm256_and_si256(_mm256_srli_epi16(w[i], 2 * j), _mm256_set1_epi8(3));
                 if (bits == 3) {
                     const int bit = (j & 1) | (i >> 1) << 1 | (j >> 1) << 2; // tbq.h has the order
-                    index = _mm256_or_si256(index, qh_as_four(h[i & 1], bit));
+                    index         = _mm256_or_si256(index, qh_as_four(h[i & 1], bit));
                 }
                 store_keys(panel, 4 * j + i, r, _mm256_shuffle_epi8(table, index));
             }
@@ -183,8 +184,8 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 }
 
 // Sixteen rows by n queries.
-TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                        float * logits) {
+TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+                        int add, float * logits) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i       acc[KEYS_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
@@ -197,8 +198,8 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
             int32_t word;
             memcpy(&word, q[i * q_stride].qs + 4 * j, 4);
             const __m256i four = _mm256_set1_epi32(word);
-            acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(k0, four), ones));
-            acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(k1, four), ones));
+            acc[i][0]          = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(k0, four), ones));
+            acc[i][1]          = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(k1, four), ones));
         }
     }
     for (int i = 0; i < n; i++) {
@@ -212,8 +213,8 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                       float * logits) {
+TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+                       int add, float * logits) {
     for (int r = 0; r < TBQ_TILE; r += 16) {
         keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
     }
@@ -229,7 +230,8 @@ static inline void store_values(uint8_t * panel, int pair, int c, __m256i table,
     _mm256_storeu_si256((__m256i *) (panel + (pair * TBQ_BLOCK + c) * 2), _mm256_shuffle_epi8(table, index));
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                              uint8_t * panel) {
     const __m256i table = level_table(bits, 0);
     for (int p = 0; p < TBQ_TILE / 2; p++) {
         const uint8_t * a = tbq_qs(row_of(block, stride, n, 2 * p));
@@ -237,8 +239,8 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
         if (bits == 4) {
             const __m256i nibble = _mm256_set1_epi8(15);
             // quarters 0 2 1 3, so that interleaving within halves leaves the channels in order
-            const __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) a), 0xD8);
-            const __m256i y = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) b), 0xD8);
+            const __m256i x  = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) a), 0xD8);
+            const __m256i y  = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) b), 0xD8);
             const __m256i lo = _mm256_unpacklo_epi8(x, y), hi = _mm256_unpackhi_epi8(x, y);
             store_values(panel, p, 0, table, _mm256_and_si256(lo, nibble));
             store_values(panel, p, 16, table, _mm256_and_si256(hi, nibble));
@@ -252,7 +254,7 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
         if (bits == 3) { // bytes i & 7 of both rows, and of bits j the one for i < 8 below, for i >= 8 above
             const __m128i t = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *) (qh + 2 * p)),
                                                 _mm_loadl_epi64((const __m128i *) (qh + 2 * p + 1)));
-            h = _mm256_set_m128i(_mm_srli_epi16(t, 2), t);
+            h               = _mm256_set_m128i(_mm_srli_epi16(t, 2), t);
         }
         for (int j = 0; j < 4; j++) {
             __m256i index = _mm256_and_si256(_mm256_srli_epi16(low, 2 * j), _mm256_set1_epi8(3));
@@ -288,8 +290,8 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
             int32_t word;
             memcpy(&word, weights + i * TBQ_TILE + 2 * p, 4);
             const __m256i two = _mm256_set1_epi32(word);
-            acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(v0, two));
-            acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(v1, two));
+            acc[i][0]         = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(v0, two));
+            acc[i][1]         = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(v1, two));
         }
     }
     for (int i = 0; i < n; i++) {

@@ -48,7 +48,7 @@ static inline unsigned lanes_unbounded(lanes x) {
 static inline float lanes_sum(lanes x) {
     const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     __m128       s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s              = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
@@ -65,14 +65,15 @@ TBQ_INLINE __m512i level_table(int bits) {
 // 32 bytes of two rows.
 static inline __m512i load_2(const uint8_t * block, size_t stride, int n, int r0, int r1) {
     const __m256i lo = _mm256_loadu_si256((const __m256i *) tbq_qs(row_of(block, stride, n, r0)));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), _mm256_loadu_si256((const __m256i *) tbq_qs(row_of(block, stride, n, r1))), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo),
+                              _mm256_loadu_si256((const __m256i *) tbq_qs(row_of(block, stride, n, r1))), 1);
 }
 
 // 16 bytes of rows r, r + 4, r + 8, r + 12.
 static inline __m512i load_4(const uint8_t * block, size_t stride, int n, int r) {
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r))));
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 4))), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 8))), 2);
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 4))), 1);
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 8))), 2);
     return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 12))), 3);
 }
 
@@ -93,7 +94,8 @@ TBQ_INLINE __m512i index_of(int bits, __m512i low, int j, __m512i high, int bit)
     if (bits == 2) {
         return _mm512_and_si512(moved, two);
     }
-    const __m512i four = bit > 2 ? _mm512_srli_epi16(high, (unsigned) (bit - 2)) : _mm512_slli_epi16(high, (unsigned) (2 - bit));
+    const __m512i four =
+        bit > 2 ? _mm512_srli_epi16(high, (unsigned) (bit - 2)) : _mm512_slli_epi16(high, (unsigned) (2 - bit));
     const __m512i both = _mm512_ternarylogic_epi32(two, moved, four, 0xCA); // two ? moved : four
     return _mm512_and_si512(both, _mm512_set1_epi8(7));
 }
@@ -134,7 +136,7 @@ TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, i
     transpose4(w);
     if (bits == 3) { // words 0 and 1 of the high bit planes of 16 rows
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i a    = _mm512_loadu_si512(qh + r), b = _mm512_loadu_si512(qh + r + 8);
+        const __m512i a = _mm512_loadu_si512(qh + r), b = _mm512_loadu_si512(qh + r + 8);
         h[0] = _mm512_permutex2var_epi32(a, even, b);
         h[1] = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
     }
@@ -146,7 +148,8 @@ TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, i
     }
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                            uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 16) {
         if (bits == 4) {
@@ -157,8 +160,8 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                       float * logits) {
+TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+                       int add, float * logits) {
     __m512i acc[KEYS_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int r = 0; r < 4; r++) {
@@ -229,13 +232,14 @@ static inline void unpack_values_4(const uint8_t * block, size_t stride, int n, 
     }
 }
 
-// Bytes i & 7 of the high bit planes of four rows interleaved, i = 0 .. 15; from i = 8 on two bits lower, where those of
-// i < 8 are.
+// Bytes i & 7 of the high bit planes of four rows interleaved, i = 0 .. 15; from i = 8 on two bits lower, where those
+// of i < 8 are.
 static inline __m512i qh_interleaved(const uint64_t * qh) {
     const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-    const __m512i words = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-    const __m512i rows  = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) qh));
-    const __m512i h     = _mm512_permutexvar_epi16(words, _mm512_shuffle_epi8(rows, pairs));
+    const __m512i words =
+        _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    const __m512i rows = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) qh));
+    const __m512i h    = _mm512_permutexvar_epi16(words, _mm512_shuffle_epi8(rows, pairs));
     return _mm512_mask_srli_epi16(h, 0xFFFF0000, h, 2);
 }
 
@@ -262,7 +266,8 @@ TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride,
     }
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                              uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += bits == 4 ? 8 : 16) {
         if (bits == 4) {
@@ -281,9 +286,11 @@ static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * 
         v[r] = _mm512_cvtps_epi32(x[r]);
     }
     const __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
-    const __m512i low_a = _mm512_and_si512(a, _mm512_set1_epi16(255)), low_b = _mm512_and_si512(b, _mm512_set1_epi16(255));
+    const __m512i low_a = _mm512_and_si512(a, _mm512_set1_epi16(255)),
+                  low_b = _mm512_and_si512(b, _mm512_set1_epi16(255));
     const __m512i low   = _mm512_packus_epi16(low_a, low_b);
-    const __m512i high  = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    const __m512i high  = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                             _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
     _mm512_storeu_si512(rounded, _mm512_permutexvar_epi32(order, high));
     _mm512_storeu_si512(rounded + 32, _mm512_permutexvar_epi32(order, low));
     *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(v[0], v[1]), _mm512_add_epi32(v[2], v[3])));
@@ -318,9 +325,9 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
     for (int i = 0; i < n; i++) {
         const __m512 f = _mm512_set1_ps(factor[i]);
         for (int c = 0; c < 4; c++) {
-            float *       s     = sum + i * sum_stride + 16 * c;
+            float *       s       = sum + i * sum_stride + 16 * c;
             const __m512i product = _mm512_add_epi32(_mm512_slli_epi32(high[i][c], 8), low[i][c]);
-            const __m512  old   = _mm512_mul_ps(_mm512_set1_ps(rescale[i]), _mm512_loadu_ps(s));
+            const __m512  old     = _mm512_mul_ps(_mm512_set1_ps(rescale[i]), _mm512_loadu_ps(s));
             _mm512_storeu_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), f, old));
         }
     }

@@ -35,10 +35,10 @@ static inline lanes lanes_set(float x) {
     return r;
 }
 
-#define DEFINE(name)                                            \
-    static inline lanes lanes_##name(lanes a, lanes b) {        \
-        FOR_QUARTERS a.v[i] = v##name##q_f32(a.v[i], b.v[i]);   \
-        return a;                                               \
+#define DEFINE(name)                                          \
+    static inline lanes lanes_##name(lanes a, lanes b) {      \
+        FOR_QUARTERS a.v[i] = v##name##q_f32(a.v[i], b.v[i]); \
+        return a;                                             \
     }
 DEFINE(add)
 DEFINE(sub)
@@ -64,7 +64,7 @@ static inline lanes lanes_halves(const uint16_t * h) {
 }
 
 static inline lanes lanes_bytes(const int8_t * b) {
-    const int8x16_t q = vld1q_s8(b);
+    const int8x16_t q    = vld1q_s8(b);
     const int16x8_t h[2] = { vmovl_s8(vget_low_s8(q)), vmovl_high_s8(q) };
     lanes           r;
     FOR_QUARTERS r.v[i] = vcvtq_f32_s32(i & 1 ? vmovl_high_s16(h[i / 2]) : vmovl_s16(vget_low_s16(h[i / 2])));
@@ -131,16 +131,19 @@ static inline void store_keys(uint8_t * panel, int j, int r, int8x16_t table, ui
 // qs[16 half ...] of rows r .. r + 3, word by word.
 static inline void packed_words(const uint8_t * block, size_t stride, int n, int r, int half, uint8x16_t w[4]) {
     uint32x4_t v[4];
-    FOR_QUARTERS v[i] = vreinterpretq_u32_u8(vld1q_u8(tbq_qs(row_of(block, stride, n, r + i)) + 16 * half));
-    const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(v[0], v[1])), b = vreinterpretq_u64_u32(vtrn2q_u32(v[0], v[1]));
-    const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(v[2], v[3])), d = vreinterpretq_u64_u32(vtrn2q_u32(v[2], v[3]));
-    w[0] = vreinterpretq_u8_u64(vtrn1q_u64(a, c));
-    w[1] = vreinterpretq_u8_u64(vtrn1q_u64(b, d));
-    w[2] = vreinterpretq_u8_u64(vtrn2q_u64(a, c));
-    w[3] = vreinterpretq_u8_u64(vtrn2q_u64(b, d));
+    FOR_QUARTERS v[i]  = vreinterpretq_u32_u8(vld1q_u8(tbq_qs(row_of(block, stride, n, r + i)) + 16 * half));
+    const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(v[0], v[1])),
+                     b = vreinterpretq_u64_u32(vtrn2q_u32(v[0], v[1]));
+    const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(v[2], v[3])),
+                     d = vreinterpretq_u64_u32(vtrn2q_u32(v[2], v[3]));
+    w[0]               = vreinterpretq_u8_u64(vtrn1q_u64(a, c));
+    w[1]               = vreinterpretq_u8_u64(vtrn1q_u64(b, d));
+    w[2]               = vreinterpretq_u8_u64(vtrn2q_u64(a, c));
+    w[3]               = vreinterpretq_u8_u64(vtrn2q_u64(b, d));
 }
 
-TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                            uint8_t * panel) {
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t w[4];
@@ -162,15 +165,16 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
         FOR_QUARTERS {
             for (int j = 0; j < 4; j++) {
                 const int bit = (j & 1) | (i >> 1) << 1 | (j >> 1) << 2; // tbq.h has the order
-                store_keys(panel, 4 * j + i, r, table, index_of(bits, w[i], j, vreinterpretq_u8_u32(h.val[i & 1]), bit));
+                store_keys(panel, 4 * j + i, r, table,
+                           index_of(bits, w[i], j, vreinterpretq_u8_u32(h.val[i & 1]), bit));
             }
         }
     }
 }
 
 // Sixteen rows by n queries.
-TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                        float * logits) {
+TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+                        int add, float * logits) {
     int32x4_t acc[KEYS_AT_ONCE][4];
     for (int m = 0; m < n; m++) {
         FOR_QUARTERS acc[m][i] = vdupq_n_s32(0);
@@ -179,7 +183,7 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
         int8x16_t k[4];
         FOR_QUARTERS k[i] = vld1q_s8((const int8_t *) panel + (j * TBQ_TILE + 4 * i) * 4);
         for (int m = 0; m < n; m++) {
-            const int8x16_t four = broadcast4(q[m * q_stride].qs + 4 * j);
+            const int8x16_t four   = broadcast4(q[m * q_stride].qs + 4 * j);
             FOR_QUARTERS acc[m][i] = dot4(acc[m][i], k[i], four);
         }
     }
@@ -193,8 +197,8 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                       float * logits) {
+TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+                       int add, float * logits) {
     for (int r = 0; r < TBQ_TILE; r += 16) {
         keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
     }
@@ -211,7 +215,8 @@ static inline void store_values(uint8_t * panel, int group, int c, int8x16_t tab
     vst4q_s8((int8_t *) panel + (group * TBQ_BLOCK + c) * 4, v);
 }
 
-TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh, uint8_t * panel) {
+TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
+                              uint8_t * panel) {
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t v[4], h[4], index[4];
@@ -229,7 +234,7 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
         }
         FOR_QUARTERS { // for i >= 8 two bits lower, where those of i < 8 are
             const uint8x8_t t = vcreate_u8(qh[r + i]);
-            h[i] = vcombine_u8(t, vshr_n_u8(t, 2));
+            h[i]              = vcombine_u8(t, vshr_n_u8(t, 2));
         }
         for (int j = 0; j < 4; j++) {
             FOR_QUARTERS index[i] = index_of(bits, v[i], j, h[i], (j & 1) | (j >> 1) << 2);
@@ -276,9 +281,9 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
     for (int m = 0; m < n; m++) {
         const float32x4_t f = vdupq_n_f32(factor[m]);
         FOR_QUARTERS {
-            float *           s     = sum + m * sum_stride + 4 * i;
+            float *           s       = sum + m * sum_stride + 4 * i;
             const int32x4_t   product = vaddq_s32(vshlq_n_s32(high[m][i], 8), low[m][i]);
-            const float32x4_t old   = vmulq_f32(vdupq_n_f32(rescale[m]), vld1q_f32(s));
+            const float32x4_t old     = vmulq_f32(vdupq_n_f32(rescale[m]), vld1q_f32(s));
             vst1q_f32(s, vfmaq_f32(old, vcvtq_f32_s32(product), f));
         }
     }

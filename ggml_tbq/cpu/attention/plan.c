@@ -36,9 +36,9 @@ static tbq_status check(const tbq_attention * a) {
     return TBQ_OK;
 }
 
-// A prompt has enough items without splitting the cache.  Decode has not, so its items are chunks of the cache (split-KV).
-// Such an item takes all KV heads, because their slices of a cached row share cache lines; heads become items of their own
-// only where there are few chunks.
+// A prompt has enough items without splitting the cache.  Decode has not, so its items are chunks of the cache
+// (split-KV). Such an item takes all KV heads, because their slices of a cached row share cache lines; heads become
+// items of their own only where there are few chunks.
 static void partition(tbq_attention_plan * p) {
     const tbq_attention * a    = &p->a;
     const int64_t         rows = a->n_tokens * (a->n_head / a->n_head_kv);
@@ -47,15 +47,15 @@ static void partition(tbq_attention_plan * p) {
     p->n_row_tiles = ceil_div(rows, MAX_TILE_ROWS);
     p->tile_rows   = ceil_div(rows, p->n_row_tiles);
 
-    const int64_t groups   = ceil_div(a->n_head_kv, max64(1, MAX_ITEM_ROWS / p->tile_rows));
-    const int64_t tiles    = a->n_streams * p->n_row_tiles; // of query rows
-    const int64_t chunks   = min64(ceil_div(a->n_kv, MIN_CHUNK_ROWS), ceil_div(ENOUGH_ITEMS, tiles * groups));
-    p->n_head_groups       = min64(a->n_head_kv, max64(groups, ceil_div(ENOUGH_ITEMS / 4, tiles * chunks)));
-    p->heads_per_item      = ceil_div(a->n_head_kv, p->n_head_groups);
-    p->n_head_groups       = ceil_div(a->n_head_kv, p->heads_per_item);
-    p->chunk_rows          = ceil_div(ceil_div(a->n_kv, chunks), TBQ_TILE) * TBQ_TILE;
-    p->n_chunks            = ceil_div(a->n_kv, p->chunk_rows);
-    p->n_items             = tiles * p->n_head_groups * p->n_chunks;
+    const int64_t groups = ceil_div(a->n_head_kv, max64(1, MAX_ITEM_ROWS / p->tile_rows));
+    const int64_t tiles  = a->n_streams * p->n_row_tiles; // of query rows
+    const int64_t chunks = min64(ceil_div(a->n_kv, MIN_CHUNK_ROWS), ceil_div(ENOUGH_ITEMS, tiles * groups));
+    p->n_head_groups     = min64(a->n_head_kv, max64(groups, ceil_div(ENOUGH_ITEMS / 4, tiles * chunks)));
+    p->heads_per_item    = ceil_div(a->n_head_kv, p->n_head_groups);
+    p->n_head_groups     = ceil_div(a->n_head_kv, p->heads_per_item);
+    p->chunk_rows        = ceil_div(ceil_div(a->n_kv, chunks), TBQ_TILE) * TBQ_TILE;
+    p->n_chunks          = ceil_div(a->n_kv, p->chunk_rows);
+    p->n_items           = tiles * p->n_head_groups * p->n_chunks;
 }
 
 tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan) {

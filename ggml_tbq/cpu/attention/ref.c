@@ -28,11 +28,11 @@ static inline lanes lanes_set(float x) {
     return r;
 }
 
-#define DEFINE(name, expression)                     \
+#define DEFINE(name, expression)                         \
     static inline lanes lanes_##name(lanes a, lanes b) { \
-        lanes r;                                     \
-        FOR_LANES r.f[l] = expression;               \
-        return r;                                    \
+        lanes r;                                         \
+        FOR_LANES r.f[l] = expression;                   \
+        return r;                                        \
     }
 DEFINE(add, a.f[l] + b.f[l])
 DEFINE(sub, a.f[l] - b.f[l])
@@ -89,7 +89,7 @@ static inline float lanes_sum(lanes x) {
 }
 
 static inline float lanes_reduce_max(lanes x) {
-    float largest = x.f[0];
+    float largest     = x.f[0];
     FOR_LANES largest = x.f[l] > largest ? x.f[l] : largest;
     return largest;
 }
@@ -138,8 +138,8 @@ static void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
 
 #define VALUES_AT_ONCE 4
 
-static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums, const float * rescale,
-                     const float * factor, float * sum, int64_t sum_stride) {
+static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+                     const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     const int8_t * v = (const int8_t *) panel;
     (void) weight_sums;
     for (int i = 0; i < n; i++, weights += TBQ_TILE, sum += sum_stride) {

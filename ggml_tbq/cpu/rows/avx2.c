@@ -5,7 +5,7 @@
 
 #define TBQ_KERNELS      tbq_kernels_avx2
 #define TBQ_ATTENTION    tbq_attention_avx2
-#define TBQ_SEARCH tbq_search_avx2
+#define TBQ_SEARCH       tbq_search_avx2
 #define TBQ_KERNELS_NAME "avx2"
 
 static int supported(void) {
@@ -25,8 +25,8 @@ static inline __m256 in_vector(__m256 v) {
     const __m256 odd   = _mm256_castsi256_ps(_mm256_set1_epi64x((int64_t) 0x8000000000000000ull));
     const __m256 pairs = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
     const __m256 upper = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
-    v = _mm256_add_ps(_mm256_permute_ps(v, 0xB1), _mm256_xor_ps(v, odd));
-    v = _mm256_add_ps(_mm256_permute_ps(v, 0x4E), _mm256_xor_ps(v, pairs));
+    v                  = _mm256_add_ps(_mm256_permute_ps(v, 0xB1), _mm256_xor_ps(v, odd));
+    v                  = _mm256_add_ps(_mm256_permute_ps(v, 0x4E), _mm256_xor_ps(v, pairs));
     return _mm256_add_ps(_mm256_permute2f128_ps(v, v, 1), _mm256_xor_ps(v, upper));
 }
 
@@ -51,7 +51,7 @@ static inline void forward(const float * x, float post, float * y) {
     __m256       v[8];
     for (int r = 0; r < 8; r++) {
         const __m256i sign = _mm256_loadu_si256(sign_vectors() + r);
-        v[r] = _mm256_xor_ps(_mm256_loadu_ps(x + 8 * r), _mm256_castsi256_ps(sign));
+        v[r]               = _mm256_xor_ps(_mm256_loadu_ps(x + 8 * r), _mm256_castsi256_ps(sign));
     }
     hadamard(v);
     for (int r = 0; r < 8; r++) {
@@ -73,14 +73,14 @@ static inline void inverse(const float * y, float post, float * x) {
 }
 
 static inline uint32_t abs_max(const float * x) {
-    const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
+    const __m256i mask    = _mm256_set1_epi32(0x7FFFFFFF);
     __m256i       largest = _mm256_setzero_si256();
     for (int i = 0; i < TBQ_BLOCK; i += 8) {
         largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_loadu_si256((const __m256i *) (x + i)), mask));
     }
     __m128i t = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4E));
-    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xB1));
+    t         = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+    t         = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xB1));
     return (uint32_t) _mm_cvtsi128_si32(t);
 }
 
@@ -88,10 +88,10 @@ static inline float sum_squares(const float * z) {
     __m256 p[2];
     for (int l = 0; l < 2; l++) {
         const __m256 first = _mm256_loadu_ps(z + 8 * l);
-        p[l] = _mm256_mul_ps(first, first);
+        p[l]               = _mm256_mul_ps(first, first);
         for (int i = 16; i < TBQ_BLOCK; i += 16) {
             const __m256 v = _mm256_loadu_ps(z + 8 * l + i);
-            p[l] = _mm256_add_ps(p[l], _mm256_mul_ps(v, v));
+            p[l]           = _mm256_add_ps(p[l], _mm256_mul_ps(v, v));
         }
     }
     return sum8(_mm256_add_ps(p[0], p[1]));
@@ -131,8 +131,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 16 values, plus 0x8000.  As bytes, these are an index, and a byte with the top bit
-// set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
+// The number of thresholds below each of 16 values, plus 0x8000.  As bytes, these are an index, and a byte with the top
+// bit set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE __m256i count_below(int bits, __m256i q, const int16_t * thresholds) {
     __m256i count = _mm256_set1_epi16((int16_t) 0x8000);
     for (int t = 0; t < tbq_n_thresholds(bits); t++) {
@@ -147,8 +147,8 @@ TBQ_INLINE void score(int bits, coords c, const int16_t * thresholds, int32_t * 
     __m256i       sum_kk = _mm256_setzero_si256();
     for (int r = 0; r < 4; r++) {
         const __m256i k = _mm256_shuffle_epi8(table, count_below(bits, c.q[r], thresholds));
-        sum_qk = _mm256_add_epi32(sum_qk, _mm256_madd_epi16(c.q[r], k));
-        sum_kk = _mm256_add_epi32(sum_kk, _mm256_madd_epi16(k, k));
+        sum_qk          = _mm256_add_epi32(sum_qk, _mm256_madd_epi16(c.q[r], k));
+        sum_kk          = _mm256_add_epi32(sum_kk, _mm256_madd_epi16(k, k));
     }
     sums8_i32(sum_qk, sum_kk, qk, kk);
 }
@@ -197,16 +197,16 @@ static inline __m256 max_by_parity(__m256 v) {
 }
 
 TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * slope, float d, uint8_t * index) {
-    const uint64_t  even  = 0x5555555555555555;
-    const __m128i   ups   = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->up);
-    const __m128i   downs = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->down);
-    const __m256    m0    = _mm256_set1_ps(m[0]);
-    const __m256    dd    = _mm256_set1_ps(d);
-    const __m256    sign  = _mm256_set1_ps(-0.0f);
-    const __m256    zero  = _mm256_setzero_ps();
-    const __m256i   lane  = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    __m256          g[8], gain[8];
-    float           up[TBQ_BLOCK], down[TBQ_BLOCK]; // d times the gaps
+    const uint64_t even  = 0x5555555555555555;
+    const __m128i  ups   = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->up);
+    const __m128i  downs = _mm_loadu_si128((const __m128i *) tbq_gap_table(bits)->down);
+    const __m256   m0    = _mm256_set1_ps(m[0]);
+    const __m256   dd    = _mm256_set1_ps(d);
+    const __m256   sign  = _mm256_set1_ps(-0.0f);
+    const __m256   zero  = _mm256_setzero_ps();
+    const __m256i  lane  = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256         g[8], gain[8];
+    float          up[TBQ_BLOCK], down[TBQ_BLOCK]; // d times the gaps
     for (int r = 0; r < 8; r++) {
         g[r] = _mm256_loadu_ps(slope + 8 * r);
         _mm256_storeu_ps(up + 8 * r, _mm256_mul_ps(dd, look_up(ups, index + 8 * r)));
@@ -219,11 +219,11 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
             const __m256 above = _mm256_cmp_ps(g[r], zero, _CMP_GT_OQ);
             const __m256 gap   = _mm256_blendv_ps(_mm256_loadu_ps(down + 8 * r), _mm256_loadu_ps(up + 8 * r), above);
             const __m256 size  = _mm256_andnot_ps(sign, g[r]);
-            gain[r] = _mm256_mul_ps(gap, _mm256_sub_ps(_mm256_add_ps(size, size), _mm256_mul_ps(gap, m0)));
-            best_gain = _mm256_max_ps(best_gain, gain[r]);
+            gain[r]            = _mm256_mul_ps(gap, _mm256_sub_ps(_mm256_add_ps(size, size), _mm256_mul_ps(gap, m0)));
+            best_gain          = _mm256_max_ps(best_gain, gain[r]);
             upwards |= (uint64_t) (uint32_t) _mm256_movemask_ps(above) << 8 * r;
         }
-        best_gain = max_by_parity(best_gain);
+        best_gain          = max_by_parity(best_gain);
         const __m256 gains = _mm256_cmp_ps(best_gain, zero, _CMP_GT_OQ);
         if (!_mm256_movemask_ps(gains)) {
             break;
@@ -243,7 +243,7 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
             const __m256i swap = _mm256_xor_si256(lane, _mm256_set1_epi32(at & 7));
             for (int r = 0; r < 8; r++) {
                 const __m256 column = _mm256_permutevar8x32_ps(_mm256_loadu_ps(m + (8 * r ^ (at & 56))), swap);
-                g[r] = _mm256_sub_ps(g[r], _mm256_mul_ps(s, column));
+                g[r]                = _mm256_sub_ps(g[r], _mm256_mul_ps(s, column));
             }
             index[at] = (uint8_t) (index[at] + (rise ? 1 : -1));
             up[at]    = d * (float) tbq_gap_table(bits)->up[index[at]];
@@ -254,7 +254,7 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
     const __m128i table = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     for (int i = 0; i < TBQ_BLOCK; i += 8) {
         const __m256 k = look_up(table, index + i);
-        kk = _mm256_add_ps(kk, _mm256_mul_ps(k, k)); // integers below 2^24: exact
+        kk             = _mm256_add_ps(kk, _mm256_mul_ps(k, k)); // integers below 2^24: exact
     }
     return (int32_t) sum8(kk);
 }
@@ -268,7 +268,7 @@ static inline void act_round(const float * y, float inverse_d, int8_t * qs, int3
         for (int r = 0; r < 4; r++) {
             const __m256 v = _mm256_loadu_ps(y + i + 8 * r);
             const __m256 h = _mm256_or_ps(_mm256_and_ps(v, sign), half);
-            codes[r] = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(v, scale), h));
+            codes[r]       = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(v, scale), h));
         }
         _mm256_storeu_si256((__m256i *) (qs + i), pack_i8(codes));
     }

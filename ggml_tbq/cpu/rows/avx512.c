@@ -6,12 +6,12 @@
 #ifdef __AVX512VNNI__
 #define TBQ_KERNELS      tbq_kernels_avx512vnni
 #define TBQ_ATTENTION    tbq_attention_avx512vnni
-#define TBQ_SEARCH tbq_search_avx512vnni
+#define TBQ_SEARCH       tbq_search_avx512vnni
 #define TBQ_KERNELS_NAME "avx512vnni"
 #else
 #define TBQ_KERNELS      tbq_kernels_avx512
 #define TBQ_ATTENTION    tbq_attention_avx512
-#define TBQ_SEARCH tbq_search_avx512
+#define TBQ_SEARCH       tbq_search_avx512
 #define TBQ_KERNELS_NAME "avx512"
 #endif
 
@@ -84,7 +84,7 @@ static inline void inverse(const float * y, float post, float * x) {
 }
 
 static inline uint32_t abs_max(const float * x) {
-    const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);
+    const __m512i mask    = _mm512_set1_epi32(0x7FFFFFFF);
     __m512i       largest = _mm512_setzero_si512();
     for (int i = 0; i < TBQ_BLOCK; i += 16) {
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), mask));
@@ -97,7 +97,7 @@ static inline float sum_squares(const float * z) {
     __m512       p     = _mm512_mul_ps(first, first);
     for (int i = 16; i < TBQ_BLOCK; i += 16) {
         const __m512 v = _mm512_loadu_ps(z + i);
-        p = _mm512_add_ps(p, _mm512_mul_ps(v, v));
+        p              = _mm512_add_ps(p, _mm512_mul_ps(v, v));
     }
     return sum8(_mm256_add_ps(_mm512_castps512_ps256(p), _mm512_extractf32x8_ps(p, 1)));
 }
@@ -119,7 +119,7 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     for (int r = 0; r < 4; r++) {
         const __m512  v     = _mm512_loadu_ps(z + 16 * r);
         const __m512i fixed = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(v), scale), half));
-        q[r] = _mm512_cvtepi32_epi16(fixed);
+        q[r]                = _mm512_cvtepi32_epi16(fixed);
         c.negative |= (uint64_t) _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ) << 16 * r;
     }
     c.q[0] = join(q[0], q[1]);
@@ -127,8 +127,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 32 values, plus 0x8000.  As bytes, these are an index, and a byte with the top bit
-// set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
+// The number of thresholds below each of 32 values, plus 0x8000.  As bytes, these are an index, and a byte with the top
+// bit set, which vpshufb turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE __m512i count_below(int bits, __m512i q, const int16_t * thresholds) {
     const __m512i one   = _mm512_set1_epi16(1);
     __m512i       count = _mm512_set1_epi16((int16_t) 0x8000);
@@ -219,14 +219,16 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
         uint64_t upwards = 0, best = 0;
         for (int r = 0; r < 4; r++) {
             const __mmask16 above = _mm512_cmp_ps_mask(g[r], zero, _CMP_GT_OQ);
-            const __m512    s     = _mm512_mask_blend_ps(above, _mm512_permutexvar_ps(j[r], down), _mm512_permutexvar_ps(j[r], up));
-            const __m512    gap   = _mm512_abs_ps(s);
-            const __m512    twice = _mm512_add_ps(_mm512_abs_ps(g[r]), _mm512_abs_ps(g[r]));
-            gain[r] = _mm512_mul_ps(gap, _mm512_sub_ps(twice, _mm512_mul_ps(gap, m0)));
+            const __m512    s =
+                _mm512_mask_blend_ps(above, _mm512_permutexvar_ps(j[r], down), _mm512_permutexvar_ps(j[r], up));
+            const __m512 gap   = _mm512_abs_ps(s);
+            const __m512 twice = _mm512_add_ps(_mm512_abs_ps(g[r]), _mm512_abs_ps(g[r]));
+            gain[r]            = _mm512_mul_ps(gap, _mm512_sub_ps(twice, _mm512_mul_ps(gap, m0)));
             _mm512_storeu_ps(move + 16 * r, s);
             upwards |= (uint64_t) above << 16 * r;
         }
-        const __m512    best_gain = max_by_parity(_mm512_max_ps(_mm512_max_ps(gain[0], gain[1]), _mm512_max_ps(gain[2], gain[3])));
+        const __m512 best_gain =
+            max_by_parity(_mm512_max_ps(_mm512_max_ps(gain[0], gain[1]), _mm512_max_ps(gain[2], gain[3])));
         const __mmask16 gains = _mm512_cmp_ps_mask(best_gain, zero, _CMP_GT_OQ);
         if (!gains) {
             break;
@@ -245,8 +247,8 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
             const __m512i  swap  = _mm512_xor_si512(lane, _mm512_set1_epi32(at & 15));
             for (int r = 0; r < 4; r++) {
                 const __m512 column = _mm512_permutexvar_ps(swap, _mm512_loadu_ps(m + (16 * r ^ (at & 48))));
-                g[r] = _mm512_sub_ps(g[r], _mm512_mul_ps(s, column));
-                j[r] = _mm512_mask_add_epi32(j[r], (__mmask16) ((first & upwards) >> 16 * r), j[r], one);
+                g[r]                = _mm512_sub_ps(g[r], _mm512_mul_ps(s, column));
+                j[r]                = _mm512_mask_add_epi32(j[r], (__mmask16) ((first & upwards) >> 16 * r), j[r], one);
                 j[r] = _mm512_mask_sub_epi32(j[r], (__mmask16) ((first & ~upwards) >> 16 * r), j[r], one);
             }
         }
@@ -255,7 +257,7 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
     __m512       kk    = zero;
     for (int r = 0; r < 4; r++) {
         const __m512 k = _mm512_permutexvar_ps(j[r], table);
-        kk = _mm512_add_ps(kk, _mm512_mul_ps(k, k)); // integers below 2^24: exact
+        kk             = _mm512_add_ps(kk, _mm512_mul_ps(k, k)); // integers below 2^24: exact
         _mm_storeu_si128((__m128i *) (index + 16 * r), _mm512_cvtepi32_epi8(j[r]));
     }
     return (int32_t) _mm512_reduce_add_ps(kk);
@@ -266,8 +268,8 @@ static inline void act_round(const float * y, float inverse_d, int8_t * qs, int3
     const __m512 scale = _mm512_set1_ps(inverse_d);
     const __m512 half  = _mm512_set1_ps(0.5f);
     for (int i = 0; i < TBQ_BLOCK; i += 16) {
-        const __m512 v = _mm512_loadu_ps(y + i);
-        const __m512 h = _mm512_or_ps(_mm512_and_ps(v, sign), half);
+        const __m512  v     = _mm512_loadu_ps(y + i);
+        const __m512  h     = _mm512_or_ps(_mm512_and_ps(v, sign), half);
         const __m512i codes = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(v, scale), h));
         _mm_storeu_si128((__m128i *) (qs + i), _mm512_cvtepi32_epi8(codes));
     }

@@ -9,12 +9,12 @@
 #ifdef __ARM_FEATURE_DOTPROD
 #define TBQ_KERNELS      tbq_kernels_neon_dotprod
 #define TBQ_ATTENTION    tbq_attention_neon_dotprod
-#define TBQ_SEARCH tbq_search_neon_dotprod
+#define TBQ_SEARCH       tbq_search_neon_dotprod
 #define TBQ_KERNELS_NAME "neon-dotprod"
 #else
 #define TBQ_KERNELS      tbq_kernels_neon
 #define TBQ_ATTENTION    tbq_attention_neon
-#define TBQ_SEARCH tbq_search_neon
+#define TBQ_SEARCH       tbq_search_neon
 #define TBQ_KERNELS_NAME "neon"
 #endif
 
@@ -62,7 +62,7 @@ static inline float32x4_t flip(float32x4_t v, uint32x4_t mask) {
 static inline float32x4_t in_vector(float32x4_t v) {
     const uint32x4_t odd   = vreinterpretq_u32_u64(vdupq_n_u64(0x8000000000000000ull));
     const uint32x4_t upper = vcombine_u32(vdup_n_u32(0), vdup_n_u32(0x80000000u));
-    v = vaddq_f32(vrev64q_f32(v), flip(v, odd));
+    v                      = vaddq_f32(vrev64q_f32(v), flip(v, odd));
     return vaddq_f32(vextq_f32(v, v, 2), flip(v, upper));
 }
 
@@ -122,10 +122,10 @@ static inline float sum_squares(const float * z) {
     float32x4_t p[4];
     for (int l = 0; l < 4; l++) {
         const float32x4_t first = vld1q_f32(z + 4 * l);
-        p[l] = vmulq_f32(first, first);
+        p[l]                    = vmulq_f32(first, first);
         for (int i = 16; i < TBQ_BLOCK; i += 16) {
             const float32x4_t v = vld1q_f32(z + 4 * l + i);
-            p[l] = vaddq_f32(p[l], vmulq_f32(v, v));
+            p[l]                = vaddq_f32(p[l], vmulq_f32(v, v));
         }
     }
     return sum4(vaddq_f32(vaddq_f32(p[0], p[2]), vaddq_f32(p[1], p[3])));
@@ -150,8 +150,8 @@ static inline coords to_fixed(const float * z, float inverse_rms) {
     return c;
 }
 
-// The number of thresholds below each of 8 values, plus 0x8000.  As bytes, these are an index, and a byte that is outside of
-// any table, which a lookup turns into 0: so one lookup also widens the level to 16 bits.
+// The number of thresholds below each of 8 values, plus 0x8000.  As bytes, these are an index, and a byte that is
+// outside of any table, which a lookup turns into 0: so one lookup also widens the level to 16 bits.
 TBQ_INLINE uint16x8_t count_below(int bits, int16x8_t q, const int16_t * thresholds) {
     uint16x8_t count = vdupq_n_u16(0x8000);
     for (int t = 0; t < tbq_n_thresholds(bits); t++) {
@@ -167,8 +167,8 @@ TBQ_INLINE void score(int bits, coords c, const int16_t * thresholds, int32_t * 
     for (int r = 0; r < 8; r++) {
         const uint8x16_t index = vreinterpretq_u8_u16(count_below(bits, c.q[r], thresholds));
         const int16x8_t  k     = vreinterpretq_s16_s8(vqtbl1q_s8(table, index));
-        sum_qk = vmlal_high_s16(vmlal_s16(sum_qk, vget_low_s16(c.q[r]), vget_low_s16(k)), c.q[r], k);
-        sum_kk = vmlal_high_s16(vmlal_s16(sum_kk, vget_low_s16(k), vget_low_s16(k)), k, k);
+        sum_qk                 = vmlal_high_s16(vmlal_s16(sum_qk, vget_low_s16(c.q[r]), vget_low_s16(k)), c.q[r], k);
+        sum_kk                 = vmlal_high_s16(vmlal_s16(sum_kk, vget_low_s16(k), vget_low_s16(k)), k, k);
     }
     *qk = vaddvq_s32(sum_qk);
     *kk = vaddvq_s32(sum_kk);
@@ -244,8 +244,8 @@ TBQ_INLINE int32_t coordinate_descent(int bits, const float * m, const float * s
         for (int r = 0; r < N_F32; r++) {
             const float32x4_t gap  = vbslq_f32(vcgtzq_f32(g[r]), vld1q_f32(up + 4 * r), vld1q_f32(down + 4 * r));
             const float32x4_t size = vabsq_f32(g[r]);
-            gain[r] = vmulq_f32(gap, vsubq_f32(vaddq_f32(size, size), vmulq_n_f32(gap, m[0])));
-            best_gain = vmaxq_f32(best_gain, gain[r]);
+            gain[r]                = vmulq_f32(gap, vsubq_f32(vaddq_f32(size, size), vmulq_n_f32(gap, m[0])));
+            best_gain              = vmaxq_f32(best_gain, gain[r]);
         }
         best_gain = vmaxq_f32(best_gain, vextq_f32(best_gain, best_gain, 2));
         int moved = 0;
@@ -289,7 +289,7 @@ static inline void act_round(const float * y, float inverse_d, int8_t * qs, int3
             const int32x4_t   negative = vreinterpretq_s32_u32(vcltzq_f32(v));
             const int32x4_t   m        = rounded(v, inverse_d);
             const int16x4_t   code     = vmovn_s32(vsubq_s32(veorq_s32(m, negative), negative)); // -m where negative
-            codes = h ? vcombine_s16(vget_low_s16(codes), code) : vcombine_s16(code, code);
+            codes                      = h ? vcombine_s16(vget_low_s16(codes), code) : vcombine_s16(code, code);
         }
         vst1_s8(qs + i, vmovn_s16(codes));
     }
@@ -313,17 +313,17 @@ TBQ_INLINE bytes64 indices(int bits, const void * block) {
     if (bits == 4) {
         for (int j = 0; j < 2; j++) {
             const uint8x16_t qs = vld1q_u8(tbq_qs(block) + 16 * j);
-            r.v[j]     = vandq_u8(qs, vdupq_n_u8(15));
-            r.v[j + 2] = vshrq_n_u8(qs, 4);
+            r.v[j]              = vandq_u8(qs, vdupq_n_u8(15));
+            r.v[j + 2]          = vshrq_n_u8(qs, 4);
         }
         return r;
     }
     const uint8x16_t pair = vdupq_n_u8(3);
     const uint8x16_t qs   = vld1q_u8(tbq_qs(block));
-    r.v[0] = vandq_u8(qs, pair);
-    r.v[1] = vandq_u8(vshrq_n_u8(qs, 2), pair);
-    r.v[2] = vandq_u8(vshrq_n_u8(qs, 4), pair);
-    r.v[3] = vshrq_n_u8(qs, 6);
+    r.v[0]                = vandq_u8(qs, pair);
+    r.v[1]                = vandq_u8(vshrq_n_u8(qs, 2), pair);
+    r.v[2]                = vandq_u8(vshrq_n_u8(qs, 4), pair);
+    r.v[3]                = vshrq_n_u8(qs, 6);
     for (int j = 0; bits == 3 && j < 4; j++) {
         r.v[j] = vorrq_u8(r.v[j], qh_bits(block, j));
     }
@@ -356,7 +356,8 @@ static inline float dot_total(dot_sums sums) {
 TBQ_INLINE dot_sums dot(int bits, const void * block, const block_tbq8_act * a, float f, dot_sums sums) {
     const levels64 k = level_bytes(bits, block);
     for (int l = 0; l < 2; l++) { // signed products need no bias
-        const int32x4_t p = dot4(dot4(vdupq_n_s32(0), k.v[l], vld1q_s8(a->qs + 16 * l)), k.v[l + 2], vld1q_s8(a->qs + 32 + 16 * l));
+        const int32x4_t p =
+            dot4(dot4(vdupq_n_s32(0), k.v[l], vld1q_s8(a->qs + 16 * l)), k.v[l + 2], vld1q_s8(a->qs + 32 + 16 * l));
         sums.p[l] = vaddq_f32(sums.p[l], vmulq_n_f32(vcvtq_f32_s32(p), f));
     }
     return sums;

@@ -7,7 +7,7 @@
 
 #define TBQ_KERNELS      tbq_kernels_ref
 #define TBQ_ATTENTION    tbq_attention_ref
-#define TBQ_SEARCH tbq_search_ref
+#define TBQ_SEARCH       tbq_search_ref
 #define TBQ_KERNELS_NAME "ref"
 
 static int supported(void) {
@@ -22,7 +22,7 @@ static uint32_t abs_max(const float * x) {
     uint32_t largest = 0;
     for (int i = 0; i < TBQ_BLOCK; i++) {
         const uint32_t bits = tbq_float_bits(x[i]) & 0x7FFFFFFF;
-        largest = bits > largest ? bits : largest;
+        largest             = bits > largest ? bits : largest;
     }
     return largest;
 }
@@ -33,8 +33,8 @@ static void butterflies(float * v) {
             if (!(i & h)) {
                 const float a = v[i];
                 const float b = v[i + h];
-                v[i]     = a + b;
-                v[i + h] = a - b;
+                v[i]          = a + b;
+                v[i + h]      = a - b;
             }
         }
     }
@@ -146,7 +146,7 @@ static void act_round(const float * y, float inverse_d, int8_t * qs, int32_t * b
     int32_t b[8] = { 0 };
     for (int i = 0; i < TBQ_BLOCK; i++) {
         const int q = (int) (fabsf(y[i]) * inverse_d + 0.5f);
-        qs[i] = (int8_t) (y[i] < 0 ? -q : q);
+        qs[i]       = (int8_t) (y[i] < 0 ? -q : q);
         b[i / 4 % 8] -= 64 * qs[i];
     }
     memcpy(bias, b, sizeof(b));
@@ -177,7 +177,7 @@ static void assign(int bits, coords c, const int16_t * thresholds, uint8_t * ind
     const int half = 1 << (bits - 1);
     for (int i = 0; i < TBQ_BLOCK; i++) {
         const int m = magnitude_of(bits, c.q[i], thresholds);
-        index[i] = (uint8_t) (c.negative[i] ? half - 1 - m : half + m);
+        index[i]    = (uint8_t) (c.negative[i] ? half - 1 - m : half + m);
     }
 }
 

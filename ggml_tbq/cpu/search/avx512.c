@@ -24,8 +24,10 @@ static inline __m512i word_of(const tbq_scan_query * q, int w) {
     return _mm512_set1_epi32(bytes);
 }
 
-// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w + 8.
-TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_query * q, int64_t blocks, int w, __m512i * p) {
+// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w
+// + 8.
+TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_query * q, int64_t blocks, int w,
+                            __m512i * p) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i lo     = _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble));
     const __m512i hi     = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
@@ -33,8 +35,8 @@ TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_que
     for (int i = 0; i < nq; i++) {
         __m512i * a = p + i * chains + 2 * w % chains;
         __m512i * b = p + i * chains + (2 * w + 1) % chains;
-        *a = dot4_512(*a, lo, word_of(q + i * blocks, w));
-        *b = dot4_512(*b, hi, word_of(q + i * blocks, w + 8));
+        *a          = dot4_512(*a, lo, word_of(q + i * blocks, w));
+        *b          = dot4_512(*b, hi, word_of(q + i * blocks, w + 8));
     }
 }
 
@@ -45,16 +47,17 @@ TBQ_INLINE __m512i nibbles(int bits, const uint32_t * codes, int w) {
     if (bits == 4) {
         return LOAD(w);
     }
-    __m512i x = _mm512_and_si512(_mm512_srli_epi16(LOAD(w & 3), 2 * (w >> 2)), _mm512_set1_epi8(0x33)); // j = e / 16 is w >> 2, and 2 on
+    __m512i x = _mm512_and_si512(_mm512_srli_epi16(LOAD(w & 3), 2 * (w >> 2)),
+                                 _mm512_set1_epi8(0x33)); // j = e / 16 is w >> 2, and 2 on
     if (bits == 3) {
         const __m512i high = _mm512_srli_epi16(LOAD(4 + (w & 1)), (w & 2) + (w >> 2));
-        x = _mm512_or_si512(x, _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi8(0x11)), 2));
+        x                  = _mm512_or_si512(x, _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi8(0x11)), 2));
     }
     return x;
 }
 
-TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
-                      const float * mul, const float * add, float * scores) {
+TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
+                      const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     const __m512i table  = _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(64)));
     const int     chains = CHAINS(nq);
@@ -77,7 +80,7 @@ TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * cod
                 total = _mm512_add_epi32(total, p[i * chains + c]);
             }
             const __m512 f = _mm512_mul_ps(scale, _mm512_set1_ps(q[i * blocks + b].d));
-            sum[i] = _mm512_add_ps(sum[i], _mm512_mul_ps(f, _mm512_cvtepi32_ps(total)));
+            sum[i]         = _mm512_add_ps(sum[i], _mm512_mul_ps(f, _mm512_cvtepi32_ps(total)));
         }
         codes += tbq_block_words(bits) * TBQ_SEARCH_GROUP;
         d += TBQ_SEARCH_GROUP;

@@ -22,8 +22,10 @@ static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
 }
 
-// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w + 8.
-TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_scan_query * q, int64_t blocks, int w, int32x4_t * p) {
+// Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w
+// + 8.
+TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_scan_query * q, int64_t blocks, int w,
+                            int32x4_t * p) {
     const int8x16_t lo = vqtbl1q_s8(table, vandq_u8(x, vdupq_n_u8(15)));
     const int8x16_t hi = vqtbl1q_s8(table, vshrq_n_u8(x, 4));
     for (int i = 0; i < nq; i++) {
@@ -32,7 +34,7 @@ TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_sca
     }
 }
 
-#define LOAD(w) vld1q_u8((const uint8_t *) (codes + (w) * TBQ_SEARCH_GROUP))
+#define LOAD(w)     vld1q_u8((const uint8_t *) (codes + (w) * TBQ_SEARCH_GROUP))
 #define SHIFT(x, n) vshlq_u8(x, vdupq_n_s8((int8_t) (n))) // to the right where n < 0
 
 // The indices of words w and w + 8 of 16 (four elements each), in the low and the high nibbles.
@@ -43,13 +45,13 @@ TBQ_INLINE uint8x16_t nibbles(int bits, const uint32_t * codes, int w) {
     uint8x16_t x = vandq_u8(SHIFT(LOAD(w & 3), -2 * (w >> 2)), vdupq_n_u8(0x33)); // j = e / 16 is w >> 2, and 2 on
     if (bits == 3) {
         const uint8x16_t high = SHIFT(LOAD(4 + (w & 1)), -((w & 2) + (w >> 2)));
-        x = vorrq_u8(x, vshlq_n_u8(vandq_u8(high, vdupq_n_u8(0x11)), 2));
+        x                     = vorrq_u8(x, vshlq_n_u8(vandq_u8(high, vdupq_n_u8(0x11)), 2));
     }
     return x;
 }
 
-TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
-                              const float * mul, const float * add, float * scores) {
+TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
+                              const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
     const int8x16_t table = vld1q_s8(tbq_lookup_table(bits)->all);
     float32x4_t     sum[SEARCH_QUERIES];
     for (int i = 0; i < nq; i++) {
@@ -66,7 +68,7 @@ TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32
         const float32x4_t scale = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(d)));
         for (int i = 0; i < nq; i++) {
             const float32x4_t f = vmulq_f32(scale, vdupq_n_f32(q[i * blocks + b].d));
-            sum[i] = vaddq_f32(sum[i], vmulq_f32(f, vcvtq_f32_s32(p[i])));
+            sum[i]              = vaddq_f32(sum[i], vmulq_f32(f, vcvtq_f32_s32(p[i])));
         }
         codes += tbq_block_words(bits) * TBQ_SEARCH_GROUP;
         d += TBQ_SEARCH_GROUP;
@@ -77,8 +79,8 @@ TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32
     }
 }
 
-TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
-                      const float * mul, const float * add, float * scores) {
+TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
+                      const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
     for (int v = 0; v < TBQ_SEARCH_GROUP; v += 4) {
         quarter_group(bits, nq, d + v, codes + v, blocks, q, mul ? mul + v : NULL, add ? add + v : NULL, scores + v);
     }

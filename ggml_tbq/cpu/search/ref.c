@@ -11,16 +11,16 @@
 
 // The level of value e of a lane, by way of the block that tbq.h draws.
 static int level_at(int bits, const uint32_t * codes, int lane, int e) {
-    uint8_t       block[sizeof(block_tbq4_0)] = { 0 };
-    const int     words                       = tbq_block_words(bits);
+    uint8_t   block[sizeof(block_tbq4_0)] = { 0 };
+    const int words                       = tbq_block_words(bits);
     for (int w = 0; w < words; w++) {
         memcpy(block + offsetof(block_tbq4_0, qs) + 4 * w, codes + w * TBQ_SEARCH_GROUP + lane, 4);
     }
     return tbq_codebook(bits)[tbq_index_of(bits, block, e)];
 }
 
-static void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks, const tbq_scan_query * q,
-                  const float * mul, const float * add, float * scores) {
+static void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
+                  const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
     const int64_t words = tbq_block_words(bits);
     for (int lane = 0; lane < nq * TBQ_SEARCH_GROUP; lane++) { // nq is 1
         float sum = 0;

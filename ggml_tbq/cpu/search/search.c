@@ -12,7 +12,8 @@ static tbq_status check(tbq_type type, int64_t blocks, int64_t n) {
     return tbq_scan_words(type) == 0 ? TBQ_ERROR_TYPE : blocks < 1 || n < 0 ? TBQ_ERROR_LENGTH : TBQ_OK;
 }
 
-tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d, uint32_t * codes) {
+tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d,
+                        uint32_t * codes) {
     const tbq_status status = first < 0 ? TBQ_ERROR_LENGTH : check(type, blocks, n);
     if (status != TBQ_OK || n == 0) {
         return status;
@@ -24,7 +25,7 @@ tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_
     const int64_t   words = tbq_scan_words(type);
     for (int64_t v = first; v < first + n; v++) {
         for (int64_t b = 0; b < blocks; b++, block += tbq_row_bytes(type, TBQ_BLOCK)) {
-            const int64_t at = v / TBQ_SEARCH_GROUP * blocks + b;
+            const int64_t at                                = v / TBQ_SEARCH_GROUP * blocks + b;
             d[at * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP] = tbq_load_d(block);
             for (int64_t w = 0; w < words; w++) {
                 memcpy(codes + (at * words + w) * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP, tbq_qs(block) + 4 * w, 4);
@@ -34,8 +35,8 @@ tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_
     return TBQ_OK;
 }
 
-tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes, const int64_t * positions,
-                        int64_t n, void * rows) {
+tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
+                        const int64_t * positions, int64_t n, void * rows) {
     const tbq_status status = check(type, blocks, n);
     if (status != TBQ_OK || n == 0) {
         return status;
@@ -51,7 +52,8 @@ tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const
             const int64_t at = v / TBQ_SEARCH_GROUP * blocks + b;
             tbq_store_d(block, d[at * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP]);
             for (int64_t w = 0; w < words; w++) {
-                memcpy((uint8_t *) tbq_qs(block) + 4 * w, codes + (at * words + w) * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP, 4);
+                memcpy((uint8_t *) tbq_qs(block) + 4 * w,
+                       codes + (at * words + w) * TBQ_SEARCH_GROUP + v % TBQ_SEARCH_GROUP, 4);
             }
         }
     }
@@ -93,6 +95,7 @@ tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t la
     if (n_queries > 0 && (!queries || !scores || !positions || (last > first && (!rows->d || !rows->codes)))) {
         return TBQ_ERROR_NULL;
     }
-    tbq_best_kernels()->search->top_k[rows->type - TBQ_TYPE_TBQ2_0](rows, first, last, queries, n_queries, k, scores, positions);
+    tbq_best_kernels()->search->top_k[rows->type - TBQ_TYPE_TBQ2_0](rows, first, last, queries, n_queries, k, scores,
+                                                                    positions);
     return TBQ_OK;
 }

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/rows/rows.inc the encoder's steps.
+"""Triton kernels over tbq blocks: encode, decode, attention.  tbq.h has the format, cpu/rows/rows.inc the encoder's
+steps.
 
-`tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A "row"
-is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.
+`tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A
+"row" is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.
 """
+
 # Triton's language has no annotations that mypy could check.
 # mypy: ignore-errors
 import inspect
@@ -36,18 +38,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _look_up(bits):
-    """PTX: $4, four indices in its low four nibbles, to $0 ... $3, four halves.  The codebook, as bytes of level + 64, is in $5 and,
-    as far as it goes, $6, $7, $8."""
+    """PTX: $4, four indices in its low four nibbles, to $0 ... $3, four halves.  The codebook, as bytes of level + 64,
+    is in $5 and, as far as it goes, $6, $7, $8."""
     found = {
         2: "prmt.b32 f, $5, $5, $4;",
         3: "and.b32 s, $4, 0x7777; prmt.b32 f, $5, $6, s;",
         # both halves of the codebook, and then of each pair the one that the index's top bit says
         4: "and.b32 s, $4, 0x7777; prmt.b32 f, $5, $6, s; prmt.b32 g, $7, $8, s; "
-           "and.b32 s, $4, 0x8888; shr.u32 s, s, 1; or.b32 s, s, 0x3210; prmt.b32 f, f, g, s;",
+        "and.b32 s, $4, 0x8888; shr.u32 s, s, 1; or.b32 s, s, 0x3210; prmt.b32 f, f, g, s;",
     }[bits]
     # bytes to the mantissas of 1024 + 64 + level, two at a time
-    return (f"{{ .reg .b32 f, g, s, one; {found} mov.b32 one, 0x64646464; prmt.b32 g, f, one, 0x4342; prmt.b32 f, f, one, 0x4140; "
-            "mov.b32 one, 0x64406440; sub.rn.f16x2 f, f, one; sub.rn.f16x2 g, g, one; mov.b32 {$0, $1}, f; mov.b32 {$2, $3}, g; }")
+    return (
+        f"{{ .reg .b32 f, g, s, one; {found} mov.b32 one, 0x64646464; prmt.b32 g, f, one, 0x4342; prmt.b32 f, f, one, 0x4140; "
+        "mov.b32 one, 0x64406440; sub.rn.f16x2 f, f, one; sub.rn.f16x2 g, g, one; mov.b32 {$0, $1}, f; mov.b32 {$2, $3}, g; }"
+    )
 
 
 LOOK_UP_2, LOOK_UP_3, LOOK_UP_4 = (tl.constexpr(_look_up(bits)) for bits in (2, 3, 4))
@@ -56,11 +60,18 @@ LOOK_UP_REGISTERS = tl.constexpr("=h,=h,=h,=h,r,r,r,r,r")
 
 
 def kernel(*aligned):
-    """A kernel that is compiled once for all values of arguments that are not constants: lengths change at every token, and a compilation
-    takes seconds.  aligned: pointers that the compiler may take to be multiples of 16 where they are, as torch's tensors do begin."""
+    """A kernel that is compiled once for all values of arguments that are not constants: lengths change at every token,
+    and a compilation takes seconds.  aligned: pointers that the compiler may take to be multiples of 16 where they are,
+    as torch's tensors do begin."""
+
     def decorate(function):
-        names = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is not tl.constexpr]
+        names = [
+            name
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.annotation is not tl.constexpr
+        ]
         return triton.jit(function, do_not_specialize=[name for name in names if name not in aligned])
+
     return decorate
 
 
@@ -118,7 +129,9 @@ def coordinate_descent_step(g, index, m, m0, d, tables):
     rise = g > 0
     gap = d[:, None] * tl.load(tables + tl.where(rise, GAPS_UP, GAPS_DOWN) + index)
     size = tl.abs(g)
-    gain, at = tl.max(gap * ((size + size) - gap * m0[:, None]), axis=1, return_indices=True, return_indices_tie_break_left=True)
+    gain, at = tl.max(
+        gap * ((size + size) - gap * m0[:, None]), axis=1, return_indices=True, return_indices_tie_break_left=True
+    )
     at = at[:, None]
     moves = (gain > 0)[:, None]
     change = tl.gather(tl.where(rise, gap, -gap), at, 1) * tl.gather(m, place ^ at, 1)
@@ -149,9 +162,11 @@ def pack_qh(index, N: tl.constexpr):
 
 
 @triton.jit
-def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr):
-    """x: float32 (N, 64).  target: N pointers to blocks, written where ok.  As tbq_quantize_kv, bit for bit if the compiler
-    contracts nothing (enable_fp_fusion=False)."""
+def encode_blocks(
+    x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr
+):
+    """x: float32 (N, 64).  target: N pointers to blocks, written where ok.  As tbq_quantize_kv, bit for bit if the
+    compiler contracts nothing (enable_fp_fusion=False)."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     BORDERS: tl.constexpr = HALF - 1
     place = tl.arange(0, 64)[None, :]
@@ -223,7 +238,8 @@ def encode_blocks(x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexp
 @triton.jit
 def packed_tile(row, ok, BITS: tl.constexpr):
     """The indices of the blocks that the N pointers row point at, packed: words of 16 bits, (N, 16 or 8), and for
-    3 bits the words of qh, (N, 8).  Apart from their use, so that the memory's latency passes while something else is done."""
+    3 bits the words of qh, (N, 8).  Apart from their use, so that the memory's latency passes while something else is
+    done."""
     words = row.to(tl.pointer_type(tl.int16))[:, None] + 1
     at = tl.arange(0, 4 * BITS if BITS != 3 else 8)[None, :]
     qs = tl.load(words + at, ok[:, None], 0)
@@ -235,7 +251,8 @@ def packed_tile(row, ok, BITS: tl.constexpr):
 
 @triton.jit
 def level_bytes(tables):
-    """The codebook for look_up(), to be loaded once: as constants of the instructions it would be moved to registers at each use."""
+    """The codebook for look_up(), to be loaded once: as constants of the instructions it would be moved to registers at
+    each use."""
     words = (tables + LEVEL_BYTES).to(tl.pointer_type(tl.int32))
     return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
 
@@ -244,17 +261,22 @@ def level_bytes(tables):
 def look_up(nibbles, codebook, BITS: tl.constexpr):
     """Four indices, in the low four nibbles of each word, to the four levels, float16.
 
-    A byte permutation is a table of eight, and one of its instructions looks four up.  tl.load(tables + index) does the same,
-    but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 12 times the bytes of
-    the levels."""
+    A byte permutation is a table of eight, and one of its instructions looks four up.  tl.load(tables + index) does the
+    same, but Triton moves its 64-bit addresses, and what it loads, to another layout through shared memory: 12 times
+    the bytes of the levels."""
     b0, b1, b2, b3 = codebook
     if INTERPRETED:
-        return (byte_of(nibbles, 0, b0, b1, b2, b3), byte_of(nibbles, 4, b0, b1, b2, b3), byte_of(nibbles, 8, b0, b1, b2, b3),
-                byte_of(nibbles, 12, b0, b1, b2, b3))
+        return (
+            byte_of(nibbles, 0, b0, b1, b2, b3),
+            byte_of(nibbles, 4, b0, b1, b2, b3),
+            byte_of(nibbles, 8, b0, b1, b2, b3),
+            byte_of(nibbles, 12, b0, b1, b2, b3),
+        )
     else:
         PTX: tl.constexpr = LOOK_UP_4 if BITS == 4 else LOOK_UP_3 if BITS == 3 else LOOK_UP_2
-        return tl.inline_asm_elementwise(PTX, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16),
-                                         True, 1)
+        return tl.inline_asm_elementwise(
+            PTX, LOOK_UP_REGISTERS, [nibbles, b0, b1, b2, b3], (tl.float16, tl.float16, tl.float16, tl.float16), True, 1
+        )
 
 
 @triton.jit
@@ -314,9 +336,26 @@ def scale_of(row, ok):
 
 
 @triton.jit
-def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_token, heads, tokens, total, tables,
-                BITS: tl.constexpr, SCALES: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr,
-                N: tl.constexpr):
+def encode_side(
+    first,
+    source,
+    s_batch,
+    s_head,
+    s_token,
+    target,
+    t_batch,
+    t_token,
+    heads,
+    tokens,
+    total,
+    tables,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    HALF: tl.constexpr,
+    N: tl.constexpr,
+):
     i = first + tl.arange(0, N)
     ok = i < total
     i = tl.where(ok, i, 0)
@@ -331,28 +370,105 @@ def encode_side(first, source, s_batch, s_head, s_token, target, t_batch, t_toke
 
 
 @kernel()
-def encode(k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, k_total, k_tables,
-           v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, v_total, v_tables, heads, tokens,
-           K_BITS: tl.constexpr, K_SCALES: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
-           V_BITS: tl.constexpr, V_SCALES: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr,
-           N: tl.constexpr):
+def encode(
+    k,
+    k_batch,
+    k_head,
+    k_token,
+    k_target,
+    kt_batch,
+    kt_token,
+    k_total,
+    k_tables,
+    v,
+    v_batch,
+    v_head,
+    v_token,
+    v_target,
+    vt_batch,
+    vt_token,
+    v_total,
+    v_tables,
+    heads,
+    tokens,
+    K_BITS: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_PER_HEAD: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    V_PER_HEAD: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    HALF: tl.constexpr,
+    N: tl.constexpr,
+):
     """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0.
     HALF: see channel(), of the keys."""
     k_programs = tl.cdiv(k_total, N)
     pid = tl.program_id(0)
     if pid < k_programs:
         if K_BITS:
-            encode_side(pid * N, k, k_batch, k_head, k_token, k_target, kt_batch, kt_token, heads, tokens, k_total, k_tables,
-                        K_BITS, K_SCALES, K_PER_HEAD, K_BYTES, HALF, N)
+            encode_side(
+                pid * N,
+                k,
+                k_batch,
+                k_head,
+                k_token,
+                k_target,
+                kt_batch,
+                kt_token,
+                heads,
+                tokens,
+                k_total,
+                k_tables,
+                K_BITS,
+                K_SCALES,
+                K_PER_HEAD,
+                K_BYTES,
+                HALF,
+                N,
+            )
     else:
         if V_BITS:
-            encode_side((pid - k_programs) * N, v, v_batch, v_head, v_token, v_target, vt_batch, vt_token, heads, tokens, v_total,
-                        v_tables, V_BITS, V_SCALES, V_PER_HEAD, V_BYTES, 0, N)
+            encode_side(
+                (pid - k_programs) * N,
+                v,
+                v_batch,
+                v_head,
+                v_token,
+                v_target,
+                vt_batch,
+                vt_token,
+                heads,
+                tokens,
+                v_total,
+                v_tables,
+                V_BITS,
+                V_SCALES,
+                V_PER_HEAD,
+                V_BYTES,
+                0,
+                N,
+            )
 
 
 @triton.jit
-def decode_side(pid, source, s_batch, s_token, target, heads, tokens, tables, transforms,
-                BITS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+def decode_side(
+    pid,
+    source,
+    s_batch,
+    s_token,
+    target,
+    heads,
+    tokens,
+    tables,
+    transforms,
+    BITS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    HALF: tl.constexpr,
+    N: tl.constexpr,
+):
     """One block of one head of N tokens."""
     tiles = tl.cdiv(tokens, N)
     n = pid % tiles * N + tl.arange(0, N)
@@ -368,30 +484,88 @@ def decode_side(pid, source, s_batch, s_token, target, heads, tokens, tables, tr
     to = target + (batch * heads + head) * tokens * (PER_HEAD * 64)
     paired = 0
     if HALF % 32 == 0:
-        paired = (block * 64 < 2 * HALF).to(tl.int32)  # the second transform gives both halves of the pairs in channels' order
+        paired = (block * 64 < 2 * HALF).to(
+            tl.int32
+        )  # the second transform gives both halves of the pairs in channels' order
     transform = tl.load(transforms + paired * 4096 + column[:, None] * 64 + column[None, :])
     x = tl.dot(levels(qs, qh, level_bytes(tables), BITS), tl.trans(transform))  # exact: eighths of integers below 2^12
     x = tl.where((d == 0.0)[:, None], 0.0, x * d[:, None])
     to += n.to(tl.int64)[:, None] * (PER_HEAD * 64)
     if HALF % 32 == 0:  # 32 channels in a line
         first = tl.where(paired != 0, block * 32, block * 64) + tl.arange(0, 2) * tl.where(paired != 0, HALF, 32)
-        tl.store(to[:, :, None] + first[None, :, None] + tl.arange(0, 32)[None, None, :], tl.reshape(x, [N, 2, 32]), ok[:, None, None])
+        tl.store(
+            to[:, :, None] + first[None, :, None] + tl.arange(0, 32)[None, None, :],
+            tl.reshape(x, [N, 2, 32]),
+            ok[:, None, None],
+        )
     else:
         tl.store(to + channel(block * 64 + column, HALF)[None, :], x, ok[:, None])
 
 
 @kernel("k_target", "k_transforms", "v_target", "v_transforms")
-def decode(k, k_batch, k_token, k_target, k_tables, k_transforms, v, v_batch, v_token, v_target, v_tables, v_transforms, heads, tokens, k_programs,
-           K_BITS: tl.constexpr, K_PER_HEAD: tl.constexpr, K_BYTES: tl.constexpr,
-           V_BITS: tl.constexpr, V_PER_HEAD: tl.constexpr, V_BYTES: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+def decode(
+    k,
+    k_batch,
+    k_token,
+    k_target,
+    k_tables,
+    k_transforms,
+    v,
+    v_batch,
+    v_token,
+    v_target,
+    v_tables,
+    v_transforms,
+    heads,
+    tokens,
+    k_programs,
+    K_BITS: tl.constexpr,
+    K_PER_HEAD: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_PER_HEAD: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    HALF: tl.constexpr,
+    N: tl.constexpr,
+):
     """Blocks to values, (batch, heads, tokens, size) contiguous, in the original domain.  k_programs: those of keys."""
     pid = tl.program_id(0)
     if pid < k_programs:
         if K_BITS:
-            decode_side(pid, k, k_batch, k_token, k_target, heads, tokens, k_tables, k_transforms, K_BITS, K_PER_HEAD, K_BYTES, HALF, N)
+            decode_side(
+                pid,
+                k,
+                k_batch,
+                k_token,
+                k_target,
+                heads,
+                tokens,
+                k_tables,
+                k_transforms,
+                K_BITS,
+                K_PER_HEAD,
+                K_BYTES,
+                HALF,
+                N,
+            )
     else:
         if V_BITS:
-            decode_side(pid - k_programs, v, v_batch, v_token, v_target, heads, tokens, v_tables, v_transforms, V_BITS, V_PER_HEAD, V_BYTES, 0, N)
+            decode_side(
+                pid - k_programs,
+                v,
+                v_batch,
+                v_token,
+                v_target,
+                heads,
+                tokens,
+                v_tables,
+                v_transforms,
+                V_BITS,
+                V_PER_HEAD,
+                V_BYTES,
+                0,
+                N,
+            )
 
 
 @triton.jit
@@ -405,13 +579,18 @@ def query_block(q, at, ok, transform, BLOCK: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def key_products(s, query, k_row, ok, qs, qh, codebook, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr):
-    return s + tl.dot(query, tl.trans(levels(qs, qh, codebook, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
+def key_products(
+    s, query, k_row, ok, qs, qh, codebook, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr
+):
+    return (
+        s + tl.dot(query, tl.trans(levels(qs, qh, codebook, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
+    )
 
 
 @triton.jit
 def power_of_two(d):
-    """(e, 2^-e), float32, with 2^e <= d < 2^(e + 1); NaN and 1 of a NaN, and of zero what is far below f16's smallest number."""
+    """(e, 2^-e), float32, with 2^e <= d < 2^(e + 1); NaN and 1 of a NaN, and of zero what is far below f16's smallest
+    number."""
     number = d == d
     bits = tl.maximum(tl.where(number, d.to(tl.int32, bitcast=True) >> 23, 127), 127 - 80)
     return tl.where(number, (bits - 127).to(tl.float32), d), (254 - bits << 23).to(tl.float32, bitcast=True)
@@ -424,18 +603,61 @@ def weighted_values(acc, keep, p, d, unit, qs, qh, codebook, BITS: tl.constexpr)
 
 
 @kernel("k_transform", "partial", "out")
-def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transform, v, v_batch, v_token, v_tables,
-           mask, m_batch, m_head, m_token, partial, arrived, out, o_batch, o_token, sinks, heads, tokens, n_kv, chunk, chunks, scale, softcap,
-           GROUP: tl.constexpr, K_BITS: tl.constexpr, K_BLOCKS: tl.constexpr, K_BYTES: tl.constexpr, V_BITS: tl.constexpr,
-           V_BLOCKS: tl.constexpr, V_BYTES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-           SINKS: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """A chunk of the cache for M query rows of one KV head, of which the first R may exist; row r is query head r % GROUP at
-    token r // GROUP.
+def attend(
+    q,
+    q_batch,
+    q_head,
+    q_token,
+    k,
+    k_batch,
+    k_token,
+    k_tables,
+    k_transform,
+    v,
+    v_batch,
+    v_token,
+    v_tables,
+    mask,
+    m_batch,
+    m_head,
+    m_token,
+    partial,
+    arrived,
+    out,
+    o_batch,
+    o_token,
+    sinks,
+    heads,
+    tokens,
+    n_kv,
+    chunk,
+    chunks,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    HALF: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A chunk of the cache for M query rows of one KV head, of which the first R may exist; row r is query head r %
+    GROUP at token r // GROUP.
 
-    grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][R][2 + value size]: the
-    largest sum of a logit in base 2 and the exponent of its values' d, and relative to 2 to that power the sum of weights
-    and the sum of weighted values in the rotated domain.  The last program of a group of chunks merges them into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is
-    its counter, int32 [batch . heads][tiles], zero before and after.
+    grid: (row tiles, batch . KV heads, chunks).  partial: float32 [batch . heads][tiles][chunks][R][2 + value size]:
+    the largest sum of a logit in base 2 and the exponent of its values' d, and relative to 2 to that power the sum of
+    weights and the sum of weighted values in the rotated domain.  The last program of a group of chunks merges them
+    into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is its counter, int32
+    [batch . heads][tiles], zero before and after.
     MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first n_kv - tokens + t + 1 keys.
     """
     tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -532,17 +754,23 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
         if CAUSAL:
             visible = visible & (n[None, :] <= n_kv - tokens + token[:, None])
         if MASK:
-            spot = mask + batch * m_batch + (q_row_head.to(tl.int64) * m_head + token.to(tl.int64) * m_token)[:, None] + n[None, :]
+            spot = (
+                mask
+                + batch * m_batch
+                + (q_row_head.to(tl.int64) * m_head + token.to(tl.int64) * m_token)[:, None]
+                + n[None, :]
+            )
             if MASK == 1:
                 visible = visible & (tl.load(spot, visible, 0) != 0)
             else:
                 addend = tl.load(spot, visible, 0.0).to(tl.float32) * LOG2E
                 visible = visible & (addend != float("-inf"))
                 s += addend
-        # The second product needs p d, in halves, and the sum of weights p.  The softmax is therefore that of logits with the
-        # exponent of d added, whose numbers are at most 1 whatever the scales are; the product takes them times d's mantissa,
-        # the sum times 2 to the minus exponent.  A token's blocks share the exponent, of their largest d: what is 2^14 below
-        # that loses digits.
+        # The second product needs p d, in halves, and the sum of weights p.  The softmax is therefore that of logits
+        # with the exponent of d added, whose numbers are at most 1 whatever the scales are; the product takes them
+        # times d's mantissa, the sum times 2 to the minus exponent.  A token's blocks share the exponent, of their
+        # largest d:
+        # what is 2^14 below that loses digits.
         d = d0
         if V_BLOCKS > 1:
             d = tl.maximum(d, d1, tl.PropagateNan.ALL)
@@ -599,7 +827,9 @@ def attend(q, q_batch, q_head, q_token, k, k_batch, k_token, k_tables, k_transfo
 
 
 @triton.jit
-def merge_block(part, to, seen, logit, tables, block, chunks, WIDTH: tl.constexpr, SINKS: tl.constexpr, R: tl.constexpr):
+def merge_block(
+    part, to, seen, logit, tables, block, chunks, WIDTH: tl.constexpr, SINKS: tl.constexpr, R: tl.constexpr
+):
     """The chunks' sums of one block of R rows to the values of out, in the original domain.
 
     Several chunks at once: one after the other, each would wait for its part to come from the L2 cache."""
