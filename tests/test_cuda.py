@@ -126,7 +126,8 @@ struct ggml_tensor {};
 int main() {
     ggml_tensor t;
     const bool any = tbq_cuda_supports_op(&t) || tbq_cuda_kv_type_supported(GGML_TYPE_TBQ4_0) ||
-        tbq_cuda_flash_attn_ext_supported(0, &t) || tbq_cuda_compute(t, &t) || tbq_cuda_to_fp16(GGML_TYPE_TBQ4_0) != nullptr;
+        tbq_cuda_flash_attn_ext_supported(0, &t) || tbq_cuda_compute(t, &t) ||
+        tbq_cuda_to_fp16(GGML_TYPE_TBQ4_0) != nullptr;
     return any ? 1 : 0;
 }
 """)

@@ -354,19 +354,16 @@ def test_git_tree_does_not_overwrite(project):
 # --- another llama.cpp ------------------------------------------------------------------------------------------
 
 METADATA = "Metadata-Version: 2.1\nName: next\nVersion: 2.0\n"
-BACKEND = (
-    """import pathlib
+BACKEND = f"""import pathlib
 def prepare_metadata_for_build_wheel(folder, settings=None):
     path = pathlib.Path(folder, "next-2.0.dist-info")
     path.mkdir()
-    (path / "METADATA").write_text(%r)
+    (path / "METADATA").write_text({METADATA!r})
     (path / "WHEEL").write_text("Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
     return path.name
 def build_wheel(folder, settings=None, metadata=None):
     raise SystemExit("nobody needs a wheel")
 """
-    % METADATA
-)
 BUILD = {
     "PKG-INFO": METADATA,
     "backend.py": BACKEND,

@@ -373,7 +373,7 @@ def replace_file(source: pathlib.Path, target: pathlib.Path) -> None:
     os.replace(partial, target)
 
 
-def synchronise(fresh: pathlib.Path, tree: pathlib.Path) -> int:
+def synchronize(fresh: pathlib.Path, tree: pathlib.Path) -> int:
     """Makes tree equal to fresh, but leaves the time of every unchanged file alone: the next build is short."""
     wanted = relative_files(fresh)
     for path in relative_files(tree) - wanted:
@@ -414,7 +414,7 @@ def prepare(tree: pathlib.Path, source: pathlib.Path | None = None) -> None:
         build_fresh(fresh, pin, patches, source)
         if tree.exists():
             (tree / STAMP).unlink(missing_ok=True)
-            say(f"llama.cpp: {synchronise(fresh, tree)} files changed")
+            say(f"llama.cpp: {synchronize(fresh, tree)} files changed")
             (tree / STAMP).write_text(stamp)
         else:
             (fresh / STAMP).write_text(stamp)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Centered keys, as a mechanism of the KV cache.  Why attention gives the same result: docs/center.md.
+// Centered keys, as a mechanism of the KV cache.  Why attention gives the same result: docs/design/centering.md.
 
 #include "llama-center-impl.h"
 
@@ -97,7 +97,7 @@ static std::vector<float> rotated(const std::vector<float> & x, const std::vecto
 }
 
 // What error costs in each channel of a block: the queries' energy there, pooled over pairs of channels as the encoder
-// wants it, to a power that trusts the sample a little less, and a floor.  docs/center.md has what was tried.
+// wants it, to a power that trusts the sample a little less, and a floor.  docs/design/centering.md has what was tried.
 static std::vector<float> weights_of(const std::vector<float> & energy) {
     constexpr size_t   n_block = TBQ_BLOCK;
     std::vector<float> res(energy.size());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Centered keys: the cache holds each key minus the mean of its layer, head and channel (docs/center.md).
+// Centered keys: the cache holds each key minus the mean of its layer, head and channel (docs/design/centering.md).
 //
 // llama_set_cache_center() in llama.h names the file with the means.  This header is for whoever measures them:
 //

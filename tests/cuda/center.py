@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Centred keys wherever a model and its cache can lie: one device, several, some layers on the CPU, the cache on the
+"""Centered keys wherever a model and its cache can lie: one device, several, some layers on the CPU, the cache on the
 CPU.
 
     python3 tests/cuda/center.py BIN [--model FILE]

@@ -49,8 +49,10 @@ def _look_up(bits):
     }[bits]
     # bytes to the mantissas of 1024 + 64 + level, two at a time
     return (
-        f"{{ .reg .b32 f, g, s, one; {found} mov.b32 one, 0x64646464; prmt.b32 g, f, one, 0x4342; prmt.b32 f, f, one, 0x4140; "
-        "mov.b32 one, 0x64406440; sub.rn.f16x2 f, f, one; sub.rn.f16x2 g, g, one; mov.b32 {$0, $1}, f; mov.b32 {$2, $3}, g; }"
+        f"{{ .reg .b32 f, g, s, one; {found} "
+        "mov.b32 one, 0x64646464; prmt.b32 g, f, one, 0x4342; prmt.b32 f, f, one, 0x4140; "
+        "mov.b32 one, 0x64406440; sub.rn.f16x2 f, f, one; sub.rn.f16x2 g, g, one; "
+        "mov.b32 {$0, $1}, f; mov.b32 {$2, $3}, g; }"
     )
 
 
