@@ -889,5 +889,7 @@ def test_center_in_a_temporary_folder(demo_model, tmp_path, monkeypatch, capfd):
     assert not server.center.parent.exists()
     assert capfd.readouterr().err.count("tbq: ") == 1
     never = tbq.Server(demo_model, "tbq4_0", options=SMALL)
+    never.prepare()
+    assert never.center.is_file()
     never.stop()
     assert not never.center.parent.exists()
