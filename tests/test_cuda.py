@@ -88,6 +88,12 @@ def test_standalone_programs_compile(tmp_path):
     assert (done.returncode == 0) == bool(has_gpu()) and ("0 differences" in done.stdout) == bool(has_gpu())
 
 
+def test_a_model_of_random_weights_without_the_package(tmp_path):
+    """The GPU checks make one on machines that have gguf and NumPy, but no compiled module."""
+    run(sys.executable, CUDA / "shape_model.py", tmp_path / "tiny.gguf", 2, 512, 8, 2, 64, 512)
+    assert (tmp_path / "tiny.gguf").read_bytes()[:4] == b"GGUF"
+
+
 def test_few_instance_files():
     """Each is compiled for every architecture of a release build."""
     assert len(list((TBQ / "cuda").glob("*.cu"))) <= 20

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: MIT
 """shape_model.py OUT.gguf LAYERS WIDTH HEADS KV_HEADS HEAD_SIZE FF: a llama of random Q8_0 weights, to measure on.
 
-The writer of `tbq bench speed --shape`, where the package is not installed.
+The writer of `tbq bench speed --shape`, for machines where the package is not installed.
 """
 
-import importlib.util
 import pathlib
 import sys
+import types
 
-FILE = pathlib.Path(__file__).resolve().parents[2] / "python" / "tbq" / "shape.py"
+PACKAGE = pathlib.Path(__file__).resolve().parents[2] / "python" / "tbq"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("tbq_shape", FILE)
-    module = sys.modules["tbq_shape"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def write(path, *shape):
+    # the package's own __init__ wants the compiled module; this one only says where the modules are
+    package = sys.modules["tbq"] = types.ModuleType("tbq")
+    package.__path__ = [str(PACKAGE)]
+    from tbq.bench.random_model import RandomModel, write_random_model
+
+    write_random_model(path, RandomModel(*shape))
 
 
 if __name__ == "__main__":
-    shape = load()
-    shape.write(pathlib.Path(sys.argv[1]), shape.Shape(*map(int, sys.argv[2:])))
+    write(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))
