@@ -6,8 +6,8 @@
 
 #include <string.h>
 
-static tbq_attention_side side_of(const struct ggml_tensor * t) {
-    const tbq_attention_side side = {
+static tbq_attention_tensor side_of(const struct ggml_tensor * t) {
+    const tbq_attention_tensor side = {
         .type          = (int) t->type,
         .data          = t->data,
         .row_stride    = t->nb[1],

@@ -60,7 +60,7 @@ typedef struct {
     const void * data;
     size_t       row_stride, head_stride, stream_stride;
     int64_t      n_streams; // divides tbq_attention.n_streams; each of these is read by that many consecutive streams
-} tbq_attention_side;
+} tbq_attention_tensor;
 
 typedef struct {
     int64_t n_streams; // independent problems, each with n_tokens query rows for each head
@@ -74,7 +74,7 @@ typedef struct {
     const float * q; // k_size floats for each query row; strides in bytes
     size_t        q_token_stride, q_head_stride, q_stream_stride;
 
-    tbq_attention_side k, v;
+    tbq_attention_tensor k, v;
 
     const uint16_t * mask; // IEEE halves that are added to the logits, n_kv for each token, or NULL; strides in bytes
     size_t           mask_token_stride, mask_head_stride, mask_stream_stride;

@@ -17,7 +17,7 @@ extern "C" {
 
 // The search of one implementation.
 struct tbq_search_kernels {
-    void (*top_k[3])(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
+    void (*top_k[3])(const tbq_search_rows * rows, int64_t first, int64_t last, const tbq_search_query * queries,
                      int64_t n_queries, int64_t k, float * scores, int64_t * positions);
 };
 

@@ -39,8 +39,8 @@ typedef struct {
     float   d;
     int32_t bias; // -64 times the sum of qs, for kernels that multiply with levels + 64
     int8_t  qs[TBQ_BLOCK];
-} tbq_scan_query;
-TBQ_STATIC_ASSERT(sizeof(tbq_scan_query) == 72, "tbq_scan_query size");
+} tbq_search_query;
+TBQ_STATIC_ASSERT(sizeof(tbq_search_query) == 72, "tbq_search_query size");
 
 typedef struct {
     tbq_type         type;
@@ -50,29 +50,29 @@ typedef struct {
     const uint32_t * codes;
     const float *    mul; // NULL: 1
     const float *    add; // NULL: 0
-} tbq_scan_rows;
+} tbq_search_rows;
 
 // The 32-bit words of a block without d: 4, 6 or 8; 0 for a type that is not tbq2_0, tbq3_0 or tbq4_0.
-TBQ_API int32_t tbq_scan_words(tbq_type type);
+TBQ_API int32_t tbq_search_words(tbq_type type);
 
 // rows: n vectors as tbq_quantize wrote them; they become vectors first .. first + n - 1.
-TBQ_API tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n,
-                                uint16_t * d, uint32_t * codes);
+TBQ_API tbq_status tbq_search_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n,
+                                  uint16_t * d, uint32_t * codes);
 
 // The inverse: the vectors at n positions, which must exist, to rows.
-TBQ_API tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
-                                const int64_t * positions, int64_t n, void * rows);
+TBQ_API tbq_status tbq_search_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
+                                  const int64_t * positions, int64_t n, void * rows);
 
-// Queries for tbq_scan_search.  src: n floats, n a multiple of 64.  dst: n / 64 blocks.
-TBQ_API tbq_status tbq_scan_prepare(const float * src, tbq_scan_query * dst, int64_t n);
+// Queries for tbq_search.  src: n floats, n a multiple of 64.  dst: n / 64 blocks.
+TBQ_API tbq_status tbq_search_prepare(const float * src, tbq_search_query * dst, int64_t n);
 
 // The best k of vectors first .. last - 1 for each of n_queries prepared queries, k >= 1.  first is a multiple of 16,
 // or the result is TBQ_ERROR_LENGTH.  scores and positions: n_queries x k, the highest score first, and of equal scores
 // the lowest position first.  Vectors whose score is NaN or -Inf are not found; where fewer than k are found, -Inf and
 // -1 follow. To use threads, give each of them some of the queries or a range of the vectors.
-TBQ_API tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t last,
-                                   const tbq_scan_query * queries, int64_t n_queries, int64_t k, float * scores,
-                                   int64_t * positions);
+TBQ_API tbq_status tbq_search(const tbq_search_rows * rows, int64_t first, int64_t last,
+                              const tbq_search_query * queries, int64_t n_queries, int64_t k, float * scores,
+                              int64_t * positions);
 
 #ifdef __cplusplus
 }

@@ -101,7 +101,7 @@ static void * allocate(problem * p, size_t bytes) {
 }
 
 // A cache [streams][rows][heads] or [streams][heads][rows], rows of it with NaN scales if no query sees them.
-static const float * make_side(problem * p, tbq_attention_side * s, int type, int64_t size, int64_t n_streams,
+static const float * make_side(problem * p, tbq_attention_tensor * s, int type, int64_t size, int64_t n_streams,
                                const uint8_t * unseen) {
     const tbq_attention * a   = &p->a;
     const size_t          one = bytes_of(type, size) + (below(4) ? 0 : type == TBQ_ATTENTION_F16 ? 2 : 34) * below(3);
@@ -302,9 +302,9 @@ typedef enum {
 // A row of K or V in floats.
 static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64_t stream, int64_t head, int64_t r,
                             float * buffer) {
-    const tbq_attention *      a    = &p->a;
-    const tbq_attention_side * s    = is_v ? &a->v : &a->k;
-    const int64_t              size = is_v && a->v.data != a->k.data ? a->v_size : a->k_size;
+    const tbq_attention *        a    = &p->a;
+    const tbq_attention_tensor * s    = is_v ? &a->v : &a->k;
+    const int64_t                size = is_v && a->v.data != a->k.data ? a->v_size : a->k_size;
     stream /= a->n_streams / s->n_streams;
     if (kind == EXACT) {
         return (is_v ? p->exact_v : p->exact_k) + ((stream * a->n_head_kv + head) * a->n_kv + r) * size;
@@ -506,18 +506,18 @@ static double error_of(const problem * p, oracle_kind kind, const float * x, dou
 // A NaN in one cached row reaches the query rows that see it, whole (a key) or in the channels that share its scale
 // (a value), and nothing else.
 static int check_nan(const tbq_kernels * k) {
-    problem              p     = make_problem(0);
-    tbq_attention *      a     = &p.a;
-    const tbq_kernels *  ref   = tbq_list_kernels(&(int){ 0 })[0];
-    const int64_t        group = a->n_head / a->n_head_kv;
-    const int64_t        at = below(a->n_kv), head = below(a->n_head_kv), stream = below(a->k.n_streams);
-    const int            in_values = below(2) && a->k.data != a->v.data && a->v.n_streams == a->k.n_streams;
-    tbq_attention_side * side      = in_values ? &a->v : &a->k;
-    const int64_t        reach     = !in_values                         ? a->v_size
-                                     : side->type == TBQ_ATTENTION_F16  ? 1
-                                     : side->type == TBQ_ATTENTION_Q8_0 ? 32
-                                                                        : TBQ_BLOCK;
-    uint8_t *            row =
+    problem                p     = make_problem(0);
+    tbq_attention *        a     = &p.a;
+    const tbq_kernels *    ref   = tbq_list_kernels(&(int){ 0 })[0];
+    const int64_t          group = a->n_head / a->n_head_kv;
+    const int64_t          at = below(a->n_kv), head = below(a->n_head_kv), stream = below(a->k.n_streams);
+    const int              in_values = below(2) && a->k.data != a->v.data && a->v.n_streams == a->k.n_streams;
+    tbq_attention_tensor * side      = in_values ? &a->v : &a->k;
+    const int64_t          reach     = !in_values                         ? a->v_size
+                                       : side->type == TBQ_ATTENTION_F16  ? 1
+                                       : side->type == TBQ_ATTENTION_Q8_0 ? 32
+                                                                          : TBQ_BLOCK;
+    uint8_t *              row =
         (uint8_t *) side->data + stream * side->stream_stride + head * side->head_stride + at * side->row_stride;
     int ok = 1;
     if (in_values) { // no weight is zero: logits that lie close together

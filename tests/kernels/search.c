@@ -14,13 +14,13 @@
 #include <string.h>
 
 typedef struct {
-    int              type;
-    int64_t          blocks, n, first, last, n_queries, k;
-    tbq_scan_rows    rows;
-    float *          x;       // what the vectors were
-    float *          queries; // and the queries
-    uint8_t *        packed;
-    tbq_scan_query * prepared;
+    int                type;
+    int64_t            blocks, n, first, last, n_queries, k;
+    tbq_search_rows    rows;
+    float *            x;       // what the vectors were
+    float *            queries; // and the queries
+    uint8_t *          packed;
+    tbq_search_query * prepared;
 } problem;
 
 typedef struct {
@@ -74,16 +74,16 @@ static problem make(void) {
         const uint16_t nan = 0x7E00;
         memcpy(p.packed + below(p.n * p.blocks) * (int64_t) tbq_row_bytes(p.type, TBQ_BLOCK), &nan, 2);
     }
-    tbq_scan_prepare(p.queries, p.prepared, p.n_queries * width);
+    tbq_search_prepare(p.queries, p.prepared, p.n_queries * width);
     uint16_t * d     = allocate((size_t) (groups * p.blocks) * 16 * sizeof(*d));
-    uint32_t * codes = allocate((size_t) (groups * p.blocks * tbq_scan_words(p.type)) * 16 * sizeof(*codes));
+    uint32_t * codes = allocate((size_t) (groups * p.blocks * tbq_search_words(p.type)) * 16 * sizeof(*codes));
     memset(d, 0x11,
            (size_t) (groups * p.blocks) * 16 *
                sizeof(*d)); // what is in the lanes after the last vector must not matter
-    memset(codes, 0x5A, (size_t) (groups * p.blocks * tbq_scan_words(p.type)) * 16 * sizeof(*codes));
+    memset(codes, 0x5A, (size_t) (groups * p.blocks * tbq_search_words(p.type)) * 16 * sizeof(*codes));
     const int64_t cut = p.n ? below(p.n + 1) : 0;
-    tbq_scan_put(p.type, p.blocks, p.packed, 0, cut, d, codes);
-    tbq_scan_put(p.type, p.blocks, p.packed + tbq_row_bytes(p.type, cut * width), cut, p.n - cut, d, codes);
+    tbq_search_put(p.type, p.blocks, p.packed, 0, cut, d, codes);
+    tbq_search_put(p.type, p.blocks, p.packed + tbq_row_bytes(p.type, cut * width), cut, p.n - cut, d, codes);
     float * mul = NULL;
     float * add = NULL;
     if (below(2)) {
@@ -92,7 +92,7 @@ static problem make(void) {
     if (below(2)) {
         add = gaussians(groups * 16);
     }
-    p.rows = (tbq_scan_rows){ p.type, p.blocks, p.n, d, codes, mul, add };
+    p.rows = (tbq_search_rows){ p.type, p.blocks, p.n, d, codes, mul, add };
     return p;
 }
 
@@ -129,7 +129,7 @@ static int layout_returns(const problem * p) {
     for (int64_t v = 0; v < p->n; v++) {
         all[v] = v;
     }
-    tbq_scan_get(p->type, p->blocks, p->rows.d, p->rows.codes, all, p->n, back);
+    tbq_search_get(p->type, p->blocks, p->rows.d, p->rows.codes, all, p->n, back);
     const int ok = memcmp(back, p->packed, tbq_row_bytes(p->type, p->n * p->blocks * TBQ_BLOCK)) == 0;
     free(all);
     free(back);
@@ -140,9 +140,9 @@ static int layout_returns(const problem * p) {
 static double plain_score(const problem * p, int64_t query, int64_t v) {
     double sum = 0;
     for (int64_t b = 0; b < p->blocks; b++) {
-        float                  x[TBQ_BLOCK], y[TBQ_BLOCK];
-        const tbq_scan_query * q  = p->prepared + query * p->blocks + b;
-        const int64_t          at = (v * p->blocks + b) * TBQ_BLOCK;
+        float                    x[TBQ_BLOCK], y[TBQ_BLOCK];
+        const tbq_search_query * q  = p->prepared + query * p->blocks + b;
+        const int64_t            at = (v * p->blocks + b) * TBQ_BLOCK;
         tbq_dequantize(p->type, p->packed + tbq_row_bytes(p->type, at), x, TBQ_BLOCK);
         tbq_rotate(x, y, TBQ_BLOCK);
         for (int e = 0; e < TBQ_BLOCK; e++) {

@@ -8,7 +8,7 @@
 
 #include "tbq-search.h"
 
-static inline __m256i word_of(const tbq_scan_query * q, int w) {
+static inline __m256i word_of(const tbq_search_query * q, int w) {
     int32_t bytes;
     memcpy(&bytes, q->qs + 4 * w, 4);
     return _mm256_set1_epi32(bytes);
@@ -16,7 +16,7 @@ static inline __m256i word_of(const tbq_scan_query * q, int w) {
 
 // Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w
 // + 8.
-TBQ_INLINE void dot_nibbles(__m256i table, __m256i x, int nq, const tbq_scan_query * q, int64_t blocks, int w,
+TBQ_INLINE void dot_nibbles(__m256i table, __m256i x, int nq, const tbq_search_query * q, int64_t blocks, int w,
                             __m256i * p) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i lo     = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
@@ -44,7 +44,7 @@ TBQ_INLINE __m256i nibbles(int bits, const uint32_t * codes, int w) {
 }
 
 TBQ_INLINE void half_group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                           const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                           const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     const __m256i table  = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8(64)));
     __m256        sum[SEARCH_QUERIES];
@@ -74,7 +74,7 @@ TBQ_INLINE void half_group(int bits, int nq, const uint16_t * d, const uint32_t 
 }
 
 TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                      const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                      const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     half_group(bits, nq, d, codes, blocks, q, mul, add, scores);
     half_group(bits, nq, d + 8, codes + 8, blocks, q, mul ? mul + 8 : NULL, add ? add + 8 : NULL, scores + 8);
 }

@@ -18,7 +18,7 @@
 // Independent sums of a query, so that a product does not wait for the one before.
 #define CHAINS(nq) ((nq) == 1 ? 4 : (nq) == 2 ? 2 : 1)
 
-static inline __m512i word_of(const tbq_scan_query * q, int w) {
+static inline __m512i word_of(const tbq_search_query * q, int w) {
     int32_t bytes;
     memcpy(&bytes, q->qs + 4 * w, 4);
     return _mm512_set1_epi32(bytes);
@@ -26,7 +26,7 @@ static inline __m512i word_of(const tbq_scan_query * q, int w) {
 
 // Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w
 // + 8.
-TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_scan_query * q, int64_t blocks, int w,
+TBQ_INLINE void dot_nibbles(__m512i table, __m512i x, int nq, const tbq_search_query * q, int64_t blocks, int w,
                             __m512i * p) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i lo     = _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble));
@@ -57,7 +57,7 @@ TBQ_INLINE __m512i nibbles(int bits, const uint32_t * codes, int w) {
 }
 
 TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                      const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                      const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
     const __m512i table  = _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(64)));
     const int     chains = CHAINS(nq);

@@ -16,7 +16,7 @@
 
 #include "tbq-search.h"
 
-static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
+static inline int8x16_t word_of(const tbq_search_query * q, int w) {
     int32_t bytes;
     memcpy(&bytes, q->qs + 4 * w, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
@@ -24,7 +24,7 @@ static inline int8x16_t word_of(const tbq_scan_query * q, int w) {
 
 // Adds the products of the nibbles, which are indices: low nibbles with word w of each query, high nibbles with word w
 // + 8.
-TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_scan_query * q, int64_t blocks, int w,
+TBQ_INLINE void dot_nibbles(int8x16_t table, uint8x16_t x, int nq, const tbq_search_query * q, int64_t blocks, int w,
                             int32x4_t * p) {
     const int8x16_t lo = vqtbl1q_s8(table, vandq_u8(x, vdupq_n_u8(15)));
     const int8x16_t hi = vqtbl1q_s8(table, vshrq_n_u8(x, 4));
@@ -51,7 +51,7 @@ TBQ_INLINE uint8x16_t nibbles(int bits, const uint32_t * codes, int w) {
 }
 
 TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                              const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                              const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     const int8x16_t table = vld1q_s8(tbq_lookup_table(bits)->all);
     float32x4_t     sum[SEARCH_QUERIES];
     for (int i = 0; i < nq; i++) {
@@ -80,7 +80,7 @@ TBQ_INLINE void quarter_group(int bits, int nq, const uint16_t * d, const uint32
 }
 
 TBQ_INLINE void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                      const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                      const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     for (int v = 0; v < TBQ_SEARCH_GROUP; v += 4) {
         quarter_group(bits, nq, d + v, codes + v, blocks, q, mul ? mul + v : NULL, add ? add + v : NULL, scores + v);
     }

@@ -20,7 +20,7 @@ static int level_at(int bits, const uint32_t * codes, int lane, int e) {
 }
 
 static void group(int bits, int nq, const uint16_t * d, const uint32_t * codes, int64_t blocks,
-                  const tbq_scan_query * q, const float * mul, const float * add, float * scores) {
+                  const tbq_search_query * q, const float * mul, const float * add, float * scores) {
     const int64_t words = tbq_block_words(bits);
     for (int lane = 0; lane < nq * TBQ_SEARCH_GROUP; lane++) { // nq is 1
         float sum = 0;

@@ -3,17 +3,17 @@
 #include "../tbq-impl.h"
 #include "tbq-search.h"
 
-int32_t tbq_scan_words(tbq_type type) {
+int32_t tbq_search_words(tbq_type type) {
     const tbq_type_info * info = tbq_get_type_info(type);
     return info && info->levels ? tbq_block_words(info->bits) : 0;
 }
 
 static tbq_status check(tbq_type type, int64_t blocks, int64_t n) {
-    return tbq_scan_words(type) == 0 ? TBQ_ERROR_TYPE : blocks < 1 || n < 0 ? TBQ_ERROR_LENGTH : TBQ_OK;
+    return tbq_search_words(type) == 0 ? TBQ_ERROR_TYPE : blocks < 1 || n < 0 ? TBQ_ERROR_LENGTH : TBQ_OK;
 }
 
-tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d,
-                        uint32_t * codes) {
+tbq_status tbq_search_put(tbq_type type, int64_t blocks, const void * rows, int64_t first, int64_t n, uint16_t * d,
+                          uint32_t * codes) {
     const tbq_status status = first < 0 ? TBQ_ERROR_LENGTH : check(type, blocks, n);
     if (status != TBQ_OK || n == 0) {
         return status;
@@ -22,7 +22,7 @@ tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_
         return TBQ_ERROR_NULL;
     }
     const uint8_t * block = (const uint8_t *) rows;
-    const int64_t   words = tbq_scan_words(type);
+    const int64_t   words = tbq_search_words(type);
     for (int64_t v = first; v < first + n; v++) {
         for (int64_t b = 0; b < blocks; b++, block += tbq_row_bytes(type, TBQ_BLOCK)) {
             const int64_t at                                = v / TBQ_SEARCH_GROUP * blocks + b;
@@ -35,8 +35,8 @@ tbq_status tbq_scan_put(tbq_type type, int64_t blocks, const void * rows, int64_
     return TBQ_OK;
 }
 
-tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
-                        const int64_t * positions, int64_t n, void * rows) {
+tbq_status tbq_search_get(tbq_type type, int64_t blocks, const uint16_t * d, const uint32_t * codes,
+                          const int64_t * positions, int64_t n, void * rows) {
     const tbq_status status = check(type, blocks, n);
     if (status != TBQ_OK || n == 0) {
         return status;
@@ -45,7 +45,7 @@ tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const
         return TBQ_ERROR_NULL;
     }
     uint8_t *     block = (uint8_t *) rows;
-    const int64_t words = tbq_scan_words(type);
+    const int64_t words = tbq_search_words(type);
     for (int64_t i = 0; i < n; i++) {
         const int64_t v = positions[i];
         for (int64_t b = 0; b < blocks; b++, block += tbq_row_bytes(type, TBQ_BLOCK)) {
@@ -60,7 +60,7 @@ tbq_status tbq_scan_get(tbq_type type, int64_t blocks, const uint16_t * d, const
     return TBQ_OK;
 }
 
-tbq_status tbq_scan_prepare(const float * src, tbq_scan_query * dst, int64_t n) {
+tbq_status tbq_search_prepare(const float * src, tbq_search_query * dst, int64_t n) {
     if (n < 0 || n % TBQ_BLOCK != 0) {
         return TBQ_ERROR_LENGTH;
     }
@@ -80,8 +80,8 @@ tbq_status tbq_scan_prepare(const float * src, tbq_scan_query * dst, int64_t n) 
     return TBQ_OK;
 }
 
-tbq_status tbq_scan_search(const tbq_scan_rows * rows, int64_t first, int64_t last, const tbq_scan_query * queries,
-                           int64_t n_queries, int64_t k, float * scores, int64_t * positions) {
+tbq_status tbq_search(const tbq_search_rows * rows, int64_t first, int64_t last, const tbq_search_query * queries,
+                      int64_t n_queries, int64_t k, float * scores, int64_t * positions) {
     if (!rows) {
         return TBQ_ERROR_NULL;
     }

@@ -52,7 +52,7 @@ FILE (version 2; little-endian; sections begin at multiples of 64, with zeros be
 
     section    type  shape                         content
     center     f32   dim, or none                  the center
-    d          f16   groups, blocks, 16            scales of the blocks (tbq-scan.h)
+    d          f16   groups, blocks, 16            scales of the blocks (tbq-search.h)
     codes      u32   groups, blocks, words, 16     the blocks without scales; words is 4, 6 or 8
     mul        f32   groups * 16                   the factor of a dot product: a vector's length, and more
     add        f32   groups * 16                   l2: -|r|^2 / 2; otherwise <e, r>, none without a center
@@ -294,7 +294,7 @@ class Index:
         if self.estimator == "unbiased":
             inner = np.einsum("ij,ij->i", padded, blocks.dequantize(packed, self._type.name, padded.shape))
             factor *= np.where(inner > 0, width / np.where(inner > 0, inner, 1), 1)
-        status = lib.tbq_scan_put(
+        status = lib.tbq_search_put(
             self._type.id,
             self._blocks,
             _pointer("char[]", packed),
@@ -462,7 +462,7 @@ class Index:
     ) -> tuple[Floats, Ids]:
         """Returns the products of queries with residuals, and positions.  b <e, r> is added exactly, without rounding.
 
-        tbq_scan_search adds <e, r> without a factor.  So queries are divided by |b| first, b = <q, e>, and the scores
+        tbq_search adds <e, r> without a factor.  So queries are divided by |b| first, b = <q, e>, and the scores
         are multiplied by it afterwards.  Where b < 0, -<e, r> is added.
         along: b.  length: the lengths of the queries.
         """
@@ -482,24 +482,26 @@ class Index:
         return scores, positions
 
     def _search_blocks(self, q: Floats, k: int, threads: int, add: Floats | None) -> tuple[Floats, Ids]:
-        """Returns scores as tbq-scan.h defines them, and positions.  add: nothing is added if it is None or empty."""
+        """Returns scores as tbq-search.h defines them, and positions.  add: nothing is added if it is None or empty."""
         width = self._blocks * BLOCK
         padded = np.zeros((len(q), width), np.float32)
         padded[:, : self.dim] = q
-        # a tbq_scan_query: d, bias and 64 bytes
-        prepared = np.empty((len(q), self._blocks * ffi.sizeof("tbq_scan_query")), np.uint8)
-        _check(lib.tbq_scan_prepare(_pointer("float[]", padded), _pointer("tbq_scan_query[]", prepared), padded.size))
+        # a tbq_search_query: d, bias and 64 bytes
+        prepared = np.empty((len(q), self._blocks * ffi.sizeof("tbq_search_query")), np.uint8)
+        _check(
+            lib.tbq_search_prepare(_pointer("float[]", padded), _pointer("tbq_search_query[]", prepared), padded.size)
+        )
         rows = self._search_rows(add)
 
         def task(queries: slice, first: int, last: int) -> tuple[Floats, Ids]:
             part = prepared[queries]
             scores, positions = np.empty((len(part), k), np.float32), np.empty((len(part), k), np.int64)
             _check(
-                lib.tbq_scan_search(
+                lib.tbq_search(
                     rows[0],
                     first,
                     last,
-                    _pointer("tbq_scan_query[]", part),
+                    _pointer("tbq_search_query[]", part),
                     len(part),
                     k,
                     _pointer("float[]", scores),
@@ -552,7 +554,7 @@ class Index:
         positions = self._find_positions(as_ids(ids))
         packed = np.empty((len(positions), self._blocks * self._type.block_bytes), np.uint8)
         arrays = self._arrays
-        status = lib.tbq_scan_get(
+        status = lib.tbq_search_get(
             self._type.id,
             self._blocks,
             _pointer("uint16_t[]", arrays["d"]),
@@ -633,13 +635,13 @@ class Index:
             array[lane_index(name, np.arange(first, last))] = 0
 
     def _search_rows(self, add: Floats | None) -> tuple[Any, list[Any]]:
-        """Returns a tbq_scan_rows, and the buffers that it points to."""
+        """Returns a tbq_search_rows, and the buffers that it points to."""
         names = {"d": "uint16_t[]", "codes": "uint32_t[]", "mul": "float[]"}
         pointers = {name: _pointer(ctype, self._arrays[name]) for name, ctype in names.items()}
         if add is not None and add.size:
             pointers["add"] = _pointer("float[]", add)
         rows = ffi.new(
-            "tbq_scan_rows *",
+            "tbq_search_rows *",
             {"type": self._type.id, "blocks": self._blocks, "n": self._n, "add": ffi.NULL, **pointers},
         )
         return rows, list(pointers.values())

@@ -21,7 +21,7 @@ METRICS: tuple[Metric, ...] = ("ip", "cosine", "l2")
 ESTIMATORS: tuple[Estimator, ...] = ("mse", "unbiased")
 ALIGN = 64  # bytes: sections of a file, arrays in memory
 KEEPS = {None: 0, "float16": 2, "float32": 4}
-LANES = 16  # vectors in a group, as in tbq-scan.h
+LANES = 16  # vectors in a group, as in tbq-search.h
 LONGEST = 2.0**60  # the length that a vector must not reach: below it, products and squares fit floats
 MOST_DIMENSIONS = 1 << 20
 
@@ -61,7 +61,7 @@ class Properties:
         return {
             "center": ((self.dim if self.centered else 0,), np.dtype("<f4")),
             "d": ((groups, self.blocks, LANES), np.dtype("<f2")),
-            "codes": ((groups, self.blocks, lib.tbq_scan_words(self.type_id), LANES), np.dtype("<u4")),
+            "codes": ((groups, self.blocks, lib.tbq_search_words(self.type_id), LANES), np.dtype("<u4")),
             "mul": ((lanes,), np.dtype("<f4")),
             "add": ((lanes if self.metric == "l2" or self.centered else 0,), np.dtype("<f4")),
             "ids": ((n,), np.dtype("<i8")),
