@@ -18,36 +18,36 @@ C_FILES  = $(shell find bench cmake ggml_tbq tests -name '*.[ch]' -o -name '*.cp
 .PHONY: demo test serve bench install cuda wheel dist bump lint format help clean
 .DEFAULT_GOAL := demo
 
-demo: $(SERVER)  # build llama-server, ask a model with a tbq4_0 cache something over its API, print, stop
+demo: $(SERVER)  # build llama-server, ask a small model one question, print the answer and the size of the cache, stop
 	@$(BIN)/python -m tbq.cli.demo --cache build/models
 
-serve: $(SERVER)  # llama-server on PORT, until Ctrl-C; with the web UI where npm can build it
+serve: $(SERVER)  # run llama-server on PORT until Ctrl-C, with the web UI where npm can build it
 	@$(BIN)/python tools/web_ui.py build/ui
 	@$(BIN)/python -m tbq.cli.demo --cache build/models --serve --port $(PORT) --ui build/ui/dist
 
-install: $(STAMP)  # llama-server and all other programs of llama.cpp, in .venv
+install: $(STAMP)  # build all programs of llama.cpp, and install them into .venv
 
-test: $(STAMP)  # everything; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: also on a second model, head size 128
+test: $(STAMP)  # run all tests; TESTS=tests/test_x.py: a part; MODEL_D128=GGUF: also on a second model, head size 128
 	@$(BIN)/python $(INSTALL) --tests
 	@$(BIN)/python -m pytest -c pyproject.toml $(if $(MODEL_D128),--model-d128=$(MODEL_D128)) $(TESTS)
 
-bench: $(STAMP)  # dot product, dequantize and quantize beside ggml's own types; attention by itself
+bench: $(STAMP)  # measure the kernels, compared with ggml's own types, and attention alone
 	@$(BIN)/python $(INSTALL) --bench
 
-cuda:  # everything with the CUDA backend; CUDAARCHS=90 for one architecture instead of this machine's
+cuda:  # build and install with CUDA; CUDAARCHS=90: for one architecture instead of this machine's
 	@$(PYTHON) $(INSTALL) --cuda
 
-wheel: $(SERVER)  # a wheel for machines without a compiler, in dist/; ARCH=aarch64: for arm64; CUDA=1: its CUDA backend
+wheel: $(SERVER)  # build a wheel for machines without a compiler, in dist/; ARCH=aarch64: for arm64; CUDA=1: its CUDA backend
 	@$(BIN)/python tools/wheel.py $(if $(ARCH),--arch $(ARCH)) $(if $(CUDA),--cuda "$(CUDAARCHS)")
 
-dist: $(SERVER)  # the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
+dist: $(SERVER)  # build the sdist, the wheels, the programs as .tar.gz and their checksums, in dist/
 	@$(BIN)/python tools/wheel.py --dist
 
-bump:  # the patch series on another llama.cpp, PIN="llama-cpp-python==X"; CONTINUE=1, ABORT=1, TRIAL=1: docs/guide/bump.md
+bump:  # carry the patch series to another llama.cpp, PIN="llama-cpp-python==X"; CONTINUE=1, ABORT=1, TRIAL=1: docs/guide/bump.md
 	@$(PYTHON) tools/patch_series.py bump $(if $(PIN),"$(PIN)") $(if $(FOLDER),--folder "$(FOLDER)") \
 		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(TRIAL),--trial) $(if $(CONTINUE),--continue) $(if $(ABORT),--abort)
 
-lint: $(LINT)/.installed  # ruff, clang-format, codespell, mypy, and whether generated files are what their script writes
+lint: $(LINT)/.installed  # check form, spelling, types and generated files; needs no build
 	@$(LINT)/bin/ruff check --quiet
 	@$(LINT)/bin/ruff format --check --quiet
 	@$(LINT)/bin/clang-format --dry-run -Werror $(C_FILES)
@@ -55,12 +55,12 @@ lint: $(LINT)/.installed  # ruff, clang-format, codespell, mypy, and whether gen
 	@$(LINT)/bin/mypy --exclude _vendor --exclude tbq/hf/
 	@$(PYTHON) tools/tables.py --check
 
-format: $(LINT)/.installed  # formats everything, and corrects what ruff can
+format: $(LINT)/.installed  # format everything, and correct what ruff can
 	@$(LINT)/bin/ruff check --fix-only --quiet
 	@$(LINT)/bin/ruff format --quiet
 	@$(LINT)/bin/clang-format -i $(C_FILES)
 
-help:  # these commands
+help:  # list these commands
 	@sed -n 's/^\([a-z]*\):.*  # \(.*\)/\1 \2/p' Makefile | while read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
 
 # pip knows dependency groups since 25.1
@@ -93,5 +93,5 @@ ifeq ($(wildcard $(BIN)/tbq),)
 .PHONY: $(SERVER) $(STAMP)
 endif
 
-clean:  # everything that was built or downloaded
+clean:  # remove everything that was built or downloaded
 	rm -rf build $(VENV) $(LINT)
