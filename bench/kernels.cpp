@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// Dot product, dequantize and quantize on one core: the tbq types, with every implementation that this machine
-// supports, compared with iq4_nl, q4_0 and q8_0.
+// SPDX-License-Identifier: MIT Dot product, dequantize and quantize on one core: the tbq types, with every
+// implementation that this machine supports, compared with iq4_nl, q4_0 and q8_0.
 //
 //     tbq-bench-kernels [values per row] [rounds]
 //

@@ -190,7 +190,7 @@ foreach(library llama ggml mtmd)
         list(APPEND TBQ_SHARED tbq-alias-${library})
     endif()
 endforeach()
-# With TBQ_PORTABLE, and for CUDA's own wheel, backends are modules, which ggml looks for beside its library.
+# With TBQ_PORTABLE, and for CUDA's own wheel, backends are modules, which ggml looks for in the folder of its library.
 set(TBQ_MODULES)
 foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
     if(GGML_BACKEND_DL AND TARGET ${backend})
@@ -213,7 +213,7 @@ add_executable(tbq-bench-attention EXCLUDE_FROM_ALL bench/attention.cpp)
 target_link_libraries(tbq-bench-attention PRIVATE tbq Threads::Threads)
 set_target_properties(tbq-bench-attention PROPERTIES CXX_STANDARD 17
     RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/bin")
-# ggml's own types are measured beside ours, so this links the CPU backend, which modules do not allow.
+# The benchmark compares with ggml's own types, so it links the CPU backend, which modules do not allow.
 if(NOT GGML_BACKEND_DL)
     add_executable(tbq-bench-kernels EXCLUDE_FROM_ALL bench/kernels.cpp)
     target_link_libraries(tbq-bench-kernels PRIVATE ggml-cpu ggml-base)
@@ -226,7 +226,7 @@ install(TARGETS ${TBQ_SHARED}
     LIBRARY DESTINATION tbq/lib COMPONENT tbq
     RUNTIME DESTINATION tbq/lib COMPONENT tbq)
 if(TBQ_MODULES)
-    # CUDA's is a wheel of its own (packaging/cuda), which takes CUDA's libraries from PyPI's packages beside it.
+    # CUDA's backend is a separate wheel (packaging/cuda). It takes CUDA's libraries from PyPI's packages in the same environment.
     if(ggml-cuda IN_LIST TBQ_MODULES)
         list(REMOVE_ITEM TBQ_MODULES ggml-cuda)
         find_package(CUDAToolkit REQUIRED) # what ggml found stays in its own folder
@@ -237,7 +237,7 @@ if(TBQ_MODULES)
     install(TARGETS ${TBQ_MODULES} LIBRARY DESTINATION tbq/lib COMPONENT tbq)
 endif()
 
-# What `tbq paths` prints beside the folders, and whether llama-server speaks TLS.
+# What `tbq paths` prints in addition to the folders, and whether llama-server speaks TLS.
 set(TBQ_TLS no)
 get_target_property(TBQ_HTTP_DEFINITIONS cpp-httplib COMPILE_DEFINITIONS)
 if("CPPHTTPLIB_OPENSSL_SUPPORT" IN_LIST TBQ_HTTP_DEFINITIONS)

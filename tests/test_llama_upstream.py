@@ -42,7 +42,7 @@ def ctest_program(build_dir):
     for path in (cached and cached[1], shutil.which("ctest"), Path(sys.executable).parent / "ctest"):
         if path and Path(path).is_file():
             return str(path)
-    pytest.fail("no ctest: neither the one that configured the build, nor on PATH, nor beside this Python")
+    pytest.fail("no ctest: neither the one that configured the build, nor on PATH, nor in the folder of this Python")
 
 
 @pytest.fixture(scope="session")

@@ -439,7 +439,7 @@ def test_bump_stops_at_a_conflict_and_goes_on(two_patches):
 
 
 def test_bump_leaves_a_patch_out(two_patches):
-    """That upstream has, by itself; another by `git am --skip`."""
+    """One that upstream has is left out automatically; any other by `git am --skip`."""
     result = bump(two_patches, "next==2.0", ggml__list=BEFORE.replace("two", "deux"), other="y\n")
     assert result.returncode == 1
     git(two_patches / "build" / "bump" / "tree", "am", "--skip")

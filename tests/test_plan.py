@@ -1019,7 +1019,7 @@ def test_split_model(demo_model, bin_dir, tmp_path):
     assert (split.layers, split.pairs, split.weights_bytes) == (whole.layers, whole.pairs, whole.weights_bytes)
     assert tbq.plan(parts[1]).pairs == whole.pairs
     parts[1].unlink()
-    with pytest.raises(tbq.TBQError, match=r"00002-of-.* is not beside it"):
+    with pytest.raises(tbq.TBQError, match=r"00002-of-.* is not in the same folder"):
         tbq.plan(parts[0])
 
 

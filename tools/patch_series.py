@@ -11,7 +11,7 @@
 
 The pin (patches/pin.json) is a folder of a source distribution.  pip fetches it, so it comes through whatever
 index the user has configured.  Every error ends in one line and leaves nothing half-written: trees are built
-beside their place and renamed into it.
+next to their place and renamed into it.
 """
 
 import argparse

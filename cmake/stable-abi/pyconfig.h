@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT
-// See Python.h beside this file.
+// See Python.h in this folder.

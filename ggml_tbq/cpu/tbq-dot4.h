@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// Adds the sums of four products of adjacent bytes to acc: one instruction where the CPU has dot products of bytes, and
-// the same exact result elsewhere.
+// SPDX-License-Identifier: MIT Adds the sums of four products of adjacent bytes to acc: one instruction where the CPU
+// has dot products of bytes, and the same exact result elsewhere.
 #pragma once
 
 #ifdef __ARM_NEON

@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// What the implementations share: constants in memory, conversion of halves, access to blocks, the list of
-// implementations.
+// SPDX-License-Identifier: MIT What the implementations share: constants in memory, conversion of halves, access to
+// blocks, the list of implementations.
 #pragma once
 
 #include "tbq-kernels.h"

@@ -7,17 +7,13 @@
 // kernel unpacks a key once per query head, with loads of two bytes: 35 instructions per value for four heads.  Here
 //
 //   - all query heads of a KV head, and several tokens, are the columns of one tensor-core tile, so a key is unpacked
-//   once.
-//     The columns are padded to 8 or 16, because unpacking is the limit and not the tensor core;
+//     once. The columns are padded to 8 or 16, because unpacking is the limit and not the tensor core;
 //   - an unpacked word is an operand of the tensor core: one or two `prmt` turn four indices into four bytes, in an
-//   order
-//     that costs nothing, because the order of a contraction is free and queries are permuted once instead;
+//     order that costs nothing, because the order of a contraction is free and queries are permuted once instead;
 //   - keys are multiplied by queries as integers, so keys need no conversion.  Queries have 8 bits and one scale for
-//   64, as
-//     on the CPU (docs/measurements/attention.md has the divergences);
+//     64, as on the CPU (docs/measurements/attention.md has the divergences);
 //   - values become bfloat16 in pairs of tokens, with one `lop3` or `prmt` and one `fma` for two.  Weights times scales
-//   are
-//     rounded to bfloat16, in whose range every such product is;
+//     are rounded to bfloat16, in whose range every such product is;
 //   - each warp runs independently: slices of 16 tokens through a ring of its own in shared memory (cp.async), its own
 //     running maximum and sums, no barrier until the end of its split of the cache.
 //
@@ -38,7 +34,7 @@
 // K OR V MAY BE q8_0 OR f16 (8 and 16 bits below; a model with large key biases needs that), in the same frame.  q8_0
 // keys are bytes already, with a scale for 32 channels, and queries are rounded likewise.  q8_0 values become bfloat16,
 // in tiles of 32 channels because of their scales.  f16 is loaded with `ldmatrix`, and queries or weights are f16 for
-// it. Neither is rotated here.
+// it.  Neither is rotated here.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -163,8 +159,7 @@ static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, i
 
 #define TBQ_LOG2E 1.4426950408889634f
 
-// --- instructions
-// -----------------------------------------------------------------------------------------------------
+// --- instructions ----------------------------------------------------------------------------------------------------
 
 // Without a branch: every lane of the warp comes here with its own answer.
 static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
@@ -310,7 +305,7 @@ static __device__ __forceinline__ float tbq_alibi_slope(float max_bias, int head
     return head < n_log2 ? powf(m0, head + 1) : powf(m1, 2 * (head - n_log2) + 1);
 }
 
-// --- the cache in shared memory -----------------------------------------------------------------------------------
+// --- the cache in shared memory ----------------------------------------------------------------------------------
 
 // The K or the V tensor of the cache, as one lane sees it.
 template <int D, int BITS> struct tbq_cache_reader {
@@ -409,7 +404,7 @@ template <int D, int BITS> struct tbq_cache_reader {
     }
 };
 
-// --- the kernel -----------------------------------------------------------------------------------------------------
+// --- the kernel ----------------------------------------------------------------------------------------------------
 
 // Ends an output row, a block for each warp: sink, division, rotation back, store.  m, l: its maximum and the sum of
 // its weights.

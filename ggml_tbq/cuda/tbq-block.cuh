@@ -52,7 +52,7 @@ struct tbq_rows {
 
 // Byte n of a table is level n + 64.  With this bias every entry is below 128, so a `prmt` whose selector has its top
 // bit set, which replicates the sign, gives 0.  One instruction looks four indices up, and gives 0 for indices in the
-// other half of a table of 16. Returns word i of the table.
+// other half of a table of 16.  Returns word i of the table.
 template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i) {
     constexpr int8_t levels[3][16] = { TBQ2_LEVELS, TBQ3_LEVELS, TBQ4_LEVELS };
     uint32_t         word          = 0;

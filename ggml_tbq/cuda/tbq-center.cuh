@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// Mean-centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.  In decode, a launch of its
-// own for SUB took 2.5 % of the time of a 7B model with an empty cache.
+// SPDX-License-Identifier: MIT Mean-centered keys of llama.cpp's own quantized types: SUB and SET_ROWS in one launch.
+// In decode, a launch of its own for SUB took 2.5 % of the time of a 7B model with an empty cache.
 #pragma once
 
 #include "ggml-cuda/cpy-utils.cuh"
@@ -36,8 +35,7 @@ static __global__ void __launch_bounds__(TBQ_CENTER_THREADS) tbq_center_rows(con
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     if (!here) {
         return;

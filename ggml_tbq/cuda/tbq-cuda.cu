@@ -40,7 +40,7 @@ static tbq_rows rows_of(const ggml_tensor * shape, const ggml_tensor * strides, 
              { stride(1), stride(2), stride(3) } };
 }
 
-// --- values to blocks ---------------------------------------------------------------------------------------------
+// --- values to blocks --------------------------------------------------------------------------------------------
 
 // Few enough blocks for the multiprocessors to take at once: those of the tokens of a decode step.  (__reduce_max_sync
 // needs sm_80.)
@@ -266,7 +266,7 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     return (v ? j : last) - i;
 }
 
-// --- blocks to values ---------------------------------------------------------------------------------------------
+// --- blocks to values --------------------------------------------------------------------------------------------
 
 template <typename dst_t> static void decode(ggml_type type, const tbq_decode_args & a, cudaStream_t stream) {
     const int64_t n = a.from.n_blocks();
@@ -368,7 +368,7 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
-// --- weights --------------------------------------------------------------------------------------------------------
+// --- weights -------------------------------------------------------------------------------------------------------
 
 static bool mul_mat_supported(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
                               const ggml_tensor * dst) {
@@ -441,7 +441,7 @@ static bool mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, c
     return true;
 }
 
-// --- attention ------------------------------------------------------------------------------------------------------
+// --- attention -----------------------------------------------------------------------------------------------------
 
 // llama.cpp's own kernels have no soft-cap for head size 64, so this one takes prompts there too.
 static bool only_native(const ggml_tensor * dst) {
@@ -551,8 +551,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     return true;
 }
 
-// --- what the backend asks for, and what it promises
-// --------------------------------------------------------------------------------------
+// --- what the backend asks for, and what it promises -----------------------------------------------------------------
 
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (dst->op) {

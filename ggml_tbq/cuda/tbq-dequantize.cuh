@@ -106,8 +106,7 @@ template <int BITS, typename dst_t> __global__ void __launch_bounds__(256)
     const int        t     = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     const long long    row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
     const char * const src = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);

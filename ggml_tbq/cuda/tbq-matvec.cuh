@@ -29,8 +29,7 @@ static __global__ void __launch_bounds__(128) tbq_rotate_activations(const tbq_a
     const tbq_index4 from = a.rows.index4(i);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     const float * x  = a.src + from.i0 * 64 + a.rows.offset(from.i1, from.i2, from.i3);
     float         lo = x[lane], hi = x[lane + 32];
@@ -90,8 +89,7 @@ template <int BITS, int COLS> __global__ void __launch_bounds__(32 * TBQ_MATVEC_
     }
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     const char *            w = a.w + row * a.nb1;
     const tbq_activations * x = a.x;

@@ -2,14 +2,14 @@
 // Values to blocks, as the CPU encodes keys and values (tbq_quantize_kv): the same bytes.
 //
 // The steps and the order of every sum are those of cpu/rows/rows.inc, which has the reasons.  A half-warp takes a
-// block. Lane l has values l, l + 16, l + 32, l + 48, so butterflies of distance 1, 2, 4, 8 are shuffles, those of
+// block.  Lane l has values l, l + 16, l + 32, l + 48, so butterflies of distance 1, 2, 4, 8 are shuffles, those of
 // distance 16 and 32 stay in the lane, and each lane has one of the 16 partial sums of squares.  The intrinsics keep
 // the compiler from contracting or approximating anything, whatever flags it is called with.
 #pragma once
 
 #include "tbq-block.cuh"
 
-// --- tables -----------------------------------------------------------------------------------------------------
+// --- tables ----------------------------------------------------------------------------------------------------
 
 // int, because a comparison can read an int directly from constant memory.
 #define TBQ_ENCODER_TABLES(B)                                                                                        \
@@ -41,7 +41,7 @@ template <int BITS, int I = 0> static __device__ __forceinline__ int tbq_half_le
     }
 }
 
-// --- across a half-warp -----------------------------------------------------------------------------------------
+// --- across a half-warp ----------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ void tbq_butterflies_16(float (&v)[4], int l) {
 #pragma unroll
@@ -93,7 +93,7 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
     }
 }
 
-// --- a block ----------------------------------------------------------------------------------------------------
+// --- a block ---------------------------------------------------------------------------------------------------
 
 // d that preserves the norm: d . |k| = |y|.  At most the largest half.
 static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
@@ -249,8 +249,7 @@ static __device__ __forceinline__ float tbq_gain(float gap, float g, float m0) {
     return __fmul_rn(gap, __fsub_rn(__fadd_rn(size, size), __fmul_rn(gap, m0)));
 }
 
-// --- a block by a half-warp
-// -------------------------------------------------------------------------------------------
+// --- a block by a half-warp ------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
     uint32_t largest = 0;
@@ -408,8 +407,7 @@ static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4]
     tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(scale)), block, write, l);
 }
 
-// --- rows
-// -------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 // Rows of values to rows of blocks.  With ids (SET_ROWS), row i1 of (i2, i3) becomes row
 // ids[i1, i2 % ids_ne1, i3 % ids_ne2].
@@ -506,8 +504,7 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     long long row = at.i1;
     if (a.ids) {
@@ -525,11 +522,10 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
                                 &gaps);
 }
 
-// --- decode size
-// ------------------------------------------------------------------------------------------------------
+// --- decode size -----------------------------------------------------------------------------------------------------
 //
 // In decode there are one or two blocks for each KV head, and the latency of one block counts.  Four warps take a
-// block. Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the
+// block.  Eight half-warps rotate it, all of them the whole block, and try two scales each; one warp also prepares the
 // weights of noise shaping.  Then one warp runs the coordinate descent on the even coordinates, a lane to each, and
 // another on the odd ones.
 
@@ -707,8 +703,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for the end of this one before it
-                                               // reads
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     long long row = at.i1;
     if (a.ids) {

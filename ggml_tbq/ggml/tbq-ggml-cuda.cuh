@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The patched backend calls these
-// functions first.  False, with nothing done, leaves the operation to the backend.
+// SPDX-License-Identifier: MIT The operations of the CUDA backend on the tbq types; compiled into ggml-cuda.  The
+// patched backend calls these functions first.  False, with nothing done, leaves the operation to the backend.
 #pragma once
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
@@ -49,7 +48,7 @@ bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // In decode a launch takes as long as the work in it.  So the ROPE of a token's keys, their SET_ROWS and the SET_ROWS
 // of its values become one launch, if node i is the first of them and they follow each other (ROPE and keys, keys and
-// values, or all three).  So do the SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types. Returns how
+// values, or all three).  So do the SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types.  Returns how
 // many nodes after i are done, 0 if node i is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 

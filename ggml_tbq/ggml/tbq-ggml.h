@@ -44,7 +44,7 @@ TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
 // Whether the device supports the operations of a cache layer of these types: write rows, and attend for one token and
 // for a prompt.  flash: with FLASH_ATTN_EXT; otherwise by products, for which values are not quantized.  v_in_k: the
 // values are the first channels of the keys (MLA).  An operation without support would run on the CPU, without a
-// message, or abort. True if neither type is tbq: upstream decides about its own types.
+// message, or abort.  True if neither type is tbq: upstream decides about its own types.
 TBQ_API bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash,
                                      bool v_in_k, int64_t head_size_k, int64_t head_size_v, int64_t n_head,
                                      int64_t n_head_kv);

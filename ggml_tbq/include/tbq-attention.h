@@ -12,13 +12,13 @@
 // A row whose mask is -Inf has no effect, whatever it holds, NaN included.  A row whose softmax weight underflows to 0
 // in its tile of 64 cached rows affects only how the other weights are rounded.  A query row that sees no key gets
 // zeros.  A query row becomes NaN if it sees a NaN in a key, a product q.k of +Inf (with a soft-cap: any Inf), or a
-// sink that is NaN. A scale of NaN or Inf in tbq values makes the 64 channels of its block NaN.  All else follows IEEE
+// sink that is NaN.  A scale of NaN or Inf in tbq values makes the 64 channels of its block NaN.  All else follows IEEE
 // arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
 //   - Queries are rotated once and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT.  K is unpacked to bytes
-//   once
-//     for all query rows that share it.  Products are exact integers.  f16 and q8_0 keys are multiplied by f32 queries.
+//     once for all query rows that share it.  Products are exact integers.  f16 and q8_0 keys are multiplied by f32
+//     queries.
 //   - The softmax is in f32, relative to the maximum of the tile.
 //   - Weights times the scales of V are rounded to 15 bits and a sign, relative to their largest possible value in the
 //     tile, or to their largest where the mask hides a row.  Products with unpacked V are exact integers again.  The
@@ -87,8 +87,9 @@ typedef struct {
 } tbq_attention;
 
 // How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of
-// threads. A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads that
-// are adjacent in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are merged.
+// threads.  A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads
+// that are adjacent in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are
+// merged.
 typedef struct {
     tbq_attention a;
     int64_t       n_items;

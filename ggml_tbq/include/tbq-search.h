@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// Exhaustive nearest-neighbor search of a flat index of packed vectors: the dot products of queries with every vector,
-// and the k vectors with the best scores.
+// SPDX-License-Identifier: MIT Exhaustive nearest-neighbor search of a flat index of packed vectors: the dot products
+// of queries with every vector, and the k vectors with the best scores.
 //
 //     score(q, x) = mul[x] . <q, x^> + add[x]
 //
@@ -69,7 +68,7 @@ TBQ_API tbq_status tbq_search_prepare(const float * src, tbq_search_query * dst,
 // The best k of vectors first .. last - 1 for each of n_queries prepared queries, k >= 1.  first is a multiple of 16,
 // or the result is TBQ_ERROR_LENGTH.  scores and positions: n_queries x k, the highest score first, and of equal scores
 // the lowest position first.  Vectors whose score is NaN or -Inf are not found; where fewer than k are found, -Inf and
-// -1 follow. To use threads, give each of them some of the queries or a range of the vectors.
+// -1 follow.  To use threads, give each of them some of the queries or a range of the vectors.
 TBQ_API tbq_status tbq_search(const tbq_search_rows * rows, int64_t first, int64_t last,
                               const tbq_search_query * queries, int64_t n_queries, int64_t k, float * scores,
                               int64_t * positions);

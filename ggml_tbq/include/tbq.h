@@ -38,8 +38,8 @@
 //
 // Why this order: on AVX2, AVX-512 and NEON a 16- or 32-byte load, shifts by constants and one table lookup unpack it
 // in element order.  On CUDA, which reads 32-bit words, the nibbles of tbq4_0 are `prmt` selectors without any change.
-// For tbq3_0 the low pairs of word w with parity p of j are (qs32[w] >> 2p) & 0x33333333, and their high bits
-// ((qh32[w & 1] >> (2 (w >> 1) + p)) & 0x11111111) << 2: one constant shift each.
+// For tbq3_0 the low pairs of word w with parity p of j are (qs32[w] >> 2p) & 0x33333333, and their high bits ((qh32[w
+// & 1] >> (2 (w >> 1) + p)) & 0x11111111) << 2: one constant shift each.
 //
 // EXACTNESS
 //

@@ -86,7 +86,7 @@ std::vector<llama_token> tokenize(const llama_context * ctx, const std::string &
     if (llama_vocab_type(vocab) != LLAMA_VOCAB_TYPE_NONE) {
         return common_tokenize(ctx, text, /*add_special =*/false);
     }
-    std::vector<llama_token> tokens; // a random model, to measure speed on: any tokens will do
+    std::vector<llama_token> tokens; // a random model, to measure speed on: any tokens serve
     for (const unsigned char c : text) {
         tokens.push_back(c % llama_vocab_n_tokens(vocab));
     }

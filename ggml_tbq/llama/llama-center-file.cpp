@@ -14,8 +14,7 @@
 #include <filesystem>
 #include <stdexcept>
 
-// --- what ties a center to a model
-// ------------------------------------------------------------------------------------
+// --- what ties a center to a model -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -86,7 +85,7 @@ std::string llama_center_source::fingerprint() const {
     return hash_sha256_hex(text.data(), text.size());
 }
 
-// --- the file -------------------------------------------------------------------------------------------------------
+// --- the file ------------------------------------------------------------------------------------------------------
 
 static constexpr const char * NAME_MEAN   = "blk.%d.attn_k.center";
 static constexpr const char * NAME_ENERGY = "blk.%d.attn_q.energy";

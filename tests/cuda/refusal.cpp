@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: MIT
-// What tbq_ggml_device_attends says of a device that lacks an operation.  The device is a fake: its answer is the
-// test's.
+// SPDX-License-Identifier: MIT What tbq_ggml_device_attends says of a device that lacks an operation.  The device is a
+// fake: its answer is the test's.
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "tbq-ggml.h"

@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: MIT
-// The search on problems of random shape.  Every implementation is compared with the scalar reference, bit for bit, and
-// the reference with plain arithmetic on the dequantized rows; vectors that are stored and read again must not change.
+// SPDX-License-Identifier: MIT The search on problems of random shape.  Every implementation is compared with the
+// scalar reference, bit for bit, and the reference with plain arithmetic on the dequantized rows; vectors that are
+// stored and read again must not change.
 //
 //     search [problems] [seed]
 //

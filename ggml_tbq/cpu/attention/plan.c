@@ -37,7 +37,7 @@ static tbq_status check(const tbq_attention * a) {
 }
 
 // A prompt has enough items without splitting the cache.  Decode has not, so its items are chunks of the cache
-// (split-KV). Such an item takes all KV heads, because their slices of a cached row share cache lines; heads become
+// (split-KV).  Such an item takes all KV heads, because their slices of a cached row share cache lines; heads become
 // items of their own only where there are few chunks.
 static void partition(tbq_attention_plan * p) {
     const tbq_attention * a    = &p->a;
