@@ -17,8 +17,8 @@ PACKAGE = ROOT / "python" / "tbq"
 #: From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("_ffi", "_limits", "_key_biases", "errors"),
-    ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks"),
-    ("programs", "gguf_files", "turboquant", "hf"),
+    ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks", "turboquant", "hf"),
+    ("programs", "gguf_files"),
     ("kv_cache", "index"),
     ("serving", "bench"),
     ("demo", "llama"),
@@ -42,17 +42,22 @@ def imported(tree, of_package=True):
     of_package: those of this package without "tbq."; otherwise the others.
     """
     names = set()
-    for node in ast.walk(tree):
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
+    for node in (node for statement in body for node in ast.walk(statement)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             below = PACKAGE.joinpath(*node.module.split(".")[1:])
-            names |= {
-                f"{node.module}.{alias.name}"
-                if (below / f"{alias.name}.py").exists() or alias.name == "_ffi"
-                else node.module
-                for alias in node.names
-            }
+            for alias in node.names:
+                is_module = (
+                    (below / f"{alias.name}.py").exists() or (below / alias.name).is_dir() or alias.name == "_ffi"
+                )
+                # what `from tbq import plan` takes is defined in __init__
+                names.add(
+                    f"{node.module}.{alias.name}"
+                    if is_module
+                    else f"{node.module}{'.__init__' * (node.module == 'tbq')}"
+                )
     return (
         {name.removeprefix("tbq.") for name in names if name.startswith("tbq.")}
         if of_package
@@ -75,18 +80,31 @@ def test_no_circles():
     arrows = {
         name.replace("/", "."): imported(tree) for name, tree in modules().items() if not name.endswith("__init__")
     }
-    done = set()
+    wings = {}
+    for name, others in arrows.items():
+        wing = name.split(".")[0]
+        wings.setdefault(wing, set()).update({other.split(".")[0] for other in others} - {wing})
+    assert len(arrows) > 60 and len(wings) > 15
+    for graph in (arrows, wings):
+        done = set()
 
-    def visit(name, path):
-        assert name not in path, f"a circle of imports: {' -> '.join([*path[path.index(name) :], name])}"
-        if name not in done:
-            for other in sorted(arrows.get(name, ())):
-                visit(other, [*path, name])
-            done.add(name)
+        def visit(name, path, graph=graph, done=done):
+            assert name not in path, f"a circle of imports: {' -> '.join([*path[path.index(name) :], name])}"
+            if name not in done:
+                for other in sorted(graph.get(name, ())):
+                    visit(other, [*path, name])
+                done.add(name)
 
-    assert len(arrows) > 60
-    for name in sorted(arrows):
-        visit(name, [])
+        for name in sorted(graph):
+            visit(name, [])
+
+
+def test_what_stands_alone():
+    """The papers' algorithms need nothing of the package but its errors, and a rule for biases nothing at all."""
+    found = {name: imported(tree) for name, tree in modules().items()}
+    papers = set().union(*(others for name, others in found.items() if name.startswith("turboquant/")))
+    assert {other for other in papers if not other.startswith("turboquant")} == {"errors"}
+    assert not found["_key_biases"] and not found["_limits"]
 
 
 def test_only_the_command_line_knows_argparse():

@@ -601,11 +601,38 @@ def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
             serve.process.send_signal(signal.SIGTERM)
             serve.end()
     center = next((tmp_path / "ggml-tbq" / "centers").iterdir())
-    server = tbq.Server(demo_model, "tbq4_0", options=[*SMALL, "--cache-center", str(center)])
+    server = prepared(demo_model, options=[*SMALL, "--cache-center", str(center)])
     assert server.center is None and server._command.count("--cache-center") == 1
-    assert tbq.Server(demo_model, "tbq4_0", options=SMALL).center == center
-    assert tbq.Server(demo_model, "tbq4_0", center=False, options=SMALL).center is None
-    assert tbq.Server(demo_model, "tbq4_0", center=center, options=SMALL).center == center
+    assert prepared(demo_model, options=SMALL).center == center
+    server = prepared(demo_model, center=False, options=SMALL)
+    assert server.center is None and "--cache-center" not in server._command
+    assert prepared(demo_model, center=center, options=SMALL).center == center
+
+
+def prepared(model, **arguments):
+    server = tbq.Server(model, "tbq4_0", **arguments)
+    server.prepare()
+    return server
+
+
+def test_preparing_again_after_an_interruption(demo_model, monkeypatch):
+    """What was not measured to its end is measured by the next start, never left out in silence."""
+    server = tbq.Server(demo_model, "tbq4_0", options=SMALL)
+    with monkeypatch.context() as patched:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patched.setattr(tbq.serving.server, "center_file_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server.prepare()
+    server.prepare()
+    assert server.center
+
+
+def test_a_center_that_is_not_there(demo_model):
+    with pytest.raises((tbq.TBQError, OSError), match="nosuch"):
+        tbq.Server(demo_model, "tbq4_0", center="nosuch.gguf", options=SMALL)
 
 
 def test_center_that_is_refused(demo_model, tmp_path, monkeypatch):
@@ -748,7 +775,6 @@ def test_center_of_a_stretched_context(demo_model):
 @pytest.mark.parametrize("build, refused", (({"tls": "no"}, True), ({"tls": "yes"}, False), ({}, False)))
 def test_tls(demo_model, tmp_path, monkeypatch, build, refused):
     """A build without TLS says so at once. If it is not known whether the build has TLS, llama-server says it."""
-    monkeypatch.setattr(tbq.serving.server, "center_file_for", lambda *_: None)
     monkeypatch.setattr(tbq.serving.server, "paths", lambda: build)
     for name in ("key", "certificate"):
         (tmp_path / name).write_text("")

@@ -248,9 +248,8 @@ def _remove_dead(parent: pathlib.Path, mark: str) -> None:
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
             except FileNotFoundError:
-                os.rmdir(
-                    folder
-                )  # its writer was killed before it made the lock, or after it removed it: the folder is empty
+                # its writer was killed before it made the lock, or after it removed it: the folder is empty
+                os.rmdir(folder)
                 continue
             if _try_lock(lock):
                 _remove(folder, lock)

@@ -131,3 +131,9 @@ def serve(model: pathlib.Path, port: int, ui: pathlib.Path | None) -> None:
             print("\nStopped.")
             return
         raise TBQError(f"llama-server ended with status {running.process.returncode}: {running.last_error()}")
+
+
+if __name__ == "__main__":  # python -m tbq.demo
+    from tbq.cli.demo import main
+
+    main()

@@ -99,9 +99,8 @@ def _print(args: argparse.Namespace, speeds: Speeds, cache: Cache | None, identi
         f"model: {model or identity['model'] + ', sha256 ' + identity['model_sha256']}",
         f"llama.cpp {built['llama_cpp_commit']}, tbq {built['tbq']}; {args.threads} threads; {speeds.device}",
     ]
-    print(
-        table(speeds, args.tests), end="\n\n", flush=True
-    )  # printed before the bandwidth is measured, which could fail
+    # before the bandwidth is measured, which could fail
+    print(table(speeds, args.tests), end="\n\n", flush=True)
     if attention := cache and attention_table(speeds, cache, None if speeds.gpu else args.threads):
         print(attention, end="\n\n")
     print("\n".join(facts))

@@ -94,7 +94,7 @@ def as_json(report: Inspection) -> str:
         return {
             "scales": [number(s) for s in b.scales],
             "zero": b.zero,
-            "corrupt": b.corrupt,
+            "damaged": b.corrupt,  # the name of the key in files that exist
             "entropy": b.entropy,
             "use": b.use.tolist(),
         }

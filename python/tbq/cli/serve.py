@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from types import FrameType
 
+from tbq._units import format_size
 from tbq.errors import TBQError
 from tbq.programs import output
 from tbq.programs.signals import INTERRUPTIONS, handle_signals, interruptible
@@ -17,8 +18,6 @@ from tbq.serving.server import Server, say
 
 def summary(server: Server, kv: str) -> list[str]:
     """The plan in up to three lines."""
-    from tbq._units import format_size
-
     plan = server.plan
     if plan is None:
         return [f"cache: keys {server.k}, values {server.v}; its size is not known for this model"]
@@ -81,8 +80,6 @@ def _correction(server: Server) -> str | None:
     size = server.plan.bytes_at(server.k, server.v, context)
     if size == server.plan.bytes_at(server.k, server.v, server.plan.context):
         return None
-    from tbq._units import format_size
-
     return f"llama-server took a context of {context} tokens, so the cache has {format_size(size)}"
 
 
@@ -118,9 +115,8 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
             if server.process.wait() and not signals.count:
                 raise TBQError(f"llama-server {server.describe_ending()}: {server.last_error()}")
         except TBQError as error:
-            if (
-                not signals.count and server.process.poll() != 0
-            ):  # llama-server --version, for example, ends with status 0
+            # llama-server --version, for example, ends with status 0
+            if not signals.count and server.process.poll() != 0:
                 say(f"tbq: error: {' '.join(str(error).split())}", to_stderr=True)
         finally:
             server.stop()

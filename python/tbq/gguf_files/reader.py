@@ -14,7 +14,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, BinaryIO
 
@@ -132,8 +132,8 @@ class GGUFModel:
 
     path: pathlib.Path  #: the file that open_gguf was given
     files: tuple[pathlib.Path, ...]
-    metadata: Metadata  #: of the first file
-    tensors: tuple[Tensor, ...]  #: in the order of the files
+    metadata: Metadata = field(repr=False)  #: of the first file
+    tensors: tuple[Tensor, ...] = field(repr=False)  #: in the order of the files
 
     def __fspath__(self) -> str:
         return str(self.path)

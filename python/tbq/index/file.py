@@ -147,7 +147,7 @@ def _check_values(path: pathlib.Path, properties: Properties, arrays: Arrays) ->
     """Checks values that could be wrong under valid checksums, in a forged file."""
     ids = np.sort(arrays["ids"])
     if len(ids) and (ids[0] < 0 or ids[-1] >= properties.next_id or (ids[1:] == ids[:-1]).any()):
-        raise TBQError(f"{path} is corrupt: an id occurs twice or out of range")
+        raise TBQError(f"{path} is corrupt: an id occurs twice or is out of range")
     if not all(np.isfinite(arrays[name]).all() for name in ("d", "mul", "add", "first") if name in arrays):
         raise TBQError(f"{path} is corrupt: it has a NaN or an infinity")
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tbq._ffi import lib
-from tbq._types import types
+from tbq._types import BLOCK, types
 
 Metric = Literal["ip", "cosine", "l2"]
 Estimator = Literal["mse", "unbiased"]
@@ -51,7 +51,7 @@ class Properties:
     @property
     def blocks(self) -> int:
         """Blocks of 64 values in a vector."""
-        return -(-self.dim // 64)
+        return -(-self.dim // BLOCK)
 
     def arrays(self, n: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Returns the shape and dtype of each array, in the order of the file, for n vectors (self.n if None)."""

@@ -35,7 +35,8 @@ def choose(model: str | os.PathLike[str], kv: str, **shape: Any) -> tuple[str, s
     planned.
     """
     if not isinstance(model, (str, os.PathLike)) or not isinstance(kv, str):
-        raise TBQError(f"model {model!r} and kv {kv!r} must be the path of a GGUF file, and auto, a cache type or K/V")
+        shown = str(model) if isinstance(model, os.PathLike) else model
+        raise TBQError(f"model {shown!r} and kv {kv!r} must be the path of a GGUF file, and auto, a cache type or K/V")
     if not pathlib.Path(model).is_file():
         raise TBQError(f"model {str(model)!r} is not a file")
     if kv == "auto":

@@ -26,7 +26,7 @@ class Model:
     #: layers that grow with the text, so without sliding windows; None if llama.cpp's cache is not known here
     cache: Cache | None
     cached: bool = True  #: False if it keeps no keys and values (bert, mamba)
-    opened: GGUFModel | None = None
+    opened: GGUFModel | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def check_cached(self) -> None:
         """Raises TBQError if the model has no cache, so that there are no cache types to compare."""

@@ -383,10 +383,11 @@ def _check_arguments(model: object, context: object, parallel: int, ubatch: obje
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    for pair in pairs:
+    found = list(pairs)
+    for pair in found:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TBQError(f'pair {pair!r} must be two names of types, ("tbq4_0", "tbq3_0") for example')
-    return list(pairs)
+    return found
 
 
 def _read_shape(model: str | os.PathLike[str], settings: Settings) -> CacheShape:

@@ -32,7 +32,7 @@ def _option(names: str, *uses: str, key: str = "", takes_value: bool = True, arg
 
 
 OPTIONS = (
-    # options that change the plan, and the address of the server
+    # options that change the plan, and what a client must know of the server
     _option("-c --ctx-size", key="context"),
     _option("-np --parallel", key="parallel"),
     _option("-ub --ubatch-size", key="ubatch"),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What llama.cpp's programs print: every pattern that tbq looks for.  tests/output/ has a recorded sample for each.
+"""What llama.cpp's programs print: every pattern that tbq looks for.
 
+tests/output/ has recorded samples.  Lines that only a small GPU prints are typed into tests/test_output.py.
 After an update of llama.cpp the samples are recorded again (tests/test_output.py).  Patterns that no longer match are
-mended here.
+corrected here.
 """
 
 import re

@@ -11,7 +11,7 @@ from tbq.errors import TBQError
 
 
 def first_tcp_host(hosts: str) -> str:
-    """The first address in llama-server's --host that has a port, which Unix sockets have not."""
+    """The first address in llama-server's --host that has a port, which Unix sockets do not have."""
     for host in filter(None, (part.strip() for part in hosts.split(","))):
         if not host.endswith(".sock"):
             return host

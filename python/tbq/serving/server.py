@@ -22,6 +22,7 @@ from tbq import _limits
 from tbq._arguments import cores
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
+from tbq.kv_cache.center_file import read_center
 from tbq.kv_cache.choose import choose, context_of_a_sequence, open_model
 from tbq.programs import output
 from tbq.programs.child import start_child
@@ -81,8 +82,8 @@ class Server:
     url: "http://127.0.0.1:8080" for example; append a path such as /v1/chat/completions.
     k, v: the cache types.  For a model without a cache they are f16, and the server gets no types.
     plan: the tbq.Plan of the cache, or None.
-    center: the file with the means of the keys, or None; known after prepare().  If the user's folder for caches
-    cannot be written, stop() removes the file.
+    center: the file with the means of the keys, or None; known after prepare().  Where the user's folder for caches
+    cannot be written, the file is a temporary one, which stop() removes.
     log: lines of the log; of a long log only the first and the last thousands.  process: the subprocess.Popen.
 
     Raises TBQError if the server cannot be started, or if it ends before it is healthy, with the reason that it gave.
@@ -111,6 +112,8 @@ class Server:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
         self._host = first_tcp_host(hosts)
         check_files(others)
+        if not isinstance(center, bool):
+            read_center(center)
         if {"ssl_key", "ssl_cert"} & found.keys():
             check_tls(found, paths())
         self._given, self._center, self._kv = found, center, kv
@@ -141,7 +144,6 @@ class Server:
         """
         if self._prepared:
             return
-        self._prepared = True
         center = self._center
         if center is True and not self._options_are_accepted():
             center = False  # the server will refuse to start and report why, so nothing is measured for it
@@ -152,6 +154,7 @@ class Server:
             self.center = center_file_for(self._model, self.k, context, center, options, _warn, self._scratch)
             if self._kv == "auto" and self.plan and self.plan.center and not self.center:
                 self._choose_uncentered()
+        self._prepared = True
 
     def _choose_uncentered(self) -> None:
         self.k, self.v, self.plan = choose(self._model, self._kv, **{**self._shape, "center": False})
