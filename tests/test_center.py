@@ -61,27 +61,29 @@ def yarn(path):
     )
 
 
+def fused_layer_with_biases(i):
+    """A layer of gpt2 and of bloom."""
+    return {
+        "attn_norm.bias": (128,),
+        "attn_qkv.weight": (384, 128),
+        "attn_qkv.bias": (384,),
+        "attn_output.weight": (128, 128),
+        "attn_output.bias": (128,),
+        "ffn_norm.bias": (128,),
+        "ffn_up.bias": (64,),
+        "ffn_down.bias": (128,),
+        "ffn_gate.weight": None,
+    }
+
+
 def no_rope(path):
     """Positions are added to the embeddings, as in gpt2."""
-
-    def layer(i):
-        return {
-            "attn_norm.bias": (128,),
-            "attn_qkv.weight": (384, 128),
-            "attn_qkv.bias": (384,),
-            "attn_output.weight": (128, 128),
-            "attn_output.bias": (128,),
-            "ffn_norm.bias": (128,),
-            "ffn_up.bias": (64,),
-            "ffn_down.bias": (128,),
-            "ffn_gate.weight": None,
-        }
 
     return write_model(
         path,
         "gpt2",
         2,
-        layer,
+        fused_layer_with_biases,
         tied=True,
         more={"position_embd.weight": (4096, 128), "output_norm.bias": (128,)},
         attention__layer_norm_epsilon=1e-5,
@@ -91,24 +93,11 @@ def no_rope(path):
 def alibi(path):
     """bloom: biases by distance (ALiBi) instead of RoPE."""
 
-    def layer(i):
-        return {
-            "attn_norm.bias": (128,),
-            "attn_qkv.weight": (384, 128),
-            "attn_qkv.bias": (384,),
-            "attn_output.weight": (128, 128),
-            "attn_output.bias": (128,),
-            "ffn_norm.bias": (128,),
-            "ffn_up.bias": (64,),
-            "ffn_down.bias": (128,),
-            "ffn_gate.weight": None,
-        }
-
     return write_model(
         path,
         "bloom",
         2,
-        layer,
+        fused_layer_with_biases,
         tied=True,
         more={"token_embd_norm.weight": (128,), "token_embd_norm.bias": (128,), "output_norm.bias": (128,)},
         attention__layer_norm_epsilon=1e-5,
