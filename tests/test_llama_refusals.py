@@ -134,14 +134,14 @@ def one_tensor_file(path, type_id):
     )
 
 
-@pytest.mark.parametrize("type_id", [43, 100, 641, 645, 647, 649, 700, 2**31 - 1])
+@pytest.mark.parametrize("type_id", [43, 100, 641, 646, 647, 649, 700, 2**31 - 1])
 def test_unknown_type_in_a_file(bin_dir, tmp_path, type_id):
     """Numbers in the gaps around those of tbq are no types. Such a file is refused, and not read as something else."""
     said = refused(bin_dir, one_tensor_file(tmp_path / "bad.gguf", type_id))
     assert re.search(rf"token_embd\.weight.*\b{type_id}\b", said), said
 
 
-@pytest.mark.parametrize("type_id,name", [(648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
+@pytest.mark.parametrize("type_id,name", [(645, "tbq8_0"), (648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
 def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
     """These types are made of activations on the fly and cannot be converted to float.
 

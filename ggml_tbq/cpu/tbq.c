@@ -9,6 +9,7 @@ static const tbq_type_info type_infos[] = {
     { TBQ_TYPE_TBQ2_0, "tbq2_0", 2, TBQ_BLOCK, sizeof(block_tbq2_0), tbq_codebook_2 },
     { TBQ_TYPE_TBQ3_0, "tbq3_0", 3, TBQ_BLOCK, sizeof(block_tbq3_0), tbq_codebook_3 },
     { TBQ_TYPE_TBQ4_0, "tbq4_0", 4, TBQ_BLOCK, sizeof(block_tbq4_0), tbq_codebook_4 },
+    { TBQ_TYPE_TBQ8_0, "tbq8_0", 8, TBQ_BLOCK, sizeof(block_tbq8_0), NULL },
     { TBQ_TYPE_TBQ8_ACT, "tbq8_act", 8, TBQ_BLOCK, sizeof(block_tbq8_act), NULL },
 };
 enum { N_TYPES = sizeof(type_infos) / sizeof(type_infos[0]) };
@@ -96,9 +97,11 @@ static tbq_status check_row(tbq_type type, int64_t n, const void * a, const void
 }
 
 tbq_status tbq_quantize(tbq_type type, const float * src, void * dst, int64_t n) {
-    if (type == TBQ_TYPE_TBQ8_ACT) {
+    if (type == TBQ_TYPE_TBQ8_0 || type == TBQ_TYPE_TBQ8_ACT) {
         const tbq_status status = check(n, src, dst);
-        if (status == TBQ_OK) {
+        if (status == TBQ_OK && type == TBQ_TYPE_TBQ8_0) {
+            tbq_best_kernels()->quantize_exact(src, NULL, dst, n);
+        } else if (status == TBQ_OK) {
             tbq_best_kernels()->quantize_act(src, dst, n);
         }
         return status;
@@ -111,6 +114,13 @@ tbq_status tbq_quantize(tbq_type type, const float * src, void * dst, int64_t n)
 }
 
 tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t n) {
+    if (type == TBQ_TYPE_TBQ8_0) {
+        const tbq_status status = check(n, src, dst);
+        if (status == TBQ_OK) {
+            tbq_best_kernels()->dequantize_exact(src, dst, n);
+        }
+        return status;
+    }
     const tbq_status status = check_row(type, n, src, dst);
     if (status == TBQ_OK) {
         tbq_best_kernels()->dequantize[type - TBQ_TYPE_TBQ2_0](src, dst, n);

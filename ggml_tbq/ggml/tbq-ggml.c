@@ -7,6 +7,7 @@
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ2_0 == (int) TBQ_TYPE_TBQ2_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ3_0 == (int) TBQ_TYPE_TBQ3_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ4_0 == (int) TBQ_TYPE_TBQ4_0, "type id");
+TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ8_0 == (int) TBQ_TYPE_TBQ8_0, "type id");
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ8_ACT == (int) TBQ_TYPE_TBQ8_ACT, "type id");
 
 #define DEFINE(name, i)                                                                                           \
@@ -25,6 +26,20 @@ DEFINE(tbq2_0, 0)
 DEFINE(tbq3_0, 1)
 DEFINE(tbq4_0, 2)
 #undef DEFINE
+
+void dequantize_row_tbq8_0(const void * x, float * y, int64_t k) {
+    tbq_best_kernels()->dequantize_exact(x, y, k);
+}
+
+void quantize_row_tbq8_0_ref(const float * x, void * y, int64_t k) {
+    tbq_best_kernels()->quantize_exact(x, NULL, y, k);
+}
+
+void ggml_vec_dot_tbq8_0_tbq8_act(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
+                                  int nrc) {
+    (void) bs, (void) bx, (void) by, (void) nrc; /* one row at a time: .nrows = 1 */
+    *s = tbq_best_kernels()->dot_exact(vx, vy, n);
+}
 
 void quantize_row_tbq8_act(const float * x, void * y, int64_t k) {
     tbq_best_kernels()->quantize_act(x, y, k);
@@ -50,6 +65,49 @@ enum ggml_type tbq_ggml_type_from_name(const char * name) {
 
 tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type) {
     return ggml_is_tbq(type) ? tbq_best_kernels()->mad_rotated[type - GGML_TYPE_TBQ2_0] : NULL;
+}
+
+void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_tensor * exact, struct ggml_tensor * slots) {
+    GGML_ASSERT(set_rows->op == GGML_OP_SET_ROWS && ggml_is_tbq(set_rows->type));
+    GGML_ASSERT(exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == set_rows->src[0]->ne[0]);
+    GGML_ASSERT(ggml_is_contiguous_rows(exact) && exact->ne[2] * exact->ne[3] == 1);
+    GGML_ASSERT(slots->type == GGML_TYPE_I32 && ggml_is_vector(slots) && slots->ne[0] == set_rows->src[0]->ne[1]);
+    set_rows->src[5] = exact;
+    set_rows->src[6] = slots;
+}
+
+static bool is_exact_side(const struct ggml_tensor * exact, const struct ggml_tensor * side, int64_t n_exact) {
+    return !exact || (ggml_is_tbq(side->type) && exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == side->ne[0] &&
+                      exact->ne[1] == n_exact && exact->ne[2] == side->ne[2] && exact->ne[3] == side->ne[3]);
+}
+
+void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor * k, struct ggml_tensor * v,
+                                   struct ggml_tensor * cells) {
+    GGML_ASSERT(fa->op == GGML_OP_FLASH_ATTN_EXT && (k || v));
+    const int64_t n_exact = (k ? k : v)->ne[1];
+    const int64_t n_words = (fa->src[1]->ne[1] + 31) / 32;
+    GGML_ASSERT((k != NULL) == ggml_is_tbq(fa->src[1]->type) && is_exact_side(k, fa->src[1], n_exact));
+    GGML_ASSERT((v != NULL) == ggml_is_tbq(fa->src[2]->type) && is_exact_side(v, fa->src[2], n_exact));
+    GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && cells->ne[0] == n_exact + n_words &&
+                cells->ne[1] == fa->src[0]->ne[3]);
+    fa->src[5] = k;
+    fa->src[6] = v;
+    fa->src[7] = cells;
+}
+
+struct ggml_tensor * tbq_ggml_concat_exact(struct ggml_context * ctx, struct ggml_tensor * exact,
+                                           struct ggml_tensor * rows, struct ggml_tensor * mean) {
+    GGML_ASSERT(exact->type == GGML_TYPE_TBQ8_0 && rows->type == GGML_TYPE_F32 && rows->nb[0] == sizeof(float));
+    GGML_ASSERT(exact->ne[0] == rows->ne[0] && exact->ne[2] == rows->ne[2] && exact->ne[3] * rows->ne[3] == 1);
+    GGML_ASSERT(!mean || (mean->type == GGML_TYPE_F32 && ggml_is_vector(mean) && mean->ne[0] == rows->ne[0]));
+    struct ggml_tensor * result =
+        ggml_new_tensor_3d(ctx, GGML_TYPE_TBQ8_0, rows->ne[0], exact->ne[1] + rows->ne[1], rows->ne[2]);
+    result->op           = GGML_OP_CONCAT;
+    result->op_params[0] = 1; // the dimension, as ggml_concat() sets it
+    result->src[0]       = exact;
+    result->src[1]       = rows;
+    result->src[2]       = mean;
+    return result;
 }
 
 bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash,

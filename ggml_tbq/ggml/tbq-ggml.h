@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-// For GGML_TYPE_TBQ2_0, TBQ3_0 and TBQ4_0, in the shapes of ggml_to_float_t, ggml_from_float_t, ggml_vec_dot_t.
+// For GGML_TYPE_TBQ2_0, TBQ3_0, TBQ4_0 and TBQ8_0, in the shapes of ggml_to_float_t, ggml_from_float_t, ggml_vec_dot_t.
 //
 // quantize_row_*_ref, which SET_ROWS and CPY call too, encodes for attention (tbq_quantize_kv).  ggml keeps a slow
 // reference next to a fast encoder of each type; here every implementation writes the reference's bytes, so one
@@ -25,6 +25,7 @@ extern "C" {
 TBQ_GGML_DECLARE(tbq2_0)
 TBQ_GGML_DECLARE(tbq3_0)
 TBQ_GGML_DECLARE(tbq4_0)
+TBQ_GGML_DECLARE(tbq8_0)
 #undef TBQ_GGML_DECLARE
 
 // For GGML_TYPE_TBQ8_ACT, which has no way back to float, like q8_K.
@@ -40,6 +41,31 @@ TBQ_API enum ggml_type tbq_ggml_type_from_name(const char * name);
 // every key, and tbq_unrotate on the sum, once for every query.  NULL for types that are not tbq.
 typedef void (*tbq_ggml_mad_t)(const void * v, float p, float * acc, int64_t n);
 TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
+
+// Exact rows: some rows of a layer's cache, in tbq8_0 beside the packed ones.  A slot is a row of `exact`, a cell a row
+// of the cache.
+
+// The SET_ROWS also writes row i to slot slots[i] of exact, unless that is -1.  The mean (src[3]) is subtracted in
+// both; the weights (src[4]) concern the packed row.
+//     src[5]  exact  tbq8_0 [n_embd, n_slots]
+//     src[6]  slots  I32 [n_tokens]
+TBQ_API void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_tensor * exact,
+                                     struct ggml_tensor * slots);
+
+// The attention reads slot j in place of cell cells[j], under the mask of the cell.  The cells of a stream are
+// different, in any order; -1: the slot is not used.
+//     src[5]  k      tbq8_0 [head_size_k, n_exact, n_head_kv, n_stream], or NULL where K is not a tbq type
+//     src[6]  v      the same for V
+//     src[7]  cells  I32 [n_exact + n_words, n_stream]: after the cells n_words = ceil(n_kv / 32) words with a bit for
+//                    each row of the cache, bit c % 32 of word c / 32, which is set where a slot has row c
+TBQ_API void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor * k, struct ggml_tensor * v,
+                                           struct ggml_tensor * cells);
+
+// The slots of exact, tbq8_0 [n_embd, n_slots, n_stream], and after them rows - mean, F32 [n_embd, n_rows, n_stream],
+// as tbq8_0: [n_embd, n_slots + n_rows, n_stream].  mean: F32 [n_embd] or NULL.  For batches with more rows than there
+// are slots to spare.  A GGML_OP_CONCAT of dimension 1; the mean is src[2].
+TBQ_API struct ggml_tensor * tbq_ggml_concat_exact(struct ggml_context * ctx, struct ggml_tensor * exact,
+                                                   struct ggml_tensor * rows, struct ggml_tensor * mean);
 
 // Whether the device supports the operations of a cache layer of these types: write rows, and attend for one token and
 // for a prompt.  flash: with FLASH_ATTN_EXT; otherwise by products, for which values are not quantized.  v_in_k: the

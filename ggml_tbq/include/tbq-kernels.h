@@ -32,6 +32,11 @@ typedef struct {
     // acc += scale . d . k[idx], n floats in the rotated domain: how attention adds a row of values.  tbq_unrotate
     // takes the sum back to the original domain once.
     void (*mad_rotated[3])(const void * src, float scale, float * acc, int64_t n);
+    // The same for TBQ_TYPE_TBQ8_0; mean is subtracted, or NULL
+    void (*quantize_exact)(const float * src, const float * mean, void * dst, int64_t n);
+    void (*dequantize_exact)(const void * src, float * dst, int64_t n);
+    float (*dot_exact)(const void * row, const void * act, int64_t n);
+    void (*mad_rotated_exact)(const void * src, float scale, float * acc, int64_t n);
     void (*rotate)(const float * src, float * dst, int64_t n);
     void (*unrotate)(const float * src, float * dst, int64_t n);
     const struct tbq_attention_kernels * attention; // of tbq-attention.h; private to ggml_tbq/cpu/attention

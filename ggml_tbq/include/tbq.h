@@ -115,12 +115,21 @@ typedef struct {
 } block_tbq8_act;
 TBQ_STATIC_ASSERT(sizeof(block_tbq8_act) == 100, "tbq8_act block size");
 
+// Exact rows: the newest and the first rows of a KV cache, in 8 bits beside the packed ones (docs/design/attention.md).
+// d . qs approximates y, the rotated values, as in block_tbq8_act.  Only in caches: never in files.
+typedef struct {
+    float  d;      // max |y| / 127; NaN where a value is NaN or Inf
+    int8_t qs[64]; // -127..127
+} block_tbq8_0;
+TBQ_STATIC_ASSERT(sizeof(block_tbq8_0) == 68, "tbq8_0 block size");
+
 // The values are the GGML type ids.  They are far above llama.cpp's own, so that no other type can be mistaken for
 // these.
 typedef enum {
     TBQ_TYPE_TBQ2_0   = 642,
     TBQ_TYPE_TBQ3_0   = 643,
     TBQ_TYPE_TBQ4_0   = 644,
+    TBQ_TYPE_TBQ8_0   = 645,
     TBQ_TYPE_TBQ8_ACT = 648,
 } tbq_type;
 
@@ -134,10 +143,10 @@ typedef enum {
 typedef struct {
     tbq_type       type;
     const char *   name;  // "tbq4_0"
-    int32_t        bits;  // bits of an index; 8 for the activation type
+    int32_t        bits;  // bits of an index; 8 for tbq8_0 and the activation type
     int32_t        block; // values per block: TBQ_BLOCK
     size_t         block_bytes;
-    const int8_t * levels; // the 2^bits codebook entries, ascending; NULL for the activation type
+    const int8_t * levels; // the 2^bits codebook entries, ascending; NULL where bits is 8
 } tbq_type_info;
 
 // English text, never NULL.
@@ -157,7 +166,8 @@ TBQ_API uint64_t tbq_sign_bits(void);
 TBQ_API size_t tbq_row_bytes(tbq_type type, int64_t n);
 
 // Values to blocks, with the least squared error: for weights and vectors.
-// src: n floats (or IEEE halves).  dst: tbq_row_bytes(type, n) bytes.  tbq_quantize takes TBQ_TYPE_TBQ8_ACT, too.
+// src: n floats (or IEEE halves).  dst: tbq_row_bytes(type, n) bytes.  tbq_quantize takes TBQ_TYPE_TBQ8_0 and TBQ_TYPE_TBQ8_ACT,
+// too; these are rounded to the nearest byte.
 //
 // The encoder tries a grid of scales around rms(y), keeps the index vector with the largest cosine to y, and sets d by
 // least squares.  A block with a NaN or Inf gets d = NaN.  Zeros, and values too small for any d, give d = 0.  A d
@@ -179,7 +189,8 @@ TBQ_API tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, co
                                             void * dst, int64_t n);
 
 // Blocks to values in the original domain.
-// src: tbq_row_bytes(type, n) bytes.  dst: n floats (or halves, rounded to nearest even).
+// src: tbq_row_bytes(type, n) bytes.  dst: n floats (or halves, rounded to nearest even).  tbq_dequantize takes
+// TBQ_TYPE_TBQ8_0, too.
 TBQ_API tbq_status tbq_dequantize(tbq_type type, const void * src, float * dst, int64_t n);
 TBQ_API tbq_status tbq_dequantize_f16(tbq_type type, const void * src, uint16_t * dst, int64_t n);
 
