@@ -30,6 +30,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tbq._exact_rows import FIRST, RECENT, check_exact_rows
 from tbq._types import types
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
@@ -196,6 +197,7 @@ class Llama(_Base):  # type: ignore[misc]
     kv: "auto" (what tbq.plan recommends), a cache type, or "K/V".
     center: whether quantized keys are mean-centered, or a file of `tbq calibrate`.  Without a file the means are
     measured on the first use of a model, which a line on stderr says.
+    recent, first: exact rows: the newest and the first rows of a tbq cache that are kept in 8 bits as well.
     type_k, type_v: the type of the keys and of the values, as a name or as GGML's number; they replace those of kv.
     n_ctx: tokens of context; 0 for the context that the model was trained for.
     All other arguments are those of llama_cpp.Llama.
@@ -212,6 +214,8 @@ class Llama(_Base):  # type: ignore[misc]
         kv: str = "tbq4_0",
         *,
         center: bool | str | os.PathLike[str] = True,
+        recent: int = RECENT,
+        first: int = FIRST,
         type_k: str | int | None = None,
         type_v: str | int | None = None,
         n_ctx: int = 512,
@@ -222,7 +226,8 @@ class Llama(_Base):  # type: ignore[misc]
             raise TBQError(
                 f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for"
             )
-        shape = _plan_arguments(n_ctx, center, options)
+        check_exact_rows(recent, first)
+        shape = {**_plan_arguments(n_ctx, center, options), "recent": recent, "first": first}
         model = open_model(model_path)
         self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
         self._scratch = Scratch()
@@ -242,6 +247,7 @@ class Llama(_Base):  # type: ignore[misc]
             raise TBQError(f"{error}; verbose=True shows llama.cpp's reason") from None
         if self.center and not _try_center(self, self.center, required=center is not True):
             self.center = None
+        set_exact_rows(self, recent, first)
 
 
 def _say(line: str) -> None:
@@ -290,3 +296,18 @@ def set_center(model: Any, path: str | os.PathLike[str] | None) -> None:
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int32
     if function(model.ctx, None if path is None else os.fsencode(path)):
         raise TBQError(f"llama.cpp refuses the center {str(path)!r}; verbose=True shows its reason")
+
+
+def set_exact_rows(model: Any, recent: int, first: int) -> None:
+    """Keeps the newest and the first rows of a llama_cpp.Llama's tbq cache in 8 bits as well; 0 and 0: no rows.
+
+    The model must not have read a token yet.
+    Raises TBQError if llama.cpp refuses, because memory is short for example.
+    """
+    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+
+    check_exact_rows(recent, first)
+    function = llama_cpp.llama_cpp._lib.llama_set_cache_exact
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32], ctypes.c_int32
+    if function(model.ctx, recent, first):
+        raise TBQError("llama.cpp refuses the exact rows; verbose=True shows its reason")

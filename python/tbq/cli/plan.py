@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tbq._exact_rows import FIRST, RECENT
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._units import SIZES, format_size
@@ -83,7 +84,9 @@ def _count(n: int, what: str) -> str:
 
 def _table(plan: Plan) -> Iterator[str]:
     kinds = [kind for kind in (GLOBAL, WINDOW) if any(kind in pair.by_kind for pair in plan.pairs)]
-    head = ["", "K / V", *(f"{kind} {tensor}" for kind in kinds for tensor in "KV"), "total", "", "of f16"]
+    exact = any(pair.exact_bytes for pair in plan.pairs)
+    head = ["", "K / V", *(f"{kind} {tensor}" for kind in kinds for tensor in "KV"), *["exact rows"] * exact]
+    head += ["total", "", "of f16"]
     if plan.memory is not None:
         head.append("longest context")
     full = next((pair.bytes for pair in plan.pairs if (pair.k, pair.v) == ("f16", "f16")), 0)
@@ -94,6 +97,7 @@ def _table(plan: Plan) -> Iterator[str]:
             "*" if (pair.k, pair.v) == plan.recommended else "",
             f"{pair.k} / {pair.v}",
             *cells,
+            *[f"{pair.exact_bytes:,}"] * exact,
             f"{pair.bytes:,}",
             format_size(pair.bytes),
             f"{100 * pair.bytes / full:.1f} %" if full else "",
@@ -178,6 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a physical batch, -ub (512)")
     parser.add_argument("--swa-full", action="store_true", help="sliding windows keep the whole context (--swa-full)")
     parser.add_argument("--no-center", action="store_true", help="recommend types for keys that are not centered")
+    for name, rows, default in (("recent", "newest", RECENT), ("first", "first", FIRST)):
+        text = f"exact rows: the {rows} rows of each sequence that a tbq cache keeps in 8 bits as well ({default})"
+        parser.add_argument(f"--cache-{name}", type=int, default=default, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw memory against context; needs pip install 'ggml-tbq[plot]'"
@@ -206,6 +213,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ubatch=args.ubatch,
             swa_full=args.swa_full,
             center=not args.no_center,
+            recent=args.cache_recent,
+            first=args.cache_first,
             options=args.options,
         )
         if args.plot is not None:

@@ -72,6 +72,9 @@ _WINDOWS: Mapping[str, _Window] = {
 #: Files of these architectures may name a window, but llama.cpp caches the whole context in every layer.
 _WINDOW_IGNORED = _names("llama mistral3 phi3 phimoe qwen2 qwen2moe qwen3 qwen3moe starcoder2")
 
+#: The graphs of these architectures store rows without exact ones.
+_NO_EXACT_ROWS = _names("deepseek4 dflash glm5-next qwen4exp")
+
 _RECURRENT = _names("arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7")
 #: In these architectures a layer without KV heads is recurrent.
 _RECURRENT_WITHOUT_HEADS = _names(
@@ -120,6 +123,12 @@ class CacheShape:
     def cached(self) -> bool:
         """Whether any layer keeps keys and values."""
         return any(layer.kind != NONE for layer in self.layers)
+
+    @property
+    def exact_rows(self) -> bool:
+        """Whether llama.cpp keeps exact rows for the architecture: exact_caches() of llama-kv-exact.cpp."""
+        indexed = any(layer.indexer_key_size for layer in self.layers)
+        return self.flash_attention and not indexed and self.architecture not in _NO_EXACT_ROWS
 
 
 class _Fields:

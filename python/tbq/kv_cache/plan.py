@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tbq._exact_rows import BLOCK_BYTES, FIRST, RECENT, check_exact_rows, slots
 from tbq._key_biases import LARGE_BIAS
 from tbq._types import BLOCK, block_size, types
 from tbq._units import parse_size
@@ -59,10 +60,11 @@ class Pair:
     by_kind: Mapping[str, tuple[int, int]]  #: bytes of keys and of values, for layers of kind "global" and "window"
     longest: int | None  #: tokens of the longest context that fits in the memory; None without memory or limit
     fits: bool | None  #: whether the plan's context fits in its memory; None without memory
+    exact_bytes: int = 0  #: bytes of the exact rows, beside those of keys and values
 
     @property
     def bytes(self) -> int:
-        return self.k_bytes + self.v_bytes
+        return self.k_bytes + self.v_bytes + self.exact_bytes
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Plan:
     center: bool
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate a different amount
+    recent: int = 0  #: exact rows: the newest ones of a sequence that a tbq cache keeps in 8 bits as well,
+    first: int = 0  #: and the first ones
 
     @property
     def cached(self) -> bool:
@@ -108,7 +112,16 @@ class Plan:
 
     def bytes_at(self, k: str, v: str, context: int) -> int:
         """Bytes of the cache with a pair of types, even one that llama.cpp refuses, at a context in tokens."""
-        cache = _Cache(self.layers, self.window, self.parallel, self.unified, self.ubatch, self.swa_full)
+        cache = _Cache(
+            self.layers,
+            self.window,
+            self.parallel,
+            self.unified,
+            self.ubatch,
+            self.swa_full,
+            self.recent,
+            self.first,
+        )
         return cache.total(k, v, context)
 
     def pair(self, k: str, v: str) -> Pair:
@@ -148,6 +161,8 @@ class _Cache:
     unified: bool
     ubatch: int
     swa_full: bool
+    recent: int
+    first: int
 
     @property
     def streams(self) -> int:
@@ -174,9 +189,22 @@ class _Cache:
                 found[kind] = (cells * keys, cells * values)
         return found
 
+    def exact_bytes(self, k: str, v: str, context: int) -> int:
+        """Bytes of the exact rows: llama_kv_exact::init()."""
+        found = 0
+        for kind, cells in self.cells(context).items():
+            sequences = self.parallel if self.unified else 1
+            rows = slots(self.recent, self.first, sequences, cells // self.streams) * self.streams
+            for layer in self.layers:
+                if layer.kind == kind:
+                    sizes = ((k, layer.key_size), (v, layer.value_size))
+                    values = sum(layer.kv_heads * size for name, size in sizes if name in types)
+                    found += rows * values // BLOCK * BLOCK_BYTES
+        return found
+
     def total(self, k: str, v: str, context: int) -> int:
-        """Bytes of keys and values together."""
-        return sum(map(sum, self.sizes(k, v, context).values()))
+        """Bytes of keys, values and exact rows together."""
+        return sum(map(sum, self.sizes(k, v, context).values())) + self.exact_bytes(k, v, context)
 
     def longest(self, k: str, v: str, budget: int) -> int | None:
         """The longest context whose cache fits in a number of bytes; None if every context fits."""
@@ -294,6 +322,8 @@ def plan(
     ubatch: int = 512,
     swa_full: bool = False,
     center: bool = True,
+    recent: int = RECENT,
+    first: int = FIRST,
     options: Sequence[str] = (),
 ) -> Plan:
     """What the cache of a model takes, and which types to use.
@@ -308,12 +338,15 @@ def plan(
     ubatch: tokens of a physical batch, the smaller of -ub and -b.
     swa_full: sliding windows keep the whole context (--swa-full).
     center: whether keys can be centered.  Without centering, larger keys are recommended for large biases.
+    recent, first: exact rows, --cache-recent and --cache-first: rows of each sequence that a tbq cache keeps in 8 bits
+    as well, the newest and the first ones.
     options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN.  Others are
     ignored.  Flash attention is assumed to be on, which is the default.
     Raises TBQError if the file is corrupt, if its architecture is unknown, and if an argument is out of range;
     OSError if the file cannot be opened.
     """
     _check_arguments(model, context, parallel, ubatch)
+    check_exact_rows(recent, first)
     shown = _check_pairs(PAIRS if pairs is None else pairs)
     memory_bytes = parse_size(memory) if memory is not None else None
     opened = open_gguf(model)
@@ -322,7 +355,9 @@ def plan(
     shape = _read_shape(model, settings)
     sequence = max(1, (context or shape.context_train) // (1 if unified else parallel))
     biases = _read_biases(tensors, shape, settings, sequence, center)
-    cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full)
+    if not shape.exact_rows:
+        recent = first = 0
+    cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full, recent, first)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
     budget = None if memory_bytes is None else memory_bytes - state - (0 if cache_only else weights)
@@ -367,6 +402,8 @@ def plan(
         center=needs_center,
         warnings=tuple(_warnings(shape, context, sinks, biases, needs_center)),
         exact=not shape.doubts,
+        recent=recent,
+        first=first,
     )
 
 
@@ -425,8 +462,9 @@ def _compute_pair(cache: _Cache, k: str, v: str, context: int, budget: int | Non
     """The figures of a pair.  budget: bytes for the cache, None without a limit."""
     found = cache.sizes(k, v, context)
     keys, values = sum(sizes[0] for sizes in found.values()), sum(sizes[1] for sizes in found.values())
-    longest = None if budget is None else cache.longest(k, v, budget)
-    return Pair(k, v, keys, values, found, longest, None if budget is None else keys + values <= budget)
+    longest, exact = None if budget is None else cache.longest(k, v, budget), cache.exact_bytes(k, v, context)
+    fits = None if budget is None else keys + values + exact <= budget
+    return Pair(k, v, keys, values, found, longest, fits, exact)
 
 
 def _choose(

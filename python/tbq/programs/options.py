@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tbq._exact_rows import FIRST, RECENT
 from tbq.errors import TBQError
 
 #: What an option is for.  ROPE options change the keys, so a center is valid for one value of each.  MODEL options
@@ -43,6 +44,8 @@ OPTIONS = (
     _option("-ctk --cache-type-k -ctv --cache-type-v", key="types"),
     _option("-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo", key="model"),
     _option("-fa --flash-attn"),
+    _option("--cache-recent", key="recent"),
+    _option("--cache-first", key="first"),
     _option("--host", key="host"),
     _option("--port", key="port"),
     _option("--reuse-port", key="reuse_port", takes_value=False),
@@ -183,12 +186,20 @@ def positive_number(found: Mapping[str, str], key: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) and int(text) else None
 
 
+def row_number(found: Mapping[str, str], key: str, default: int) -> int:
+    """The value of --cache-recent or --cache-first; the default if llama-server would refuse the value."""
+    text = found.get(key, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else default
+
+
 def plan_arguments(found: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of tbq.plan() that llama-server's options mean.  found: what server_options() returns."""
     shape: dict[str, Any] = {
         "context": positive_number(found, "context"),
         "swa_full": "swa_full" in found,
         "unified": True,
+        "recent": row_number(found, "recent", RECENT),
+        "first": row_number(found, "first", FIRST),
     }
     if parallel := positive_number(found, "parallel"):
         shape.update(parallel=parallel, unified="no-" not in found.get("unified", "no-"))

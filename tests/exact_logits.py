@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Logits of a model after a scenario, with the pinned bindings, in a separate process: exact_logits.py SPEC.json OUT.npy
+
+SPEC has these keys. model. type_k, type_v. recent, first: rows that are kept in 8 bits as well. sequences, unified.
+context: fields of llama_context_params. steps: a list of
+
+    ["decode", {sequence: [tokens, first position]}]    one batch; the logits of all its tokens are kept
+    ["cp", from, to], ["rm", sequence, p0, p1], ["keep", sequence], ["shift", sequence, p0, p1, by], ["clear"]
+    ["save", sequence], ["load", sequence]              the state of one sequence; -1: of the whole context
+    ["save_on_device", sequence], ["load_on_device", sequence]
+    ["exact", recent, first]                            again, in the middle; the status goes to stdout
+
+OUT: float32 of shape (tokens of the last batch, vocabulary).
+"""
+
+import ctypes
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+import tbq.llama  # before the bindings, because it gives them the libraries of tbq
+
+# isort: split
+from llama_cpp import llama_cpp as api
+
+spec = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+lib = api._lib
+lib.llama_set_cache_exact.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]
+
+api.llama_backend_init()
+model = api.llama_model_load_from_file(spec["model"].encode(), api.llama_model_default_params())
+assert model, "the model does not load"
+n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+sequences = spec.get("sequences", 1)
+
+parameters = api.llama_context_default_params()
+parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 512 * sequences, 512, 512
+parameters.n_seq_max, parameters.kv_unified = sequences, spec.get("unified", True)
+parameters.type_k = tbq.llama.type_id(spec["type_k"])
+parameters.type_v = tbq.llama.type_id(spec["type_v"])
+parameters.flash_attn_type = 1
+parameters.n_threads = parameters.n_threads_batch = 2
+for name, value in spec.get("context", {}).items():
+    setattr(parameters, name, value)
+context = api.llama_init_from_model(model, parameters)
+assert context, "no context"
+assert lib.llama_set_cache_exact(context, spec["recent"], spec["first"]) == 0, "exact rows were refused"
+memory = api.llama_get_memory(context)
+
+ON_DEVICE = 2  # LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
+saved = {}
+
+
+def decode(parts):
+    n = sum(len(tokens) for tokens, _ in parts.values())
+    batch = api.llama_batch_init(n, 0, 1)
+    batch.n_tokens = n
+    i = 0
+    for sequence, (tokens, start) in parts.items():
+        for offset, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + offset, 1
+            batch.seq_id[i][0], batch.logits[i] = int(sequence), 1
+            i += 1
+    assert api.llama_decode(context, batch) == 0, "decoding failed"
+    rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(context, i), (n_vocab,)).copy() for i in range(n)]
+    api.llama_batch_free(batch)
+    return np.stack(rows)
+
+
+def save(sequence, flags=0):
+    if sequence == -1:
+        size = api.llama_state_get_size(context)
+        data = (ctypes.c_uint8 * size)()
+        assert api.llama_state_get_data(context, data, size) == size
+    else:
+        size = api.llama_state_seq_get_size_ext(context, sequence, flags)
+        data = (ctypes.c_uint8 * size)()
+        assert api.llama_state_seq_get_data_ext(context, data, size, sequence, flags) == size
+    saved[flags] = data
+
+
+def load(sequence, flags=0):
+    data = saved[flags]
+    if sequence == -1:
+        assert api.llama_state_set_data(context, data, len(data)) == len(data)
+    else:
+        assert api.llama_state_seq_set_data_ext(context, data, len(data), sequence, flags) == len(data)
+
+
+for step, *arguments in spec["steps"]:
+    if step == "decode":
+        logits = decode(arguments[0])
+    elif step == "cp":
+        api.llama_memory_seq_cp(memory, *arguments, -1, -1)
+    elif step == "rm":
+        assert api.llama_memory_seq_rm(memory, *arguments)
+    elif step == "keep":
+        api.llama_memory_seq_keep(memory, *arguments)
+    elif step == "shift":
+        assert api.llama_memory_can_shift(memory)
+        api.llama_memory_seq_add(memory, *arguments)
+    elif step == "clear":
+        api.llama_memory_clear(memory, True)
+    elif step == "exact":
+        print(lib.llama_set_cache_exact(context, *arguments))
+    elif step.startswith("save"):
+        save(*arguments, ON_DEVICE if step == "save_on_device" else 0)
+    else:
+        load(*arguments, ON_DEVICE if step == "load_on_device" else 0)
+np.save(sys.argv[2], logits)

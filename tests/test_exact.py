@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""Exact rows: no path forgets them, none reads a wrong one, and they are worth what they cost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_tools import ENV, Divergence, Server, complete, number, python_text, run
+from test_plan import gemma3, lfm2
+
+HERE = Path(__file__).parent
+
+
+def logits(folder, model, steps, k="tbq2_0", v="tbq2_0", recent=512, first=0, **spec):
+    """The logits of the last batch of a scenario, float64, and what the process printed."""
+    spec |= {"model": str(model), "type_k": k, "type_v": v, "recent": recent, "first": first, "steps": steps}
+    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, HERE / "exact_logits.py", folder / "spec.json", folder / "out.npy"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENV,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return np.load(folder / "out.npy").astype(np.float64), done.stdout
+
+
+def divergence(expected, actual):
+    """The mean KL divergence of the rows, in nats."""
+
+    def log_softmax(x):
+        x = x - x.max(axis=1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    p, q = log_softmax(expected), log_softmax(actual)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def tokens(n, seed=1):
+    """Tokens that every vocabulary of the tests has."""
+    return [int(t) for t in np.random.default_rng(seed).integers(2, 250, n)]
+
+
+TEXT = tokens(400)
+OTHER = tokens(400, seed=2)
+
+
+def decode(**parts):
+    """A batch: s0=(tokens, position) and so on, by sequence."""
+    return ["decode", {name[1:]: list(part) for name, part in parts.items()}]
+
+
+def one_by_one(n, at, text=TEXT, s=0):
+    return [decode(**{f"s{s}": (text[at + i : at + i + 1], at + i)}) for i in range(n)]
+
+
+SCENARIOS = {
+    "a prompt": [decode(s0=(TEXT[:300], 0))],
+    "a prompt after a prompt": [decode(s0=(TEXT[:200], 0)), decode(s0=(TEXT[200:260], 200))],
+    "a few tokens": [decode(s0=(TEXT[:200], 0)), decode(s0=(TEXT[200:207], 200))],
+    "token by token": [decode(s0=(TEXT[:100], 0)), *one_by_one(30, 100)],
+    "a draft that is rejected": [
+        decode(s0=(TEXT[:100], 0)),
+        decode(s0=(OTHER[:8], 100)),
+        ["rm", 0, 102, -1],
+        decode(s0=(TEXT[102:108], 102)),
+    ],
+    "a context shift": [
+        decode(s0=(TEXT[:200], 0)),
+        ["rm", 0, 4, 84],
+        ["shift", 0, 84, -1, -80],
+        decode(s0=(TEXT[200:204], 120)),
+    ],
+    "a state of one sequence": [
+        decode(s0=(TEXT[:100], 0)),
+        ["save", 0],
+        decode(s0=(OTHER[:50], 100)),
+        ["load", 0],
+        decode(s0=(TEXT[100:104], 100)),
+    ],
+    "a state on the device": [
+        decode(s0=(TEXT[:100], 0)),
+        ["save_on_device", 0],
+        decode(s0=(OTHER[:50], 100)),
+        ["load_on_device", 0],
+        decode(s0=(TEXT[100:104], 100)),
+    ],
+    "a state of the context": [
+        decode(s0=(TEXT[:100], 0)),
+        *one_by_one(3, 100),
+        ["save", -1],
+        decode(s0=(OTHER[:50], 103)),
+        ["load", -1],
+        decode(s0=(TEXT[103:107], 103)),
+    ],
+    "after everything was removed": [
+        decode(s0=(OTHER[:200], 0)),
+        ["clear"],
+        decode(s0=(TEXT[:100], 0)),
+        decode(s0=(TEXT[100:104], 100)),
+    ],
+}
+
+SEVERAL = {
+    "two sequences": [
+        decode(s0=(TEXT[:100], 0), s1=(OTHER[:100], 0)),
+        decode(s0=(TEXT[100:103], 100), s1=(OTHER[100:103], 100)),
+    ],
+    "two sequences by turns": [
+        decode(s1=(OTHER[:100], 0)),
+        decode(s0=(TEXT[:100], 0)),
+        *one_by_one(3, 100, OTHER, 1),
+        decode(s0=(TEXT[100:103], 100)),
+    ],
+    "a copy": [
+        decode(s0=(TEXT[:100], 0)),
+        ["cp", 0, 1],
+        decode(s0=(OTHER[:4], 100), s1=(TEXT[100:104], 100)),
+    ],
+    "a copy that is kept": [
+        decode(s0=(TEXT[:100], 0)),
+        ["cp", 0, 1],
+        ["rm", 0, -1, -1],
+        decode(s0=(OTHER[:40], 0)),
+        decode(s1=(TEXT[100:104], 100)),
+    ],
+    "a copy over another one": [
+        decode(s1=(OTHER[:120], 0)),
+        decode(s0=(TEXT[:100], 0)),
+        ["rm", 1, -1, -1],
+        ["cp", 0, 1],
+        decode(s1=(TEXT[100:104], 100)),
+    ],
+    "a state that moves": [
+        decode(s0=(TEXT[:100], 0), s1=(OTHER[:100], 0)),
+        ["save", 0],
+        ["load", 1],
+        decode(s1=(TEXT[100:104], 100)),
+    ],
+    "a state of the context": [
+        decode(s0=(TEXT[:100], 0), s1=(OTHER[:100], 0)),
+        ["save", -1],
+        ["clear"],
+        ["load", -1],
+        decode(s0=(TEXT[100:104], 100), s1=(OTHER[100:104], 100)),
+    ],
+}
+
+
+def check(folder, model, steps, **spec):
+    """With the whole context in the window, a cache of two bits gives the logits of f32: nothing reads a packed row.
+
+    Without, it does not. A wrong row would be far worse than a packed one.
+    """
+    expected, _ = logits(folder, model, steps, k="f32", v="f32", **spec)
+    packed = divergence(expected, logits(folder, model, steps, recent=0, **spec)[0])
+    exact = divergence(expected, logits(folder, model, steps, **spec)[0])
+    assert packed > 0.02, "two bits lose nothing here, so the scenario shows nothing"
+    assert exact < 0.02 * packed + 2e-4, f"{exact} with the window, {packed} without"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_window_of_the_whole_context(demo_model, tmp_path, name):
+    check(tmp_path, demo_model, SCENARIOS[name])
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_sequences(demo_model, tmp_path, name, unified):
+    check(tmp_path, demo_model, SEVERAL[name], sequences=2, unified=unified)
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "v"),
+    [("values of f16", "tbq2_0", "f16"), ("keys of f16", "f16", "tbq2_0"), ("keys of q8_0", "q8_0", "tbq2_0")],
+)
+def test_one_side(demo_model, tmp_path, name, k, v):
+    check(tmp_path, demo_model, SCENARIOS["a draft that is rejected"], k=k, v=v)
+
+
+@pytest.mark.parametrize("write", [gemma3, lfm2], ids=["sliding windows", "hybrid"])
+def test_other_caches(tmp_path, write):
+    """Both caches of a model with sliding windows, and the attention cache of a hybrid one.
+
+    These models are random, so two bits lose little, and what they lose shows.
+    """
+    model = write(tmp_path / "model.gguf")
+    steps = [decode(s0=(TEXT[:300], 0)), decode(s0=(TEXT[300:308], 300)), *one_by_one(4, 308)]
+    expected, _ = logits(tmp_path, model, steps, k="f32", v="f32")
+    packed = divergence(expected, logits(tmp_path, model, steps, recent=0)[0])
+    exact = divergence(expected, logits(tmp_path, model, steps)[0])
+    assert packed > 0
+    assert exact < 0.05 * packed, f"{exact} with the window, {packed} without"
+
+
+def test_a_short_window(demo_model, tmp_path):
+    """The same rows are exact token by token, in a few tokens at once, and as the end of a prompt."""
+    first, rest = [decode(s0=(TEXT[:260], 0))], [decode(s0=(TEXT[260:276], 260))]
+    found = {}
+    for window in ((0, 0), (32, 4), (128, 4)):
+        shape = {"recent": window[0], "first": window[1]}
+        expected, _ = logits(tmp_path, demo_model, first + rest, k="f32", v="f32", recent=0)
+        at_once = divergence(expected, logits(tmp_path, demo_model, first + rest, **shape)[0])
+        last = divergence(
+            expected[-1:], logits(tmp_path, demo_model, first + one_by_one(16, 260), **shape)[0]
+        )
+        found[window] = (at_once, last)
+    assert found[128, 4][0] < found[32, 4][0] < found[0, 0][0] / 2, found
+    assert found[128, 4][1] < found[0, 0][1] / 2, found
+
+
+def test_states_of_other_windows(demo_model, bin_dir, tmp_path):
+    """A slot that was saved with exact rows restores without them, and the other way round."""
+    prompt = "One day in spring, a fox went down to the river to see what the water had brought. " * 3
+    on = ("--cache-recent", 64, "--cache-first", 4)
+    types = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--slot-save-path", str(tmp_path) + "/")
+    for name, saving, loading in (("on", on, ()), ("off", (), on), ("other", on, ("--cache-recent", 8))):
+        with Server(bin_dir, demo_model, tmp_path / "log", *types, *saving) as server:
+            server.complete(prompt, n=4)
+            assert server.slot("save", name)[0] == 200
+            size = (tmp_path / name).stat().st_size
+        with Server(bin_dir, demo_model, tmp_path / "log", *types, *loading) as server:
+            status, answer = server.slot("restore", name)
+            assert (status, answer["n_read"]) == (200, size)
+            assert server.complete(prompt, n=4)["tokens_evaluated"] > 0
+
+
+def test_damaged_section(demo_model, bin_dir, tmp_path):
+    """Changed bytes of the section are refused, and the server goes on."""
+    types = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "--slot-save-path", str(tmp_path) + "/")
+    with Server(bin_dir, demo_model, tmp_path / "log", *types, "--cache-recent", 16, "--cache-first", 2) as server:
+        text = server.complete("The river was", n=8)["content"]
+        assert server.slot("save", "whole")[0] == 200
+        whole = (tmp_path / "whole").read_bytes()
+        at = whole.index(b"EXAC")
+        for offset, value in ((4, 7), (8, 2**31), (8, 3), (12, 2**32 - 1), (16, 0)):
+            data = bytearray(whole)
+            data[at + offset : at + offset + 4] = value.to_bytes(4, "little")
+            (tmp_path / "changed").write_bytes(data)
+            status, answer = server.slot("restore", "changed")
+            assert status == 400, (offset, value, answer)
+            assert server.complete("The river was", n=8)["content"] == text
+        (tmp_path / "cut").write_bytes(whole[:-1])
+        assert server.slot("restore", "cut")[0] == 400
+        assert server.slot("restore", "whole")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "recent", "first", "prompt", "n"),
+    [
+        (256, 4096, 4096, "The river was", 8),
+        (256, 1, 0, "The river was", 8),
+        (256, 0, 1, "The river was", 8),
+        (256, 128, 4, "Yes", 1),
+        (256, 999999999, 999999999, "The river was", 2),
+        (256, 32, 4, "word " * 220, 60),
+    ],
+)
+def test_small_inputs(demo_model, bin_dir, n_ctx, recent, first, prompt, n):
+    rows = ("--cache-recent", recent, "--cache-first", first)
+    text, log = complete(bin_dir, demo_model, prompt, "-ctk", "tbq3_0", "-ctv", "tbq3_0", *rows, n=n, n_ctx=n_ctx)
+    assert "rows of a sequence are kept in 8 bits" in log
+    assert text or n == 1
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "", "1.5", "4294967296", "12 "])
+def test_refused_numbers(demo_model, bin_dir, value):
+    done = run(bin_dir / "llama-completion", "-m", demo_model, "--cache-recent", value, "-p", "x", ok=False)
+    assert done.returncode == 1
+    assert "is not a number of rows" in done.stdout + done.stderr
+
+
+def test_log_and_memory(demo_model, bin_dir):
+    """On by default for tbq types, in one line with the size; nothing is said of other types."""
+    default = ("--cache-recent", 128, "--cache-first", 4)
+    _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "tbq4_0", "-ctv", "tbq4_0", *default, n=1, n_ctx=1024)
+    rows = 1 * (128 + 4) + 16 + 1
+    size = rows * 2 * 30 * 192 // 64 * 68 / 2**20
+    assert f"the newest 128 and the first 4 rows of a sequence are kept in 8 bits: 30 layers, {size:.2f} MiB" in log
+    _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "q8_0", "-ctv", "q8_0", *default, n=1)
+    assert "kept in 8 bits" not in log
+    done = run(bin_dir / "llama-completion", "--help")
+    assert "as well (default: 128)" in done.stdout and "as well (default: 4)" in done.stdout
