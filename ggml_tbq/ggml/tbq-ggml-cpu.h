@@ -19,9 +19,12 @@ bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct g
 size_t tbq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads);
 
 // GGML_OP_SET_ROWS of centered keys: into a tbq type, with the mean of a row in src[3] and the weights of its channels
-// in src[4] (tbq_quantize_kv_centered; f32, src[0]->ne[0] each; NULL where there is none).  Called by every thread.
-// False, with nothing done, without either.
+// in src[4] (tbq_quantize_kv_centered; f32, src[0]->ne[0] each; NULL where there is none), and of rows that are stored
+// exactly, too (tbq_ggml_set_rows_exact).  Called by every thread.  False, with nothing done, without any of these.
 bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// The node of tbq_ggml_concat_exact.  Called by every thread.  False, with nothing done, for any other CONCAT.
+bool tbq_ggml_concat(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }
