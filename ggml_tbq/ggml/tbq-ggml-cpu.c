@@ -6,14 +6,28 @@
 
 #include <string.h>
 
+static void f32_to_float(const void * src, float * dst, int64_t n) {
+    memcpy(dst, src, (size_t) n * sizeof(float));
+}
+
+static bool is_kernel_type(enum ggml_type type) {
+    return ggml_is_tbq(type) || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0;
+}
+
+// Zeros without a tensor.
 static tbq_attention_tensor side_of(const struct ggml_tensor * t) {
+    if (!t) {
+        const tbq_attention_tensor none = { 0 };
+        return none;
+    }
     const tbq_attention_tensor side = {
-        .type          = (int) t->type,
+        .type          = is_kernel_type(t->type) ? (int) t->type : TBQ_ATTENTION_OTHER,
         .data          = t->data,
         .row_stride    = t->nb[1],
         .head_stride   = t->nb[2],
         .stream_stride = t->nb[3],
         .n_streams     = t->ne[3],
+        .to_float      = t->type == GGML_TYPE_F32 ? f32_to_float : ggml_get_type_traits(t->type)->to_float,
     };
     return side;
 }
@@ -25,6 +39,7 @@ static bool make_plan(const struct ggml_tensor * dst, tbq_attention_plan * plan)
     const struct ggml_tensor * v     = dst->src[2];
     const struct ggml_tensor * mask  = dst->src[3];
     const struct ggml_tensor * sinks = dst->src[4];
+    const struct ggml_tensor * cells = dst->src[7];
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || k->ne[2] != v->ne[2] ||
         k->nb[0] != ggml_type_size(k->type) || v->nb[0] != ggml_type_size(v->type) || !ggml_is_contiguous(dst) ||
         (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t)))) {
@@ -54,6 +69,15 @@ static bool make_plan(const struct ggml_tensor * dst, tbq_attention_plan * plan)
         a.mask_stream_stride = mask->nb[3];
         a.mask_n_heads       = mask->ne[2];
         a.mask_n_streams     = mask->ne[3];
+    }
+    if (cells) {
+        // an array of cells and one of words for each stream
+        a.n_exact             = cells->ne[0] - (k->ne[1] + 31) / 32;
+        a.exact_k             = side_of(dst->src[5]);
+        a.exact_v             = side_of(dst->src[6]);
+        a.cells               = (const int32_t *) cells->data;
+        a.packed_hidden       = (const uint32_t *) cells->data + a.n_exact;
+        a.exact_stream_stride = cells->nb[1];
     }
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
@@ -99,6 +123,45 @@ bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct g
                             plan.n_rows * (params->ith + 1) / params->nth, params->wdata);
     }
     return true;
+}
+
+int64_t tbq_ggml_exact_slot(const struct ggml_tensor * fa, int64_t stream, int64_t cell) {
+    const struct ggml_tensor * cells = fa->src[7];
+    if (!cells) {
+        return -1;
+    }
+    const int32_t * list = (const int32_t *) ((const char *) cells->data + stream * cells->nb[1]);
+    int64_t         slot = cells->ne[0] - (fa->src[1]->ne[1] + 31) / 32;
+    if (!((uint32_t) list[slot + cell / 32] >> cell % 32 & 1)) {
+        return -1;
+    }
+    while (--slot >= 0 && list[slot] != cell) {
+    }
+    return slot;
+}
+
+static const char * exact_row(const struct ggml_tensor * exact, int64_t slot, int64_t head, int64_t stream) {
+    return exact && slot >= 0
+               ? (const char *) exact->data + slot * exact->nb[1] + head * exact->nb[2] + stream * exact->nb[3]
+               : NULL;
+}
+
+bool tbq_ggml_exact_dot(const struct ggml_tensor * fa, int64_t slot, int64_t head, int64_t stream, const void * q,
+                        float * s) {
+    const char * row = exact_row(fa->src[5], slot, head, stream);
+    if (row) {
+        *s = tbq_best_kernels()->dot_exact(row, q, fa->src[5]->ne[0]);
+    }
+    return row != NULL;
+}
+
+bool tbq_ggml_exact_mad(const struct ggml_tensor * fa, int64_t slot, int64_t head, int64_t stream, float p,
+                        float * acc) {
+    const char * row = exact_row(fa->src[6], slot, head, stream);
+    if (row) {
+        tbq_best_kernels()->mad_rotated_exact(row, p, acc, fa->src[6]->ne[0]);
+    }
+    return row != NULL;
 }
 
 // Some blocks of one row.  A token has one row, so it is blocks that the threads share.

@@ -15,6 +15,14 @@ struct ggml_compute_params;
 // nothing done, for what the kernels do not take and when the reference is asked for: the generic path follows.
 bool tbq_ggml_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// Exact rows in the generic path.  The slot that has a row of the cache, or -1; then the product of its key with a
+// query in TBQ8_ACT, and p times its value added to acc, rotated.  False, with nothing done, if it has none.
+int64_t tbq_ggml_exact_slot(const struct ggml_tensor * fa, int64_t stream, int64_t cell);
+bool    tbq_ggml_exact_dot(const struct ggml_tensor * fa, int64_t slot, int64_t head, int64_t stream, const void * q,
+                           float * s);
+bool    tbq_ggml_exact_mad(const struct ggml_tensor * fa, int64_t slot, int64_t head, int64_t stream, float p,
+                           float * acc);
+
 // The work buffer that it needs; 0 for what it does not take.
 size_t tbq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads);
 
