@@ -42,10 +42,14 @@ def fuzz(*command):
 
 
 def attention(*command, problems, seed=1):
-    """Returns the implementations that were compared on attention.  Some problems must have split the cache."""
+    """Returns the implementations that were compared on attention.
+
+    Some problems must have split the cache, and some must have had exact rows.
+    """
     out = run(*command, str(problems), str(seed))
-    count, chunked = map(int, re.search(r"(\d+) problems, (\d+) of them in chunks", out).groups())
-    assert count == problems and chunked >= problems // 8
+    pattern = r"(\d+) problems, (\d+) of them in chunks, (\d+) with exact rows"
+    count, chunked, listed = map(int, re.search(pattern, out).groups())
+    assert count == problems and chunked >= problems // 8 and listed >= problems // 8
     return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
 
 

@@ -150,7 +150,15 @@ TBQ_INLINE const int16_t * tbq_thresholds(int bits, int scale) {
 
 // A block is d, qs and, at 3 bits, qh: see tbq.h.
 TBQ_INLINE size_t tbq_block_bytes(int bits) {
-    return bits == 2 ? sizeof(block_tbq2_0) : bits == 3 ? sizeof(block_tbq3_0) : sizeof(block_tbq4_0);
+    return bits == 2   ? sizeof(block_tbq2_0)
+           : bits == 3 ? sizeof(block_tbq3_0)
+           : bits == 4 ? sizeof(block_tbq4_0)
+                       : sizeof(block_tbq8_0);
+}
+
+// The bytes of a tbq8_0 block.
+TBQ_INLINE const uint8_t * tbq_exact_qs(const void * block) {
+    return (const uint8_t *) block + offsetof(block_tbq8_0, qs);
 }
 
 // The 32-bit words of a block without d.

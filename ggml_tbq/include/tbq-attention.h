@@ -7,7 +7,10 @@
 // for each query row: token t and query head h of stream s.  Query head h reads KV head h / (n_head / n_head_kv).  With
 // sinks, exp(sink_h) is added to the denominator.
 //
-// K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them is f16 or q8_0.
+// K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them has another type.
+//
+// Exact rows: a list says which cached rows are also kept in 8 bits, and where.  These are read from there, and the
+// packed row has no effect.
 //
 // A row whose mask is -Inf has no effect, whatever it holds, NaN included.  A row whose softmax weight underflows to 0
 // in its tile of 64 cached rows affects only how the other weights are rounded.  A query row that sees no key gets
@@ -16,13 +19,14 @@
 // arithmetic.
 //
 // The computation, per tile of 64 cached rows (cpu/attention/tile.inc has the reasons):
+//   - Exact rows are tiles of their own, 64 entries of the list each, after the tiles of the cache.
 //   - Queries are rotated once and rounded to 8 bits in blocks of 64, as TBQ_TYPE_TBQ8_ACT.  K is unpacked to bytes
-//     once for all query rows that share it.  Products are exact integers.  f16 and q8_0 keys are multiplied by f32
+//     once for all query rows that share it.  Products are exact integers.  Keys of other types are multiplied by f32
 //     queries.
 //   - The softmax is in f32, relative to the maximum of the tile.
 //   - Weights times the scales of V are rounded to 15 bits and a sign, relative to their largest possible value in the
 //     tile, or to their largest where the mask hides a row.  Products with unpacked V are exact integers again.  The
-//     sum stays rotated, and is rotated back once per query row.  f16 and q8_0 values are multiplied by f32 weights.
+//     sum stays rotated, and is rotated back once per query row.  Values of other types are multiplied by f32 weights.
 // docs/measurements/attention.md has the error that this adds to f32 arithmetic on the dequantized cache.
 //
 // EXACTNESS
@@ -45,13 +49,14 @@
 extern "C" {
 #endif
 
-// Types of K and V.  The ids of the last two are ggml's.
+// Types of K and V.  The ids of f16 and q8_0 are ggml's.
 typedef enum {
     TBQ_ATTENTION_TBQ2_0 = TBQ_TYPE_TBQ2_0,
     TBQ_ATTENTION_TBQ3_0 = TBQ_TYPE_TBQ3_0,
     TBQ_ATTENTION_TBQ4_0 = TBQ_TYPE_TBQ4_0,
     TBQ_ATTENTION_F16    = 1,
     TBQ_ATTENTION_Q8_0   = 8,
+    TBQ_ATTENTION_OTHER  = -1, // any type that `to_float` decodes
 } tbq_attention_type;
 
 // K or V.  Strides are in bytes, from one cached row, KV head and stream to the next.
@@ -60,6 +65,7 @@ typedef struct {
     const void * data;
     size_t       row_stride, head_stride, stream_stride;
     int64_t      n_streams; // divides tbq_attention.n_streams; each of these is read by that many consecutive streams
+    void (*to_float)(const void * src, float * dst, int64_t n); // of TBQ_ATTENTION_OTHER
 } tbq_attention_tensor;
 
 typedef struct {
@@ -83,18 +89,29 @@ typedef struct {
     const float * sinks;                          // n_head logits, or NULL
     float         scale, max_bias, logit_softcap; // max_bias > 0: ALiBi slopes; logit_softcap 0: none
 
+    // Exact rows: n_exact entries of a list, or 0.  Entry j of a stream stands for cached row cells[j], or for none if
+    // that is -1; no row occurs twice.  Its key is row j of exact_k, its value row j of exact_v, in tbq8_0; a side that
+    // is not tbq has none, and is read at row cells[j].  Bit c % 32 of packed_hidden[c / 32] is set where the list has
+    // row c.  Both arrays have one part for each stream, exact_stream_stride bytes apart.
+    int64_t              n_exact;
+    tbq_attention_tensor exact_k, exact_v; // the type is not read
+    const int32_t *      cells;
+    const uint32_t *     packed_hidden; // ceil(n_kv / 32) words
+    size_t               exact_stream_stride;
+
     float * out; // [n_streams][n_tokens][n_head][v_size], contiguous
 } tbq_attention;
 
 // How a problem is partitioned: a function of its shape alone, so that the results do not depend on the number of
 // threads.  A work item is a chunk of the cache for a tile of the query rows of one KV head, or of several KV heads
 // that are adjacent in a cached row.  More than one chunk is split-KV: each chunk gives partial results, which are
-// merged.
+// merged.  With several chunks, exact rows are chunks of their own.
 typedef struct {
     tbq_attention a;
     int64_t       n_items;
-    int64_t       n_chunks;       // of the cache
-    int64_t       chunk_rows;     // cached rows in a chunk, a multiple of 64
+    int64_t       n_chunks;       // of the cache, and of the exact rows
+    int64_t       n_exact_chunks; // the last ones; 0: chunk 0 is the only one, and has all rows
+    int64_t       chunk_rows;     // cached or exact rows in a chunk, a multiple of 64
     int64_t       heads_per_item; // KV heads
     int64_t       n_head_groups;
     int64_t       tile_rows; // query rows of one KV head in an item; row = token . (n_head / n_head_kv) + head
@@ -105,7 +122,7 @@ typedef struct {
 
 // Fills in the plan.  TBQ_OK, or why these kernels do not take the problem: TBQ_ERROR_TYPE (neither K nor V is tbq, or
 // one has a type that is not listed above) or TBQ_ERROR_LENGTH (a count below 1, head sizes that are not multiples of
-// 64, heads or streams that do not divide).  Reads types, sizes and counts only, and of mask whether it is NULL: other
+// 64, heads or streams that do not divide, n_exact below 0).  Reads types, sizes and counts only, and of mask whether it is NULL: other
 // pointers and strides may be set later, in plan->a.
 TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
 

@@ -41,17 +41,30 @@ static uint16_t to_half(float x) { // up to 60000, or -Inf; what would be subnor
     return (uint16_t) ((x < 0 ? 0x8000 : 0) | (((e + 14) << 10) + (q - 1024)));
 }
 
+// TBQ_ATTENTION_OTHER is the upper halves of floats here.
+static void upper_halves_to_float(const void * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t * b = (const uint8_t *) src + 2 * i;
+        const uint32_t  u = (uint32_t) b[0] << 16 | (uint32_t) b[1] << 24;
+        memcpy(dst + i, &u, sizeof(u));
+    }
+}
+
+static int is_half(int type) {
+    return type == TBQ_ATTENTION_F16 || type == TBQ_ATTENTION_OTHER;
+}
+
 static size_t bytes_of(int type, int64_t n) {
-    return type == TBQ_ATTENTION_F16    ? (size_t) n * 2
+    return is_half(type)                ? (size_t) n * 2
            : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34
                                         : tbq_row_bytes(type, n);
 }
 
 static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
-    if (type == TBQ_ATTENTION_F16) {
+    if (is_half(type)) {
         for (int64_t i = 0; i < n; i++) {
             const uint16_t h = to_half(x[i]);
-            memcpy(dst + 2 * i, &h, 2);
+            memcpy(dst + 2 * i, type == TBQ_ATTENTION_F16 ? (const char *) &h : (const char *) (x + i) + 2, 2);
         }
     } else if (type == TBQ_ATTENTION_Q8_0) {
         for (int64_t i = 0; i < n; i += 32, dst += 34) {
@@ -66,6 +79,8 @@ static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
                     (int8_t) (top > 0 ? lrintf(fminf(fmaxf(x[i + j] / from_half(d), -127), 127)) : 0);
             }
         }
+    } else if (type == TBQ_TYPE_TBQ8_0) {
+        tbq_quantize(type, x, dst, n);
     } else {
         tbq_quantize_kv(type, x, dst, n);
     }
@@ -81,6 +96,10 @@ static void decode(int type, const uint8_t * src, float * x, int64_t n) {
             const uint8_t * b = src + i / 32 * 34;
             x[i]              = from_half((uint16_t) (b[0] | b[1] << 8)) * (float) ((const int8_t *) b)[2 + i % 32];
         }
+    } else if (type == TBQ_ATTENTION_OTHER) {
+        upper_halves_to_float(src, x, n);
+    } else if (type == TBQ_TYPE_TBQ8_0) {
+        tbq_list_kernels(&(int){ 0 })[0]->dequantize_exact(src, x, n);
     } else {
         tbq_list_kernels(&(int){ 0 })[0]->dequantize[type - TBQ_TYPE_TBQ2_0](src, x, n);
     }
@@ -90,8 +109,9 @@ static void decode(int type, const uint8_t * src, float * x, int64_t n) {
 
 typedef struct {
     tbq_attention a;
-    void *        buffers[10];
+    void *        buffers[16];
     int           n_buffers;
+    int32_t *     slots; // [streams][n_kv]: the entry of the list that stands for a row, or -1; NULL without a list
     const float * exact_k; // what the cache was made from: [streams][n_head_kv][n_kv][size]
     const float * exact_v;
 } problem;
@@ -104,8 +124,9 @@ static void * allocate(problem * p, size_t bytes) {
 static const float * make_side(problem * p, tbq_attention_tensor * s, int type, int64_t size, int64_t n_streams,
                                const uint8_t * unseen) {
     const tbq_attention * a   = &p->a;
-    const size_t          one = bytes_of(type, size) + (below(4) ? 0 : type == TBQ_ATTENTION_F16 ? 2 : 34) * below(3);
+    const size_t          one = bytes_of(type, size) + (below(4) ? 0 : is_half(type) ? 2 : 34) * below(3);
     s->type                   = type;
+    s->to_float               = type == TBQ_ATTENTION_OTHER ? upper_halves_to_float : NULL;
     s->n_streams              = n_streams;
     if (below(2)) {
         s->head_stride = one;
@@ -136,6 +157,92 @@ static const float * make_side(problem * p, tbq_attention_tensor * s, int type, 
         }
     }
     return exact;
+}
+
+static const uint8_t * side_row(const tbq_attention_tensor * s, int64_t stream, int64_t head, int64_t r) {
+    return (const uint8_t *) s->data + stream * s->stream_stride + head * s->head_stride + r * s->row_stride;
+}
+
+// n different rows of the cache in any order, -1 after them and, for some kinds, in between.
+static void make_list(const tbq_attention * a, int kind, int32_t * cells) {
+    int32_t * order = malloc(a->n_kv * sizeof(*order));
+    for (int64_t c = 0; c < a->n_kv; c++) {
+        const int64_t at = kind == 2 ? c : below(c + 1); // the newest in order, or anything
+        order[c]         = order[at];
+        order[at]        = (int32_t) c;
+    }
+    int64_t taken = 0;
+    for (int64_t j = 0; j < a->n_exact; j++) {
+        const int use = kind == 0 ? 0 : kind == 3 ? below(3) == 0 : kind == 4 ? j / TBQ_BLOCK % 2 == 1 : 1;
+        cells[j]      = use && taken < a->n_kv ? order[a->n_kv - ++taken] : -1;
+    }
+    free(order);
+}
+
+// The rows of the list in tbq8_0.  Those of unused entries are NaNs.
+static void make_exact_side(problem * p, tbq_attention_tensor * s, const tbq_attention_tensor * cached,
+                            const float * exact, int64_t size) {
+    const tbq_attention * a   = &p->a;
+    const size_t          one = bytes_of(TBQ_TYPE_TBQ8_0, size) + 68 * (below(4) == 0);
+    s->n_streams              = a->n_streams;
+    s->head_stride            = below(2) ? one : one * a->n_exact;
+    s->row_stride             = s->head_stride == one ? one * a->n_head_kv : one;
+    s->stream_stride          = one * (a->n_exact + below(3)) * a->n_head_kv;
+    const size_t total        = s->stream_stride * (a->n_streams - 1) + s->head_stride * (a->n_head_kv - 1) +
+                                s->row_stride * (a->n_exact - 1) + bytes_of(TBQ_TYPE_TBQ8_0, size);
+    s->data                   = memset(allocate(p, total), 0xFF, total);
+    for (int64_t stream = 0; stream < a->n_streams; stream++) {
+        const int64_t from = stream / (a->n_streams / cached->n_streams);
+        for (int64_t h = 0; h < a->n_head_kv; h++) {
+            for (int64_t r = 0; r < a->n_kv; r++) {
+                const int32_t slot = p->slots[stream * a->n_kv + r];
+                if (slot >= 0) {
+                    encode(TBQ_TYPE_TBQ8_0, exact + ((from * a->n_head_kv + h) * a->n_kv + r) * size,
+                           (uint8_t *) side_row(s, stream, h, slot), size);
+                }
+            }
+        }
+    }
+}
+
+// A list, and packed rows of it with NaN scales where no other stream reads them.
+static void make_exact(problem * p, int64_t n_exact) {
+    tbq_attention * a       = &p->a;
+    const int64_t   n_words = (a->n_kv + 31) / 32;
+    a->n_exact              = n_exact;
+    a->exact_stream_stride  = (n_exact + n_words) * 4;
+    int32_t * cells         = allocate(p, a->n_streams * a->exact_stream_stride);
+    p->slots                = allocate(p, a->n_streams * a->n_kv * sizeof(int32_t));
+    memset(p->slots, 0xFF, a->n_streams * a->n_kv * sizeof(int32_t));
+    memset(cells, 0, a->n_streams * a->exact_stream_stride);
+    a->cells         = cells;
+    a->packed_hidden = (const uint32_t *) (cells + n_exact);
+    for (int64_t s = 0; s < a->n_streams; s++, cells += n_exact + n_words) {
+        make_list(a, (int) below(5), cells);
+        for (int64_t j = 0; j < n_exact; j++) {
+            if (cells[j] >= 0) {
+                p->slots[s * a->n_kv + cells[j]] = (int32_t) j;
+                cells[n_exact + cells[j] / 32] |= (int32_t) (1u << cells[j] % 32);
+            }
+        }
+    }
+    const int same = a->v.data == a->k.data;
+    for (int i = 0; i < 2; i++) {
+        tbq_attention_tensor * side = i ? &a->v : &a->k;
+        if (side->type < 100 || (i && same)) {
+            continue;
+        }
+        make_exact_side(p, i ? &a->exact_v : &a->exact_k, side, i ? p->exact_v : p->exact_k, i ? a->v_size : a->k_size);
+        for (int64_t r = 0; side->n_streams == a->n_streams && r < a->n_streams * a->n_kv * a->n_head_kv; r++) {
+            const int64_t c = r % a->n_kv, s = r / a->n_kv % a->n_streams;
+            if (p->slots[s * a->n_kv + c] >= 0 && below(2)) {
+                memcpy((uint8_t *) side_row(side, s, r / a->n_kv / a->n_streams, c), "\xff\x7f", 2);
+            }
+        }
+    }
+    if (same) {
+        a->exact_v = a->exact_k;
+    }
 }
 
 static int64_t divisor(int64_t n) {
@@ -203,10 +310,10 @@ static uint8_t * find_unseen(const tbq_attention * a) {
     return unseen;
 }
 
-// plain: tbq4_0 on both sides, 63 rows or more, logits of variance 1.
+// plain: tbq4_0 on both sides, 63 rows or more, logits of variance 1, no exact rows.
 static problem make_problem(int plain) {
     static const int types[] = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0, TBQ_ATTENTION_F16,
-                                 TBQ_ATTENTION_Q8_0 };
+                                 TBQ_ATTENTION_Q8_0,  TBQ_ATTENTION_OTHER };
     static const int64_t sizes[][2] = { { 64, 64 },   { 128, 128 }, { 192, 128 }, { 256, 256 },
                                         { 512, 512 }, { 576, 512 }, { 64, 128 } };
     static const int64_t groups[]   = { 1, 2, 3, 4, 7, 8, 16 };
@@ -250,6 +357,11 @@ static problem make_problem(int plain) {
             make_side(&p, &a->v, a->v.type, a->v_size, below(2) ? a->n_streams : k_streams, poison ? unseen : NULL);
     }
     free(unseen);
+    static const int64_t lists[] = { 0, 0, 0, 0, 1, 63, 64, 65, 149, 149, 661 };
+    const int64_t        n_exact = plain ? 0 : PICK(lists);
+    if (n_exact > 0 && n_exact <= 4 * a->n_kv) {
+        make_exact(&p, n_exact);
+    }
     a->q_token_stride = a->k_size * sizeof(float);
     a->q_head_stride  = a->q_token_stride * a->n_tokens;
     if (below(2)) {
@@ -305,12 +417,17 @@ static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64
     const tbq_attention *        a    = &p->a;
     const tbq_attention_tensor * s    = is_v ? &a->v : &a->k;
     const int64_t                size = is_v && a->v.data != a->k.data ? a->v_size : a->k_size;
+    const int32_t slot = p->slots && s->type > 100 ? p->slots[stream * a->n_kv + r] : -1;
+    if (slot >= 0 && kind != EXACT) {
+        decode(TBQ_TYPE_TBQ8_0, side_row(is_v ? &a->exact_v : &a->exact_k, stream, head, slot), buffer,
+               is_v ? a->v_size : a->k_size);
+        return buffer;
+    }
     stream /= a->n_streams / s->n_streams;
     if (kind == EXACT) {
         return (is_v ? p->exact_v : p->exact_k) + ((stream * a->n_head_kv + head) * a->n_kv + r) * size;
     }
-    decode(s->type, (const uint8_t *) s->data + stream * s->stream_stride + head * s->head_stride + r * s->row_stride,
-           buffer, is_v ? a->v_size : a->k_size);
+    decode(s->type, side_row(s, stream, head, r), buffer, is_v ? a->v_size : a->k_size);
     return buffer;
 }
 
@@ -465,10 +582,11 @@ static float * compute(const tbq_attention * a, const tbq_kernels * k, int n_thr
 
 static void describe(const tbq_attention * a) {
     printf(
-        "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g\n",
+        "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g, exact rows %d\n",
         a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams,
         (int) a->v.n_streams, (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL,
-        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap);
+        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap,
+        (int) a->n_exact);
 }
 
 static int same(const char * name, const tbq_attention * a, const float * x, const float * y, int64_t n) {
@@ -510,30 +628,40 @@ static int check_nan(const tbq_kernels * k) {
     tbq_attention *        a     = &p.a;
     const tbq_kernels *    ref   = tbq_list_kernels(&(int){ 0 })[0];
     const int64_t          group = a->n_head / a->n_head_kv;
-    const int64_t          at = below(a->n_kv), head = below(a->n_head_kv), stream = below(a->k.n_streams);
+    const int64_t          at = below(a->n_kv), head = below(a->n_head_kv);
     const int              in_values = below(2) && a->k.data != a->v.data && a->v.n_streams == a->k.n_streams;
     tbq_attention_tensor * side      = in_values ? &a->v : &a->k;
     const int64_t          reach     = !in_values                         ? a->v_size
-                                       : side->type == TBQ_ATTENTION_F16  ? 1
+                                       : is_half(side->type)              ? 1
                                        : side->type == TBQ_ATTENTION_Q8_0 ? 32
                                                                           : TBQ_BLOCK;
-    uint8_t *              row =
-        (uint8_t *) side->data + stream * side->stream_stride + head * side->head_stride + at * side->row_stride;
-    int ok = 1;
+    const int              listed    = p.slots && side->type > 100;
+    // in an exact row, if a stream has this one
+    int64_t    stream = below(a->n_streams);
+    const int  exact  = listed && p.slots[stream * a->n_kv + at] >= 0;
+    const int  group_of_streams = (int) (exact ? 1 : a->n_streams / side->n_streams);
+    stream /= group_of_streams;
+    uint8_t *    row  = exact ? (uint8_t *) side_row(in_values ? &a->exact_v : &a->exact_k, stream, head,
+                                                     p.slots[stream * a->n_kv + at])
+                              : (uint8_t *) side_row(side, stream, head, at);
+    const char * one  = exact ? "\x00\x00\x80\x3f" : "\x00\x3c";
+    const char * nan  = exact ? "\x00\x00\xc0\x7f" : "\xff\x7f";
+    int          ok   = 1;
     if (in_values) { // no weight is zero: logits that lie close together
         a->scale *= 0.1f;
         a->max_bias = 0;
     }
     // the row may have been poisoned already, because nobody sees it
-    memcpy(row, "\x00\x3c", 2);
+    memcpy(row, one, exact ? 4 : 2);
     float * clean = compute(a, ref, 1);
-    memcpy(row, "\xff\x7f", 2);
+    memcpy(row, nan, exact ? 4 : 2);
     float * x = compute(a, k, 2);
     for (int64_t i = 0; ok && i < a->n_streams * a->n_tokens * a->n_head * a->v_size; i++) {
         const int64_t c = i % a->v_size, h = i / a->v_size % a->n_head, t = i / a->v_size / a->n_head % a->n_tokens;
         const int64_t s = i / a->v_size / a->n_head / a->n_tokens;
         const int     sees =
-            s / (a->n_streams / side->n_streams) == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY;
+            s / group_of_streams == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY &&
+            (exact || !listed || p.slots[s * a->n_kv + at] < 0);
         if (sees && c < reach ? !isnan(x[i]) : memcmp(x + i, clean + i, sizeof(float)) != 0) {
             printf("%s, NaN in %s, row %d of head %d: %.9g, %.9g without, at %d\n", k->name,
                    in_values ? "values" : "keys", (int) at, (int) head, x[i], clean[i], (int) i);
@@ -556,7 +684,7 @@ int main(int argc, char ** argv) {
     }
     const uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
 
-    int                         count, failed = 0, chunked = 0, n_plain = 0;
+    int                         count, failed = 0, chunked = 0, n_plain = 0, listed = 0;
     const tbq_kernels * const * list  = tbq_list_kernels(&count);
     double                      worst = 0, from_kernel = 0, from_quantization = 0;
     for (int i = 0; i < problems; i++) {
@@ -570,6 +698,7 @@ int main(int argc, char ** argv) {
         tbq_attention_plan plan;
         tbq_attention_make_plan(&p.a, &plan);
         chunked += plan.n_chunks > 1;
+        listed += p.slots != NULL;
 
         const double e = error_of(&p, ROUNDED_QUERIES, x, NULL);
         worst          = fmax(worst, e);
@@ -598,7 +727,8 @@ int main(int argc, char ** argv) {
     for (int j = 0; j < count; j++) {
         printf("%s: %s\n", list[j]->supported() ? "compared with ref" : "not supported here", list[j]->name);
     }
-    printf("%d problems, %d of them in chunks; relative squared error at most %.2g\n", problems, chunked, worst);
+    printf("%d problems, %d of them in chunks, %d with exact rows; relative squared error at most %.2g\n", problems,
+           chunked, listed, worst);
     printf(
         "tbq4_0 / tbq4_0, with queries rounded to 8 bits: the kernel adds %.2g of the squared error of quantization\n",
         from_kernel / from_quantization);

@@ -63,6 +63,12 @@ static inline int is_tbq(int type) {
     return type >= TBQ_TYPE_TBQ2_0 && type <= TBQ_TYPE_TBQ4_0;
 }
 
+// What hides the rows of a tile that the list of exact rows has.
+static inline uint64_t rows_in(const uint32_t * words, int64_t at, int64_t n_kv) {
+    const uint64_t low = words[at / 32];
+    return at + 32 < n_kv ? low | (uint64_t) words[at / 32 + 1] << 32 : low;
+}
+
 // The block of row r, with rows `stride` bytes apart; that of the last of n rows where r >= n.
 static inline const uint8_t * row_of(const uint8_t * block, size_t stride, int n, int r) {
     return block + (size_t) (r < n ? r : n - 1) * stride;

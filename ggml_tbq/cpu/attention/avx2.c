@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Attention with AVX2, FMA and F16C.
 #include "attention.h"
+#include "../tbq-dot4.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -99,7 +100,7 @@ static inline float lanes_reduce_max(lanes x) {
 
 // --- keys -------------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 of elements 4 j .. 4 j + 3 of row r at [j][r].
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of elements 4 j .. 4 j + 3 of row r at [j][r].
 
 TBQ_INLINE __m256i level_table(int bits, int bias) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
@@ -121,11 +122,10 @@ static inline __m256i load_halves(const void * lo, const void * hi) {
                                    _mm_loadu_si128((const __m128i *) hi), 1);
 }
 
-// qs[16 half ...] of rows r .. r + 7: word w of the eight.
-static inline void packed_words(const uint8_t * block, size_t stride, int n, int r, int half, __m256i w[4]) {
+// 16 bytes of rows r .. r + 7, which lie at src in row 0: word w of the eight.
+static inline void packed_words(const uint8_t * src, size_t stride, int n, int r, __m256i w[4]) {
     for (int i = 0; i < 4; i++) {
-        w[i] = load_halves(tbq_qs(row_of(block, stride, n, r + i)) + 16 * half,
-                           tbq_qs(row_of(block, stride, n, r + i + 4)) + 16 * half);
+        w[i] = load_halves(row_of(src, stride, n, r + i), row_of(src, stride, n, r + i + 4));
     }
     transpose4(w);
 }
@@ -154,10 +154,19 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
     const __m256i table = level_table(bits, 64);
     for (int r = 0; r < TBQ_TILE; r += 8) {
         __m256i w[4], h[2];
+        if (bits == 8) {
+            for (int quarter = 0; quarter < 4; quarter++) {
+                packed_words(tbq_exact_qs(block) + 16 * quarter, stride, n, r, w);
+                for (int i = 0; i < 4; i++) {
+                    store_keys(panel, 4 * quarter + i, r, _mm256_xor_si256(w[i], _mm256_set1_epi8((char) 128)));
+                }
+            }
+            continue;
+        }
         if (bits == 4) {
             const __m256i nibble = _mm256_set1_epi8(15);
             for (int half = 0; half < 2; half++) {
-                packed_words(block, stride, n, r, half, w);
+                packed_words(tbq_qs(block) + 16 * half, stride, n, r, w);
                 for (int i = 0; i < 4; i++) {
                     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w[i], 4), nibble);
                     store_keys(panel, 4 * half + i, r, _mm256_shuffle_epi8(table, _mm256_and_si256(w[i], nibble)));
@@ -166,7 +175,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
             }
             continue;
         }
-        packed_words(block, stride, n, r, 0, w);
+        packed_words(tbq_qs(block), stride, n, r, w);
         if (bits == 3) {
             qh_words(qh, r, h);
         }
@@ -184,12 +193,11 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 }
 
 // Sixteen rows by n queries.
-TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
+TBQ_INLINE void keys_16(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
                         int add, float * logits) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i       acc[KEYS_AT_ONCE][2];
+    __m256i acc[KEYS_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
-        acc[i][0] = acc[i][1] = _mm256_set1_epi32(q[i * q_stride].bias);
+        acc[i][0] = acc[i][1] = _mm256_set1_epi32(q[i * q_stride].bias * (bits == 8 ? 2 : 1));
     }
     for (int j = 0; j < 16; j++) {
         const __m256i k0 = _mm256_loadu_si256((const __m256i *) (panel + j * TBQ_TILE * 4));
@@ -198,8 +206,8 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
             int32_t word;
             memcpy(&word, q[i * q_stride].qs + 4 * j, 4);
             const __m256i four = _mm256_set1_epi32(word);
-            acc[i][0]          = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(k0, four), ones));
-            acc[i][1]          = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(k1, four), ones));
+            acc[i][0]          = bits == 8 ? dot4_wide(acc[i][0], k0, four) : dot4(acc[i][0], k0, four);
+            acc[i][1]          = bits == 8 ? dot4_wide(acc[i][1], k1, four) : dot4(acc[i][1], k1, four);
         }
     }
     for (int i = 0; i < n; i++) {
@@ -213,10 +221,10 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
-                       int add, float * logits) {
+TBQ_INLINE void keys_n(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q,
+                       int64_t q_stride, int add, float * logits) {
     for (int r = 0; r < TBQ_TILE; r += 16) {
-        keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
+        keys_16(bits, n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
     }
 }
 
@@ -225,9 +233,23 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
 // The panel: 32 x 64 x 2 bytes, levels of element c of rows 2 p and 2 p + 1 at [p][c].  They are widened to 16 bits
 // when they are used: that costs one instruction for every 2 n multiply-adds, and half the memory.
 
-// Indices of 16 channels of two rows, looked up and stored.
+// Sixteen channels of two rows.
+static inline void store_bytes(uint8_t * panel, int pair, int c, __m256i v) {
+    _mm256_storeu_si256((__m256i *) (panel + (pair * TBQ_BLOCK + c) * 2), v);
+}
+
+// Their indices, looked up.
 static inline void store_values(uint8_t * panel, int pair, int c, __m256i table, __m256i index) {
-    _mm256_storeu_si256((__m256i *) (panel + (pair * TBQ_BLOCK + c) * 2), _mm256_shuffle_epi8(table, index));
+    store_bytes(panel, pair, c, _mm256_shuffle_epi8(table, index));
+}
+
+// 32 bytes of two rows interleaved.
+static inline void interleave_32(const uint8_t * a, const uint8_t * b, __m256i * lo, __m256i * hi) {
+    // quarters 0 2 1 3, so that interleaving within halves leaves the channels in order
+    const __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) a), 0xD8);
+    const __m256i y = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) b), 0xD8);
+    *lo             = _mm256_unpacklo_epi8(x, y);
+    *hi             = _mm256_unpackhi_epi8(x, y);
 }
 
 TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
@@ -236,12 +258,20 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     for (int p = 0; p < TBQ_TILE / 2; p++) {
         const uint8_t * a = tbq_qs(row_of(block, stride, n, 2 * p));
         const uint8_t * b = tbq_qs(row_of(block, stride, n, 2 * p + 1));
+        __m256i         lo, hi;
+        if (bits == 8) {
+            a += tbq_exact_qs(block) - tbq_qs(block);
+            b += tbq_exact_qs(block) - tbq_qs(block);
+            for (int c = 0; c < TBQ_BLOCK; c += 32) {
+                interleave_32(a + c, b + c, &lo, &hi);
+                store_bytes(panel, p, c, lo);
+                store_bytes(panel, p, c + 16, hi);
+            }
+            continue;
+        }
         if (bits == 4) {
             const __m256i nibble = _mm256_set1_epi8(15);
-            // quarters 0 2 1 3, so that interleaving within halves leaves the channels in order
-            const __m256i x  = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) a), 0xD8);
-            const __m256i y  = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) b), 0xD8);
-            const __m256i lo = _mm256_unpacklo_epi8(x, y), hi = _mm256_unpackhi_epi8(x, y);
+            interleave_32(a, b, &lo, &hi);
             store_values(panel, p, 0, table, _mm256_and_si256(lo, nibble));
             store_values(panel, p, 16, table, _mm256_and_si256(hi, nibble));
             store_values(panel, p, 32, table, _mm256_and_si256(_mm256_srli_epi16(lo, 4), nibble));
@@ -305,9 +335,9 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
     }
 }
 
-TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+TBQ_INLINE void values_n(int bits, int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
                          const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
-    (void) weight_sums; // the levels are not biased
+    (void) bits, (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
         values_16(n, panel + 2 * c, weights, rescale, factor, sum + c, sum_stride);
     }

@@ -69,12 +69,12 @@ static inline __m512i load_2(const uint8_t * block, size_t stride, int n, int r0
                               _mm256_loadu_si256((const __m256i *) tbq_qs(row_of(block, stride, n, r1))), 1);
 }
 
-// 16 bytes of rows r, r + 4, r + 8, r + 12.
-static inline __m512i load_4(const uint8_t * block, size_t stride, int n, int r) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r))));
-    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 4))), 1);
-    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 8))), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) tbq_qs(row_of(block, stride, n, r + 12))), 3);
+// 16 bytes of rows r, r + 4, r + 8, r + 12, which lie at src in row 0.
+static inline __m512i load_4(const uint8_t * src, size_t stride, int n, int r) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) row_of(src, stride, n, r)));
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) row_of(src, stride, n, r + 4)), 1);
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) row_of(src, stride, n, r + 8)), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) row_of(src, stride, n, r + 12)), 3);
 }
 
 // The 4 x 4 transpose of 32-bit numbers in each quarter.
@@ -102,7 +102,16 @@ TBQ_INLINE __m512i index_of(int bits, __m512i low, int j, __m512i high, int bit)
 
 // --- keys -------------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 of elements 4 j .. 4 j + 3 of row r at [j][r].
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of elements 4 j .. 4 j + 3 of row r at [j][r].
+
+// Signed bytes + 128.
+static inline __m512i biased(__m512i v) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8((char) 128));
+}
+
+TBQ_INLINE __m512i multiply(int bits, __m512i acc, __m512i u, __m512i s) {
+    return bits == 8 ? dot4_wide_512(acc, u, s) : dot4_512(acc, u, s);
+}
 
 static inline void store_keys(uint8_t * panel, int j, int r, __m512i table, __m512i index) {
     _mm512_storeu_si512(panel + (j * TBQ_TILE + r) * 4, _mm512_shuffle_epi8(table, index));
@@ -131,7 +140,7 @@ TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, i
                                __m512i table, uint8_t * panel) {
     __m512i w[4], h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
     for (int i = 0; i < 4; i++) {
-        w[i] = load_4(block, stride, n, r + i);
+        w[i] = load_4(tbq_qs(block), stride, n, r + i);
     }
     transpose4(w);
     if (bits == 3) { // words 0 and 1 of the high bit planes of 16 rows
@@ -148,11 +157,26 @@ TBQ_INLINE void unpack_keys_23(int bits, const uint8_t * block, size_t stride, i
     }
 }
 
+static inline void unpack_keys_8(const uint8_t * block, size_t stride, int n, int r, uint8_t * panel) {
+    for (int quarter = 0; quarter < 4; quarter++) {
+        __m512i w[4];
+        for (int i = 0; i < 4; i++) {
+            w[i] = load_4(tbq_exact_qs(block) + 16 * quarter, stride, n, r + i);
+        }
+        transpose4(w);
+        for (int i = 0; i < 4; i++) {
+            _mm512_storeu_si512(panel + ((4 * quarter + i) * TBQ_TILE + r) * 4, biased(w[i]));
+        }
+    }
+}
+
 TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
                             uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 16) {
-        if (bits == 4) {
+        if (bits == 8) {
+            unpack_keys_8(block, stride, n, r, panel);
+        } else if (bits == 4) {
             unpack_keys_4(block, stride, n, r, table, panel);
         } else {
             unpack_keys_23(bits, block, stride, n, r, qh, table, panel);
@@ -160,12 +184,12 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
-                       int add, float * logits) {
+TBQ_INLINE void keys_n(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q,
+                       int64_t q_stride, int add, float * logits) {
     __m512i acc[KEYS_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int r = 0; r < 4; r++) {
-            acc[i][r] = _mm512_set1_epi32(q[i * q_stride].bias);
+            acc[i][r] = _mm512_set1_epi32(q[i * q_stride].bias * (bits == 8 ? 2 : 1));
         }
     }
     for (int j = 0; j < 16; j++) {
@@ -177,7 +201,7 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
             int32_t word;
             memcpy(&word, q[i * q_stride].qs + 4 * j, 4);
             for (int r = 0; r < 4; r++) {
-                acc[i][r] = dot4_512(acc[i][r], k[r], _mm512_set1_epi32(word));
+                acc[i][r] = multiply(bits, acc[i][r], k[r], _mm512_set1_epi32(word));
             }
         }
     }
@@ -194,7 +218,7 @@ TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const
 
 // --- values -----------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 of element c of rows 4 g .. 4 g + 3 at [g][c].  Weights are two planes
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of element c of rows 4 g .. 4 g + 3 at [g][c].  Weights are two planes
 // of 64 signed bytes, high and low: with bytes on both sides one instruction multiplies four rows, and unpacking
 // ends at bytes.
 
@@ -243,12 +267,10 @@ static inline __m512i qh_interleaved(const uint64_t * qh) {
     return _mm512_mask_srli_epi16(h, 0xFFFF0000, h, 2);
 }
 
-// Four groups of four rows, from row r on.
-TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * qh,
-                                 __m512i table, uint8_t * panel) {
-    __m512i v[4];
+// 16 bytes of rows r .. r + 15, which lie at src in row 0, as four groups of four interleaved rows.
+static inline void interleave_groups(const uint8_t * src, size_t stride, int n, int r, __m512i v[4]) {
     for (int i = 0; i < 4; i++) {
-        v[i] = load_4(block, stride, n, r + i);
+        v[i] = load_4(src, stride, n, r + i);
     }
     interleave4(v);
     // quarters: the 4 x 4 transpose, so that each vector is a group
@@ -258,6 +280,13 @@ TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride,
     v[1] = _mm512_shuffle_i32x4(a, b, 0xDD);
     v[2] = _mm512_shuffle_i32x4(c, d, 0x88);
     v[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
+}
+
+// Four groups of four rows, from row r on.
+TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride, int n, int r, const uint64_t * qh,
+                                 __m512i table, uint8_t * panel) {
+    __m512i v[4];
+    interleave_groups(tbq_qs(block), stride, n, r, v);
     for (int g = 0; g < 4; g++) {
         const __m512i h = bits == 3 ? qh_interleaved(qh + r + 4 * g) : _mm512_setzero_si512();
         for (int j = 0; j < 4; j++) {
@@ -266,11 +295,23 @@ TBQ_INLINE void unpack_values_23(int bits, const uint8_t * block, size_t stride,
     }
 }
 
+static inline void unpack_values_8(const uint8_t * block, size_t stride, int n, int r, uint8_t * panel) {
+    for (int quarter = 0; quarter < 4; quarter++) {
+        __m512i v[4];
+        interleave_groups(tbq_exact_qs(block) + 16 * quarter, stride, n, r, v);
+        for (int g = 0; g < 4; g++) {
+            _mm512_storeu_si512(panel + ((r / 4 + g) * TBQ_BLOCK + 16 * quarter) * 4, biased(v[g]));
+        }
+    }
+}
+
 TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, int n, const uint64_t * qh,
                               uint8_t * panel) {
     const __m512i table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += bits == 4 ? 8 : 16) {
-        if (bits == 4) {
+        if (bits == 8) {
+            unpack_values_8(block, stride, n, r, panel);
+        } else if (bits == 4) {
             unpack_values_4(block, stride, n, r, table, panel);
         } else {
             unpack_values_23(bits, block, stride, n, r, qh, table, panel);
@@ -298,13 +339,13 @@ static inline void round_weights(const lanes x[4], int16_t * rounded, int32_t * 
 
 #define VALUES_AT_ONCE 2
 
-TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+TBQ_INLINE void values_n(int bits, int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
                          const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     __m512i high[VALUES_AT_ONCE][4], low[VALUES_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < 4; c++) {
             high[i][c] = _mm512_setzero_si512();
-            low[i][c]  = _mm512_set1_epi32(-64 * weight_sums[i]); // what the levels' bias adds
+            low[i][c]  = _mm512_set1_epi32((bits == 8 ? -128 : -64) * weight_sums[i]); // what the levels' bias adds
         }
     }
     for (int g = 0; g < TBQ_TILE / 4; g++) {
@@ -317,8 +358,8 @@ TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, 
             memcpy(&word[0], (const int8_t *) (weights + i * TBQ_TILE) + 4 * g, 4);
             memcpy(&word[1], (const int8_t *) (weights + i * TBQ_TILE) + 4 * g + TBQ_TILE, 4);
             for (int c = 0; c < 4; c++) {
-                high[i][c] = dot4_512(high[i][c], v[c], _mm512_set1_epi32(word[0]));
-                low[i][c]  = dot4_512(low[i][c], v[c], _mm512_set1_epi32(word[1]));
+                high[i][c] = multiply(bits, high[i][c], v[c], _mm512_set1_epi32(word[0]));
+                low[i][c]  = multiply(bits, low[i][c], v[c], _mm512_set1_epi32(word[1]));
             }
         }
     }

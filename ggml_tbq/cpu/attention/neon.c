@@ -128,10 +128,10 @@ static inline void store_keys(uint8_t * panel, int j, int r, int8x16_t table, ui
     vst1q_s8((int8_t *) panel + (j * TBQ_TILE + r) * 4, vqtbl1q_s8(table, index));
 }
 
-// qs[16 half ...] of rows r .. r + 3, word by word.
-static inline void packed_words(const uint8_t * block, size_t stride, int n, int r, int half, uint8x16_t w[4]) {
+// 16 bytes of rows r .. r + 3, which lie at src in row 0, word by word.
+static inline void packed_words(const uint8_t * src, size_t stride, int n, int r, uint8x16_t w[4]) {
     uint32x4_t v[4];
-    FOR_QUARTERS v[i]  = vreinterpretq_u32_u8(vld1q_u8(tbq_qs(row_of(block, stride, n, r + i)) + 16 * half));
+    FOR_QUARTERS v[i]  = vreinterpretq_u32_u8(vld1q_u8(row_of(src, stride, n, r + i)));
     const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(v[0], v[1])),
                      b = vreinterpretq_u64_u32(vtrn2q_u32(v[0], v[1]));
     const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(v[2], v[3])),
@@ -147,9 +147,16 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t w[4];
+        if (bits == 8) {
+            for (int quarter = 0; quarter < 4; quarter++) {
+                packed_words(tbq_exact_qs(block) + 16 * quarter, stride, n, r, w);
+                FOR_QUARTERS vst1q_u8(panel + ((4 * quarter + i) * TBQ_TILE + r) * 4, w[i]);
+            }
+            continue;
+        }
         if (bits == 4) {
             for (int half = 0; half < 2; half++) {
-                packed_words(block, stride, n, r, half, w);
+                packed_words(tbq_qs(block) + 16 * half, stride, n, r, w);
                 FOR_QUARTERS {
                     store_keys(panel, 4 * half + i, r, table, vandq_u8(w[i], vdupq_n_u8(15)));
                     store_keys(panel, 4 * half + i + 8, r, table, vshrq_n_u8(w[i], 4));
@@ -157,7 +164,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
             }
             continue;
         }
-        packed_words(block, stride, n, r, 0, w);
+        packed_words(tbq_qs(block), stride, n, r, w);
         uint32x4x2_t h = { { vdupq_n_u32(0), vdupq_n_u32(0) } };
         if (bits == 3) {
             h = vld2q_u32((const uint32_t *) (qh + r)); // words 0 and 1 of four rows
@@ -197,8 +204,9 @@ TBQ_INLINE void keys_16(int n, const uint8_t * panel, const float * scales, cons
     }
 }
 
-TBQ_INLINE void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
-                       int add, float * logits) {
+TBQ_INLINE void keys_n(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q,
+                       int64_t q_stride, int add, float * logits) {
+    (void) bits; // the bytes are signed
     for (int r = 0; r < TBQ_TILE; r += 16) {
         keys_16(n, panel + 4 * r, scales + r, q, q_stride, add, logits + r);
     }
@@ -220,6 +228,14 @@ TBQ_INLINE void unpack_values(int bits, const uint8_t * block, size_t stride, in
     const int8x16_t table = level_table(bits);
     for (int r = 0; r < TBQ_TILE; r += 4) {
         uint8x16_t v[4], h[4], index[4];
+        if (bits == 8) {
+            for (int c = 0; c < TBQ_BLOCK; c += 16) {
+                uint8x16x4_t rows;
+                FOR_QUARTERS rows.val[i] = vld1q_u8(tbq_exact_qs(row_of(block, stride, n, r + i)) + c);
+                vst4q_u8(panel + (r / 4 * TBQ_BLOCK + c) * 4, rows);
+            }
+            continue;
+        }
         for (int half = 0; half < (bits == 4 ? 2 : 1); half++) {
             FOR_QUARTERS v[i] = vld1q_u8(tbq_qs(row_of(block, stride, n, r + i)) + 16 * half);
             if (bits == 4) {
@@ -289,9 +305,9 @@ TBQ_INLINE void values_16(int n, const uint8_t * panel, const int16_t * weights,
     }
 }
 
-TBQ_INLINE void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+TBQ_INLINE void values_n(int bits, int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
                          const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
-    (void) weight_sums; // the levels are not biased
+    (void) bits, (void) weight_sums; // the levels are not biased
     for (int c = 0; c < TBQ_BLOCK; c += 16) {
         values_16(n, panel + 4 * c, weights, rescale, factor, sum + c, sum_stride);
     }

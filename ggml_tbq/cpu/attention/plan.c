@@ -21,16 +21,26 @@ static int64_t max64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+static int is_plain(const tbq_attention_tensor * side) {
+    return side->type == TBQ_ATTENTION_F16 || side->type == TBQ_ATTENTION_Q8_0 ||
+           (side->type == TBQ_ATTENTION_OTHER && side->to_float);
+}
+
+static int divides(const tbq_attention_tensor * side, int64_t n_streams) {
+    return side->n_streams >= 1 && n_streams % side->n_streams == 0;
+}
+
 static tbq_status check(const tbq_attention * a) {
     const int k = a->k.type, v = a->v.type;
-    if ((!is_tbq(k) && k != TBQ_ATTENTION_F16 && k != TBQ_ATTENTION_Q8_0) ||
-        (!is_tbq(v) && v != TBQ_ATTENTION_F16 && v != TBQ_ATTENTION_Q8_0) || (!is_tbq(k) && !is_tbq(v))) {
+    if ((!is_tbq(k) && !is_plain(&a->k)) || (!is_tbq(v) && !is_plain(&a->v)) || (!is_tbq(k) && !is_tbq(v))) {
         return TBQ_ERROR_TYPE;
     }
     if (a->n_streams < 1 || a->n_tokens < 1 || a->n_kv < 1 || a->n_head < 1 || a->n_head_kv < 1 ||
         a->n_head % a->n_head_kv || a->k_size < 1 || a->k_size % TBQ_BLOCK || a->v_size < 1 || a->v_size % TBQ_BLOCK ||
-        a->k.n_streams < 1 || a->n_streams % a->k.n_streams || a->v.n_streams < 1 || a->n_streams % a->v.n_streams ||
-        (a->mask && (a->mask_n_heads < 1 || a->mask_n_streams < 1))) {
+        !divides(&a->k, a->n_streams) || !divides(&a->v, a->n_streams) ||
+        (a->mask && (a->mask_n_heads < 1 || a->mask_n_streams < 1)) || a->n_exact < 0 ||
+        (a->n_exact > 0 && is_tbq(k) && !divides(&a->exact_k, a->n_streams)) ||
+        (a->n_exact > 0 && is_tbq(v) && !divides(&a->exact_v, a->n_streams))) {
         return TBQ_ERROR_LENGTH;
     }
     return TBQ_OK;
@@ -55,7 +65,9 @@ static void partition(tbq_attention_plan * p) {
     p->n_head_groups     = ceil_div(a->n_head_kv, p->heads_per_item);
     p->chunk_rows        = ceil_div(ceil_div(a->n_kv, chunks), TBQ_TILE) * TBQ_TILE;
     p->n_chunks          = ceil_div(a->n_kv, p->chunk_rows);
-    p->n_items           = tiles * p->n_head_groups * p->n_chunks;
+    p->n_exact_chunks    = p->n_chunks > 1 ? ceil_div(a->n_exact, p->chunk_rows) : 0;
+    p->n_chunks += p->n_exact_chunks;
+    p->n_items = tiles * p->n_head_groups * p->n_chunks;
 }
 
 tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan) {

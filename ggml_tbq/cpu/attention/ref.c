@@ -98,7 +98,9 @@ static inline float lanes_reduce_max(lanes x) {
 static void unpack(int bits, const uint8_t * block, size_t stride, int n, uint8_t * panel) {
     for (int r = 0; r < n; r++) {
         for (int e = 0; e < TBQ_BLOCK; e++) {
-            panel[r * TBQ_BLOCK + e] = (uint8_t) tbq_codebook(bits)[tbq_index_of(bits, block + (size_t) r * stride, e)];
+            const uint8_t * b        = block + (size_t) r * stride;
+            panel[r * TBQ_BLOCK + e] = bits == 8 ? tbq_exact_qs(b)[e]
+                                                 : (uint8_t) tbq_codebook(bits)[tbq_index_of(bits, b, e)];
         }
     }
     memset(panel + n * TBQ_BLOCK, 0, (size_t) (TBQ_TILE - n) * TBQ_BLOCK);
@@ -114,8 +116,9 @@ static void unpack_values(int bits, const uint8_t * block, size_t stride, int n,
     unpack(bits, block, stride, n, panel);
 }
 
-static void keys_n(int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride, int add,
-                   float * logits) {
+static void keys_n(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q,
+                   int64_t q_stride, int add, float * logits) {
+    (void) bits;
     const int8_t * k = (const int8_t *) panel;
     for (int i = 0; i < n; i++, q += q_stride, logits += TBQ_TILE) {
         for (int r = 0; r < TBQ_TILE; r++) {
@@ -138,10 +141,10 @@ static void round_weights(const lanes x[4], int16_t * rounded, int32_t * sum) {
 
 #define VALUES_AT_ONCE 4
 
-static void values_n(int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
+static void values_n(int bits, int n, const uint8_t * panel, const int16_t * weights, const int32_t * weight_sums,
                      const float * rescale, const float * factor, float * sum, int64_t sum_stride) {
     const int8_t * v = (const int8_t *) panel;
-    (void) weight_sums;
+    (void) bits, (void) weight_sums;
     for (int i = 0; i < n; i++, weights += TBQ_TILE, sum += sum_stride) {
         for (int c = 0; c < TBQ_BLOCK; c++) {
             int32_t product = 0;
