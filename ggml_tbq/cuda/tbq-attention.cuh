@@ -768,60 +768,61 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         for (int half = 0; half < 2; half++) {
             const char * const key  = key_of(g + 8 * half);
             const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
-            float              sum[4] = {}; // of f16 keys
+            if constexpr (BITS_K == 16) {
+                float sum[4] = {};
 #pragma unroll
-            for (int b = 0; b < NB; b++) {
-                int c[2][4];
-                if constexpr (BITS_K == 16) {
-#pragma unroll
-                    for (int i = 2 * b; i < 2 * b + 2; i++) {
-                        uint32_t q_lo[4], q_hi[4], k[4];
-                        tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
-                        if constexpr (NG == 2) {
-                            tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
-                        } else {
-                            q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
-                        }
-#pragma unroll
-                        for (int r = 0; r < 4; r++) {
-                            k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
-                        }
-                        tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
-                        tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
+                for (int i = 0; i < D / 32; i++) {
+                    uint32_t q_lo[4], q_hi[4], k[4];
+                    tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
+                    if constexpr (NG == 2) {
+                        tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
+                    } else {
+                        q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
                     }
-                    continue;
-                } else if constexpr (BITS_K == 8) {
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
-                        tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                    for (int r = 0; r < 4; r++) {
+                        k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
                     }
-                } else {
-                    // in the order of a packed key's nibbles: channels i and i + 32 beside each other
-                    const uint32_t * const qs = (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
-                    const uint32_t         w[4] = { qs[0], qs[8], qs[4], qs[12] };
-                    tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362), FLOAT_ZERO);
-                    tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140), tbq_prmt(w[2], w[3], 0x7362));
+                    tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
+                    tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
                 }
 #pragma unroll
-                for (int h = 0; h < NS; h++) {
+                for (int i = 0; i < 2 * NG; i++) {
+                    s[i / 2][2 * half + i % 2] = sum[i];
+                }
+            } else {
 #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
-                                                      : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+                for (int b = 0; b < NB; b++) {
+                    int c[2][4];
+                    if constexpr (BITS_K == 8) {
 #pragma unroll
-                        for (int n = 0; n < NG; n++) {
-                            const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
-                            const float f = d_k * dq[b * NS + h][n];
-                            float &     y = s[n][2 * half + j];
-                            y             = b == 0 && h == 0 ? x * f : y + x * f;
+                        for (int h = 0; h < 2; h++) {
+                            const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
+                            tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                        }
+                    } else {
+                        // in the order of a packed key's nibbles: channels i and i + 32 beside each other
+                        const uint32_t * const qs = (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
+                        const uint32_t         w[4] = { qs[0], qs[8], qs[4], qs[12] };
+                        tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362), FLOAT_ZERO);
+                        tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140), tbq_prmt(w[2], w[3], 0x7362));
+                    }
+#pragma unroll
+                    for (int h = 0; h < NS; h++) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
+                                                          : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+#pragma unroll
+                            for (int n = 0; n < NG; n++) {
+                                const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
+                                const float f = d_k * dq[b * NS + h][n];
+                                float &     y = s[n][2 * half + j];
+                                y             = b == 0 && h == 0 ? x * f : y + x * f;
+                            }
                         }
                     }
                 }
-            }
-#pragma unroll
-            for (int i = 0; BITS_K == 16 && i < 2 * NG; i++) {
-                s[i / 2][2 * half + i % 2] = sum[i];
             }
         }
         float p[NG][4];
