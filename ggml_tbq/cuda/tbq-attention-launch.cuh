@@ -5,9 +5,9 @@
 #include "ggml-cuda/common.cuh"
 #include "tbq-attention.cuh"
 
-template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx,
-                                                                                     tbq_attention_args          a) {
-    auto * const kernel = tbq_attention<D, BITS_K, BITS_V, NC>;
+template <int D, int BITS_K, int BITS_V, int NC, bool EXACT>
+static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
+    auto * const kernel = tbq_attention<D, BITS_K, BITS_V, NC, EXACT>;
     const int    smem   = tbq_attention_smem(D, BITS_K, BITS_V, NC);
     int          n_cta  = 0;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
@@ -35,10 +35,13 @@ template <int D, int BITS_K, int BITS_V, int NC> static void tbq_attention_launc
 
 template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_backend_cuda_context & ctx,
                                                                           const tbq_attention_args &  a) {
-    if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8) {
-        tbq_attention_launch_nc<D, BITS_K, BITS_V, 8>(ctx, a);
+    const bool few = tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8;
+    if (a.cells) {
+        (few ? tbq_attention_launch_nc<D, BITS_K, BITS_V, 8, true>
+             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, true>) (ctx, a);
     } else {
-        tbq_attention_launch_nc<D, BITS_K, BITS_V, 16>(ctx, a);
+        (few ? tbq_attention_launch_nc<D, BITS_K, BITS_V, 8, false>
+             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, false>) (ctx, a);
     }
 }
 

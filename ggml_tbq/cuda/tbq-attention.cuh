@@ -35,6 +35,13 @@
 // keys are bytes already, with a scale for 32 channels, and queries are rounded likewise.  q8_0 values become bfloat16,
 // in tiles of 32 channels because of their scales.  f16 is loaded with `ldmatrix`, and queries or weights are f16 for
 // it.  Neither is rotated here.
+//
+// EXACT ROWS are some rows of the cache a second time, as tbq8_0: those of the list `cells`.  They are more slices of
+// the same splits, and a warp takes its share of them first, while its packed slices are on their way.  Their products
+// are the ones above, with s8 . s8 for the first.  An exact row stands for the packed row of its cell, which is hidden
+// by a bit of a map.  A side that is not tbq has no exact rows: there the row of the cell is read.  Rows come from
+// global memory without the ring: what a slice needs is known only when its cells are, and most slices of a long list
+// are hidden from all columns.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -50,6 +57,13 @@ struct tbq_attention_args {
     const float * sinks; // f32 [n_head], or null
     float *       dst;   // f32 [D, n_head, n_q, n_seq], contiguous
 
+    // Exact rows: tbq8_0 [D, n_exact, n_head_kv, n_seq_kv], null for a side that is not tbq.  For each of the n_seq_kv:
+    // n_exact cells, the row of k and v for which exact row j stands, or -1 (not used); then the map, a word for 32
+    // rows, bit c % 32 of word c / 32: row c is in the list.  cells is null where there are none.
+    const char * exact_k;
+    const char * exact_v;
+    const int *  cells;
+
     float * partial; // tbq_attention_partial_bytes() of them, unless n_split == 1
 
     float scale, max_bias, logit_softcap;
@@ -60,6 +74,9 @@ struct tbq_attention_args {
     long long k_nb1, k_nb2, k_nb3;
     long long v_nb1, v_nb2, v_nb3;
     long long mask_nb1, mask_nb3;
+    int       n_exact;
+    long long exact_k_nb1, exact_k_nb2, exact_k_nb3;
+    long long exact_v_nb1, exact_v_nb2, exact_v_nb3;
 
     // set by tbq_attention_partition
     int      gqa;              // query heads of a KV head
@@ -68,6 +85,7 @@ struct tbq_attention_args {
     int      kv_per_seq;       // sequences of queries that share one of keys
     int      n_split;          // of the cache (split-KV)
     int      slices_per_split; // of 16 tokens
+    int      exact_per_split;  // slices of 16 exact rows
 };
 
 #define TBQ_ATTENTION_WARPS   8
@@ -132,7 +150,8 @@ static inline int tbq_attention_columns(int n_columns) {
 }
 
 // How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at
-// least two slices.  n_resident: CTAs that run at the same time.
+// least two slices.  A few exact rows are not a reason for another split: an empty cache would need the second kernel,
+// which merges.  n_resident: CTAs that run at the same time.
 static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
     a.gqa               = a.n_head / a.n_head_kv;
     a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
@@ -142,12 +161,15 @@ static inline void tbq_attention_partition(tbq_attention_args & a, int n_residen
     a.kv_per_seq        = a.n_seq / a.n_seq_kv;
     const int n_tiles   = a.n_groups * a.n_head_kv * a.n_seq;
     const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
-    const int useful    = (n_slices + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
+    const int n_exact   = a.cells ? (a.n_exact + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE : 0;
+    const int n_most    = n_slices > n_exact ? n_slices : n_exact;
+    const int useful    = (n_most + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
     int       n_split   = n_resident / n_tiles;
     n_split             = n_split < useful ? n_split : useful;
     n_split             = n_split > 1 ? n_split : 1;
     a.slices_per_split  = (n_slices + n_split - 1) / n_split;
     a.n_split           = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+    a.exact_per_split   = (n_exact + a.n_split - 1) / a.n_split;
 }
 
 // For every row of the output and every split: D sums, then the maximum and the sum of weights.
@@ -206,6 +228,16 @@ static __device__ __forceinline__ void tbq_mma_s8_s8(int (&d)[4], const uint32_t
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
+#endif
+}
+
+// d += a . b
+static __device__ __forceinline__ void tbq_mma_s8_s8_add(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                         uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
@@ -282,6 +314,12 @@ static __device__ __forceinline__ uint32_t tbq_pack_bf16(float lo, float hi) {
     r = __float_as_uint(lo) ^ __float_as_uint(hi);
 #endif
     return r;
+}
+
+// A word at an even address.
+static __device__ __forceinline__ uint32_t tbq_load_word(const char * p) {
+    const uint16_t * halves = (const uint16_t *) p;
+    return halves[0] | (uint32_t) halves[1] << 16;
 }
 
 static __device__ __forceinline__ float tbq_exp2(float x) {
@@ -430,8 +468,8 @@ static __device__ __forceinline__ void tbq_attention_store(float * dst, const fl
     dst[64 * b + lane + 32] = hi;
 }
 
-// grid: (splits, tiles of columns times KV heads, sequences)
-template <int D, int BITS_K, int BITS_V, int NC>
+// grid: (splits, tiles of columns times KV heads, sequences).  EXACT: there is a list of exact rows.
+template <int D, int BITS_K, int BITS_V, int NC, bool EXACT>
 __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     tbq_attention(const tbq_attention_args a) {
 #if __CUDA_ARCH__ >= 800
@@ -618,6 +656,254 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         }
     }
 
+    // Logits of a slice to weights, relative to the maximum of the row, which may grow: then sums shrink.
+    auto softmax = [&](float (&s)[NG][4], const float (&bias)[NG][4], float (&p)[NG][4]) {
+        if (a.logit_softcap != 0.0f) {
+#pragma unroll
+            for (int i = 0; i < 4 * NG; i++) {
+                s[i / 4][i % 4] = tbq_tanh(s[i / 4][i % 4]) * (a.logit_softcap * TBQ_LOG2E);
+            }
+        }
+
+        bool grown = false;
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                // selected, not added: a hidden key may be anything, NaN too
+                s[n][j] = bias[n][j] == -INFINITY ? -INFINITY : s[n][j] + bias[n][j] * slope[n];
+                grown |= s[n][j] > m[n] + 8.0f;
+            }
+        }
+        // The maximum follows only when it is out by 2^8: weights are floats, with room for more than that.
+        if (__any_sync(TBQ_WARP_ALL, grown)) {
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                float row_max = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
+                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 1));
+                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 2));
+                row_max       = fmaxf(row_max, m[n]);
+                const float f = tbq_exp2(m[n] - row_max);
+                m[n]          = row_max;
+                l[n] *= f;
+                // columns 2t, 2t + 1 of the sums belong to queries that other lanes hold
+                const float f0 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t);
+                const float f1 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t + 4);
+#pragma unroll
+                for (int i = 0; i < NB * 4; i++) {
+                    acc[n][i / 4][i % 4][0] *= f0;
+                    acc[n][i / 4][i % 4][1] *= f1;
+                    acc[n][i / 4][i % 4][2] *= f0;
+                    acc[n][i / 4][i % 4][3] *= f1;
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                p[n][j] = tbq_exp2(s[n][j] - m[n]);
+                l[n] += p[n][j];
+            }
+        }
+    };
+
+    // Weights of the four tokens times one of their scales.
+    auto weigh = [&](const float (&p)[NG][4], const float (&d)[4], bool any_nan, uint32_t (&pb)[NG][2]) {
+#pragma unroll
+        for (int n = 0; n < NG; n++) {
+            float w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                w[j] = p[n][j] * d[j];
+            }
+            if (any_nan) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    w[j] = p[n][j] == 0.0f ? 0.0f : w[j];
+                }
+            }
+            pb[n][0] = tbq_pack_bf16(w[0], w[1]);
+            pb[n][1] = tbq_pack_bf16(w[2], w[3]);
+        }
+    };
+
+    const int * const cells = EXACT ? a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32) : nullptr;
+    // --- exact rows, counted from the last warp, because the first ones have a slice more of the others
+    const int exact_end     = min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE);
+#pragma unroll 1
+    for (int slice = blockIdx.x * a.exact_per_split + WARPS - 1 - warp; EXACT && slice < exact_end; slice += WARPS) {
+        // Row i of the slice; those past the last one are hidden.
+        auto slot_of  = [&](int i) -> int { return min(slice * SLICE + i, a.n_exact - 1); };
+        auto key_of   = [&](int i) -> const char * {
+            return BITS_K < 8 ? a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3 + slot_of(i) * a.exact_k_nb1
+                              : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + max(cells[slot_of(i)], 0) * a.k_nb1;
+        };
+        auto value_of = [&](int i) -> const char * {
+            return BITS_V < 8 ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3 + slot_of(i) * a.exact_v_nb1
+                              : a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + max(cells[slot_of(i)], 0) * a.v_nb1;
+        };
+
+        // of this lane: 2t, 2t + 1, 2t + 8, 2t + 9
+        bool  used[4];
+        float bias[NG][4];
+        bool  seen = false;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int i    = slice * SLICE + 2 * t + j % 2 + j / 2 * 8;
+            const int cell = i < a.n_exact ? cells[i] : -1;
+            used[j]        = cell >= 0;
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                bias[n][j] = cell < 0 ? -INFINITY : mask[n] ? __half2float(mask[n][cell]) : 0.0f;
+                seen |= bias[n][j] != -INFINITY;
+            }
+        }
+        if (!__any_sync(TBQ_WARP_ALL, seen)) {
+            continue;
+        }
+
+        float s[NG][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const char * const key  = key_of(g + 8 * half);
+            const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
+            if constexpr (BITS_K == 16) {
+                float sum[4] = {};
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) {
+                    uint32_t q_lo[4], q_hi[4], k[4];
+                    tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
+                    if constexpr (NG == 2) {
+                        tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
+                    } else {
+                        q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
+                    }
+#pragma unroll
+                    for (int r = 0; r < 4; r++) {
+                        k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
+                    }
+                    tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
+                    tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2 * NG; i++) {
+                    s[i / 2][2 * half + i % 2] = sum[i];
+                }
+            } else {
+#pragma unroll
+                for (int b = 0; b < NB; b++) {
+                    int c[2][4];
+                    if constexpr (BITS_K == 8) {
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
+                            tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                        }
+                    } else {
+                        // in the order of a packed key's nibbles: channels i and i + 32 beside each other
+                        const uint32_t * const qs = (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
+                        const uint32_t         w[4] = { qs[0], qs[8], qs[4], qs[12] };
+                        tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362), FLOAT_ZERO);
+                        tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140), tbq_prmt(w[2], w[3], 0x7362));
+                    }
+#pragma unroll
+                    for (int h = 0; h < NS; h++) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
+                                                          : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+#pragma unroll
+                            for (int n = 0; n < NG; n++) {
+                                const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
+                                const float f = d_k * dq[b * NS + h][n];
+                                float &     y = s[n][2 * half + j];
+                                y             = b == 0 && h == 0 ? x * f : y + x * f;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        float p[NG][4];
+        softmax(s, bias, p);
+
+        uint32_t           pb[NG][2];
+        const char * const value[4] = { value_of(2 * t), value_of(2 * t + 1), value_of(2 * t + 8), value_of(2 * t + 9) };
+        if constexpr (BITS_V == 16) {
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
+                pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
+            }
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                uint32_t va[4];
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    uint32_t x[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const int token = r / 2 * 2 + j;
+                        x[j] = used[token] ? *(const uint16_t *) (value[token] + 2 * (16 * i + r % 2 * 8 + g)) : 0;
+                    }
+                    va[r] = x[0] | x[1] << 16;
+                }
+#pragma unroll
+                for (int n = 0; n < NG; n++) {
+                    tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
+                }
+            }
+        } else {
+            constexpr int NV = BITS_V == 8 ? 2 : 1;
+            float         d_v[NB * NV][4];
+            float         d_sum = 0.0f;
+#pragma unroll
+            for (int b = 0; b < NB * NV; b++) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    d_v[b][j] = BITS_V == 8 ? __half2float(*(const __half *) (value[j] + 34 * b))
+                                            : *(const float *) (value[j] + sizeof(block_tbq8_0) * b);
+                    d_sum += d_v[b][j];
+                }
+            }
+            const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
+#pragma unroll
+            for (int b = 0; b < NB; b++) {
+                uint32_t word[2][4]; // q8_0: channels 32 h + 4g ...; tbq8_0: the same
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        word[h][j] = BITS_V == 8 ? tbq_load_word(value[j] + 68 * b + 34 * h + 2 + 4 * g)
+                                                 : *(const uint32_t *) (value[j] + sizeof(block_tbq8_0) * b +
+                                                                        TBQ8_QS_OFFSET + 32 * h + 4 * g);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    // Tile i of q8_0: channels 32 (i / 2) + 4g + 2 (i % 2) and the next, which have one scale.  Of
+                    // tbq8_0, like the packed types: 4g + i and 4g + 32 + i.
+                    if (i == 0 || (BITS_V == 8 && i == 2)) {
+                        weigh(p, d_v[b * NV + i / 2 * (NV - 1)], any_nan, pb);
+                    }
+                    uint32_t va[4];
+#pragma unroll
+                    for (int r = 0; r < 4; r++) {
+                        const int h    = BITS_V == 8 ? i / 2 : r % 2;
+                        const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
+                        va[r]          = tbq_bf16_bytes(
+                            tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                    }
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_bf16(acc[n][b][i], va, pb[n][0], pb[n][1]);
+                    }
+                }
+            }
+        }
+    }
+
     // What this lane reads of a stage, in bytes from its start.  Keys: the words of token g (and g + 8, a constant
     // further), and the scales of tokens 2t, 2t + 1.  Values: words and scales of tokens 2t, 2t + 1.
     const int k_row  = g * reader_k::PITCH + (keys.offset ^ (g & 1 ? keys.odd : 0));
@@ -652,8 +938,17 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         mask_ahead[n][1] = mask_of(n, first * SLICE + 2 * t + 8);
     }
 
+    // The map of rows that are in the list: bits 0, 1, 8, 9 are those of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
+    const uint32_t * const map      = (const uint32_t *) cells + (EXACT ? a.n_exact : 0);
+    auto                   exact_of = [&](int slice) -> uint32_t {
+        return EXACT && slice < end ? map[slice / 2] >> (slice % 2 * 16 + 2 * t) & 0x0303 : 0;
+    };
+    uint32_t exact_ahead = exact_of(first);
+
     int stage = 0;
     for (int slice = first; slice < end; slice += WARPS) {
+        const uint32_t exact = exact_ahead;
+        exact_ahead          = exact_of(slice + WARPS);
         float bias[NG][4];
         bool  seen = false;
 #pragma unroll
@@ -661,9 +956,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float2 x     = __half22float2(*(const half2 *) &mask_ahead[n][j]);
-                bias[n][2 * j + 0] = x.x;
-                bias[n][2 * j + 1] = x.y;
-                seen |= x.x != -INFINITY || x.y != -INFINITY;
+                bias[n][2 * j + 0] = exact & 1u << 8 * j ? -INFINITY : x.x;
+                bias[n][2 * j + 1] = exact & 2u << 8 * j ? -INFINITY : x.y;
+                seen |= bias[n][2 * j + 0] != -INFINITY || bias[n][2 * j + 1] != -INFINITY;
                 mask_ahead[n][j] = mask_of(n, (slice + WARPS) * SLICE + 2 * t + 8 * j);
             }
         }
@@ -768,78 +1063,12 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                 d_sum += d_v[b][j];
             }
         }
-        if (a.logit_softcap != 0.0f) {
-#pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                s[i / 4][i % 4] = tbq_tanh(s[i / 4][i % 4]) * (a.logit_softcap * TBQ_LOG2E);
-            }
-        }
-
         float p[NG][4];
-        bool  grown = false;
-#pragma unroll
-        for (int n = 0; n < NG; n++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                // selected, not added: a hidden key may be anything, NaN too
-                s[n][j] = bias[n][j] == -INFINITY ? -INFINITY : s[n][j] + bias[n][j] * slope[n];
-                grown |= s[n][j] > m[n] + 8.0f;
-            }
-        }
-        // The maximum follows only when it is out by 2^8: weights are floats, with room for more than that.
-        if (__any_sync(TBQ_WARP_ALL, grown)) {
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                float row_max = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
-                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 1));
-                row_max       = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, 2));
-                row_max       = fmaxf(row_max, m[n]);
-                const float f = tbq_exp2(m[n] - row_max);
-                m[n]          = row_max;
-                l[n] *= f;
-                // columns 2t, 2t + 1 of the sums belong to queries that other lanes hold
-                const float f0 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t);
-                const float f1 = __shfl_sync(TBQ_WARP_ALL, f, 8 * t + 4);
-#pragma unroll
-                for (int i = 0; i < NB * 4; i++) {
-                    acc[n][i / 4][i % 4][0] *= f0;
-                    acc[n][i / 4][i % 4][1] *= f1;
-                    acc[n][i / 4][i % 4][2] *= f0;
-                    acc[n][i / 4][i % 4][3] *= f1;
-                }
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < NG; n++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                p[n][j] = tbq_exp2(s[n][j] - m[n]);
-                l[n] += p[n][j];
-            }
-        }
+        softmax(s, bias, p);
         // A hidden value may be NaN as well, and 0 . NaN is not 0.  Rare, so it costs one test.
         const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
 
-        // Weights of the four tokens times their scales of number b.
         uint32_t pb[NG][2];
-        auto     weigh = [&](int b) {
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                float w[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    w[j] = p[n][j] * d_v[b][j];
-                }
-                if (any_nan) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        w[j] = p[n][j] == 0.0f ? 0.0f : w[j];
-                    }
-                }
-                pb[n][0] = tbq_pack_bf16(w[0], w[1]);
-                pb[n][1] = tbq_pack_bf16(w[2], w[3]);
-            }
-        };
         if constexpr (BITS_V == 16) {
             // A tile is 16 channels in order.  (A hidden value must be finite here, as for llama.cpp's kernels.)
             const int n_here = a.n_kv - slice * SLICE;
@@ -868,7 +1097,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             // Tile 2 h + i: channels 32 h + 4g + 2 i and the next, of which all have one scale.
 #pragma unroll
             for (int b = 0; b < NB * 2; b++) {
-                weigh(b);
+                weigh(p, d_v[b], any_nan, pb);
                 uint32_t word[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -892,7 +1121,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         } else {
 #pragma unroll
             for (int b = 0; b < NB; b++) {
-                weigh(b);
+                weigh(p, d_v[b], any_nan, pb);
                 uint32_t word[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {

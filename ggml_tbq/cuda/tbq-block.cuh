@@ -19,6 +19,8 @@ constexpr __host__ __device__ int tbq_block_bytes(int bits) {
 // Every block is d, qs and, at 3 bits, qh.
 #define TBQ_QS_OFFSET 2
 #define TBQ_QH_OFFSET 18
+#define TBQ8_QS_OFFSET 4 // of tbq8_0, whose d is a float
+static_assert(TBQ8_QS_OFFSET == offsetof(block_tbq8_0, qs), "layout");
 static_assert(TBQ_QS_OFFSET == offsetof(block_tbq3_0, qs) && TBQ_QH_OFFSET == offsetof(block_tbq3_0, qh), "layout");
 
 // --- rows -----------------------------------------------------------------------------------------------------
@@ -162,4 +164,29 @@ static __device__ __forceinline__ void tbq_unrotate_warp(float & lo, float & hi,
     tbq_butterflies(lo, hi, lane);
     lo = tbq_flip(0.125f * lo, lane);
     hi = tbq_flip(0.125f * hi, lane + 32);
+}
+
+// --- the rotation, across a half-warp ---------------------------------------------------------------------------
+
+// v = H . v without the signs; lane l holds values l + 16 j.  In the same order, and no compiler contracts anything.
+static __device__ __forceinline__ void tbq_butterflies_16(float (&v)[4], int l) {
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float other = __shfl_xor_sync(TBQ_WARP_ALL, v[j], h);
+            v[j]              = l & h ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < 4; h *= 2) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (!(j & h)) {
+                const float a = v[j], b = v[j + h];
+                v[j]     = __fadd_rn(a, b);
+                v[j + h] = __fsub_rn(a, b);
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "tbq-ggml-cuda.cuh"
 
+#include "ggml-cuda/fattn.cuh"
 #include "ggml-impl.h"
 
 #include "tbq-attention-launch.cuh"
@@ -94,6 +95,11 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
     // centered keys: ggml_tbq/llama/llama-center.cpp
     a.mean   = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
     a.weight = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
+    if (const ggml_tensor * exact = dst->src[5]) {
+        a.exact     = (char *) exact->data;
+        a.exact_nb1 = exact->nb[1];
+        a.slots     = (const int *) dst->src[6]->data;
+    }
     return a;
 }
 
@@ -102,6 +108,40 @@ static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     encode(dst->type, dst->src[0]->type == GGML_TYPE_F16, set_rows_args(dst), ctx.stream());
+    return true;
+}
+
+// rows of values after n_before rows of blocks, to exact rows
+static void encode_exact(const ggml_tensor * before, const ggml_tensor * src, const ggml_tensor * mean, ggml_tensor * dst,
+                         cudaStream_t stream) {
+    tbq_exact_args a = {};
+    a.src            = (const float *) src->data;
+    a.dst            = (char *) dst->data;
+    a.from           = rows_of(dst, src, sizeof(float));
+    a.to             = rows_of(dst, dst, 1);
+    a.mean           = mean ? (const float *) mean->data : nullptr;
+    if (before) {
+        a.before     = (const char *) before->data;
+        a.n_before   = before->ne[1];
+        a.before_nb1 = before->nb[1];
+        a.before_nb2 = before->nb[2];
+        a.before_nb3 = before->nb[3];
+    }
+    const int64_t n = a.from.n_blocks();
+    if (n == 0) {
+        return;
+    }
+    const ggml_cuda_kernel_launch_params launch(grid_for(16 * n, TBQ_ENCODE_THREADS), dim3(TBQ_ENCODE_THREADS), 0,
+                                                stream);
+    ggml_cuda_kernel_launch(tbq_quantize_exact_rows, launch, a);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static bool concat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (dst->type != GGML_TYPE_TBQ8_0) {
+        return false;
+    }
+    encode_exact(dst->src[0], dst->src[1], dst->src[2], dst, ctx.stream());
     return true;
 }
 
@@ -241,10 +281,13 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
     tbq_encode_args     b = {};
     if (v) {
-        // two caches, and the second reads nothing that the first writes
-        b = set_rows_args(v);
-        if (root(k) == root(v) || root(v->src[0]) == root(k) || root(v->src[1]) == root(k) || b.from.n_blocks() == 0 ||
-            !is_decode_size(b)) {
+        // two caches with exact rows of their own, and the second reads nothing that the first writes
+        b                  = set_rows_args(v);
+        auto written_by_k  = [&](const ggml_tensor * t) {
+            return t && (root(t) == root(k) || (k->src[5] && root(t) == root(k->src[5])));
+        };
+        if (written_by_k(v) || written_by_k(v->src[0]) || written_by_k(v->src[1]) || written_by_k(v->src[5]) ||
+            written_by_k(v->src[6]) || b.from.n_blocks() == 0 || !is_decode_size(b)) {
             v = nullptr;
         }
     }
@@ -278,17 +321,38 @@ template <typename dst_t> static void decode(ggml_type type, const tbq_decode_ar
     CUDA_CHECK(cudaGetLastError());
 }
 
+// exact rows; cells: see the kernel
+template <typename dst_t> static void decode_exact(const tbq_decode_args & a, const int * cells, int64_t cells_s1,
+                                                   cudaStream_t stream) {
+    const int64_t n = a.from.n_blocks();
+    if (n == 0) {
+        return;
+    }
+    const ggml_cuda_kernel_launch_params launch(grid_for(16 * n, 256), dim3(256), 0, stream);
+    ggml_cuda_kernel_launch(tbq_dequantize_exact_rows<dst_t>, launch, a, cells, (long long) cells_s1);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// A tbq type or tbq8_0.
+template <typename dst_t> static void decode_any(ggml_type type, const tbq_decode_args & a, cudaStream_t stream) {
+    if (type == GGML_TYPE_TBQ8_0) {
+        decode_exact<dst_t>(a, nullptr, 0, stream);
+    } else {
+        decode<dst_t>(type, a, stream);
+    }
+}
+
 // s01, s02, s03 count blocks
 template <int BITS, typename dst_t>
 static void to_values_nc(const void * x, dst_t * y, int64_t ne00, int64_t ne01, int64_t ne02, int64_t ne03, int64_t s01,
                          int64_t s02, int64_t s03, cudaStream_t stream) {
-    constexpr int64_t bytes = tbq_block_bytes(BITS);
+    constexpr int64_t bytes = BITS == 8 ? sizeof(block_tbq8_0) : tbq_block_bytes(BITS);
     tbq_decode_args   a     = {};
     a.src                   = (const char *) x;
     a.dst                   = y;
     a.from                  = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { s01 * bytes, s02 * bytes, s03 * bytes } };
     a.to                    = { { ne00 / TBQ_BLOCK, ne01, ne02, ne03 }, { ne00, ne00 * ne01, ne00 * ne01 * ne02 } };
-    decode<dst_t>((ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
+    decode_any<dst_t>(BITS == 8 ? GGML_TYPE_TBQ8_0 : (ggml_type) (GGML_TYPE_TBQ2_0 + BITS - 2), a, stream);
 }
 
 template <int BITS, typename dst_t> static void to_values(const void * x, dst_t * y, int64_t k, cudaStream_t stream) {
@@ -299,6 +363,7 @@ template <int BITS, typename dst_t> static void to_values(const void * x, dst_t 
     ((type) == GGML_TYPE_TBQ2_0   ? function<2, dst_t> \
      : (type) == GGML_TYPE_TBQ3_0 ? function<3, dst_t> \
      : (type) == GGML_TYPE_TBQ4_0 ? function<4, dst_t> \
+     : (type) == GGML_TYPE_TBQ8_0 ? function<8, dst_t> \
                                   : nullptr)
 
 to_fp16_cuda_t tbq_cuda_to_fp16(ggml_type type) {
@@ -335,9 +400,18 @@ static tbq_decode_args decode_args(const ggml_tensor * src, const ggml_tensor * 
     return a;
 }
 
+// The types that a cache holds.
+static bool is_cached(ggml_type type) {
+    return ggml_is_tbq(type) || type == GGML_TYPE_TBQ8_0;
+}
+
 static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
-    if (ggml_is_tbq(src->type) && dst->type == GGML_TYPE_F32) {
-        decode<float>(src->type, decode_args(src, dst), ctx.stream());
+    if (is_cached(src->type) && dst->type == GGML_TYPE_F32) {
+        decode_any<float>(src->type, decode_args(src, dst), ctx.stream());
+        return true;
+    }
+    if (dst->type == GGML_TYPE_TBQ8_0 && src->type == GGML_TYPE_F32) {
+        encode_exact(nullptr, src, nullptr, dst, ctx.stream());
         return true;
     }
     if (ggml_is_tbq(dst->type) && src->type == GGML_TYPE_F32) {
@@ -350,7 +424,7 @@ static bool cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_t
 static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0];
     const ggml_tensor * ids = dst->src[1];
-    if (!ggml_is_tbq(src->type)) {
+    if (!is_cached(src->type)) {
         return false;
     }
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->ne[3] == 1);
@@ -360,9 +434,9 @@ static bool get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.ids_s1          = ids->nb[1] / sizeof(int);
     a.ids_s2          = ids->nb[2] / sizeof(int);
     switch (dst->type) {
-        case GGML_TYPE_F32: decode<float>(src->type, a, ctx.stream()); break;
-        case GGML_TYPE_F16: decode<half>(src->type, a, ctx.stream()); break;
-        case GGML_TYPE_BF16: decode<nv_bfloat16>(src->type, a, ctx.stream()); break;
+        case GGML_TYPE_F32: decode_any<float>(src->type, a, ctx.stream()); break;
+        case GGML_TYPE_F16: decode_any<half>(src->type, a, ctx.stream()); break;
+        case GGML_TYPE_BF16: decode_any<nv_bfloat16>(src->type, a, ctx.stream()); break;
         default: GGML_ABORT("GET_ROWS from %s to %s", ggml_type_name(src->type), ggml_type_name(dst->type));
     }
     return true;
@@ -450,8 +524,34 @@ static bool only_native(const ggml_tensor * dst) {
     return logit_softcap != 0.0f && dst->src[0]->ne[0] != 128 && dst->src[0]->ne[0] != 256 && dst->src[0]->ne[0] != 512;
 }
 
+// Whether exact rows, if there are any, are as tbq_ggml_flash_attn_ext_exact() makes them.  Neither way of computing
+// this node leaves them out: it is refused if not.
+static bool exact_supported(const ggml_tensor * dst) {
+    const ggml_tensor * cells = dst->src[7];
+    if (!cells) {
+        return !dst->src[5] && !dst->src[6];
+    }
+    const int64_t n_kv    = dst->src[1]->ne[1];
+    const int64_t n_exact = cells->ne[0] - (n_kv + 31) / 32;
+    for (int side = 1; side <= 2; side++) {
+        const ggml_tensor * t = dst->src[side];
+        const ggml_tensor * e = dst->src[side + 4];
+        if (ggml_is_tbq(t->type) != (e != nullptr)) {
+            return false;
+        }
+        if (e && (e->type != GGML_TYPE_TBQ8_0 || e->nb[0] != sizeof(block_tbq8_0) || e->ne[0] != t->ne[0] ||
+                  e->ne[1] != n_exact || e->ne[2] != t->ne[2] || e->ne[3] != t->ne[3] ||
+                  (e->nb[1] | e->nb[2] | e->nb[3] | e->view_offs) % sizeof(float) != 0)) {
+            return false;
+        }
+    }
+    return n_exact > 0 && n_exact < INT_MAX && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
+           cells->ne[1] == dst->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
+}
+
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
-    return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) || !only_native(dst);
+    return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) ||
+           (!only_native(dst) && exact_supported(dst));
 }
 
 // More columns than this are a prompt: converting the cache to f16 once takes less work than unpacking it for every 16.
@@ -490,7 +590,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     }
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
         !ggml_is_contiguous(dst) || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 ||
-        (mask && mask->ne[2] != 1)) {
+        (mask && mask->ne[2] != 1) || !exact_supported(dst)) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
@@ -508,9 +608,73 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     return true;
 }
 
+// K or V of `dst` as f16 at `to`, with its exact rows at their cells.
+static ggml_tensor to_f16_exact(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int side, half * to) {
+    const ggml_tensor * t     = dst->src[side];
+    const ggml_tensor * exact = dst->src[side + 4];
+    const ggml_tensor * cells = dst->src[7];
+
+    ggml_tensor result = *t;
+    result.type        = GGML_TYPE_F16;
+    result.data        = to;
+    result.view_src    = nullptr;
+    result.nb[0]       = sizeof(half);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) {
+        result.nb[i] = result.nb[i - 1] * t->ne[i - 1];
+    }
+    const size_t unit = ggml_type_size(t->type);
+    ggml_get_to_fp16_nc_cuda(t->type)(t->data, to, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t->nb[1] / unit,
+                                      t->nb[2] / unit, t->nb[3] / unit, ctx.stream());
+    if (exact) {
+        tbq_decode_args a = {};
+        a.src             = (const char *) exact->data;
+        a.dst             = to;
+        a.from            = rows_of(exact, exact, 1);
+        a.to              = rows_of(exact, &result, sizeof(half));
+        decode_exact<half>(a, (const int *) cells->data, cells->ne[0], ctx.stream());
+    }
+    return result;
+}
+
+// Converts K and V to f16, exact rows too, for the backend's own kernels.  (Without exact rows these convert.)
+static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!dst->src[7]) {
+        return false;
+    }
+    GGML_ASSERT(tbq_cuda_flash_attn_ext_converts(dst));
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    // the values are the first channels of the keys (MLA)
+    const bool v_in_k = v->view_src && (v->view_src == k || (v->view_src == k->view_src && v->view_offs == k->view_offs));
+
+    // where the backend would convert them: ggml_cuda_flash_attn_ext_get_alloc_size() has reserved it
+    const uintptr_t k_f16 = GGML_PAD((uintptr_t) dst->data + ggml_nbytes(dst), 128);
+    const uintptr_t v_f16 =
+        k->type == GGML_TYPE_F16 ? k_f16 : GGML_PAD(k_f16 + ggml_nelements(k) * sizeof(half), (uintptr_t) 128);
+
+    ggml_tensor f16 = *dst, k_as_f16 = *k, v_as_f16 = *v;
+    if (k->type != GGML_TYPE_F16) {
+        k_as_f16 = to_f16_exact(ctx, dst, 1, (half *) k_f16);
+    }
+    if (v_in_k) {
+        v_as_f16       = k_as_f16;
+        v_as_f16.ne[0] = v->ne[0];
+        // what the kernels look at to read them once
+        v_as_f16.view_src  = &k_as_f16;
+        v_as_f16.view_offs = 0;
+    } else if (v->type != GGML_TYPE_F16) {
+        v_as_f16 = to_f16_exact(ctx, dst, 2, (half *) v_f16);
+    }
+    f16.src[1] = &k_as_f16;
+    f16.src[2] = &v_as_f16;
+    f16.src[5] = f16.src[6] = f16.src[7] = nullptr;
+    ggml_cuda_flash_attn_ext(ctx, &f16);
+    return true;
+}
+
 static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
-        return false;
+        return flash_attn_ext_converted(ctx, dst);
     }
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
@@ -542,6 +706,18 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.mask_nb1 = mask->nb[1];
         a.mask_nb3 = mask->nb[3];
     }
+    if (const ggml_tensor * cells = dst->src[7]) {
+        a.cells   = (const int *) cells->data;
+        a.n_exact = (int) (cells->ne[0] - (k->ne[1] + 31) / 32);
+        if (const ggml_tensor * e = dst->src[5]) {
+            a.exact_k     = (const char *) e->data;
+            a.exact_k_nb1 = e->nb[1], a.exact_k_nb2 = e->nb[2], a.exact_k_nb3 = e->nb[3];
+        }
+        if (const ggml_tensor * e = dst->src[6]) {
+            a.exact_v     = (const char *) e->data;
+            a.exact_v_nb1 = e->nb[1], a.exact_v_nb2 = e->nb[2], a.exact_v_nb3 = e->nb[3];
+        }
+    }
 #define TBQ_CASE(K, V) \
     case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
     switch (100 * kv_bits(k->type) + kv_bits(v->type)) {
@@ -556,6 +732,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (dst->op) {
         case GGML_OP_SET_ROWS: return set_rows(ctx, dst);
+        case GGML_OP_CONCAT: return concat(ctx, dst);
         case GGML_OP_CPY: return cpy(ctx, dst->src[0], dst->src[1]);
         case GGML_OP_GET_ROWS: return get_rows(ctx, dst);
         case GGML_OP_MUL_MAT: return mul_mat(ctx, dst->src[0], dst->src[1], nullptr, dst);
@@ -569,6 +746,19 @@ bool tbq_cuda_kv_type_supported(ggml_type type) {
     return ggml_is_tbq(type);
 }
 
+// Exact rows beside the packed ones, if there are any.
+static bool set_rows_exact_supported(const ggml_tensor * op) {
+    const ggml_tensor * exact = op->src[5];
+    const ggml_tensor * slots = op->src[6];
+    if (!exact || !slots) {
+        return !exact && !slots;
+    }
+    return exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == op->src[0]->ne[0] &&
+           exact->nb[0] == sizeof(block_tbq8_0) && (exact->nb[1] | exact->view_offs) % sizeof(float) == 0 &&
+           slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) &&
+           ggml_nelements(slots) == ggml_nrows(op->src[0]);
+}
+
 bool tbq_cuda_supports_op(const ggml_tensor * op) {
     const ggml_tensor * a = op->src[0];
     const ggml_tensor * b = op->src[1];
@@ -578,15 +768,21 @@ bool tbq_cuda_supports_op(const ggml_tensor * op) {
             return ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 &&
                    a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float);
         case GGML_OP_GET_ROWS:
-            return ggml_is_tbq(a->type) && b->type == GGML_TYPE_I32 &&
+            return is_cached(a->type) && b->type == GGML_TYPE_I32 &&
                    (op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16);
         case GGML_OP_SET_ROWS:
             return ggml_is_tbq(op->type) && (a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) &&
-                   a->nb[0] == ggml_type_size(a->type) && (b->type == GGML_TYPE_I32 || b->type == GGML_TYPE_I64);
+                   a->nb[0] == ggml_type_size(a->type) && (b->type == GGML_TYPE_I32 || b->type == GGML_TYPE_I64) &&
+                   set_rows_exact_supported(op);
+        case GGML_OP_CONCAT:
+            return op->type == GGML_TYPE_TBQ8_0 && op->op_params[0] == 1 && a->type == GGML_TYPE_TBQ8_0 &&
+                   b->type == GGML_TYPE_F32 && a->ne[0] == b->ne[0] && a->nb[0] == sizeof(block_tbq8_0) &&
+                   b->nb[0] == sizeof(float) &&
+                   (a->nb[1] | a->nb[2] | a->nb[3] | a->view_offs | b->nb[1] | b->nb[2] | b->nb[3]) % sizeof(float) == 0;
         case GGML_OP_CPY:
             // b is where it goes
-            return ((ggml_is_tbq(a->type) && b->type == GGML_TYPE_F32) ||
-                    (a->type == GGML_TYPE_F32 && ggml_is_tbq(b->type))) &&
+            return ((is_cached(a->type) && b->type == GGML_TYPE_F32) ||
+                    (a->type == GGML_TYPE_F32 && is_cached(b->type))) &&
                    ggml_are_same_shape(a, b) && a->nb[0] == ggml_type_size(a->type) &&
                    b->nb[0] == ggml_type_size(b->type) &&
                    (b->type != GGML_TYPE_F32 ||

@@ -117,3 +117,53 @@ template <int BITS, typename dst_t> __global__ void __launch_bounds__(256)
         }
     });
 }
+
+// --- exact rows ------------------------------------------------------------------------------------------------------
+
+static __device__ __forceinline__ void tbq_store1(float * p, float x) {
+    *p = x;
+}
+
+static __device__ __forceinline__ void tbq_store1(half * p, float x) {
+    *p = __float2half_rn(x);
+}
+
+static __device__ __forceinline__ void tbq_store1(nv_bfloat16 * p, float x) {
+    *p = __float2bfloat16_rn(x);
+}
+
+// Rows of tbq8_0 to rows of values, a half-warp for each block.  With cells, row i1 of (i2, i3) becomes row cells[i1 +
+// i3 cells_s1] of the result, unless that is -1: exact rows over the decoded rows of a cache.
+//
+// The sums are of 64 signed bytes, which floats hold exactly, so the one rounding is that of d . sum, as on the CPU.
+// grid: at least a half-warp for each block
+template <typename dst_t> __global__ void __launch_bounds__(256)
+    tbq_dequantize_exact_rows(const tbq_decode_args a, const int * cells, long long cells_s1) {
+    const int        l     = threadIdx.x % 16;
+    const long long  index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
+    const long long  n     = a.from.n_blocks();
+    const tbq_index4 at    = a.from.index4(index < n ? index : n - 1); // all lanes take part in the shuffles
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
+#endif
+    const long long row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
+    const long long to  = cells ? cells[at.i1 + at.i3 * cells_s1] : at.i1;
+    const char * const   src = a.src + at.i0 * sizeof(block_tbq8_0) + a.from.offset(row, at.i2, at.i3);
+    const int8_t * const qs  = (const int8_t *) src + TBQ8_QS_OFFSET;
+    const float          d   = *(const float *) src;
+    float                v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        v[j] = qs[l + 16 * j];
+    }
+    tbq_butterflies_16(v, l);
+    if (index < n && to >= 0) {
+        dst_t * const dst = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(to, at.i2, at.i3);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            // d = 0 decodes to +0, whatever the signs of the products
+            tbq_store1(dst + l + 16 * j, d == 0.0f ? 0.0f : tbq_flip(d * 0.125f * v[j], l + 16 * j));
+        }
+    }
+}

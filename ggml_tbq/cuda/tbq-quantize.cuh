@@ -43,26 +43,18 @@ template <int BITS, int I = 0> static __device__ __forceinline__ int tbq_half_le
 
 // --- across a half-warp ----------------------------------------------------------------------------------------
 
-static __device__ __forceinline__ void tbq_butterflies_16(float (&v)[4], int l) {
+// The bits of the largest |x|.
+static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+    }
 #pragma unroll
     for (int h = 1; h < 16; h *= 2) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float other = __shfl_xor_sync(TBQ_WARP_ALL, v[j], h);
-            v[j]              = l & h ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
-        }
+        largest = max(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
     }
-#pragma unroll
-    for (int h = 1; h < 4; h *= 2) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (!(j & h)) {
-                const float a = v[j], b = v[j + h];
-                v[j]     = __fadd_rn(a, b);
-                v[j + h] = __fsub_rn(a, b);
-            }
-        }
-    }
+    return largest;
 }
 
 // The largest gain of the lanes of one parity, the first of equals.
@@ -129,6 +121,49 @@ static __device__ __forceinline__ void tbq_write_block(const int (&index)[4], un
     }
     if (l == 0) {
         *(unsigned short *) block = d;
+    }
+}
+
+// The exact row of a block (quantize_exact of cpu/rows/rows.inc).  x[j]: value l + 16 j.  z: the same rotated, not
+// divided by 8; huge: z was scaled down, so it is computed again.  All lanes of the warp call this; 16 write a block.
+static __device__ __forceinline__ void tbq_write_exact_16(const float (&x)[4], const float (&z)[4], bool huge,
+                                                          char * block, bool write, int l) {
+    float y[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        y[j] = z[j];
+    }
+    if (__any_sync(TBQ_WARP_ALL, huge)) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[j] = tbq_flip(x[j], l + 16 * j);
+        }
+        tbq_butterflies_16(v, l);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            y[j] = huge ? v[j] : y[j];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        y[j] = __fmul_rn(0.125f, y[j]);
+    }
+    const uint32_t largest = tbq_abs_max_16(y);
+    const bool     bad = largest >= TBQ_BITS_INF, none = bad || largest < TBQ_BITS_SMALLEST_ACT;
+    const float    most    = __uint_as_float(largest);
+    const float    inverse = __fdiv_rn(127.0f, none ? 1.0f : most);
+    if (!write) {
+        return;
+    }
+    int8_t * const qs = (int8_t *) block + TBQ8_QS_OFFSET;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int q    = __float2int_rz(__fadd_rn(__fmul_rn(fabsf(y[j]), inverse), 0.5f));
+        qs[l + 16 * j] = (int8_t) (none ? 0 : y[j] < 0.0f ? -q : q);
+    }
+    if (l == 0) {
+        *(float *) block = bad ? __int_as_float(0x7FC00000) : none ? 0.0f : __fdiv_rn(most, 127.0f);
     }
 }
 
@@ -251,19 +286,6 @@ static __device__ __forceinline__ float tbq_gain(float gap, float g, float m0) {
 
 // --- a block by a half-warp ------------------------------------------------------------------------------------------
 
-static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
-    }
-#pragma unroll
-    for (int h = 1; h < 16; h *= 2) {
-        largest = max(largest, __shfl_xor_sync(TBQ_WARP_ALL, largest, h));
-    }
-    return largest;
-}
-
 // The scale with the largest cosine.  Every lane sums its four values for every scale; then lanes exchange halves of
 // what they have until each has the sums of one scale, and the best is the maximum over the lanes.
 template <int BITS> static __device__ __forceinline__ tbq_scale tbq_search_scale(const int (&q)[4], int l) {
@@ -367,13 +389,17 @@ static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4]
 }
 
 // x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write:
-// whether the block of this half-warp exists.
+// whether the block of this half-warp exists.  exact: the block of its exact row, or null; keep: whether there are any.
 template <int BITS>
 static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block,
-                                                             bool write, int l, tbq_encoder_scratch * scratch,
+                                                             bool write, char * exact, bool keep, int l,
+                                                             tbq_encoder_scratch *    scratch,
                                                              const tbq_encoder_gaps * gaps) {
     float             z[4];
     const tbq_measure b = tbq_rotate_and_measure(x, z, tbq_abs_max_16(x), l);
+    if (keep) {
+        tbq_write_exact_16(x, z, b.huge, exact, write && exact, l);
+    }
     int               q[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -421,6 +447,18 @@ struct tbq_encode_args {
     long long     ids_ne1, ids_ne2, ids_s0, ids_s1, ids_s2; // elements
     const float * mean;                                     // of a row of keys, subtracted first; null: zeros
     const float * weight; // of the error in each channel, equal in pairs of neighbors; null: guessed from the block
+
+    // Exact rows, tbq8_0: row number i of the source, counted over all dimensions, becomes row slots[i] too, unless that
+    // is -1.  slots is null where there are none.
+    char *      exact;
+    long long   exact_nb1;
+    const int * slots;
+
+    // The block of row number i, or null.
+    __device__ __forceinline__ char * exact_block(long long i, long long i0) const {
+        const int slot = slots ? slots[i] : -1;
+        return slot < 0 ? nullptr : exact + slot * exact_nb1 + i0 * (long long) sizeof(block_tbq8_0);
+    }
 };
 
 // The rotary embedding (GGML_OP_ROPE, modes NORMAL and NEOX) of keys that are encoded right after it.  Angles are
@@ -518,8 +556,58 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_ENCODE
     for (int j = 0; j < 4; j++) {
         x[j] = __fsub_rn(tbq_load(src + l + 16 * j), center.mean[j]);
     }
-    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n, l, &scratch[threadIdx.x / 16],
-                                &gaps);
+    tbq_quantize_block_16<BITS>(x, a.weight ? center.weight : nullptr, dst, index < n,
+                                a.exact_block((index < n ? index : n - 1) / a.from.ne[0], at.i0), a.slots != nullptr, l,
+                                &scratch[threadIdx.x / 16], &gaps);
+}
+
+// --- exact rows alone ------------------------------------------------------------------------------------------------
+
+// n_before rows of blocks, which are copied, and after them rows of values, in each of ne[2] x ne[3] parts.
+struct tbq_exact_args {
+    const char *  before;
+    const float * src;
+    char *        dst;
+    long long     n_before;
+    long long     before_nb1, before_nb2, before_nb3; // bytes
+    tbq_rows      from;                               // the shape of the result, strides of src in elements
+    tbq_rows      to;                                 // the same shape, strides of the result in bytes
+    const float * mean;                               // of a row of values, subtracted first; null: zeros
+};
+
+// grid: at least a half-warp for each block
+static __global__ void __launch_bounds__(TBQ_ENCODE_THREADS) tbq_quantize_exact_rows(const tbq_exact_args a) {
+    const int        l     = threadIdx.x % 16;
+    const long long  index = ((long long) blockIdx.x * blockDim.x + threadIdx.x) / 16;
+    const long long  n     = a.from.n_blocks();
+    const tbq_index4 at    = a.from.index4(index < n ? index : n - 1);
+    const bool       copy  = at.i1 < a.n_before;
+    float            mean[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        mean[j] = a.mean ? a.mean[at.i0 * 64 + l + 16 * j] : 0.0f;
+    }
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
+#endif
+    char * const dst = a.dst + at.i0 * sizeof(block_tbq8_0) + a.to.offset(at.i1, at.i2, at.i3);
+    float        x[4], z[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float * src = a.src + at.i0 * 64 + a.from.offset(copy ? 0 : at.i1 - a.n_before, at.i2, at.i3);
+        x[j]              = copy ? 0.0f : __fsub_rn(src[l + 16 * j], mean[j]);
+        z[j]              = tbq_flip(x[j], l + 16 * j);
+    }
+    tbq_butterflies_16(z, l);
+    tbq_write_exact_16(x, z, false, dst, index < n && !copy, l);
+    if (copy && index < n) {
+        const uint32_t * before = (const uint32_t *) (a.before + at.i0 * sizeof(block_tbq8_0) + at.i1 * a.before_nb1 +
+                                                      at.i2 * a.before_nb2 + at.i3 * a.before_nb3);
+        for (int i = l; i < (int) sizeof(block_tbq8_0) / 4; i += 16) {
+            ((uint32_t *) dst)[i] = before[i];
+        }
+    }
 }
 
 // --- decode size -----------------------------------------------------------------------------------------------------
@@ -697,7 +785,8 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     const int l    = threadIdx.x % 16;
     const int hw   = threadIdx.x / 16;
 
-    const tbq_small_place at = tbq_place_of(a, i);
+    const tbq_small_place at         = tbq_place_of(a, i);
+    const unsigned        row_number = i / (unsigned) a.from.ne[0];
     tbq_encoder_fill_gaps<BITS>(&gaps);
     const tbq_center center(a, at.i0, l);
 
@@ -710,6 +799,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         const long long id = at.id + at.i1 * a.ids_s0;
         row                = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
+    char * const exact = a.exact_block(row_number, at.i0);
     float    x[4], z[4];
     uint32_t largest = 0;
     tbq_load_block<src_t>(a, at, rope, l, x);
@@ -732,6 +822,9 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         for (int j = 0; j < 4; j++) {
             z_all[l + 16 * j] = z[j]; // both halves write the same
         }
+    } else if (warp == 2 && a.slots) {
+        // both halves of the warp hold the block
+        tbq_write_exact_16(x, z, b.huge, exact, exact && lane < 16, l);
     } else if (warp == 3) {
         tbq_prepare_shaping(x, b.rms, a.weight, center, l, w_all, m_all);
     }

@@ -42,8 +42,9 @@ bool tbq_cuda_supports_op(const ggml_tensor * op);
 // Whether a cache may have this type.
 bool tbq_cuda_kv_type_supported(ggml_type type);
 
-// Computes a node: SET_ROWS (f32 or f16, int32 or int64 row numbers; the CPU's bytes), CPY between f32 and blocks of
-// one shape, GET_ROWS, MUL_MAT and MUL_MAT_ID with up to eight columns, and attention, below.
+// Computes a node: SET_ROWS (f32 or f16, int32 or int64 row numbers; the CPU's bytes, exact rows too), CPY between f32
+// and blocks of one shape, GET_ROWS, CONCAT of exact rows (tbq_ggml_concat_exact), MUL_MAT and MUL_MAT_ID with up to
+// eight columns, and attention, below.
 bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // In decode a launch takes as long as the work in it.  So the ROPE of a token's keys, their SET_ROWS and the SET_ROWS
@@ -62,7 +63,8 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 
 // Attention from packed blocks: up to 64 columns (query heads of one KV head times tokens; any number if nothing else
 // has a kernel), head sizes 64, 128 and 256, K and V both tbq, or one of them q8_0 or f16, sm_80 and later.  Everything
-// else converts to f16 and takes the backend's own kernels.
+// else converts to f16 and takes the backend's own kernels.  Both ways read exact rows (tbq_ggml_flash_attn_ext_exact);
+// where neither can, the node is not supported.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // whether those kernels work for it
 

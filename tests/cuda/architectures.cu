@@ -5,13 +5,16 @@
 #include "tbq-matvec.cuh"
 #include "tbq-quantize.cuh"
 
-template __global__ void tbq_attention<128, 4, 4, 8>(const tbq_attention_args);
-template __global__ void tbq_attention<128, 3, 2, 16>(const tbq_attention_args);
-template __global__ void tbq_attention<64, 2, 3, 8>(const tbq_attention_args);
-template __global__ void tbq_attention<128, 8, 4, 8>(const tbq_attention_args);
-template __global__ void tbq_attention<128, 4, 16, 8>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 4, 4, 8, false>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 3, 2, 16, false>(const tbq_attention_args);
+template __global__ void tbq_attention<64, 2, 3, 8, false>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 8, 4, 8, false>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 4, 16, 8, false>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 4, 4, 8, true>(const tbq_attention_args);
+template __global__ void tbq_attention<128, 8, 4, 8, true>(const tbq_attention_args);
 template __global__ void tbq_attention_combine<128, 4, true>(const tbq_attention_args);
 template __global__ void tbq_dequantize_rows<4, half>(const tbq_decode_args);
+template __global__ void tbq_dequantize_exact_rows<half>(const tbq_decode_args, const int *, long long);
 template __global__ void tbq_matvec<4, 1>(const tbq_matvec_args);
 template __global__ void tbq_quantize_rows<4, float>(const tbq_encode_args);
 template __global__ void tbq_quantize_pair<4, 3, true>(const tbq_encode_args, const tbq_rope_args,

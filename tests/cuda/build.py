@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """build.py OUT [nvcc arguments]: compiles blocks.cu and attention.cu into the folder OUT, for this machine's GPU."""
 
+import concurrent.futures
 import pathlib
 import subprocess
 import sys
@@ -14,25 +15,22 @@ def build(out, arch="native", programs=("blocks", "attention")):
     # The reference that both compare with: tests/kernels' build has the flags of every instruction set.
     subprocess.run(["cmake", "-S", HERE.parent / "kernels", "-B", out / "cpu"], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", out / "cpu", "--target", "tbq"], check=True, capture_output=True)
-    for name in programs:
-        subprocess.run(
-            [
-                "nvcc",
-                "-std=c++17",
-                "-O3",
-                f"-arch={arch}",
-                "-use_fast_math",
-                "-I",
-                TBQ / "include",
-                "-I",
-                TBQ / "cuda",
-                HERE / f"{name}.cu",
-                next((out / "cpu").glob("libtbq*")),
-                "-o",
-                out / name,
-            ],
-            check=True,
-        )
+    library = next((out / "cpu").glob("libtbq*"))
+
+    def nvcc(*arguments):
+        flags = ["-std=c++17", "-O3", f"-arch={arch}", "-use_fast_math", "--split-compile=0"]
+        subprocess.run(["nvcc", *flags, "-I", TBQ / "include", "-I", TBQ / "cuda", *arguments], check=True)
+
+    # Compiled side by side: a file for each head size, all kernels of which take minutes.
+    objects = {name: [(name, HERE / f"{name}.cu")] for name in programs}
+    if "attention" in programs:
+        kernels = HERE / "attention-kernels.cu"
+        objects["attention"] += [(f"attention-{d}", kernels, f"-DHEAD_SIZE={d}") for d in (64, 128, 256)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        every = [one for some in objects.values() for one in some]
+        list(pool.map(lambda one: nvcc("-c", *one[1:], "-o", out / f"{one[0]}.o"), every))
+    for name, parts in objects.items():
+        nvcc(*[out / f"{part[0]}.o" for part in parts], library, "-o", out / name)
 
 
 if __name__ == "__main__":
