@@ -36,7 +36,8 @@ PACKED = ("--cache-recent", 0, "--cache-first", 0)
 
 # Waiting threads sleep instead of spinning. On a busy machine, spinning makes two threads ten times slower than one
 # (measured). On an idle machine it makes no difference to a test.
-ENV = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+# Keys are centered only where a test says so: test_center.py has the default, --cache-center auto.
+ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "LLAMA_ARG_CACHE_CENTER": "none"}
 
 
 def n_bytes(type_name, values):
@@ -50,7 +51,7 @@ def cache_mib(type_name, n_ctx, layers=LAYERS, kv_heads=KV_HEADS, head=HEAD):
     return n_ctx * layers * n_bytes(type_name, kv_heads * head) / 2**20
 
 
-def run(program, *args, ok=True, timeout=180, cwd=None):
+def run(program, *args, ok=True, timeout=180, cwd=None, env=ENV):
     """Runs a program to its end; stdout and stderr are separate. With ok, a status other than 0 is a failure."""
     cmd = [str(program), *map(str, args)]
     done = subprocess.run(
@@ -61,7 +62,7 @@ def run(program, *args, ok=True, timeout=180, cwd=None):
         errors="replace",
         timeout=timeout,
         cwd=cwd,
-        env=ENV,
+        env=env,
     )
     if ok and done.returncode != 0:
         raise AssertionError(f"status {done.returncode}: {' '.join(cmd)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -195,8 +196,8 @@ def free_port():
 class Server:
     """llama-server for the length of a `with` block. It never outlives the block."""
 
-    def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1):
-        self.port, self.log_path = free_port(), Path(log)
+    def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1, env=ENV):
+        self.port, self.log_path, self.env = free_port(), Path(log), env
         # No prompt cache in RAM and no reuse that depends on batches: only the test saves and restores.
         self.cmd = [
             str(x)
@@ -227,7 +228,9 @@ class Server:
 
     def __enter__(self):
         self.out = open(self.log_path, "wb")
-        self.process = subprocess.Popen(self.cmd, stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, env=ENV)
+        self.process = subprocess.Popen(
+            self.cmd, stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, env=self.env
+        )
         try:
             self._wait_until_ready()
         except BaseException:

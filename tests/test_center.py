@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import tbq
-from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla
+from llama_tools import ENV, THREADS, Divergence, Server, python_text, run, tiny_llama, tiny_mla, write_gguf
 from tbq.kv_cache.calibrate import Scratch, calibrate, center_file_for, center_of_model
 from tbq.kv_cache.center_file import Center, _hash, fingerprint, read_center
 from tbq.kv_cache.settings import calibration_context
-from test_plan import attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, openelm, write_model
+from test_plan import attention, gemma2, gemma3, gemma3n, gemma4, gpt_oss, lfm2, mamba, openelm, write_model
 
 HERE = Path(__file__).parent
 
@@ -868,6 +868,240 @@ def test_disk_that_fills_up(made, small_disk, monkeypatch):
         calibrate(model, small_disk / "center.gguf", 1024)
     assert (error.value.strerror, error.value.filename) == ("No space left on device", str(small_disk / "center.gguf"))
     assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+# -- what the programs do by themselves --------------------------------------------------------------------------------
+
+
+class Plain:
+    """llama-perplexity as a user starts it: --cache-center has its default, and the folder for caches is empty."""
+
+    def __init__(self, bin_dir, folder):
+        self.program, self.folder, self.runs = bin_dir / "llama-perplexity", folder, 0
+        self.caches, self.text = folder / "caches", folder / "text"
+        self.text.write_text("Words and numbers, 123. " * 100)
+        self.env = {name: value for name, value in ENV.items() if name != "LLAMA_ARG_CACHE_CENTER"}
+        self.env["XDG_CACHE_HOME"] = str(self.caches)
+
+    def command(self, model, *args, k="tbq4_0", n_ctx=512):
+        self.runs += 1
+        self.base = self.folder / f"{self.runs}.base"
+        files = ("-m", model, "-f", self.text, "--kl-divergence-base", self.base)
+        size = ("-c", n_ctx, "-b", n_ctx, "--chunks", 1, "-ctk", k, "-lv", 4)
+        return [str(word) for word in (self.program, *files, *size, *THREADS, *args)]
+
+    def __call__(self, model, *args, cwd=None, **kw):
+        """The logits and the log."""
+        done = run(*self.command(model, *args, **kw), env=self.env, cwd=cwd)
+        return self.base.read_bytes(), done.stdout + done.stderr
+
+    @property
+    def kept(self):
+        return sorted(self.caches.rglob("*"))[2:]  # after ggml-tbq and ggml-tbq/centers
+
+
+@pytest.fixture
+def plain(bin_dir, tmp_path):
+    return Plain(bin_dir, tmp_path)
+
+
+MEASURED, CENTERED = "means of the keys were measured once, they are kept in ", "keys are stored minus their means"
+
+
+def test_a_program_centers_by_itself(plain, made, tmp_path):
+    """The first run measures and keeps the means, the second one reads them."""
+    model = made(biased, "K biases")
+    first, log = plain(model)
+    (kept,) = plain.kept
+    assert MEASURED + str(kept) in log and CENTERED in log
+    assert kept.is_relative_to(tmp_path / "caches" / "ggml-tbq" / "centers")  # where Python's centers are, too
+    assert read_center(kept).model == fingerprint(model) and read_center(kept).tokens == 8 * 120 - 8
+    again, log = plain(model)
+    assert again == first and CENTERED in log and "measur" not in log.replace("measured for a context", "")
+    assert plain(model, "--cache-center", "auto")[0] == plain(model, "--cache-center", kept)[0] == first
+    assert plain.kept == [kept]
+    uncentered, log = plain(model, "--cache-center", "none")
+    assert uncentered != first and "center" not in log and "means" not in log
+    exact = plain(model, k="f32")[0]
+
+    def logits_of(base):  # behind the head and the tokens: 16 bits each
+        return np.frombuffer(base[20 + 4 * 512 :], "<u2").astype(float)
+
+    assert difference(logits_of(exact), logits_of(first)) < difference(logits_of(exact), logits_of(uncentered))
+
+
+@pytest.mark.parametrize("k", ["f16", "bf16", "f32"])
+def test_keys_that_are_not_quantized_are_left_alone(k, plain, made):
+    model = made(biased, "K biases")
+    default, log = plain(model, k=k)
+    assert "center" not in log and "means of the keys" not in log and not plain.caches.exists()
+    assert plain(model, "--cache-center", "none", k=k)[0] == default
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (gemma2, "a soft-cap of the attention logits"),
+        (gpt_oss, "attention sinks"),
+        (tiny_mla, "a cell of MLA is key and value at once"),
+        (mamba, "the memory of a mamba model has no keys that can be centered"),
+    ],
+)
+def test_models_that_a_program_does_not_center(make, why, plain, made):
+    """One line says why, and the result is that of a cache without centers."""
+    model = made(make, make.__name__)
+    default, log = plain(model, k="q8_0")
+    assert [line for line in log.splitlines() if "center" in line] == [
+        line for line in log.splitlines() if line.endswith(f"the keys are not centered: {why}")
+    ]
+    assert log.count("the keys are not centered: ") == 1 and not plain.kept
+    assert plain(model, "--cache-center", "none", k="q8_0")[0] == default
+
+
+def test_adapters_are_not_centered(plain, made, tmp_path):
+    model = made(biased, "K biases")
+    vector = write_gguf(
+        tmp_path / "vector.gguf",
+        {"general.architecture": "controlvector", "controlvector.model_hint": "qwen2"},
+        {"direction.1": np.ones(128, "f4")},
+    )
+    _, log = plain(model, "--control-vector", vector)
+    assert "the keys are not centered: adapters and control vectors change them" in log and not plain.kept
+
+
+@pytest.mark.parametrize(
+    "variables, why",
+    [
+        ({"XDG_CACHE_HOME": "{tmp}/text"}, "{tmp}/text/ggml-tbq/centers cannot be written: Not a directory"),
+        ({"XDG_CACHE_HOME": "/proc"}, "/proc/ggml-tbq/centers cannot be written: No such file or directory"),
+        ({"XDG_CACHE_HOME": "", "HOME": ""}, "the user has no folder for caches"),
+        ({"XDG_CACHE_HOME": "caches"}, "the user has no folder for caches"),
+    ],
+)
+def test_folder_that_a_program_cannot_use(variables, why, plain, made, tmp_path):
+    """The means are measured at each start; the result is the same."""
+    model = made(biased, "K biases")
+    kept, _ = plain(model)
+    plain.env |= {name: value.format(tmp=tmp_path) for name, value in variables.items()}
+    for _ in range(2):
+        found, log = plain(model, cwd=tmp_path)
+        assert f"measured at each start: {why.format(tmp=tmp_path)}" in log and CENTERED in log
+        assert found == kept
+    assert len(plain.kept) == 1
+
+
+def test_full_disk(plain, made, small_disk):
+    """The means are used although they cannot be kept."""
+    model = made(biased, "K biases")
+    (small_disk / "ggml-tbq" / "centers").mkdir(parents=True)
+    (small_disk / "other").write_bytes(bytes((1 << 20) - 4096))
+    plain.env["XDG_CACHE_HOME"] = str(small_disk)
+    _, log = plain(model)
+    assert "measured at each start" in log and CENTERED in log
+    assert not list(small_disk.rglob("*.part")) and not list(small_disk.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed", "empty", "of another model"])
+def test_kept_means_that_are_corrupt(damage, plain, made, logits, tmp_path):
+    """They are measured again."""
+    model = made(biased, "K biases")
+    first, _ = plain(model)
+    (kept,) = plain.kept
+    good = kept.read_bytes()
+    if damage == "of another model":
+        logits(made(gemma3, "windows"), measure=kept)
+    else:
+        kept.write_bytes({"cut off": good[:-1], "changed": good[:-1] + b"x", "empty": b""}[damage])
+    again, log = plain(model)
+    assert MEASURED in log and again == first and kept.read_bytes() == good and plain.kept == [kept]
+
+
+def test_two_programs_at_once(plain, made):
+    """Both measure, and one complete file is kept."""
+    model = made(biased, "K biases")
+    processes = [
+        subprocess.Popen(
+            plain.command(model),
+            env=plain.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(3)
+    ]
+    logs = [process.communicate(timeout=180)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3
+    assert all(CENTERED in log for log in logs)
+    (kept,) = plain.kept
+    assert read_center(kept).model == fingerprint(model)
+
+
+def test_kept_by_context_and_rope(plain, made):
+    """Contexts that share a center in Python share it here, and each RoPE has its own."""
+    model = made(biased, "K biases")
+    names = set()
+    for n_ctx, rope_context, args in (
+        (256, 4096, ()),
+        (512, 4096, ("--rope-freq-base", 50000)),
+        (512, 8192, ("--rope-scaling", "yarn", "--rope-scale", 2)),
+        (512, 8192, ("--rope-scaling", "linear", "--rope-scale", 4)),
+    ):
+        _, log = plain(model, *args, n_ctx=n_ctx)
+        (new,) = set(plain.kept) - names
+        assert CENTERED in log
+        assert read_center(new).context == calibration_context(n_ctx, rope_context)
+        names.add(new)
+    plain(model, n_ctx=512)
+    assert set(plain.kept) == names
+
+
+def test_kept_means_are_shared_with_python(plain, made, monkeypatch):
+    """So a slot that `tbq serve` saved fits a plain llama-server."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(plain.caches))
+    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
+    model, said = made(biased, "K biases"), []
+    kept = center_of_model(model, 512)
+    _, log = plain(model)
+    assert f"the means of the keys are those in {kept}" in log and plain.kept == [kept]
+    kept.unlink()
+    plain(model)
+    assert center_of_model(model, 512, say=said.append) == kept and not said
+
+
+def test_a_file_named_auto(plain, made, tmp_path):
+    model = made(biased, "K biases")
+    first, _ = plain(model)
+    shutil.copy(plain.kept[0], tmp_path / "auto")
+    shutil.rmtree(plain.caches)
+    assert plain(model, "--cache-center", "./auto", cwd=tmp_path)[0] == first and not plain.kept
+    done = run(*plain.command(model, "--cache-center", "missing.gguf"), env=plain.env, ok=False)
+    assert done.returncode == 1
+
+
+def test_a_server_that_wakes_up_measures_once(bin_dir, plain, made, tmp_path):
+    """Although its means cannot be kept."""
+    model, prompt = made(biased, "K biases"), "1, 2, 3,"
+    plain.env["XDG_CACHE_HOME"] = str(plain.text)
+    args = ("-ctk", "tbq4_0", "--sleep-idle-seconds", 1)
+    with Server(bin_dir, model, tmp_path / "log", *args, env=plain.env) as server:
+        first = server.complete(prompt, n=8)["content"]
+        fall_asleep(server, 1)
+        assert server.complete(prompt, n=8)["content"] == first
+        assert server.log.count("measured at each start") == 1
+        assert len(set(re.findall(r"keys are stored minus their means: .* hash (\w+)", server.log))) == 1
+        assert server.log.count(CENTERED) == 2
+
+
+def test_the_text_is_as_good_as_pythons(bin_dir, plain, demo_model, demo_center, tmp_path):
+    """docs/measurements/centering.md has figures for more text."""
+    text = tmp_path / "docs"
+    text.write_text("".join(path.read_text(encoding="utf-8") for path in sorted((HERE.parent / "docs").glob("*.md"))))
+    plain(demo_model)
+    divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)
+    none, own, python = (
+        divergence("tbq4_0", "f16", "--cache-center", center)["kld"] for center in ("none", *plain.kept, demo_center)
+    )
+    assert own < 0.85 * none and own < 1.1 * python, (none, own, python)
 
 
 # -- a range of contexts -----------------------------------------------------------------------------------------------

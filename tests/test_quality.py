@@ -181,7 +181,8 @@ def test_without_centering(demo_model):
     assert (
         done.returncode == 0
         and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"]
-        and "center" not in done.stdout
+        and "centered" not in done.stdout
+        and "--cache-center none" in done.stdout
     )
 
 

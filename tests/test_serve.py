@@ -605,9 +605,10 @@ def test_keys_are_centered(demo_model, tmp_path, monkeypatch):
     center = next((tmp_path / "ggml-tbq" / "centers").iterdir())
     server = prepared(demo_model, options=[*SMALL, "--cache-center", str(center)])
     assert server.center is None and server._command.count("--cache-center") == 1
+    assert prepared(demo_model, options=[*SMALL, "--cache-center", "auto"])._command[-2:] == ["--cache-center", "auto"]
     assert prepared(demo_model, options=SMALL).center == center
     server = prepared(demo_model, center=False, options=SMALL)
-    assert server.center is None and "--cache-center" not in server._command
+    assert server.center is None and "--cache-center none" in " ".join(server._command)
     assert prepared(demo_model, center=center, options=SMALL).center == center
 
 

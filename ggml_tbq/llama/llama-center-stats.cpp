@@ -10,7 +10,10 @@
 #include "llama-mmap.h"
 #include "llama-model.h"
 
+#include "hash/hash.h"
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -155,47 +158,134 @@ float llama_cache_center_stats_share(const llama_cache_center_stats * stats, int
     return (float) (square / it->second.n / it->second.energy);
 }
 
-uint32_t llama_cache_center_n_cells(const llama_model * model, uint32_t n_ctx, uint32_t n_chunk) {
-    const bool long_rope =
-        std::any_of(model->layers.begin(), model->layers.end(), [](const llama_layer & l) { return l.rope_long; });
-    return long_rope && n_ctx > model->hparams.n_ctx_orig_yarn ? model->hparams.n_ctx_orig_yarn + n_chunk : n_chunk;
+static bool has_long_rope(const llama_model & model) {
+    return std::any_of(model.layers.begin(), model.layers.end(), [](const llama_layer & l) { return l.rope_long; });
 }
 
-int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, const llama_context * ctx, uint32_t n_ctx,
-                                      const char * path) {
-    const llama_model & model = ctx->get_model();
-    llama_center        center;
-    center.arch  = llm_arch_name(model.arch);
-    center.n_ctx = n_ctx;
+uint32_t llama_cache_center_n_cells(const llama_model * model, uint32_t n_ctx, uint32_t n_chunk) {
+    return has_long_rope(*model) && n_ctx > model->hparams.n_ctx_orig_yarn ? model->hparams.n_ctx_orig_yarn + n_chunk
+                                                                           : n_chunk;
+}
+
+llama_center * llama_cache_center_stats_get(const llama_cache_center_stats * stats, const llama_context * ctx,
+                                            uint32_t n_ctx) {
+    const llama_model & model  = ctx->get_model();
+    auto                center = std::make_unique<llama_center>();
+    center->path               = "the measured center";
+    center->arch               = llm_arch_name(model.arch);
+    center->n_ctx              = n_ctx;
     for (const auto & [il, l] : stats->layers) {
         if (l.n == 0 || l.n_query == 0) {
             LLAMA_LOG_ERROR("%s: layer %d saw no %s\n", __func__, il, l.n ? "query" : "key");
-            return -1;
+            return nullptr;
         }
         std::vector<float> mean(l.sum.size());
         std::vector<float> energy(l.query.size());
         std::transform(l.sum.begin(), l.sum.end(), mean.begin(), [&](double sum) { return (float) (sum / l.n); });
         std::transform(l.query.begin(), l.query.end(), energy.begin(),
                        [&](double sum) { return (float) (sum / l.n_query); });
-        center.n_tokens   = std::max(center.n_tokens, l.n);
-        center.layers[il] = { model.hparams.n_embd_head_k(il),
-                              model.hparams.n_head_kv(il),
-                              std::move(mean),
-                              std::move(energy),
-                              llama_center_rope(*ctx, il),
-                              llama_center_rope_factors(*ctx, il),
-                              llama_cache_center_stats_share(stats, il) };
+        center->n_tokens   = std::max(center->n_tokens, l.n);
+        center->layers[il] = { model.hparams.n_embd_head_k(il),
+                               model.hparams.n_head_kv(il),
+                               std::move(mean),
+                               std::move(energy),
+                               llama_center_rope(*ctx, il),
+                               llama_center_rope_factors(*ctx, il),
+                               llama_cache_center_stats_share(stats, il) };
     }
+    try {
+        center->fingerprint = model.center_source->fingerprint();
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return nullptr;
+    }
+    return center.release();
+}
+
+int32_t llama_center_save(const llama_center * center, const char * path) {
     // the old file stays until the new one has been read back
     try {
-        center.fingerprint = model.center_source->fingerprint();
         llama_file_replace out(path);
-        center.save(out.path());
+        center->save(out.path());
         llama_center::load(out.path());
         out.commit();
         return 0;
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s: %s\n", __func__, path, err.what());
+        return -1;
+    }
+}
+
+int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, const llama_context * ctx, uint32_t n_ctx,
+                                      const char * path) {
+    const std::unique_ptr<llama_center> center(llama_cache_center_stats_get(stats, ctx, n_ctx));
+    return center ? llama_center_save(center.get(), path) : -1;
+}
+
+// --- one center for many contexts -----------------------------------------------------------------------------------
+
+// A change of the measurement, or of its text, increases it: centers that were kept are then not used any more.  Python
+// has the same number (calibrate.py).
+static constexpr uint32_t LLAMA_CENTER_METHOD = 2;
+
+// tokens that RoPE is set up for
+static uint64_t rope_context(const llama_context & ctx) {
+    const llama_cparams & cparams = ctx.get_cparams();
+    const llama_hparams & hparams = ctx.get_model().hparams;
+    uint64_t res = hparams.n_ctx_train; // with YaRN: of the scaled RoPE, llama_init_from_model() sees to that
+    if (cparams.rope_scaling_type == LLAMA_ROPE_SCALING_TYPE_LINEAR) {
+        res = std::max(res, (uint64_t) (res * hparams.rope_freq_scale_train / cparams.rope_freq_scale));
+    }
+    // short factors up to here, long ones from here on
+    if (has_long_rope(ctx.get_model()) && cparams.n_ctx_seq <= hparams.n_ctx_orig_yarn) {
+        res = std::min<uint64_t>(res, hparams.n_ctx_orig_yarn);
+    }
+    return res;
+}
+
+uint32_t llama_cache_center_n_ctx(const llama_context * ctx) {
+    uint64_t res = 8192;
+    while (res < ctx->n_ctx_seq()) {
+        res *= 4;
+    }
+    const uint64_t longest = rope_context(*ctx);
+    return longest > 0 ? std::min(res, longest) : res;
+}
+
+// Throws if no layer can be centered.
+static std::string center_key(const llama_context & ctx, bool own_rope) {
+    const llama_model & model  = ctx.get_model();
+    const char *        reason = "it has no layer with keys";
+    std::string         rope;
+    if (llama_model_has_encoder(&model)) {
+        throw std::runtime_error("a model with an encoder");
+    }
+    for (const llama_kv_cache * kv : llama_center_caches(ctx)) {
+        for (const uint32_t il : kv->get_layer_ids()) {
+            if (const char * why = llama_center_why_not(model, il)) {
+                reason = why;
+                continue;
+            }
+            const std::vector<float> values = llama_center_rope(ctx, il);
+            rope += format(" %u %s ", il, llama_center_rope_factors(ctx, il).c_str());
+            rope.append((const char *) values.data(), values.size() * sizeof(float));
+        }
+    }
+    if (rope.empty()) {
+        throw std::runtime_error(reason);
+    }
+    const std::string text = format("%u %s %u", LLAMA_CENTER_METHOD, model.center_source->fingerprint().c_str(),
+                                    llama_cache_center_n_ctx(&ctx)) +
+                             (own_rope ? "" : rope);
+    return hash_sha256_hex(text.data(), text.size()).substr(0, 32);
+}
+
+int32_t llama_cache_center_key(const llama_context * ctx, bool own_rope, char * buf, size_t n) {
+    try {
+        snprintf(buf, n, "%s", center_key(*ctx, own_rope).c_str());
+        return 0;
+    } catch (const std::exception & err) {
+        snprintf(buf, n, "%s", err.what());
         return -1;
     }
 }

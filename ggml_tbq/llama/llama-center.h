@@ -44,6 +44,19 @@ LLAMA_API uint32_t llama_cache_center_n_cells(const struct llama_model * model, 
 // Write the means, for contexts of n_ctx tokens.  0, or negative on failure.
 LLAMA_API int32_t llama_cache_center_stats_save(const struct llama_cache_center_stats * stats,
                                                 const struct llama_context * ctx, uint32_t n_ctx, const char * path);
+// The same in two steps.  NULL on failure; llama_center_free() ends what is returned.
+LLAMA_API struct llama_center * llama_cache_center_stats_get(const struct llama_cache_center_stats * stats,
+                                                             const struct llama_context * ctx, uint32_t n_ctx);
+LLAMA_API int32_t               llama_center_save(const struct llama_center * center, const char * path);
+
+// For a program that keeps centers: how many tokens of context the means for a context are measured over.  Contexts of
+// similar lengths share a center (docs/design/centering.md).
+LLAMA_API uint32_t llama_cache_center_n_ctx(const struct llama_context * ctx);
+
+// What a center depends on, the model, this number and RoPE, as 32 hexadecimal digits in buf: a name for its file.
+// own_rope: whether RoPE is as the model's file says; the name is then that of Python's center_of_model().
+// Negative if the keys of this context cannot be centered; buf then has the reason.
+LLAMA_API int32_t llama_cache_center_key(const struct llama_context * ctx, bool own_rope, char * buf, size_t n);
 
 #ifdef __cplusplus
 }

@@ -65,7 +65,8 @@ def pair_arguments(
     model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]
 ) -> list[str]:
     """Arguments of a run that compares a pair with BASE."""
-    files = ["--kl-divergence", "--kl-divergence-base", BASE, *(["--cache-center", CENTER] if pair.centered else [])]
+    center = ["--cache-center", CENTER if pair.centered else "none"]
+    files = ["--kl-divergence", "--kl-divergence-base", BASE, *center]
     return [*_common_arguments(model, context, threads, options), *files, "-ctk", pair.k, "-ctv", pair.v]
 
 

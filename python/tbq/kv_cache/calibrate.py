@@ -34,6 +34,7 @@ from tbq.programs.options import MODEL, ROPE, option_values, select_words
 from tbq.programs.process import Done, run
 
 #: A change of the measurement increases it.  The names of kept centers depend on it, so that old ones are not used.
+#: ggml_tbq/llama/llama-center-stats.cpp has the same number: without options for RoPE, --cache-center auto shares them.
 _METHOD = "2"
 
 _ROOM = 4 << 20  # bytes that a calibration needs in its folder, for a text and the center

@@ -94,8 +94,7 @@ class Plan:
     fits: bool | None  #: whether the recommended pair fits in the memory at this context
     sinks: bool  #: whether the model has attention sinks
     large_key_biases: Mapping[int, float]  #: the ratios of key_biases() from LARGE_BIAS on, by layer
-    #: whether the recommended types need centered keys; `tbq serve` and tbq.llama center them, llama-server with
-    #: --cache-center
+    #: whether the recommended types need centered keys; `tbq serve`, tbq.llama and llama.cpp's programs center them
     center: bool
     warnings: tuple[str, ...]
     exact: bool  #: False if a warning says that llama.cpp may allocate a different amount
@@ -506,10 +505,7 @@ def _warnings(shape: CacheShape, context: int, sinks: bool, biases: _Biases, cen
         worst = max(large, key=lambda i: large[i])
         remedy = "keys of 4 bits and fewer degrade badly; keep --cache-type-k q8_0"
         if center:
-            remedy = (
-                "center the keys (tbq serve centers them; for llama-server use tbq calibrate and --cache-center), "
-                "or keep --cache-type-k q8_0"
-            )
+            remedy = "center the keys (tbq serve and this llama-server do), or keep --cache-type-k q8_0"
         yield (
             f"large key biases in {len(large)} of {len(biases.ratios)} layers "
             f"(layer {worst}: {large[worst]:.0f} times the rest of the key): {remedy}"

@@ -140,6 +140,8 @@ def check_files(options: Sequence[str]) -> None:
             if FOLDER in option.uses:
                 if not os.path.isdir(path):
                     raise TBQError(f"{words[0]} {path!r} is not a folder")
+            elif option.key == "center" and path in ("auto", "none"):
+                continue
             elif not os.path.exists(path) or os.path.isdir(path):
                 raise TBQError(f"{words[0]} {path!r} is not a file")
 

@@ -117,7 +117,8 @@ class Server:
         if {"ssl_key", "ssl_cert"} & found.keys():
             check_tls(found, paths())
         self._given, self._center, self._kv = found, center, kv
-        self._shape = {**plan_arguments(found), "center": center is not False or "center" in found, "options": others}
+        centered = found.get("center") != "none" and (center is not False or "center" in found)
+        self._shape = {**plan_arguments(found), "center": centered, "options": others}
         self._model = open_model(model)
         self.k, self.v, self.plan = choose(self._model, kv, **self._shape)
         self.port = int(number) or free_port(self._host)
@@ -182,7 +183,8 @@ class Server:
     @property
     def _command(self) -> list[str]:
         types = ["--cache-type-k", self.k, "--cache-type-v", self.v] if self.plan is None or self.plan.cached else []
-        center = ["--cache-center", str(self.center)] if self.center else []
+        # prepare() decides, and not the default of llama-server
+        center = [] if "center" in self._given else ["--cache-center", str(self.center or "none")]
         return [str(program("llama-server")), "-m", os.fspath(self._model), *types, *center, *self._options]
 
     def __enter__(self) -> "Server":
