@@ -175,8 +175,8 @@ int main(int argc, char ** argv) {
         a.exact_k.n_streams = a.exact_v.n_streams = 1;
         a.cells                                   = cells.data();
         a.packed_hidden                           = (const uint32_t *) cells.data() + n_exact;
-        a.scale                           = 1.0f / std::sqrt((float) size);
-        a.out                             = out.data();
+        a.scale                                   = 1.0f / std::sqrt((float) size);
+        a.out                                     = out.data();
 
         tbq_attention_plan plan;
         const tbq_status   status = tbq_attention_make_plan(&a, &plan);
@@ -198,8 +198,8 @@ int main(int argc, char ** argv) {
                     std::min(best[i], seconds([&] {
                                  for (auto & l : layers) {
                                      counter items;
-                                     plan.a.k.data = l.k.data();
-                                     plan.a.v.data = l.v.data();
+                                     plan.a.k.data       = l.k.data();
+                                     plan.a.v.data       = l.v.data();
                                      plan.a.exact_k.data = l.exact_k.data();
                                      plan.a.exact_v.data = l.exact_v.data();
                                      workers.run([&](int thread) {

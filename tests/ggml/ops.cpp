@@ -94,7 +94,7 @@ struct graph {
     ggml_tensor * run(ggml_tensor * out, int threads = 2, bool use_ref = false) {
         ggml_cgraph * g = ggml_new_graph(ctx);
         ggml_build_forward_expand(g, out);
-        ggml_cplan plan = ggml_graph_plan(g, threads, nullptr);
+        ggml_cplan           plan = ggml_graph_plan(g, threads, nullptr);
         std::vector<uint8_t> work(plan.work_size);
         plan.work_data = work.data();
         plan.use_ref   = use_ref;
@@ -309,22 +309,22 @@ static void exact_copies() {
     expect(memcmp(got->data, back.data() + 5 * n, n * sizeof(float)) == 0, "GET_ROWS of tbq8_0");
     expect(ggml_validate_row_data(GGML_TYPE_TBQ8_0, q.data(), q.size()), "valid data in tbq8_0");
 
-    const auto           qc   = encode(centered);
-    const auto           free = std::vector<uint8_t>(row, 0xAB);
-    const int64_t        to[] = { 4, 2, 0, 1, 5, 3 };
-    const int32_t        at[] = { 8, -1, 0, -1, 3, 7 };
+    const auto    qc   = encode(centered);
+    const auto    free = std::vector<uint8_t>(row, 0xAB);
+    const int64_t to[] = { 4, 2, 0, 1, 5, 3 };
+    const int32_t at[] = { 8, -1, 0, -1, 3, 7 };
     for (bool center : { false, true }) {
         for (int threads : { 1, 2, 5 }) {
             ggml_tensor * exact = g.tensor(GGML_TYPE_TBQ8_0, { n, slots });
             memset(exact->data, 0xAB, ggml_nbytes(exact));
-            ggml_tensor * set = ggml_set_rows(g.ctx, g.tensor(GGML_TYPE_TBQ4_0, { n, rows }), f,
-                                              g.tensor(GGML_TYPE_I64, { rows }, to));
-            set->src[3]       = center ? g.tensor(GGML_TYPE_F32, { n }, mean.data()) : nullptr;
+            ggml_tensor * set =
+                ggml_set_rows(g.ctx, g.tensor(GGML_TYPE_TBQ4_0, { n, rows }), f, g.tensor(GGML_TYPE_I64, { rows }, to));
+            set->src[3] = center ? g.tensor(GGML_TYPE_F32, { n }, mean.data()) : nullptr;
             tbq_ggml_set_rows_exact(set, exact, g.tensor(GGML_TYPE_I32, { rows }, at));
             g.run(set, threads);
-            const auto & want   = center ? qc : q;
+            const auto & want        = center ? qc : q;
             const auto   packed_rows = packed(GGML_TYPE_TBQ4_0, center ? centered : x);
-            bool         same = true;
+            bool         same        = true;
             for (int64_t slot = 0; slot < slots; slot++) {
                 const uint8_t * r = free.data();
                 for (int i = 0; i < rows; i++) {
