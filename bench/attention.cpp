@@ -2,7 +2,7 @@
 // Attention alone, without llama.cpp: every implementation that this machine supports, and each type.
 //
 //     tbq-bench-attention [cached rows] [threads] [query rows] [KV heads] [query heads per KV head] [head size]
-//     [rounds]
+//     [rounds] [exact rows]
 //
 // Prints milliseconds for the calls of 8 layers, the bytes of K and V that these read per second, and the speed of a
 // plain read of the same bytes by the same threads.  Each layer has a KV cache of its own, so that no CPU cache holds
@@ -75,6 +75,7 @@ struct team {
 
 struct layer {
     std::vector<uint8_t> k, v;
+    std::vector<uint8_t> exact_k, exact_v;
 };
 
 struct counter {
@@ -107,6 +108,7 @@ int main(int argc, char ** argv) {
     const int64_t group     = number(5, 4);
     const int64_t size      = number(6, 128);
     const int     rounds    = number(7, 20);
+    const int64_t n_exact   = number(8, 0);
 
     team                            workers(n_threads);
     std::mt19937                    random(1);
@@ -115,8 +117,22 @@ int main(int argc, char ** argv) {
     for (auto & x : q) {
         x = normal(random);
     }
-    printf("%d cached rows, %d query rows for each of %d x %d heads of %d, %d threads, %d layers\n", (int) n_kv,
-           (int) n_tokens, (int) n_head_kv, (int) group, (int) size, n_threads, n_layers);
+    printf("%d cached rows, %d of them exact, %d query rows for each of %d x %d heads of %d, %d threads, %d layers\n",
+           (int) n_kv, (int) n_exact, (int) n_tokens, (int) n_head_kv, (int) group, (int) size, n_threads, n_layers);
+    // the list: the newest rows
+    std::vector<int32_t> cells(n_exact + (n_kv + 31) / 32);
+    for (int64_t j = 0; j < n_exact && j < n_kv; j++) {
+        cells[j] = (int32_t) (n_kv - 1 - j);
+        cells[n_exact + cells[j] / 32] |= (int32_t) (1u << cells[j] % 32);
+    }
+    const size_t         exact_bytes = tbq_row_bytes(TBQ_TYPE_TBQ8_0, size);
+    std::vector<uint8_t> exact(exact_bytes * n_exact * n_head_kv);
+    for (size_t i = 0; i < exact.size(); i += exact_bytes) {
+        for (auto & x : row) {
+            x = normal(random);
+        }
+        tbq_quantize(TBQ_TYPE_TBQ8_0, row.data(), exact.data() + i, size);
+    }
     printf("%-24s %10s %10s %12s\n", "", "ms", "GB/s", "read, GB/s");
 
     int                         count;
@@ -134,6 +150,7 @@ int main(int argc, char ** argv) {
         for (auto & l : layers) {
             l.k.resize(n_kv * n_head_kv * bytes);
             l.v.resize(l.k.size());
+            l.exact_k = l.exact_v = exact;
             for (int64_t r = 0; r < n_kv * n_head_kv; r++) {
                 memcpy(l.k.data() + r * bytes, some.data() + random() % 1024 * bytes, bytes);
                 memcpy(l.v.data() + r * bytes, some.data() + random() % 1024 * bytes, bytes);
@@ -152,8 +169,14 @@ int main(int argc, char ** argv) {
         a.k.type = a.v.type = type;
         a.k.row_stride = a.v.row_stride = bytes * n_head_kv;
         a.k.head_stride = a.v.head_stride = bytes;
-        a.scale                           = 1.0f / std::sqrt((float) size);
-        a.out                             = out.data();
+        a.n_exact                         = n_exact;
+        a.exact_k.row_stride = a.exact_v.row_stride = exact_bytes * n_head_kv;
+        a.exact_k.head_stride = a.exact_v.head_stride = exact_bytes;
+        a.exact_k.n_streams = a.exact_v.n_streams = 1;
+        a.cells                                   = cells.data();
+        a.packed_hidden                           = (const uint32_t *) cells.data() + n_exact;
+        a.scale                                   = 1.0f / std::sqrt((float) size);
+        a.out                                     = out.data();
 
         tbq_attention_plan plan;
         const tbq_status   status = tbq_attention_make_plan(&a, &plan);
@@ -175,8 +198,10 @@ int main(int argc, char ** argv) {
                     std::min(best[i], seconds([&] {
                                  for (auto & l : layers) {
                                      counter items;
-                                     plan.a.k.data = l.k.data();
-                                     plan.a.v.data = l.v.data();
+                                     plan.a.k.data       = l.k.data();
+                                     plan.a.v.data       = l.v.data();
+                                     plan.a.exact_k.data = l.exact_k.data();
+                                     plan.a.exact_v.data = l.exact_v.data();
                                      workers.run([&](int thread) {
                                          tbq_attention_run(&plan, list[i], thread, work.data(), take, &items);
                                          if (plan.n_chunks > 1) {

@@ -11,7 +11,7 @@ ROOT = HERE.parent
 def test_operations(lib_dir, bin_dir, build_dir, tmp_path):
     include = build_dir / "llama.cpp-src" / "ggml" / "include"
     program = tmp_path / "ops"
-    includes = [f"-I{include}", f"-I{ROOT / 'ggml_tbq/include'}"]
+    includes = [f"-I{include}", f"-I{ROOT / 'ggml_tbq/include'}", f"-I{ROOT / 'ggml_tbq/ggml'}"]
     libraries = [f"-L{lib_dir}", "-ltbq-ggml-cpu", "-ltbq-ggml-base", f"-Wl,-rpath,{lib_dir}"]
     command = ["c++", "-std=c++17", "-O2", *includes, HERE / "ggml/ops.cpp", "-o", program, *libraries]
     subprocess.run(command, check=True)

@@ -34,9 +34,9 @@ static inline __m256i dot4_wide(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVX512VNNI__
     return _mm256_dpbusd_epi32(acc, u, s);
 #else
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
-                                           _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
-    const __m256i odd  = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 #endif
 }
@@ -54,9 +54,9 @@ static inline __m512i dot4_wide_512(__m512i acc, __m512i u, __m512i s) {
 #ifdef __AVX512VNNI__
     return _mm512_dpbusd_epi32(acc, u, s);
 #else
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)),
-                                           _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
-    const __m512i odd  = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(s, 8));
+    const __m512i even =
+        _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(s, 8));
     return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
 #endif
 }

@@ -232,7 +232,7 @@ bool tbq_ggml_concat(const struct ggml_compute_params * params, struct ggml_tens
     row_part p;
     for (int64_t i = 0; next_part(params, dst->ne[1] * dst->ne[2], dst->ne[0] / TBQ_BLOCK, &i, &p);) {
         const int64_t row = p.row % dst->ne[1], stream = p.row / dst->ne[1];
-        char *        to  = blocks_at(dst, row, stream, p.first);
+        char *        to = blocks_at(dst, row, stream, p.first);
         if (row < exact->ne[1]) {
             memcpy(to, blocks_at(exact, row, stream, p.first), p.count * sizeof(block_tbq8_0));
         } else {

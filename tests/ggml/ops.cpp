@@ -8,6 +8,7 @@
 // independent vectors adding up alike, in the result.  The bound is five times that.
 #include "ggml.h"
 #include "ggml-cpu.h"
+#include "tbq-ggml.h"
 #include "tbq.h"
 
 #include <cmath>
@@ -82,14 +83,22 @@ struct graph {
 
     ggml_tensor * as_f32(const ggml_tensor * q) {
         ggml_tensor * r = ggml_new_tensor(ctx, GGML_TYPE_F32, GGML_MAX_DIMS, q->ne);
-        ggml_get_type_traits(q->type)->to_float(q->data, (float *) r->data, ggml_nelements(q));
+        if (q->type == GGML_TYPE_F32) {
+            memcpy(r->data, q->data, ggml_nbytes(r));
+        } else {
+            ggml_get_type_traits(q->type)->to_float(q->data, (float *) r->data, ggml_nelements(q));
+        }
         return r;
     }
 
-    ggml_tensor * run(ggml_tensor * out, int threads = 2) {
+    ggml_tensor * run(ggml_tensor * out, int threads = 2, bool use_ref = false) {
         ggml_cgraph * g = ggml_new_graph(ctx);
         ggml_build_forward_expand(g, out);
-        ggml_graph_compute_with_ctx(ctx, g, threads);
+        ggml_cplan           plan = ggml_graph_plan(g, threads, nullptr);
+        std::vector<uint8_t> work(plan.work_size);
+        plan.work_data = work.data();
+        plan.use_ref   = use_ref;
+        expect(ggml_graph_compute(g, &plan) == GGML_STATUS_SUCCESS, "a graph is computed");
         return out;
     }
 };
@@ -265,12 +274,142 @@ static void attentions(ggml_type tk, ggml_type tv, const std::string & name) {
     }
 }
 
+// tbq8_0: to and from float, and the operations that write it.
+static void exact_copies() {
+    const int64_t n = 192, rows = 6, slots = 9;
+    const auto    x = gaussian(n * rows), mean = gaussian(n);
+    auto          centered = x;
+    for (size_t i = 0; i < x.size(); i++) {
+        centered[i] -= mean[i % n];
+    }
+    const auto encode = [&](const std::vector<float> & v) {
+        std::vector<uint8_t> q(tbq_row_bytes(TBQ_TYPE_TBQ8_0, (int64_t) v.size()));
+        tbq_quantize(TBQ_TYPE_TBQ8_0, v.data(), q.data(), (int64_t) v.size());
+        return q;
+    };
+    const auto         q   = encode(x);
+    const size_t       row = q.size() / rows;
+    std::vector<float> back(x.size());
+    tbq_dequantize(TBQ_TYPE_TBQ8_0, q.data(), back.data(), n * rows);
+    double e = 0, s = 0;
+    for (size_t i = 0; i < x.size(); i++) {
+        e += (x[i] - back[i]) * (double) (x[i] - back[i]);
+        s += x[i] * (double) x[i];
+    }
+    expect(e / s < 1e-4, "error of tbq8_0: " + std::to_string(e / s)); // see MAX_NMSE
+
+    graph         g;
+    ggml_tensor * f = g.tensor(GGML_TYPE_F32, { n, rows }, x.data());
+    ggml_tensor * b = g.run(ggml_cpy(g.ctx, f, g.tensor(GGML_TYPE_TBQ8_0, { n, rows })));
+    expect(memcmp(b->data, q.data(), q.size()) == 0, "CPY f32 to tbq8_0");
+    ggml_tensor * u = g.run(ggml_cast(g.ctx, b, GGML_TYPE_F32));
+    expect(memcmp(u->data, back.data(), ggml_nbytes(u)) == 0, "cast of tbq8_0 to f32");
+    const int32_t order[2] = { 5, 0 };
+    ggml_tensor * got      = g.run(ggml_get_rows(g.ctx, b, g.tensor(GGML_TYPE_I32, { 2 }, order)));
+    expect(memcmp(got->data, back.data() + 5 * n, n * sizeof(float)) == 0, "GET_ROWS of tbq8_0");
+    expect(ggml_validate_row_data(GGML_TYPE_TBQ8_0, q.data(), q.size()), "valid data in tbq8_0");
+
+    const auto    qc   = encode(centered);
+    const auto    free = std::vector<uint8_t>(row, 0xAB);
+    const int64_t to[] = { 4, 2, 0, 1, 5, 3 };
+    const int32_t at[] = { 8, -1, 0, -1, 3, 7 };
+    for (bool center : { false, true }) {
+        for (int threads : { 1, 2, 5 }) {
+            ggml_tensor * exact = g.tensor(GGML_TYPE_TBQ8_0, { n, slots });
+            memset(exact->data, 0xAB, ggml_nbytes(exact));
+            ggml_tensor * set =
+                ggml_set_rows(g.ctx, g.tensor(GGML_TYPE_TBQ4_0, { n, rows }), f, g.tensor(GGML_TYPE_I64, { rows }, to));
+            set->src[3] = center ? g.tensor(GGML_TYPE_F32, { n }, mean.data()) : nullptr;
+            tbq_ggml_set_rows_exact(set, exact, g.tensor(GGML_TYPE_I32, { rows }, at));
+            g.run(set, threads);
+            const auto & want        = center ? qc : q;
+            const auto   packed_rows = packed(GGML_TYPE_TBQ4_0, center ? centered : x);
+            bool         same        = true;
+            for (int64_t slot = 0; slot < slots; slot++) {
+                const uint8_t * r = free.data();
+                for (int i = 0; i < rows; i++) {
+                    r = at[i] == slot ? want.data() + row * i : r;
+                }
+                same &= memcmp((uint8_t *) exact->data + row * slot, r, row) == 0;
+            }
+            const size_t size = packed_rows.size() / rows;
+            for (int i = 0; i < rows; i++) {
+                same &= memcmp((uint8_t *) set->data + size * to[i], packed_rows.data() + size * i, size) == 0;
+            }
+            expect(same, "SET_ROWS with exact rows");
+
+            ggml_tensor * all = ggml_view_3d(g.ctx, exact, n, 4, 2, exact->nb[1], 5 * exact->nb[1], 0);
+            ggml_tensor * two = ggml_view_3d(g.ctx, f, n, 3, 2, f->nb[1], 3 * f->nb[1], 0);
+            ggml_tensor * out = g.run(tbq_ggml_concat_exact(g.ctx, all, two, set->src[3]), threads);
+            same              = true;
+            for (int stream = 0; stream < 2; stream++) {
+                const uint8_t * o = (const uint8_t *) out->data + 7 * row * stream;
+                same &= memcmp(o, (uint8_t *) exact->data + 5 * row * stream, 4 * row) == 0;
+                same &= memcmp(o + 4 * row, want.data() + 3 * row * stream, 3 * row) == 0;
+            }
+            expect(same, "CONCAT into tbq8_0");
+        }
+    }
+}
+
+// Attention with a list: by the kernels and in the generic path, against attention in f32 on the rows that it names.
+static void exact_attention(ggml_type tk, ggml_type tv, const std::string & name) {
+    const int64_t size = 128, heads_kv = 2, heads = 6, n_kv = 300, n_q = 3, n_exact = 149, n_words = (n_kv + 31) / 32;
+    graph         g;
+    const auto    kx = gaussian(size * n_kv * heads_kv), vx = gaussian(size * n_kv * heads_kv);
+    ggml_tensor * q    = g.tensor(GGML_TYPE_F32, { size, n_q, heads }, gaussian(size * n_q * heads).data());
+    ggml_tensor * k    = g.quantized(tk, { size, n_kv, heads_kv }, kx);
+    ggml_tensor * v    = g.quantized(tv, { size, n_kv, heads_kv }, vx);
+    ggml_tensor * mask = g.tensor(GGML_TYPE_F16, { n_kv, n_q });
+    for (int64_t i = 0; i < n_kv * n_q; i++) {
+        ((ggml_fp16_t *) mask->data)[i] = ggml_fp32_to_fp16(rng() % 4 ? 0 : -INFINITY);
+    }
+    ggml_tensor * cells = g.tensor(GGML_TYPE_I32, { n_exact + n_words, 1 });
+    int32_t *     list  = (int32_t *) cells->data;
+    for (int64_t j = 0; j < n_exact; j++) {
+        list[j] = j % 4 == 3 ? -1 : (int32_t) (n_kv - 1 - 2 * j);
+        if (list[j] >= 0) {
+            list[n_exact + list[j] / 32] |= (int32_t) (1u << list[j] % 32);
+        }
+    }
+    // the exact rows, what they decode to, and garbage in the packed ones
+    const auto exact = [&](ggml_tensor * side, const std::vector<float> & x, ggml_tensor * f32) {
+        if (!ggml_is_tbq(side->type)) {
+            return (ggml_tensor *) nullptr;
+        }
+        ggml_tensor * rows = g.tensor(GGML_TYPE_TBQ8_0, { size, n_exact, heads_kv, 1 });
+        memset(rows->data, 0xFF, ggml_nbytes(rows));
+        for (int64_t h = 0; h < heads_kv; h++) {
+            for (int64_t j = 0; j < n_exact; j++) {
+                if (list[j] >= 0) {
+                    const int64_t at = (h * n_kv + list[j]) * size;
+                    char *        to = (char *) rows->data + h * rows->nb[2] + j * rows->nb[1];
+                    tbq_quantize(TBQ_TYPE_TBQ8_0, x.data() + at, to, size);
+                    tbq_dequantize(TBQ_TYPE_TBQ8_0, to, (float *) f32->data + at, size);
+                    memset((char *) side->data + h * side->nb[2] + list[j] * side->nb[1], 0x7E, side->nb[1]);
+                }
+            }
+        }
+        return rows;
+    };
+    ggml_tensor *   kf = g.as_f32(k), *vf = g.as_f32(v);
+    ggml_tensor *   ke = exact(k, kx, kf), *ve = exact(v, vx, vf);
+    const attention a    = { size, size, heads_kv, heads / heads_kv, n_kv, n_q, false, 0, 0 };
+    ggml_tensor *   want = attend(g, q, kf, vf, mask, nullptr, a);
+    for (bool use_ref : { false, true }) {
+        ggml_tensor * out = ggml_flash_attn_ext(g.ctx, q, k, v, mask, 1.0f / sqrtf((float) size), 0, 0);
+        tbq_ggml_flash_attn_ext_exact(out, ke, ve, cells);
+        expect_close(g.run(out, 2, use_ref), want, "exact rows " + name + (use_ref ? ", generic path" : ""));
+    }
+}
+
 int main() {
     ggml_cpu_init();
     const ggml_type ours[] = { GGML_TYPE_TBQ2_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ4_0 };
     const ggml_type all[]  = { GGML_TYPE_TBQ2_0, GGML_TYPE_TBQ3_0, GGML_TYPE_TBQ4_0, GGML_TYPE_F16,
-                               GGML_TYPE_BF16,   GGML_TYPE_Q8_0,   GGML_TYPE_Q4_0 };
+                               GGML_TYPE_BF16,   GGML_TYPE_Q8_0,   GGML_TYPE_Q4_0,   GGML_TYPE_F32 };
     type_table();
+    exact_copies();
     for (ggml_type t : ours) {
         copies(t, ggml_type_name(t));
         products(t, ggml_type_name(t));
@@ -279,6 +418,7 @@ int main() {
         for (ggml_type tv : all) {
             if (ggml_is_tbq(tk) || ggml_is_tbq(tv)) {
                 attentions(tk, tv, std::string(ggml_type_name(tk)) + "/" + ggml_type_name(tv));
+                exact_attention(tk, tv, std::string(ggml_type_name(tk)) + "/" + ggml_type_name(tv));
             }
         }
     }

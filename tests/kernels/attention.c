@@ -55,9 +55,7 @@ static int is_half(int type) {
 }
 
 static size_t bytes_of(int type, int64_t n) {
-    return is_half(type)                ? (size_t) n * 2
-           : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34
-                                        : tbq_row_bytes(type, n);
+    return is_half(type) ? (size_t) n * 2 : type == TBQ_ATTENTION_Q8_0 ? (size_t) n / 32 * 34 : tbq_row_bytes(type, n);
 }
 
 static void encode(int type, const float * x, uint8_t * dst, int64_t n) {
@@ -111,7 +109,7 @@ typedef struct {
     tbq_attention a;
     void *        buffers[16];
     int           n_buffers;
-    int32_t *     slots; // [streams][n_kv]: the entry of the list that stands for a row, or -1; NULL without a list
+    int32_t *     slots;   // [streams][n_kv]: the entry of the list that stands for a row, or -1; NULL without a list
     const float * exact_k; // what the cache was made from: [streams][n_head_kv][n_kv][size]
     const float * exact_v;
 } problem;
@@ -312,8 +310,8 @@ static uint8_t * find_unseen(const tbq_attention * a) {
 
 // plain: tbq4_0 on both sides, 63 rows or more, logits of variance 1, no exact rows.
 static problem make_problem(int plain) {
-    static const int types[] = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0, TBQ_ATTENTION_F16,
-                                 TBQ_ATTENTION_Q8_0,  TBQ_ATTENTION_OTHER };
+    static const int     types[]    = { TBQ_ATTENTION_TBQ2_0, TBQ_ATTENTION_TBQ3_0, TBQ_ATTENTION_TBQ4_0,
+                                        TBQ_ATTENTION_F16,    TBQ_ATTENTION_Q8_0,   TBQ_ATTENTION_OTHER };
     static const int64_t sizes[][2] = { { 64, 64 },   { 128, 128 }, { 192, 128 }, { 256, 256 },
                                         { 512, 512 }, { 576, 512 }, { 64, 128 } };
     static const int64_t groups[]   = { 1, 2, 3, 4, 7, 8, 16 };
@@ -417,7 +415,7 @@ static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64
     const tbq_attention *        a    = &p->a;
     const tbq_attention_tensor * s    = is_v ? &a->v : &a->k;
     const int64_t                size = is_v && a->v.data != a->k.data ? a->v_size : a->k_size;
-    const int32_t slot = p->slots && s->type > 100 ? p->slots[stream * a->n_kv + r] : -1;
+    const int32_t                slot = p->slots && s->type > 100 ? p->slots[stream * a->n_kv + r] : -1;
     if (slot >= 0 && kind != EXACT) {
         decode(TBQ_TYPE_TBQ8_0, side_row(is_v ? &a->exact_v : &a->exact_k, stream, head, slot), buffer,
                is_v ? a->v_size : a->k_size);
@@ -585,8 +583,7 @@ static void describe(const tbq_attention * a) {
         "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g, exact rows %d\n",
         a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams,
         (int) a->v.n_streams, (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL,
-        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap,
-        (int) a->n_exact);
+        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap, (int) a->n_exact);
 }
 
 static int same(const char * name, const tbq_attention * a, const float * x, const float * y, int64_t n) {
@@ -637,16 +634,16 @@ static int check_nan(const tbq_kernels * k) {
                                                                           : TBQ_BLOCK;
     const int              listed    = p.slots && side->type > 100;
     // in an exact row, if a stream has this one
-    int64_t    stream = below(a->n_streams);
-    const int  exact  = listed && p.slots[stream * a->n_kv + at] >= 0;
-    const int  group_of_streams = (int) (exact ? 1 : a->n_streams / side->n_streams);
+    int64_t   stream           = below(a->n_streams);
+    const int exact            = listed && p.slots[stream * a->n_kv + at] >= 0;
+    const int group_of_streams = (int) (exact ? 1 : a->n_streams / side->n_streams);
     stream /= group_of_streams;
-    uint8_t *    row  = exact ? (uint8_t *) side_row(in_values ? &a->exact_v : &a->exact_k, stream, head,
-                                                     p.slots[stream * a->n_kv + at])
-                              : (uint8_t *) side_row(side, stream, head, at);
-    const char * one  = exact ? "\x00\x00\x80\x3f" : "\x00\x3c";
-    const char * nan  = exact ? "\x00\x00\xc0\x7f" : "\xff\x7f";
-    int          ok   = 1;
+    uint8_t *    row = exact ? (uint8_t *) side_row(in_values ? &a->exact_v : &a->exact_k, stream, head,
+                                                    p.slots[stream * a->n_kv + at])
+                             : (uint8_t *) side_row(side, stream, head, at);
+    const char * one = exact ? "\x00\x00\x80\x3f" : "\x00\x3c";
+    const char * nan = exact ? "\x00\x00\xc0\x7f" : "\xff\x7f";
+    int          ok  = 1;
     if (in_values) { // no weight is zero: logits that lie close together
         a->scale *= 0.1f;
         a->max_bias = 0;
@@ -659,9 +656,8 @@ static int check_nan(const tbq_kernels * k) {
     for (int64_t i = 0; ok && i < a->n_streams * a->n_tokens * a->n_head * a->v_size; i++) {
         const int64_t c = i % a->v_size, h = i / a->v_size % a->n_head, t = i / a->v_size / a->n_head % a->n_tokens;
         const int64_t s = i / a->v_size / a->n_head / a->n_tokens;
-        const int     sees =
-            s / group_of_streams == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY &&
-            (exact || !listed || p.slots[s * a->n_kv + at] < 0);
+        const int sees  = s / group_of_streams == stream && h / group == head && mask_of(a, s, t, h, at) > -INFINITY &&
+                          (exact || !listed || p.slots[s * a->n_kv + at] < 0);
         if (sees && c < reach ? !isnan(x[i]) : memcmp(x + i, clean + i, sizeof(float)) != 0) {
             printf("%s, NaN in %s, row %d of head %d: %.9g, %.9g without, at %d\n", k->name,
                    in_values ? "values" : "keys", (int) at, (int) head, x[i], clean[i], (int) i);

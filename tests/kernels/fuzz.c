@@ -112,6 +112,7 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     static float          x[ROW], a[ROW], b[ROW], act_source[ROW];
     static uint8_t        block_a[ROW + 64], block_b[ROW + 64];
     static block_tbq8_act act_a[ROW_BLOCKS], act_b[ROW_BLOCKS];
+    static block_tbq8_0   exact_a[ROW_BLOCKS], exact_b[ROW_BLOCKS];
 
     const int       t     = bits - 2;
     const size_t    bytes = tbq_row_bytes((tbq_type) (TBQ_TYPE_TBQ2_0 + t), ROW);
@@ -164,6 +165,32 @@ static void compare_row(const tbq_kernels * ref, const tbq_kernels * k, int bits
     ref->mad_rotated[t](ra, 0.37f, a, ROW);
     k->mad_rotated[t](ra, 0.37f, b, ROW);
     expect(same_floats(a, b, ROW), "mad_rotated", k, bits, kind);
+
+    ref->quantize_exact(x, mean, exact_a, ROW);
+    k->quantize_exact(x, mean, exact_b, ROW);
+    for (int i = 0; i < ROW_BLOCKS; i++) {
+        expect(same_floats(&exact_a[i].d, &exact_b[i].d, 1) && !memcmp(exact_a[i].qs, exact_b[i].qs, TBQ_BLOCK),
+               "quantize_exact with a mean", k, 8, kind);
+    }
+    ref->quantize_exact(x, NULL, exact_a, ROW);
+    k->quantize_exact(x, NULL, exact_b, ROW);
+    ref->quantize_act(x, act_b, ROW);
+    for (int i = 0; i < ROW_BLOCKS; i++) {
+        expect(same_floats(&exact_a[i].d, &exact_b[i].d, 1) && !memcmp(exact_a[i].qs, exact_b[i].qs, TBQ_BLOCK) &&
+                   !memcmp(exact_a[i].qs, act_b[i].qs, TBQ_BLOCK),
+               "quantize_exact", k, 8, kind);
+    }
+    ref->dequantize_exact(exact_a, a, ROW);
+    k->dequantize_exact(exact_a, b, ROW);
+    expect(same_floats(a, b, ROW), "dequantize_exact", k, 8, kind);
+    const float ea = ref->dot_exact(exact_a, act_a, ROW);
+    const float eb = k->dot_exact(exact_a, act_a, ROW);
+    expect(same_floats(&ea, &eb, 1), "dot_exact", k, 8, kind);
+    memcpy(a, act_source, sizeof(a));
+    memcpy(b, act_source, sizeof(b));
+    ref->mad_rotated_exact(exact_a, 0.37f, a, ROW);
+    k->mad_rotated_exact(exact_a, 0.37f, b, ROW);
+    expect(same_floats(a, b, ROW), "mad_rotated_exact", k, 8, kind);
 
     ref->rotate(x, a, ROW);
     k->rotate(x, b, ROW);

@@ -193,8 +193,8 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
 }
 
 // Sixteen rows by n queries.
-TBQ_INLINE void keys_16(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q, int64_t q_stride,
-                        int add, float * logits) {
+TBQ_INLINE void keys_16(int bits, int n, const uint8_t * panel, const float * scales, const query_block * q,
+                        int64_t q_stride, int add, float * logits) {
     __m256i acc[KEYS_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
         acc[i][0] = acc[i][1] = _mm256_set1_epi32(q[i * q_stride].bias * (bits == 8 ? 2 : 1));

@@ -98,9 +98,9 @@ static inline float lanes_reduce_max(lanes x) {
 static void unpack(int bits, const uint8_t * block, size_t stride, int n, uint8_t * panel) {
     for (int r = 0; r < n; r++) {
         for (int e = 0; e < TBQ_BLOCK; e++) {
-            const uint8_t * b        = block + (size_t) r * stride;
-            panel[r * TBQ_BLOCK + e] = bits == 8 ? tbq_exact_qs(b)[e]
-                                                 : (uint8_t) tbq_codebook(bits)[tbq_index_of(bits, b, e)];
+            const uint8_t * b = block + (size_t) r * stride;
+            panel[r * TBQ_BLOCK + e] =
+                bits == 8 ? tbq_exact_qs(b)[e] : (uint8_t) tbq_codebook(bits)[tbq_index_of(bits, b, e)];
         }
     }
     memset(panel + n * TBQ_BLOCK, 0, (size_t) (TBQ_TILE - n) * TBQ_BLOCK);
