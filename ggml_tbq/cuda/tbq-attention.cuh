@@ -729,175 +729,183 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     };
 
     const int * const cells = EXACT ? a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32) : nullptr;
-    // --- exact rows, counted from the last warp, because the first ones have a slice more of the others
-    const int exact_end     = min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE);
+    if constexpr (EXACT) {
+        // --- exact rows, counted from the last warp, because the first ones have a slice more of the others
+        const int exact_end = min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE);
 #pragma unroll 1
-    for (int slice = blockIdx.x * a.exact_per_split + WARPS - 1 - warp; EXACT && slice < exact_end; slice += WARPS) {
-        // Row i of the slice; those past the last one are hidden.
-        auto slot_of  = [&](int i) -> int { return min(slice * SLICE + i, a.n_exact - 1); };
-        auto key_of   = [&](int i) -> const char * {
-            return BITS_K < 8 ? a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3 + slot_of(i) * a.exact_k_nb1
-                              : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + max(cells[slot_of(i)], 0) * a.k_nb1;
-        };
-        auto value_of = [&](int i) -> const char * {
-            return BITS_V < 8 ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3 + slot_of(i) * a.exact_v_nb1
-                              : a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + max(cells[slot_of(i)], 0) * a.v_nb1;
-        };
+        for (int slice = blockIdx.x * a.exact_per_split + WARPS - 1 - warp; slice < exact_end; slice += WARPS) {
+            // Row i of the slice; those past the last one are hidden.
+            auto slot_of = [&](int i) -> int { return min(slice * SLICE + i, a.n_exact - 1); };
+            auto key_of  = [&](int i) -> const char * {
+                return BITS_K < 8
+                           ? a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3 + slot_of(i) * a.exact_k_nb1
+                           : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + max(cells[slot_of(i)], 0) * a.k_nb1;
+            };
+            auto value_of = [&](int i) -> const char * {
+                return BITS_V < 8
+                           ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3 + slot_of(i) * a.exact_v_nb1
+                           : a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + max(cells[slot_of(i)], 0) * a.v_nb1;
+            };
 
-        // of this lane: 2t, 2t + 1, 2t + 8, 2t + 9
-        bool  used[4];
-        float bias[NG][4];
-        bool  seen = false;
+            // of this lane: 2t, 2t + 1, 2t + 8, 2t + 9
+            bool  used[4];
+            float bias[NG][4];
+            bool  seen = false;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int i    = slice * SLICE + 2 * t + j % 2 + j / 2 * 8;
-            const int cell = i < a.n_exact ? cells[i] : -1;
-            used[j]        = cell >= 0;
+            for (int j = 0; j < 4; j++) {
+                const int i    = slice * SLICE + 2 * t + j % 2 + j / 2 * 8;
+                const int cell = i < a.n_exact ? cells[i] : -1;
+                used[j]        = cell >= 0;
 #pragma unroll
-            for (int n = 0; n < NG; n++) {
-                bias[n][j] = cell < 0 ? -INFINITY : mask[n] ? __half2float(mask[n][cell]) : 0.0f;
-                seen |= bias[n][j] != -INFINITY;
+                for (int n = 0; n < NG; n++) {
+                    bias[n][j] = cell < 0 ? -INFINITY : mask[n] ? __half2float(mask[n][cell]) : 0.0f;
+                    seen |= bias[n][j] != -INFINITY;
+                }
             }
-        }
-        if (!__any_sync(TBQ_WARP_ALL, seen)) {
-            continue;
-        }
+            if (!__any_sync(TBQ_WARP_ALL, seen)) {
+                continue;
+            }
 
-        float s[NG][4];
+            float s[NG][4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const char * const key  = key_of(g + 8 * half);
-            const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
-            if constexpr (BITS_K == 16) {
-                float sum[4] = {};
+            for (int half = 0; half < 2; half++) {
+                const char * const key  = key_of(g + 8 * half);
+                const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
+                if constexpr (BITS_K == 16) {
+                    float sum[4] = {};
 #pragma unroll
-                for (int i = 0; i < D / 32; i++) {
-                    uint32_t q_lo[4], q_hi[4], k[4];
-                    tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
-                    if constexpr (NG == 2) {
-                        tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
-                    } else {
-                        q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
-                    }
-#pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
-                    }
-                    tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
-                    tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
-                }
-#pragma unroll
-                for (int i = 0; i < 2 * NG; i++) {
-                    s[i / 2][2 * half + i % 2] = sum[i];
-                }
-            } else {
-#pragma unroll
-                for (int b = 0; b < NB; b++) {
-                    int c[2][4];
-                    if constexpr (BITS_K == 8) {
-#pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
-                            tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                    for (int i = 0; i < D / 32; i++) {
+                        uint32_t q_lo[4], q_hi[4], k[4];
+                        tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
+                        if constexpr (NG == 2) {
+                            tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
+                        } else {
+                            q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
                         }
-                    } else {
-                        // in the order of a packed key's nibbles: channels i and i + 32 beside each other
-                        const uint32_t * const qs = (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
-                        const uint32_t         w[4] = { qs[0], qs[8], qs[4], qs[12] };
-                        tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362), FLOAT_ZERO);
-                        tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140), tbq_prmt(w[2], w[3], 0x7362));
+#pragma unroll
+                        for (int r = 0; r < 4; r++) {
+                            k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
+                        }
+                        tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
+                        tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
                     }
 #pragma unroll
-                    for (int h = 0; h < NS; h++) {
+                    for (int i = 0; i < 2 * NG; i++) {
+                        s[i / 2][2 * half + i % 2] = sum[i];
+                    }
+                } else {
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
-                                                          : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+                    for (int b = 0; b < NB; b++) {
+                        int c[2][4];
+                        if constexpr (BITS_K == 8) {
 #pragma unroll
-                            for (int n = 0; n < NG; n++) {
-                                const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
-                                const float f = d_k * dq[b * NS + h][n];
-                                float &     y = s[n][2 * half + j];
-                                y             = b == 0 && h == 0 ? x * f : y + x * f;
+                            for (int h = 0; h < 2; h++) {
+                                const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
+                                tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                            }
+                        } else {
+                            // in the order of a packed key's nibbles: channels i and i + 32 beside each other
+                            const uint32_t * const qs =
+                                (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
+                            const uint32_t w[4] = { qs[0], qs[8], qs[4], qs[12] };
+                            tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362),
+                                          FLOAT_ZERO);
+                            tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140),
+                                              tbq_prmt(w[2], w[3], 0x7362));
+                        }
+#pragma unroll
+                        for (int h = 0; h < NS; h++) {
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+                                const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
+                                                              : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+#pragma unroll
+                                for (int n = 0; n < NG; n++) {
+                                    const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
+                                    const float f = d_k * dq[b * NS + h][n];
+                                    float &     y = s[n][2 * half + j];
+                                    y             = b == 0 && h == 0 ? x * f : y + x * f;
+                                }
                             }
                         }
                     }
                 }
             }
-        }
-        float p[NG][4];
-        softmax(s, bias, p);
+            float p[NG][4];
+            softmax(s, bias, p);
 
-        uint32_t           pb[NG][2];
-        const char * const value[4] = { value_of(2 * t), value_of(2 * t + 1), value_of(2 * t + 8), value_of(2 * t + 9) };
-        if constexpr (BITS_V == 16) {
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
-                pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
-            }
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                uint32_t va[4];
-#pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    uint32_t x[2];
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const int token = r / 2 * 2 + j;
-                        x[j] = used[token] ? *(const uint16_t *) (value[token] + 2 * (16 * i + r % 2 * 8 + g)) : 0;
-                    }
-                    va[r] = x[0] | x[1] << 16;
-                }
+            uint32_t           pb[NG][2];
+            const char * const value[4] = { value_of(2 * t), value_of(2 * t + 1), value_of(2 * t + 8),
+                                            value_of(2 * t + 9) };
+            if constexpr (BITS_V == 16) {
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
-                }
-            }
-        } else {
-            constexpr int NV = BITS_V == 8 ? 2 : 1;
-            float         d_v[NB * NV][4];
-            float         d_sum = 0.0f;
-#pragma unroll
-            for (int b = 0; b < NB * NV; b++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    d_v[b][j] = BITS_V == 8 ? __half2float(*(const __half *) (value[j] + 34 * b))
-                                            : *(const float *) (value[j] + sizeof(block_tbq8_0) * b);
-                    d_sum += d_v[b][j];
-                }
-            }
-            const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
-#pragma unroll
-            for (int b = 0; b < NB; b++) {
-                uint32_t word[2][4]; // q8_0: channels 32 h + 4g ...; tbq8_0: the same
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        word[h][j] = BITS_V == 8 ? tbq_load_word(value[j] + 68 * b + 34 * h + 2 + 4 * g)
-                                                 : *(const uint32_t *) (value[j] + sizeof(block_tbq8_0) * b +
-                                                                        TBQ8_QS_OFFSET + 32 * h + 4 * g);
-                    }
+                    pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
+                    pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
                 }
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    // Tile i of q8_0: channels 32 (i / 2) + 4g + 2 (i % 2) and the next, which have one scale.  Of
-                    // tbq8_0, like the packed types: 4g + i and 4g + 32 + i.
-                    if (i == 0 || (BITS_V == 8 && i == 2)) {
-                        weigh(p, d_v[b * NV + i / 2 * (NV - 1)], any_nan, pb);
-                    }
+                for (int i = 0; i < D / 16; i++) {
                     uint32_t va[4];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
-                        const int h    = BITS_V == 8 ? i / 2 : r % 2;
-                        const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
-                        va[r]          = tbq_bf16_bytes(
-                            tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                        uint32_t x[2];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const int token = r / 2 * 2 + j;
+                            x[j] = used[token] ? *(const uint16_t *) (value[token] + 2 * (16 * i + r % 2 * 8 + g)) : 0;
+                        }
+                        va[r] = x[0] | x[1] << 16;
                     }
 #pragma unroll
                     for (int n = 0; n < NG; n++) {
-                        tbq_mma_bf16(acc[n][b][i], va, pb[n][0], pb[n][1]);
+                        tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
+                    }
+                }
+            } else {
+                constexpr int NV = BITS_V == 8 ? 2 : 1;
+                float         d_v[NB * NV][4];
+                float         d_sum = 0.0f;
+#pragma unroll
+                for (int b = 0; b < NB * NV; b++) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        d_v[b][j] = BITS_V == 8 ? __half2float(*(const __half *) (value[j] + 34 * b))
+                                                : *(const float *) (value[j] + sizeof(block_tbq8_0) * b);
+                        d_sum += d_v[b][j];
+                    }
+                }
+                const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
+#pragma unroll
+                for (int b = 0; b < NB; b++) {
+                    uint32_t word[2][4]; // q8_0: channels 32 h + 4g ...; tbq8_0: the same
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            word[h][j] = BITS_V == 8 ? tbq_load_word(value[j] + 68 * b + 34 * h + 2 + 4 * g)
+                                                     : *(const uint32_t *) (value[j] + sizeof(block_tbq8_0) * b +
+                                                                            TBQ8_QS_OFFSET + 32 * h + 4 * g);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        // Tile i of q8_0: channels 32 (i / 2) + 4g + 2 (i % 2) and the next, which have one scale.  Of
+                        // tbq8_0, like the packed types: 4g + i and 4g + 32 + i.
+                        if (i == 0 || (BITS_V == 8 && i == 2)) {
+                            weigh(p, d_v[b * NV + i / 2 * (NV - 1)], any_nan, pb);
+                        }
+                        uint32_t va[4];
+#pragma unroll
+                        for (int r = 0; r < 4; r++) {
+                            const int h    = BITS_V == 8 ? i / 2 : r % 2;
+                            const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
+                            va[r]          = tbq_bf16_bytes(
+                                tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                        }
+#pragma unroll
+                        for (int n = 0; n < NG; n++) {
+                            tbq_mma_bf16(acc[n][b][i], va, pb[n][0], pb[n][1]);
+                        }
                     }
                 }
             }
