@@ -8,12 +8,19 @@
 template <int D, int BITS_K, int BITS_V, int NC, bool EXACT>
 static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
     auto * const kernel = tbq_attention<D, BITS_K, BITS_V, NC, EXACT>;
-    const int    smem   = tbq_attention_smem(D, BITS_K, BITS_V, NC);
+    int          smem   = tbq_attention_smem(D, BITS_K, BITS_V, NC);
     int          n_cta  = 0;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_cta, kernel, TBQ_ATTENTION_THREADS, smem));
     GGML_ASSERT(n_cta > 0);
     tbq_attention_partition(a, n_cta * ggml_cuda_info().devices[ctx.device].nsm);
+
+    if (EXACT) {
+        const auto & info = ggml_cuda_info().devices[ctx.device];
+        smem += tbq_attention_stage_exact(a, D, BITS_K, BITS_V, info.nsm,
+                                          (int) info.smpbo - smem - tbq_attention_static_smem(D, BITS_K, NC));
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    }
 
     ggml_cuda_pool_alloc<char> partial(ctx.pool());
     const size_t               bytes = tbq_attention_partial_bytes(a, D);

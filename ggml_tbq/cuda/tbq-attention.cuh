@@ -39,9 +39,9 @@
 // EXACT ROWS are some rows of the cache a second time, as tbq8_0: those of the list `cells`.  They are more slices of
 // the same splits, and a warp takes its share of them first, while its packed slices are on their way.  Their products
 // are the ones above, with s8 . s8 for the first.  An exact row stands for the packed row of its cell, which is hidden
-// by a bit of a map.  A side that is not tbq has no exact rows: there the row of the cell is read.  Rows come from
-// global memory without the ring: what a slice needs is known only when its cells are, and most slices of a long list
-// are hidden from all columns.
+// by a bit of a map.  A side that is not tbq has no exact rows: there the row of the cell is read.  Where no other CTA
+// hides the way to memory, at an empty cache above all, rows are copied to shared memory when the kernel begins.  Else
+// they come from global memory: most slices of a long list are hidden from all columns, and skipped.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -86,6 +86,7 @@ struct tbq_attention_args {
     int      n_split;          // of the cache (split-KV)
     int      slices_per_split; // of 16 tokens
     int      exact_per_split;  // slices of 16 exact rows
+    int      exact_staged;     // of a warp's slices of exact rows in shared memory; set by tbq_attention_stage_exact
 };
 
 #define TBQ_ATTENTION_WARPS   8
@@ -144,6 +145,16 @@ constexpr __host__ __device__ int tbq_attention_static_smem(int d, int bits_k, i
     return nc * tbq_attention_query(d, bits_k) + nc * (d / 64) * 12 + nc * TBQ_ATTENTION_WARPS * 3 * 4 + 256;
 }
 
+// A slice of exact rows in shared memory, also with an odd number of 16-byte units for a row.  0 for a side that is not
+// tbq.
+constexpr __host__ __device__ int tbq_attention_exact_pitch(int d, int bits) {
+    return bits < 8 ? ((d / 64 * (int) sizeof(block_tbq8_0) + 15) / 16 | 1) * 16 : 0;
+}
+
+constexpr __host__ __device__ int tbq_attention_exact_stage(int d, int bits_k, int bits_v) {
+    return TBQ_ATTENTION_SLICE * (tbq_attention_exact_pitch(d, bits_k) + tbq_attention_exact_pitch(d, bits_v));
+}
+
 // Columns of one tile of the tensor core: query heads of one KV head times tokens.
 static inline int tbq_attention_columns(int n_columns) {
     return n_columns <= 8 ? 8 : 16;
@@ -172,6 +183,25 @@ static inline void tbq_attention_partition(tbq_attention_args & a, int n_residen
     a.exact_per_split   = (n_exact + a.n_split - 1) / a.n_split;
 }
 
+// Sets how many of a warp's slices of exact rows the kernel copies to shared memory when it begins, and returns the
+// bytes of shared memory that this adds.  None where there are more CTAs than multiprocessors: they hide each other's
+// loads, and need the memory.  n_free: bytes that a CTA may still have.
+static inline int tbq_attention_stage_exact(tbq_attention_args & a, int d, int bits_k, int bits_v, int n_sm,
+                                            int n_free) {
+    const int n_ctas   = a.n_split * a.n_groups * a.n_head_kv * a.n_seq;
+    const int bytes    = TBQ_ATTENTION_WARPS * tbq_attention_exact_stage(d, bits_k, bits_v);
+    const int n_slices = (a.exact_per_split + TBQ_ATTENTION_WARPS - 1) / TBQ_ATTENTION_WARPS;
+    const int fit      = n_free > 0 ? n_free / bytes : 0;
+    const int piece    = d / 64 * 4; // copied at once: as much as every row is aligned to
+    bool      aligned  = true;
+    for (long long at : { (long long) (size_t) a.exact_k, a.exact_k_nb1, a.exact_k_nb2, a.exact_k_nb3,
+                          (long long) (size_t) a.exact_v, a.exact_v_nb1, a.exact_v_nb2, a.exact_v_nb3 }) {
+        aligned = aligned && at % piece == 0;
+    }
+    a.exact_staged = n_ctas > n_sm || !aligned ? 0 : n_slices < fit ? n_slices : fit;
+    return a.exact_staged * bytes;
+}
+
 // For every row of the output and every split: D sums, then the maximum and the sum of weights.
 static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, int d) {
     return a.n_split == 1 ? 0 : (size_t) a.n_seq * a.n_q * a.n_head * a.n_split * (d + 2) * sizeof(float);
@@ -193,12 +223,20 @@ static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t 
 #endif
 }
 
-static __device__ __forceinline__ void tbq_cp_async_4(uint32_t smem, const void * global) {
+// N: 4, 8 or 16
+template <int N> static __device__ __forceinline__ void tbq_cp_async(uint32_t smem, const void * global) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(global), "n"(N));
 #else
     (void) smem, (void) global;
 #endif
+}
+
+template <int N> static __device__ __forceinline__ void tbq_prefetch(const char * p) {
+#pragma unroll
+    for (int at = 0; at < N; at += 32) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p + at));
+    }
 }
 
 static __device__ __forceinline__ void tbq_cp_async_commit() {
@@ -410,7 +448,7 @@ template <int D, int BITS> struct tbq_cache_reader {
             // any layout: rare, and correct
 #pragma unroll 1
             for (int at = lane % 2 * 4; at < NB * BYTES + (ALIGN == 2 ? 2 : 0); at += 8) {
-                tbq_cp_async_4(stage + to + at, from + at);
+                tbq_cp_async<4>(stage + to + at, from + at);
             }
         }
         from += step;
@@ -523,6 +561,58 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     cudaGridDependencySynchronize();
 #endif
 
+    // Exact rows: slices of this warp, counted from the last warp, because the first ones have a slice more of the others.
+    const int exact_first = EXACT ? blockIdx.x * a.exact_per_split + WARPS - 1 - warp : 0;
+    const int exact_end = EXACT ? min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE) : 0;
+    const int * const  cells = EXACT ? a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32) : nullptr;
+    const char * const exact_k =
+        EXACT && BITS_K < 8 ? a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3 : nullptr;
+    const char * const exact_v =
+        EXACT && BITS_V < 8 ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3 : nullptr;
+    constexpr int EXACT_PITCH_K = tbq_attention_exact_pitch(D, BITS_K),
+                  EXACT_PITCH_V = tbq_attention_exact_pitch(D, BITS_V);
+    constexpr int EXACT_STAGE   = tbq_attention_exact_stage(D, BITS_K, BITS_V);
+    char * const  exact_rows = smem + tbq_attention_smem(D, BITS_K, BITS_V, NC) + warp * a.exact_staged * EXACT_STAGE;
+
+    // Cells of two slices of this warp: lane 16 i + j has that of row j of slice i.
+    auto cells_of = [&](int slice) -> int {
+        const int here = slice + lane / SLICE * WARPS;
+        const int slot = here * SLICE + lane % SLICE;
+        return here < exact_end && slot < a.n_exact ? cells[slot] : -1;
+    };
+    // The map of the next 31 packed slices of this warp, lane i that of slice i: a bit for each of its tokens.
+    auto map_of = [&](int slice) -> uint32_t {
+        const int here = slice + lane * WARPS;
+        return here < end ? ((const uint32_t *) cells + a.n_exact)[here / 2] >> here % 2 * 16 & 0xFFFF : 0;
+    };
+    int      cells_now = -1, cells_next = -1;
+    uint32_t map_word = 0;
+    if constexpr (EXACT) {
+        cells_now  = cells_of(exact_first);
+        cells_next = cells_of(exact_first + 2 * WARPS);
+        map_word   = map_of(first);
+
+        constexpr int PIECES = sizeof(block_tbq8_0) / 4, PIECE = 4 * NB; // of a row
+#pragma unroll 1
+        for (int i = 0; i < a.exact_staged; i++) {
+            const int slice = exact_first + i * WARPS;
+            const int n     = slice < exact_end ? min(SLICE, a.n_exact - slice * SLICE) * PIECES : 0;
+#pragma unroll 1
+            for (int j = lane; j < n; j += 32) {
+                const int      row = j / PIECES, at = j % PIECES * PIECE;
+                const uint32_t to = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE) + at;
+                if constexpr (BITS_K < 8) {
+                    tbq_cp_async<PIECE>(to + row * EXACT_PITCH_K, exact_k + (slice * SLICE + row) * a.exact_k_nb1 + at);
+                }
+                if constexpr (BITS_V < 8) {
+                    tbq_cp_async<PIECE>(to + SLICE * EXACT_PITCH_K + row * EXACT_PITCH_V,
+                                        exact_v + (slice * SLICE + row) * a.exact_v_nb1 + at);
+                }
+            }
+        }
+        tbq_cp_async_commit();
+    }
+
     // This code runs once, and what it costs is to fetch it: loops stay loops where they can.
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) {
@@ -599,6 +689,32 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                 q_scale[c][b] = scale(bits_lo);
                 q_sum[c][b]   = sum;
             }
+        }
+    }
+
+    // The mask of a slice of exact rows, 2t, 2t + 1, 2t + 8, 2t + 9, loaded a slice ahead.  i: which of cells_now
+    float exact_bias[NG][4];
+    auto  load_exact_bias = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int cell = __shfl_sync(TBQ_WARP_ALL, cells_now, 16 * i + 2 * t + j % 2 + j / 2 * 8);
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                const int    col = min(first_col + g + 8 * n, n_columns - 1);
+                const half * row =
+                    (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+                exact_bias[n][j] = cell < 0 ? -INFINITY : a.mask ? __half2float(row[cell]) : 0.0f;
+            }
+        }
+    };
+    if constexpr (EXACT) {
+        load_exact_bias(0);
+        // rows of the cache at these cells, on their way into the L2 cache
+        if (BITS_K >= 8 && cells_now >= 0) {
+            tbq_prefetch<NB * reader_k::BYTES>(a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + cells_now * a.k_nb1);
+        }
+        if (BITS_V >= 8 && cells_now >= 0) {
+            tbq_prefetch<NB * reader_v::BYTES>(a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + cells_now * a.v_nb1);
         }
     }
     __syncthreads();
@@ -728,176 +844,188 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         }
     };
 
-    const int * const cells = EXACT ? a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32) : nullptr;
-    // --- exact rows, counted from the last warp, because the first ones have a slice more of the others
-    const int exact_end     = min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE);
+    if constexpr (EXACT) {
+        tbq_cp_async_wait<STAGES - 1>(); // all but the packed slices
+        __syncwarp();
 #pragma unroll 1
-    for (int slice = blockIdx.x * a.exact_per_split + WARPS - 1 - warp; EXACT && slice < exact_end; slice += WARPS) {
-        // Row i of the slice; those past the last one are hidden.
-        auto slot_of  = [&](int i) -> int { return min(slice * SLICE + i, a.n_exact - 1); };
-        auto key_of   = [&](int i) -> const char * {
-            return BITS_K < 8 ? a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3 + slot_of(i) * a.exact_k_nb1
-                              : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + max(cells[slot_of(i)], 0) * a.k_nb1;
-        };
-        auto value_of = [&](int i) -> const char * {
-            return BITS_V < 8 ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3 + slot_of(i) * a.exact_v_nb1
-                              : a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + max(cells[slot_of(i)], 0) * a.v_nb1;
-        };
+        for (int slice = exact_first, i_slice = 0; slice < exact_end; slice += WARPS, i_slice++) {
+            // Where row i of the slice is; those past the last one are hidden.
+            const bool         staged = i_slice < a.exact_staged;
+            const char * const k_rows =
+                staged ? exact_rows + i_slice * EXACT_STAGE : exact_k + slice * SLICE * a.exact_k_nb1;
+            const char * const v_rows  = staged ? exact_rows + i_slice * EXACT_STAGE + SLICE * EXACT_PITCH_K
+                                                : exact_v + slice * SLICE * a.exact_v_nb1;
+            const int          k_pitch = staged ? EXACT_PITCH_K : (int) a.exact_k_nb1;
+            const int          v_pitch = staged ? EXACT_PITCH_V : (int) a.exact_v_nb1;
+            const int          last    = a.n_exact - 1 - slice * SLICE;
+            auto               cell_of = [&](int i) -> int { return cells[slice * SLICE + min(i, last)]; };
+            auto               key_of  = [&](int i) -> const char * {
+                return BITS_K < 8 ? k_rows + min(i, last) * k_pitch
+                                  : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + max(cell_of(i), 0) * a.k_nb1;
+            };
+            auto value_of = [&](int i) -> const char * {
+                return BITS_V < 8 ? v_rows + min(i, last) * v_pitch
+                                  : a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + max(cell_of(i), 0) * a.v_nb1;
+            };
 
-        // of this lane: 2t, 2t + 1, 2t + 8, 2t + 9
-        bool  used[4];
-        float bias[NG][4];
-        bool  seen = false;
+            float bias[NG][4];
+            bool  seen = false;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int i    = slice * SLICE + 2 * t + j % 2 + j / 2 * 8;
-            const int cell = i < a.n_exact ? cells[i] : -1;
-            used[j]        = cell >= 0;
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                bias[n][j] = cell < 0 ? -INFINITY : mask[n] ? __half2float(mask[n][cell]) : 0.0f;
-                seen |= bias[n][j] != -INFINITY;
+            for (int j = 0; j < 4 * NG; j++) {
+                bias[j / 4][j % 4] = exact_bias[j / 4][j % 4];
+                seen |= bias[j / 4][j % 4] != -INFINITY;
             }
-        }
-        if (!__any_sync(TBQ_WARP_ALL, seen)) {
-            continue;
-        }
+            if (i_slice % 2 == 1) {
+                cells_now  = cells_next;
+                cells_next = cells_of(slice + 3 * WARPS);
+            }
+            load_exact_bias(i_slice % 2 ^ 1);
+            if (!__any_sync(TBQ_WARP_ALL, seen)) {
+                continue;
+            }
 
-        float s[NG][4];
+            float s[NG][4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const char * const key  = key_of(g + 8 * half);
-            const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
-            if constexpr (BITS_K == 16) {
-                float sum[4] = {};
+            for (int half = 0; half < 2; half++) {
+                const char * const key  = key_of(g + 8 * half);
+                const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
+                if constexpr (BITS_K == 16) {
+                    float sum[4] = {};
 #pragma unroll
-                for (int i = 0; i < D / 32; i++) {
-                    uint32_t q_lo[4], q_hi[4], k[4];
-                    tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
-                    if constexpr (NG == 2) {
-                        tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
-                    } else {
-                        q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
-                    }
-#pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
-                    }
-                    tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
-                    tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
-                }
-#pragma unroll
-                for (int i = 0; i < 2 * NG; i++) {
-                    s[i / 2][2 * half + i % 2] = sum[i];
-                }
-            } else {
-#pragma unroll
-                for (int b = 0; b < NB; b++) {
-                    int c[2][4];
-                    if constexpr (BITS_K == 8) {
-#pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
-                            tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                    for (int i = 0; i < D / 32; i++) {
+                        uint32_t q_lo[4], q_hi[4], k[4];
+                        tbq_ldmatrix(q_lo, &q8[lane % 8][64 * i + lane / 8 * 16]);
+                        if constexpr (NG == 2) {
+                            tbq_ldmatrix(q_hi, &q8[lane % 8 + 8][64 * i + lane / 8 * 16]);
+                        } else {
+                            q_hi[0] = q_lo[0], q_hi[1] = q_lo[1], q_hi[2] = q_lo[2], q_hi[3] = q_lo[3];
                         }
-                    } else {
-                        // in the order of a packed key's nibbles: channels i and i + 32 beside each other
-                        const uint32_t * const qs = (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
-                        const uint32_t         w[4] = { qs[0], qs[8], qs[4], qs[12] };
-                        tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362), FLOAT_ZERO);
-                        tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140), tbq_prmt(w[2], w[3], 0x7362));
+#pragma unroll
+                        for (int r = 0; r < 4; r++) {
+                            k[r] = *(const uint32_t *) (key + 64 * i + 16 * r + 4 * t);
+                        }
+                        tbq_mma_f16(sum, { q_lo[0], q_hi[0], q_lo[1], q_hi[1] }, k[0], k[1]);
+                        tbq_mma_f16(sum, { q_lo[2], q_hi[2], q_lo[3], q_hi[3] }, k[2], k[3]);
                     }
 #pragma unroll
-                    for (int h = 0; h < NS; h++) {
+                    for (int i = 0; i < 2 * NG; i++) {
+                        s[i / 2][2 * half + i % 2] = sum[i];
+                    }
+                } else {
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
-                                                          : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+                    for (int b = 0; b < NB; b++) {
+                        int c[2][4];
+                        if constexpr (BITS_K == 8) {
 #pragma unroll
-                            for (int n = 0; n < NG; n++) {
-                                const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
-                                const float f = d_k * dq[b * NS + h][n];
-                                float &     y = s[n][2 * half + j];
-                                y             = b == 0 && h == 0 ? x * f : y + x * f;
+                            for (int h = 0; h < 2; h++) {
+                                const char * const qs = key + 68 * b + 34 * h + 2 + 4 * t;
+                                tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
+                            }
+                        } else {
+                            // in the order of a packed key's nibbles: channels i and i + 32 beside each other
+                            const uint32_t * const qs =
+                                (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
+                            const uint32_t w[4] = { qs[0], qs[8], qs[4], qs[12] };
+                            tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362),
+                                          FLOAT_ZERO);
+                            tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140),
+                                              tbq_prmt(w[2], w[3], 0x7362));
+                        }
+#pragma unroll
+                        for (int h = 0; h < NS; h++) {
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+                                const float d_k = BITS_K == 8 ? __half2float(*(const __half *) (d[j] + 68 * b + 34 * h))
+                                                              : *(const float *) (d[j] + sizeof(block_tbq8_0) * b);
+#pragma unroll
+                                for (int n = 0; n < NG; n++) {
+                                    const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
+                                    const float f = d_k * dq[b * NS + h][n];
+                                    float &     y = s[n][2 * half + j];
+                                    y             = b == 0 && h == 0 ? x * f : y + x * f;
+                                }
                             }
                         }
                     }
                 }
             }
-        }
-        float p[NG][4];
-        softmax(s, bias, p);
+            float p[NG][4];
+            softmax(s, bias, p);
 
-        uint32_t           pb[NG][2];
-        const char * const value[4] = { value_of(2 * t), value_of(2 * t + 1), value_of(2 * t + 8), value_of(2 * t + 9) };
-        if constexpr (BITS_V == 16) {
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
-                pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
-            }
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                uint32_t va[4];
-#pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    uint32_t x[2];
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const int token = r / 2 * 2 + j;
-                        x[j] = used[token] ? *(const uint16_t *) (value[token] + 2 * (16 * i + r % 2 * 8 + g)) : 0;
-                    }
-                    va[r] = x[0] | x[1] << 16;
-                }
+            uint32_t           pb[NG][2];
+            const char * const value[4] = { value_of(2 * t), value_of(2 * t + 1), value_of(2 * t + 8),
+                                            value_of(2 * t + 9) };
+            if constexpr (BITS_V == 16) {
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
-                }
-            }
-        } else {
-            constexpr int NV = BITS_V == 8 ? 2 : 1;
-            float         d_v[NB * NV][4];
-            float         d_sum = 0.0f;
-#pragma unroll
-            for (int b = 0; b < NB * NV; b++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    d_v[b][j] = BITS_V == 8 ? __half2float(*(const __half *) (value[j] + 34 * b))
-                                            : *(const float *) (value[j] + sizeof(block_tbq8_0) * b);
-                    d_sum += d_v[b][j];
-                }
-            }
-            const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
-#pragma unroll
-            for (int b = 0; b < NB; b++) {
-                uint32_t word[2][4]; // q8_0: channels 32 h + 4g ...; tbq8_0: the same
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        word[h][j] = BITS_V == 8 ? tbq_load_word(value[j] + 68 * b + 34 * h + 2 + 4 * g)
-                                                 : *(const uint32_t *) (value[j] + sizeof(block_tbq8_0) * b +
-                                                                        TBQ8_QS_OFFSET + 32 * h + 4 * g);
-                    }
+                    pb[n][0] = tbq_pack_f16(p[n][0], p[n][1]);
+                    pb[n][1] = tbq_pack_f16(p[n][2], p[n][3]);
                 }
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    // Tile i of q8_0: channels 32 (i / 2) + 4g + 2 (i % 2) and the next, which have one scale.  Of
-                    // tbq8_0, like the packed types: 4g + i and 4g + 32 + i.
-                    if (i == 0 || (BITS_V == 8 && i == 2)) {
-                        weigh(p, d_v[b * NV + i / 2 * (NV - 1)], any_nan, pb);
-                    }
+                for (int i = 0; i < D / 16; i++) {
                     uint32_t va[4];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
-                        const int h    = BITS_V == 8 ? i / 2 : r % 2;
-                        const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
-                        va[r]          = tbq_bf16_bytes(
-                            tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                        uint32_t x[2];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const int token = r / 2 * 2 + j;
+                            x[j]            = bias[0][token] != -INFINITY || cell_of(2 * t + j + r / 2 * 8) >= 0
+                                                  ? *(const uint16_t *) (value[token] + 2 * (16 * i + r % 2 * 8 + g))
+                                                  : 0;
+                        }
+                        va[r] = x[0] | x[1] << 16;
                     }
 #pragma unroll
                     for (int n = 0; n < NG; n++) {
-                        tbq_mma_bf16(acc[n][b][i], va, pb[n][0], pb[n][1]);
+                        tbq_mma_f16(acc[n][i / 4][i % 4], va, pb[n][0], pb[n][1]);
+                    }
+                }
+            } else {
+                constexpr int NV = BITS_V == 8 ? 2 : 1;
+                float         d_v[NB * NV][4];
+                float         d_sum = 0.0f;
+#pragma unroll
+                for (int b = 0; b < NB * NV; b++) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        d_v[b][j] = BITS_V == 8 ? __half2float(*(const __half *) (value[j] + 34 * b))
+                                                : *(const float *) (value[j] + sizeof(block_tbq8_0) * b);
+                        d_sum += d_v[b][j];
+                    }
+                }
+                const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
+#pragma unroll
+                for (int b = 0; b < NB; b++) {
+                    uint32_t word[2][4]; // q8_0: channels 32 h + 4g ...; tbq8_0: the same
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            word[h][j] = BITS_V == 8 ? tbq_load_word(value[j] + 68 * b + 34 * h + 2 + 4 * g)
+                                                     : *(const uint32_t *) (value[j] + sizeof(block_tbq8_0) * b +
+                                                                            TBQ8_QS_OFFSET + 32 * h + 4 * g);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        // Tile i of q8_0: channels 32 (i / 2) + 4g + 2 (i % 2) and the next, which have one scale.  Of
+                        // tbq8_0, like the packed types: 4g + i and 4g + 32 + i.
+                        if (i == 0 || (BITS_V == 8 && i == 2)) {
+                            weigh(p, d_v[b * NV + i / 2 * (NV - 1)], any_nan, pb);
+                        }
+                        uint32_t va[4];
+#pragma unroll
+                        for (int r = 0; r < 4; r++) {
+                            const int h    = BITS_V == 8 ? i / 2 : r % 2;
+                            const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
+                            va[r]          = tbq_bf16_bytes(
+                                tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                        }
+#pragma unroll
+                        for (int n = 0; n < NG; n++) {
+                            tbq_mma_bf16(acc[n][b][i], va, pb[n][0], pb[n][1]);
+                        }
                     }
                 }
             }
@@ -938,17 +1066,13 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         mask_ahead[n][1] = mask_of(n, first * SLICE + 2 * t + 8);
     }
 
-    // The map of rows that are in the list: bits 0, 1, 8, 9 are those of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
-    const uint32_t * const map      = (const uint32_t *) cells + (EXACT ? a.n_exact : 0);
-    auto                   exact_of = [&](int slice) -> uint32_t {
-        return EXACT && slice < end ? map[slice / 2] >> (slice % 2 * 16 + 2 * t) & 0x0303 : 0;
-    };
-    uint32_t exact_ahead = exact_of(first);
+    // Bit i: slice i from here on has rows of the list.  After 31 of them a bit says to look again.
+    auto     some_of   = [&]() -> uint32_t { return __ballot_sync(TBQ_WARP_ALL, map_word != 0) | 0x80000000u; };
+    uint32_t some      = EXACT ? some_of() : 0;
+    int      map_first = first;
 
     int stage = 0;
     for (int slice = first; slice < end; slice += WARPS) {
-        const uint32_t exact = exact_ahead;
-        exact_ahead          = exact_of(slice + WARPS);
         float bias[NG][4];
         bool  seen = false;
 #pragma unroll
@@ -956,11 +1080,30 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float2 x     = __half22float2(*(const half2 *) &mask_ahead[n][j]);
-                bias[n][2 * j + 0] = exact & 1u << 8 * j ? -INFINITY : x.x;
-                bias[n][2 * j + 1] = exact & 2u << 8 * j ? -INFINITY : x.y;
-                seen |= bias[n][2 * j + 0] != -INFINITY || bias[n][2 * j + 1] != -INFINITY;
+                bias[n][2 * j + 0] = x.x;
+                bias[n][2 * j + 1] = x.y;
+                seen |= x.x != -INFINITY || x.y != -INFINITY;
                 mask_ahead[n][j] = mask_of(n, (slice + WARPS) * SLICE + 2 * t + 8 * j);
             }
+        }
+        if constexpr (EXACT) {
+            if (some & 1) {
+                if (some == 1) {
+                    map_first = slice;
+                    map_word  = map_of(slice);
+                    some      = some_of();
+                }
+                // of tokens 2t, 2t + 1 bits 0 and 1, of 2t + 8, 2t + 9 bits 8 and 9
+                const uint32_t exact = __shfl_sync(TBQ_WARP_ALL, map_word, (slice - map_first) / WARPS) >> 2 * t;
+                seen                 = false;
+#pragma unroll
+                for (int j = 0; j < 4 * NG; j++) {
+                    float & x = bias[j / 4][j % 4];
+                    x         = exact & 1u << (j % 2 + j % 4 / 2 * 8) ? -INFINITY : x;
+                    seen |= x != -INFINITY;
+                }
+            }
+            some >>= 1;
         }
 
         {

@@ -17,8 +17,8 @@ constexpr __host__ __device__ int tbq_block_bytes(int bits) {
 }
 
 // Every block is d, qs and, at 3 bits, qh.
-#define TBQ_QS_OFFSET 2
-#define TBQ_QH_OFFSET 18
+#define TBQ_QS_OFFSET  2
+#define TBQ_QH_OFFSET  18
 #define TBQ8_QS_OFFSET 4 // of tbq8_0, whose d is a float
 static_assert(TBQ8_QS_OFFSET == offsetof(block_tbq8_0, qs), "layout");
 static_assert(TBQ_QS_OFFSET == offsetof(block_tbq3_0, qs) && TBQ_QH_OFFSET == offsetof(block_tbq3_0, qh), "layout");

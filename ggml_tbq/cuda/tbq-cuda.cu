@@ -112,8 +112,8 @@ static bool set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 // rows of values after n_before rows of blocks, to exact rows
-static void encode_exact(const ggml_tensor * before, const ggml_tensor * src, const ggml_tensor * mean, ggml_tensor * dst,
-                         cudaStream_t stream) {
+static void encode_exact(const ggml_tensor * before, const ggml_tensor * src, const ggml_tensor * mean,
+                         ggml_tensor * dst, cudaStream_t stream) {
     tbq_exact_args a = {};
     a.src            = (const float *) src->data;
     a.dst            = (char *) dst->data;
@@ -282,8 +282,8 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     tbq_encode_args     b = {};
     if (v) {
         // two caches with exact rows of their own, and the second reads nothing that the first writes
-        b                  = set_rows_args(v);
-        auto written_by_k  = [&](const ggml_tensor * t) {
+        b                 = set_rows_args(v);
+        auto written_by_k = [&](const ggml_tensor * t) {
             return t && (root(t) == root(k) || (k->src[5] && root(t) == root(k->src[5])));
         };
         if (written_by_k(v) || written_by_k(v->src[0]) || written_by_k(v->src[1]) || written_by_k(v->src[5]) ||
@@ -645,7 +645,8 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     // the values are the first channels of the keys (MLA)
-    const bool v_in_k = v->view_src && (v->view_src == k || (v->view_src == k->view_src && v->view_offs == k->view_offs));
+    const bool v_in_k =
+        v->view_src && (v->view_src == k || (v->view_src == k->view_src && v->view_offs == k->view_offs));
 
     // where the backend would convert them: ggml_cuda_flash_attn_ext_get_alloc_size() has reserved it
     const uintptr_t k_f16 = GGML_PAD((uintptr_t) dst->data + ggml_nbytes(dst), 128);
@@ -755,8 +756,7 @@ static bool set_rows_exact_supported(const ggml_tensor * op) {
     }
     return exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == op->src[0]->ne[0] &&
            exact->nb[0] == sizeof(block_tbq8_0) && (exact->nb[1] | exact->view_offs) % sizeof(float) == 0 &&
-           slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) &&
-           ggml_nelements(slots) == ggml_nrows(op->src[0]);
+           slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) && ggml_nelements(slots) == ggml_nrows(op->src[0]);
 }
 
 bool tbq_cuda_supports_op(const ggml_tensor * op) {
@@ -778,7 +778,8 @@ bool tbq_cuda_supports_op(const ggml_tensor * op) {
             return op->type == GGML_TYPE_TBQ8_0 && op->op_params[0] == 1 && a->type == GGML_TYPE_TBQ8_0 &&
                    b->type == GGML_TYPE_F32 && a->ne[0] == b->ne[0] && a->nb[0] == sizeof(block_tbq8_0) &&
                    b->nb[0] == sizeof(float) &&
-                   (a->nb[1] | a->nb[2] | a->nb[3] | a->view_offs | b->nb[1] | b->nb[2] | b->nb[3]) % sizeof(float) == 0;
+                   (a->nb[1] | a->nb[2] | a->nb[3] | a->view_offs | b->nb[1] | b->nb[2] | b->nb[3]) % sizeof(float) ==
+                       0;
         case GGML_OP_CPY:
             // b is where it goes
             return ((is_cached(a->type) && b->type == GGML_TYPE_F32) ||

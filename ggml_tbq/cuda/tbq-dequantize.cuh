@@ -147,8 +147,8 @@ template <typename dst_t> __global__ void __launch_bounds__(256)
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
-    const long long row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
-    const long long to  = cells ? cells[at.i1 + at.i3 * cells_s1] : at.i1;
+    const long long      row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
+    const long long      to  = cells ? cells[at.i1 + at.i3 * cells_s1] : at.i1;
     const char * const   src = a.src + at.i0 * sizeof(block_tbq8_0) + a.from.offset(row, at.i2, at.i3);
     const int8_t * const qs  = (const int8_t *) src + TBQ8_QS_OFFSET;
     const float          d   = *(const float *) src;

@@ -391,16 +391,15 @@ static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4]
 // x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write:
 // whether the block of this half-warp exists.  exact: the block of its exact row, or null; keep: whether there are any.
 template <int BITS>
-static __device__ __forceinline__ void tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block,
-                                                             bool write, char * exact, bool keep, int l,
-                                                             tbq_encoder_scratch *    scratch,
-                                                             const tbq_encoder_gaps * gaps) {
+static __device__ __forceinline__ void
+tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, bool write, char * exact, bool keep,
+                      int l, tbq_encoder_scratch * scratch, const tbq_encoder_gaps * gaps) {
     float             z[4];
     const tbq_measure b = tbq_rotate_and_measure(x, z, tbq_abs_max_16(x), l);
     if (keep) {
         tbq_write_exact_16(x, z, b.huge, exact, write && exact, l);
     }
-    int               q[4];
+    int q[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         q[j] = tbq_to_fixed(z[j], b.inverse, b.zero || b.bad);
@@ -800,8 +799,8 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         row                = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
     }
     char * const exact = a.exact_block(row_number, at.i0);
-    float    x[4], z[4];
-    uint32_t largest = 0;
+    float        x[4], z[4];
+    uint32_t     largest = 0;
     tbq_load_block<src_t>(a, at, rope, l, x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {

@@ -4,20 +4,28 @@
 
 #include "check.cuh"
 
-static int n_resident_of(const void * kernel, int smem) {
-    int n = 0, sms = 0;
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, TBQ_ATTENTION_THREADS, smem));
-    CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    return n * sms;
+static int device_attribute(cudaDeviceAttr attribute) {
+    int n = 0;
+    CHECK(cudaDeviceGetAttribute(&n, attribute, 0));
+    return n;
 }
 
 template <int K, int V, int NC, bool EXACT>
 static void launch_nc(tbq_attention_args a, float * partial, cudaStream_t stream) {
     constexpr int D      = HEAD_SIZE;
     auto * const  kernel = tbq_attention<D, K, V, NC, EXACT>;
-    const int     smem   = tbq_attention_smem(D, K, V, NC);
-    tbq_attention_partition(a, n_resident_of((const void *) kernel, smem));
+    int           smem   = tbq_attention_smem(D, K, V, NC);
+    int           n_cta  = 0;
+    const int     n_sm   = device_attribute(cudaDevAttrMultiProcessorCount);
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_cta, kernel, TBQ_ATTENTION_THREADS, smem));
+    tbq_attention_partition(a, n_cta * n_sm);
+    if (EXACT) {
+        smem += tbq_attention_stage_exact(a, D, K, V, n_sm,
+                                          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - smem -
+                                              tbq_attention_static_smem(D, K, NC));
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    }
     a.partial            = partial;
     const int  n_columns = a.n_q * (a.n_head / a.n_head_kv);
     const dim3 grid(a.n_split, (n_columns + NC - 1) / NC * a.n_head_kv, a.n_seq);

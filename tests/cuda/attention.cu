@@ -29,9 +29,9 @@ template <typename T> struct device_array {
 };
 
 // Every pair that has kernels, those that do something of their own first.
-static const int PAIRS[][2] = { { 4, 4 },  { 3, 3 },  { 2, 2 }, { 4, 3 },  { 3, 2 },  { 2, 4 }, { 8, 4 },
-                                { 3, 8 },  { 16, 3 }, { 4, 16 }, { 4, 2 }, { 2, 3 },  { 3, 4 }, { 8, 2 },
-                                { 8, 3 },  { 2, 8 },  { 4, 8 },  { 16, 2 }, { 16, 4 }, { 2, 16 }, { 3, 16 } };
+static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 },  { 2, 2 },  { 4, 3 },  { 3, 2 },  { 2, 4 },  { 8, 4 },
+                                { 3, 8 }, { 16, 3 }, { 4, 16 }, { 4, 2 },  { 2, 3 },  { 3, 4 },  { 8, 2 },
+                                { 8, 3 }, { 2, 8 },  { 4, 8 },  { 16, 2 }, { 16, 4 }, { 2, 16 }, { 3, 16 } };
 static const int N_ALL      = sizeof(PAIRS) / sizeof(PAIRS[0]);
 static const int N_PAIRS    = 10; // of these without exact rows
 
@@ -163,7 +163,7 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     const int          n_pairs = n_exact ? N_ALL : N_PAIRS;
     const int * const  pair    = PAIRS[index % n_pairs];
     const int          d       = 64 << (index / n_pairs % 3);
-    auto               pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
+    auto               pick    = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
     a.n_head_kv     = pick({ 1, 2, 3, 4, 5, 8 });
     int gqa         = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
@@ -212,7 +212,7 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     std::vector<int>  cells;
     const long long   exact_nb1 = (long long) a.n_head_kv * d / 64 * sizeof(block_tbq8_0);
     const long long   exact_nb3 = exact_nb1 * (n_exact + more);
-    auto exact_row = [&](int side, int s, int h, int j) {
+    auto              exact_row = [&](int side, int s, int h, int j) {
         return &exact[side][s * exact_nb3 + j * exact_nb1 + h * (exact_nb1 / a.n_head_kv)];
     };
     std::vector<int> slot_of((size_t) a.n_seq_kv * a.n_kv, -1); // of each row
@@ -289,9 +289,9 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     device_array<char> exact_k_dev(exact[0]), exact_v_dev(exact[1]);
     device_array<int>  cells_dev(cells);
     if (n_exact) {
-        a.exact_k = exact[0].empty() ? nullptr : exact_k_dev.p;
-        a.exact_v = exact[1].empty() ? nullptr : exact_v_dev.p;
-        a.cells   = cells_dev.p;
+        a.exact_k     = exact[0].empty() ? nullptr : exact_k_dev.p;
+        a.exact_v     = exact[1].empty() ? nullptr : exact_v_dev.p;
+        a.cells       = cells_dev.p;
         a.exact_k_nb1 = a.exact_v_nb1 = exact_nb1;
         a.exact_k_nb2 = a.exact_v_nb2 = exact_nb1 / a.n_head_kv;
         a.exact_k_nb3 = a.exact_v_nb3 = exact_nb3;
@@ -319,7 +319,8 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
                     if (slot >= 0 && pair[side] < 8) {
                         tbq_dequantize(TBQ_TYPE_TBQ8_0, exact_row(side, s_kv, h / gqa, slot), to, d);
                     } else {
-                        decode(pair[side], &rows[side][s_kv * nb[side][2] + h / gqa * nb[side][1] + j * nb[side][0]], to, d);
+                        decode(pair[side], &rows[side][s_kv * nb[side][2] + h / gqa * nb[side][1] + j * nb[side][0]],
+                               to, d);
                     }
                 }
             }
@@ -369,8 +370,8 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
         std::printf(
             "problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d exact %d seq %d/%d mask %d bias %g cap %g sinks %d "
             "apart %d: relative squared error %.3g%s\n",
-            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked, a.max_bias,
-            a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
+            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked,
+            a.max_bias, a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
         return 1;
     }
     return nmse;
@@ -454,8 +455,8 @@ static double time_decode(int k, int v, int n_kv, int n_exact) {
     if (n_exact < 1) {
         cells[0] = -1;
     }
-    device_array<char> k_dev(rows_k.size() * layers), v_dev(rows_v.size() * layers),
-        ek_dev(rows_e.size() * layers), ev_dev(rows_e.size() * layers);
+    device_array<char> k_dev(rows_k.size() * layers), v_dev(rows_v.size() * layers), ek_dev(rows_e.size() * layers),
+        ev_dev(rows_e.size() * layers);
     for (int i = 0; i < layers; i++) {
         CHECK(cudaMemcpy(k_dev.p + i * rows_k.size(), rows_k.data(), rows_k.size(), cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(v_dev.p + i * rows_v.size(), rows_v.data(), rows_v.size(), cudaMemcpyHostToDevice));
@@ -510,11 +511,12 @@ static double time_decode(int k, int v, int n_kv, int n_exact) {
 static void time_exact() {
     for (int n_kv : { 256, 4096, 32768, 131072 }) {
         for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[3], PAIRS[6] }) {
-            const double none = time_decode(pair[0], pair[1], n_kv, -1);
+            const double none   = time_decode(pair[0], pair[1], n_kv, -1);
             const double no_row = time_decode(pair[0], pair[1], n_kv, 0);
-            const double some = time_decode(pair[0], pair[1], n_kv, 149);
-            std::printf("%d/%d bits, %6d tokens: %7.2f us; with an empty list %7.2f us, %.3f; with 149 exact rows %7.2f us, %.3f\n",
-                        pair[0], pair[1], n_kv, none, no_row, no_row / none, some, some / none);
+            const double some   = time_decode(pair[0], pair[1], n_kv, 149);
+            std::printf(
+                "%d/%d bits, %6d tokens: %7.2f us; with an empty list %7.2f us, %.3f; with 149 exact rows %7.2f us, %.3f\n",
+                pair[0], pair[1], n_kv, none, no_row, no_row / none, some, some / none);
         }
     }
 }

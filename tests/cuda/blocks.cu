@@ -368,8 +368,8 @@ static long compare_exact(std::mt19937 & rng) {
     CHECK(cudaMemcpy(back.data(), back_dev, n * 4, cudaMemcpyDeviceToHost));
 
     // rows of an f16 cache: in another order, and one of them unused
-    const std::vector<int>  cells = { 11, 3, -1, 0, 7, 2, 5 };
-    std::vector<uint16_t>   cache(12 * width, 0x1234), cache_got(cache.size());
+    const std::vector<int> cells = { 11, 3, -1, 0, 7, 2, 5 };
+    std::vector<uint16_t>  cache(12 * width, 0x1234), cache_got(cache.size());
     CHECK(cudaMalloc(&cells_dev, cells.size() * 4));
     CHECK(cudaMalloc(&cache_dev, cache.size() * 2));
     CHECK(cudaMemcpy(cells_dev, cells.data(), cells.size() * 4, cudaMemcpyHostToDevice));
