@@ -59,6 +59,8 @@ def attention(
             softcap or 0.0,
             s_aux,
             key.rotary_half,
+            key.exact,
+            value.exact,
         ), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:
@@ -77,7 +79,7 @@ def _kernels_take(
     CUDA's do not take every head size, and take prompts only if torch's attention cannot.
     """
     if query.device.type == "cpu":
-        return True
+        return key.exact is None and value.exact is None
     most = _backend.backend_for(query.device).MOST_BLOCKS * 64
     decode_size = query.shape[1] // key.shape[1] * query.shape[2] <= _DECODE_ROWS
     return key.shape[3] <= most and value.shape[3] <= most and (decode_size or bool(softcap) or s_aux is not None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tbq._exact_rows import FIRST, RECENT, check_exact_rows
 from tbq._key_biases import LARGE_BIAS
 from tbq.errors import TBQError
 from tbq.hf import _tables
@@ -38,6 +39,10 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i
     and 2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing
     and makes the divergence a quarter smaller.  The older names of these values are still accepted.
+    recent, first: how many of the newest and of the first rows of each sequence are exact: they are kept in 8 bits as
+    well, and attention reads them instead of the packed ones.  The rows of a call are exact for all its queries.  Both
+    0: every row is read packed.  Rows are counted as they are cached, padding included.  Layers with a sliding window
+    have no exact first rows.
     Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads
     them, unless it was loaded with attn_implementation="tbq", which reads blocks.
     Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens
@@ -56,6 +61,8 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         *,
         sliding: str = "keep",
         pairs: str = "auto",
+        recent: int = RECENT,
+        first: int = FIRST,
     ) -> None:
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
             if bits is not None and (isinstance(bits, bool) or bits not in _tables.BLOCK_BYTES):
@@ -64,16 +71,17 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             raise TBQError(f"sliding is {sliding!r}; it must be one of {', '.join(SLIDING)}")
         if pairs not in ("auto", *NEOX, *INTERLEAVED):
             raise TBQError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")
+        check_exact_rows(recent, first)
         config = getattr(config, "config", config)
         if config is not None and not hasattr(config, "get_text_config"):
             raise TBQError(f"config is a {type(config).__name__}; it must be a model's config, or the model")
-        self.k_bits, self.v_bits = k_bits, v_bits
+        self.k_bits, self.v_bits, self.recent, self.first = k_bits, v_bits, recent, first
         #: By layer: constant_part() of the first prompt's keys, on their device; None after they have been read.
         self._constant_parts: dict[int, torch.Tensor] | None = {} if k_bits else None
         self._name, self._last = "this model", -1
         super().__init__(config=config)
         if config is None:
-            self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
+            self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits, recent=recent, first=first)
             return
         decoder = config.get_text_config(decoder=True)
         # transformers 5 has sizes by layer
@@ -98,8 +106,8 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             )
         half = _rotary_half(layer_config, size) if neox else 0
         if window:
-            return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half)
-        return TBQLayer(self.k_bits, self.v_bits, config, half)
+            return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half, self.recent)
+        return TBQLayer(self.k_bits, self.v_bits, config, half, self.recent, self.first)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -138,7 +146,10 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of keys and values, packed or not, and of room to grow (at most 64 tokens or 1.6 %)."""
+        """Bytes of all tensors of keys and values, packed or not, of exact rows, and of room to grow.
+
+        Packed rows have room for at most 64 tokens or 1.6 % more, exact rows for at most 128.
+        """
         return sum(_layer_bytes(layer)[0] for layer in self.layers)
 
     @property
@@ -161,6 +172,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
                     "k_bits": k_bits or None,
                     "v_bits": v_bits or None,
                     "nbytes": nbytes,
+                    "exact_nbytes": layer.exact_nbytes() if isinstance(layer, TBQLayer) else 0,
                     "baseline_nbytes": baseline,
                 }
             )

@@ -15,6 +15,7 @@ import torch
 from tbq._ffi import ffi, lib
 from tbq._types import types
 from tbq.errors import TBQError
+from tbq.hf._buffers import BLOCK_BYTES, EXACT, ExactRows
 
 #: The largest head size that attention() takes, in blocks: more than any model has.
 MOST_BLOCKS = 1 << 16
@@ -24,6 +25,11 @@ _VALUES_PER_THREAD = 1 << 15
 _PIECE = 1 << 18
 #: Query tokens whose mask is made at a time, which bounds its memory.
 _MASK_TOKENS = 256
+
+
+def _type_of(bits: int) -> int:
+    """The library's number of the type of these bits."""
+    return int(lib.TBQ_TYPE_TBQ8_0) if bits == EXACT else types[f"tbq{bits}_0"].id
 
 
 def encode(
@@ -50,19 +56,17 @@ def _channel_order(size: int, half: int) -> torch.Tensor:
 
 
 def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
-    is_f16 = states.dtype == torch.float16
+    is_f16 = states.dtype == torch.float16 and bits != EXACT
     rows = states.transpose(1, 2).to(torch.float16 if is_f16 else torch.float32).contiguous()
     target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
     function, ctype = (lib.tbq_quantize_kv_f16, "uint16_t *") if is_f16 else (lib.tbq_quantize_kv, "float *")
-    info = types[f"tbq{bits}_0"]
+    if bits == EXACT:
+        function = lib.tbq_quantize
 
     def part(first: int, last: int) -> None:
         source = ffi.cast(ctype, rows.data_ptr() + first * 64 * rows.element_size())
-        _check(
-            function(
-                info.id, source, ffi.cast("void *", target.data_ptr() + first * info.block_bytes), (last - first) * 64
-            )
-        )
+        to = ffi.cast("void *", target.data_ptr() + first * BLOCK_BYTES[bits])
+        _check(function(_type_of(bits), source, to, (last - first) * 64))
 
     _run_in_parts(part, rows.numel() // 64)
     if target is not packed:
@@ -88,8 +92,8 @@ def decode(
 
 def _decode(packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> torch.Tensor:
     batch, tokens, heads, _ = packed.shape
-    # the library makes these two dtypes
-    made = torch.float16 if dtype == torch.float16 else torch.float32
+    # the library makes these two dtypes, and only float32 of exact rows
+    made = torch.float16 if dtype == torch.float16 and bits != EXACT else torch.float32
     values = torch.empty((batch, tokens, heads, size), dtype=dtype)
     if made == dtype and not half:
         for rows, target in zip(packed, values):  # contiguous in each
@@ -116,13 +120,11 @@ def _decode_rows(rows: torch.Tensor, bits: int, values: torch.Tensor) -> None:
     function, ctype = (
         (lib.tbq_dequantize_f16, "uint16_t *") if values.dtype == torch.float16 else (lib.tbq_dequantize, "float *")
     )
-    info = types[f"tbq{bits}_0"]
 
     def part(first: int, last: int) -> None:
+        source = ffi.cast("void *", rows.data_ptr() + first * BLOCK_BYTES[bits])
         to = ffi.cast(ctype, values.data_ptr() + first * 64 * values.element_size())
-        _check(
-            function(info.id, ffi.cast("void *", rows.data_ptr() + first * info.block_bytes), to, (last - first) * 64)
-        )
+        _check(function(_type_of(bits), source, to, (last - first) * 64))
 
     _run_in_parts(part, values.numel() // 64)
 
@@ -139,11 +141,14 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     half: int = 0,
+    k_exact: ExactRows | None = None,
+    v_exact: ExactRows | None = None,
 ) -> torch.Tensor:
     """Backend.attention, with the kernels of tbq-attention.h."""
+    assert k_exact is None and v_exact is None  # _attention decodes these
     batch, heads, tokens, _ = query.shape
     n_kv = k_packed.shape[1]
-    v_size = v_packed.shape[3] // types[f"tbq{v_bits}_0"].block_bytes * 64
+    v_size = v_packed.shape[3] // BLOCK_BYTES[v_bits] * 64
     rows = query.to(torch.float32)
     rows = rows.index_select(3, _channel_order(rows.shape[3], half)) if half else rows
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
@@ -208,7 +213,7 @@ def _run_attention(
     a.q = ffi.cast("float *", query.data_ptr())
     a.q_stream_stride, a.q_head_stride, a.q_token_stride = (4 * stride for stride in query.stride()[:3])
     for tensor, packed, bits in ((a.k, k, k_bits), (a.v, v, v_bits)):
-        tensor.type, tensor.n_streams = types[f"tbq{bits}_0"].id, packed.shape[0]
+        tensor.type, tensor.n_streams = _type_of(bits), packed.shape[0]
         tensor.data = ffi.cast("void *", packed.data_ptr())
         tensor.stream_stride, tensor.row_stride, tensor.head_stride = packed.stride()[:3]
     if mask is not None:

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+"""How many of the cache's rows are exact: kept in 8 bits beside the packed ones, and read by attention instead of them.
+
+Attention reads mostly the newest tokens and the first ones.
+"""
+
+from tbq.errors import TBQError
+
+#: The newest rows of each sequence that are exact, and its first ones.
+RECENT, FIRST = 128, 4
+
+
+def check_exact_rows(recent: object, first: object) -> None:
+    """Raises TBQError unless both are integers of at least 0.  Both 0: every row is read packed."""
+    for name, rows in (("recent", recent), ("first", first)):
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise TBQError(f"{name} is {rows!r}; it must be a whole number of rows, 0 or more")
