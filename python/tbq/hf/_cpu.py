@@ -8,7 +8,7 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -145,7 +145,6 @@ def attention(
     v_exact: ExactRows | None = None,
 ) -> torch.Tensor:
     """Backend.attention, with the kernels of tbq-attention.h."""
-    assert k_exact is None and v_exact is None  # _attention decodes these
     batch, heads, tokens, _ = query.shape
     n_kv = k_packed.shape[1]
     v_size = v_packed.shape[3] // BLOCK_BYTES[v_bits] * 64
@@ -171,6 +170,7 @@ def attention(
             softcap,
             logits,
             part,
+            None if k_exact is None or v_exact is None else _ExactPart(k_exact, v_exact, n_kv),
         )
         if part is not out:
             out[:, first:last] = part
@@ -195,6 +195,26 @@ def _f16_mask(
     return None if added is None else added.contiguous()
 
 
+class _ExactPart(NamedTuple):
+    """Exact keys and values, and the number of rows of the cache that they belong to."""
+
+    k: ExactRows
+    v: ExactRows
+    n_kv: int
+
+
+@functools.lru_cache(maxsize=4)  # all layers ask for the same one
+def _exact_cells(n_slots: int, first: int, newest: int, n_kv: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of the cache for each slot, -1 for none, and a bitmap of these rows.  Only rows below seen count."""
+    slot = torch.arange(n_slots, dtype=torch.int32)
+    rows = torch.where(slot < first, slot, torch.where(slot < newest, -1, slot + (n_kv - n_slots)))
+    rows = rows.masked_fill(rows >= seen, -1)
+    is_exact = torch.zeros(-(-seen // 32) * 32, dtype=torch.bool)
+    is_exact[rows[rows >= 0].long()] = True
+    words = (is_exact.reshape(-1, 32) << torch.arange(32)).sum(1).to(torch.int32)
+    return rows[: max(first, n_slots - (n_kv - seen))].to(torch.int32).contiguous(), words
+
+
 def _run_attention(
     query: torch.Tensor,
     k: torch.Tensor,
@@ -206,13 +226,21 @@ def _run_attention(
     softcap: float,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    exact: _ExactPart | None,
 ) -> None:
     a = ffi.new("tbq_attention *")
     a.n_streams, a.n_head, a.n_tokens, a.k_size = query.shape
     a.n_kv, a.n_head_kv, a.v_size = k.shape[1], k.shape[2], out.shape[3]
     a.q = ffi.cast("float *", query.data_ptr())
     a.q_stream_stride, a.q_head_stride, a.q_token_stride = (4 * stride for stride in query.stride()[:3])
-    for tensor, packed, bits in ((a.k, k, k_bits), (a.v, v, v_bits)):
+    sides = [(a.k, k, k_bits), (a.v, v, v_bits)]
+    if exact is not None:
+        cells, hidden = _exact_cells(exact.k.slots.shape[1], *exact.k[1:], exact.n_kv, k.shape[1])
+        sides += [(a.exact_k, exact.k.slots, EXACT), (a.exact_v, exact.v.slots, EXACT)]
+        a.n_exact, a.exact_stream_stride = cells.shape[0], 0  # the same list for every sequence
+        a.cells = ffi.cast("int32_t *", cells.data_ptr())
+        a.packed_hidden = ffi.cast("uint32_t *", hidden.data_ptr())
+    for tensor, packed, bits in sides:
         tensor.type, tensor.n_streams = _type_of(bits), packed.shape[0]
         tensor.data = ffi.cast("void *", packed.data_ptr())
         tensor.stream_stride, tensor.row_stride, tensor.head_stride = packed.stride()[:3]
