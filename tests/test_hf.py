@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 from tbq._key_biases import LARGE_BIAS  # noqa: E402
-from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
+from tbq.hf import KeyCenter, PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _center, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
 from tbq.kv_cache.key_biases import key_biases  # noqa: E402
 from tbq.kv_cache.layers import GLOBAL, Layer  # noqa: E402
@@ -263,14 +263,14 @@ def test_a_nan_stays_in_its_block():
 # --- generate() ---------------------------------------------------------------------------------------------------
 
 
-def model_of_kind(name):
+def model_of_kind(name, **changes):
     """A small random model of one of KINDS."""
     t, sliding = transformers, {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
     wide = {key: value for key, value in BASE.items() if key != "head_dim"}
     four = {**BASE, "num_hidden_layers": 4, **sliding}
     build = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**BASE)),
-        "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256})),
+        "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256, **changes})),
         "mistral, windows only": lambda: t.MistralForCausalLM(t.MistralConfig(**BASE, sliding_window=24)),
         "gemma2, windows and soft-cap": lambda: t.Gemma2ForCausalLM(
             t.Gemma2Config(**four, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)
@@ -519,7 +519,7 @@ def test_without_a_config(model):
     for rows in (NO_ROWS, {"recent": 10, "first": 3}):
         wanted = generate(model, Oracle(model.config, half=0, **rows))[1]
         assert torch.allclose(generate(model, TBQCache(**rows))[1], wanted, rtol=1e-4, atol=1e-4)
-    with_model = TBQCache(model)
+    with_model = TBQCache(model, center=False)
     assert len(with_model.layers) == 2
 
 
@@ -982,7 +982,8 @@ def test_large_key_biases_are_warned_of(implementation):
     )
     found = re.fullmatch(
         r"llama has large key biases in 2 of 4 layers \(layer 1: (\d+) times the rest of the key\): "
-        r"keys of 4 bits degrade badly; TBQCache\(..., k_bits=None\) keeps them in the model's dtype",
+        r"keys of 4 bits degrade badly; TBQCache\(model, ...\) centers them, "
+        r"TBQCache\(..., k_bits=None\) keeps them in the model's dtype",
         message,
     )
     assert found and 16 <= int(found[1]) <= 24  # anything else that the keys have in common is counted too
@@ -994,7 +995,7 @@ def test_a_forward_pass_is_enough_and_one_head_too():
     model = biased([0, 16], heads=1)
     ids = prompt(1)["input_ids"]
     assert len(warned(lambda: forward(model, ids, TBQCache(model.config, 3, 3)))) == 1
-    assert len(warned(lambda: forward(model, ids, TBQCache(model)))) == 1
+    assert len(warned(lambda: forward(model, ids, TBQCache(model, center=False)))) == 1
     cache = TBQCache()  # this cache does not know which layer is the last
     (message,) = warned(lambda: [forward(model, ids, cache), forward(model, ids[:, :1], cache)])
     assert message.startswith("this model has large key biases in 1 of 2 layers (layer 1: ")
@@ -1059,6 +1060,172 @@ def test_equal_tokens_do_not_show_a_bias():
     assert constant_part(k + 40, v).isnan()
 
 
+# --- centered keys --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The user's folder for caches, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "ggml-tbq" / "key-centers"
+
+
+def test_measured_means_are_those_of_the_cached_keys():
+    """Over the positions of the chunks, without the first keys of each; and the queries' energy."""
+    model = biased([16, 0])
+    center = KeyCenter.measure(model)
+    ids = _center._chunks(model, None)
+    cache = DynamicCache(config=model.config)
+    positions = _center._positions(model.config)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        model.model(input_ids=ids, position_ids=positions, past_key_values=cache)
+    assert positions[0, 0] == 0 and positions[-1, -1] == model.config.max_position_embeddings - 1
+    for i, layer in enumerate(cache.layers):
+        assert torch.allclose(center.means[i], layer.keys[:, :, 8:].mean((0, 2)), rtol=1e-3, atol=1e-4)
+        assert center.energies[i].shape == (2, 64) and (center.energies[i] > 0).all()
+    assert model.config._attn_implementation == "sdpa" and not model.training
+
+
+@pytest.mark.parametrize("half", (0, 32))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_centered_rows_are_the_librarys_bytes(half, dtype):
+    mean, energy = states(1, 2, 1, 128)[0, :, 0] * 20, states(1, 2, 1, 128, seed=1)[0, :, 0].square()
+    layer = TBQLayer(3, 4, None, half, 0, 0, mean, energy)
+    k = (states(2, 2, 40, 128, dtype=torch.float32, seed=2) + mean[:, None]).to(dtype)
+    keys, _ = layer.update(k, k)
+    stored = order(128, half)
+    weight = _center.weights_of(energy[:, stored])
+    assert torch.equal(weight[:, ::2], weight[:, 1::2])
+    rows = k.float().transpose(1, 2)[..., stored].contiguous().numpy().reshape(80, -1)
+    some = [mean[:, stored].reshape(-1).numpy(), weight.reshape(-1).numpy()]
+    wanted = [numpy_reference.quantize(row, 3, True, *some) for row in rows]
+    assert np.array_equal(layer.packed[0].numpy().reshape(80, -1), np.stack(wanted).reshape(80, -1))
+    error = (keys.float() - k.float()).norm() / (k.float() - mean[:, None]).norm()
+    assert keys.dtype == dtype and error < 0.3
+
+
+@pytest.mark.parametrize("rows", (NO_ROWS, {"recent": 9, "first": 2}), ids=("packed", "exact"))
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_large_key_biases_are_harmless_when_centered(folder, implementation, rows):
+    """A Qwen2 with keys whose constant part is far larger than the rest."""
+    model = model_of_kind("qwen2, biases", max_position_embeddings=512)
+    generator = torch.Generator().manual_seed(5)
+    for block in model.model.layers:
+        bias = torch.zeros(2, 64)
+        bias[:, 28:32] = 60 * torch.randn(2, 4, generator=generator)  # channels that hardly turn
+        with torch.no_grad():
+            block.self_attn.k_proj.bias.copy_(bias.reshape(-1))
+    inputs = prompt(1, 80, seed=4)
+
+    def divergence(cache):
+        base, ours = (
+            forward(model, inputs["input_ids"], each, how).double().log_softmax(-1)
+            for each, how in ((DynamicCache(config=model.config), "sdpa"), (cache, implementation))
+        )
+        return float((base.exp() * (base - ours)).sum(-1).mean())
+
+    centered = TBQCache(model, **rows)
+    assert warned(lambda: divergence(centered)) == []
+    centered, whole = divergence(TBQCache(model, **rows)), divergence(TBQCache(model.config, **rows))
+    assert centered < 0.1 * whole, (centered, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_centered_models(kind, folder):
+    """Decoded and from blocks, logits are those of the uncentered keys but for the error of 4 bits."""
+    model = model_of_kind(kind)
+    usual = model.config._attn_implementation
+    exact = generate(model, DynamicCache(config=model.config), usual, 4)[1][0]
+    center = KeyCenter.measure(model)
+    assert bool(center.means) == (kind not in ("gemma2, windows and soft-cap", "gpt-oss, sinks"))
+    whole = generate(model, TBQCache(model.config, sliding="compress", **NO_ROWS), usual, 4)[1][0]
+    for implementation in (usual, "tbq"):
+        for rows in (NO_ROWS, {"recent": 9, "first": 2}):
+            cache = TBQCache(model.config, sliding="compress", center=center, **rows)
+            got = generate(model, cache, implementation, 4)[1][0]
+            assert (got - exact).norm() <= 1.5 * (whole - exact).norm()
+
+
+def test_a_constant_that_attention_would_see():
+    """With soft-caps and sinks, keys get their mean back: any center is right, whoever measured it."""
+    mean = states(1, 2, 1, 64)[0, :, 0] * 30
+    config = type("Config", (), {"_attn_implementation": "tbq"})
+    k, v, q = (
+        states(1, 2, 50, 64) * 0.3 + mean[:, None],
+        states(1, 2, 50, 64, seed=1),
+        states(1, 4, 1, 64, seed=2) * 0.1,
+    )
+    keys, values = TBQLayer(4, 4, config, 0, 8, 1, mean).update(k, v)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    for options in ({"softcap": 5.0}, {"s_aux": torch.randn(4)}):
+        got, _ = _attention.attention(module, q, keys, values, None, **options)
+        want = attention_reference(q, k, v, 0.125, softcap=options.get("softcap", 0), sinks=options.get("s_aux"))
+        assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_a_center_is_measured_once(folder, monkeypatch):
+    measured, measure = [], _center._measure
+    monkeypatch.setattr(_center, "_measure", lambda *args: (measured.append(args[1].shape), measure(*args))[1])
+    first, same, other = biased([16, 16]), biased([16, 16]), biased([16, 17])
+    for model in (first, first, same, same):
+        cache = TBQCache(model)
+        assert set(cache.center.means) == {0, 1} and len(list(folder.iterdir())) == 1
+    assert measured == [(8, 128)]
+    TBQCache(other)
+    assert len(measured) == 2 and len(list(folder.iterdir())) == 2
+    del first.tbq_key_center
+    for file in folder.iterdir():
+        file.write_bytes(b"corrupt")
+    TBQCache(first)
+    TBQCache(first)
+    assert len(measured) == 3
+
+
+def test_a_center_that_cannot_be_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert TBQCache(biased([16])).center.means
+
+
+def test_center_by_name_and_none(folder, tmp_path):
+    model = biased([16, 16])
+    path = tmp_path / "model.center"
+    KeyCenter.measure(model).save(path)
+    named, measured = TBQCache(model.config, center=path), TBQCache(model, center=True)
+    for i in range(2):
+        assert torch.equal(named.center.means[i], measured.center.means[i])
+        assert torch.equal(named.center.energies[i], measured.center.energies[i])
+    assert TBQCache(model, center=False).center is None and TBQCache(model.config).center is None
+    assert TBQCache(model, k_bits=None).center is None
+    with pytest.raises(
+        tbq.TBQError, match=r"^the center is for keys of \(2, 64\) heads and channels; these have \(4, 64"
+    ):
+        forward(
+            llama(num_key_value_heads=4),
+            prompt()["input_ids"],
+            TBQCache(llama(num_key_value_heads=4).config, center=path),
+        )
+
+
+@pytest.mark.parametrize(
+    "center, message",
+    (
+        (True, r"center=True measures the model's keys: pass the model itself, TBQCache\(model, ...\)"),
+        (3, "center is 3; it must be True, False, a KeyCenter or the path of one"),
+        (__file__, r".*test_hf.py holds no means of keys; KeyCenter.save\(\) makes such a file"),
+    ),
+)
+def test_wrong_centers(model, center, message):
+    with pytest.raises(tbq.TBQError, match=f"^{message}$"):
+        TBQCache(model.config, center=center)
+    with pytest.raises(tbq.TBQError, match="^center needs the model or its config"):
+        TBQCache(center=True)
+    with pytest.raises(FileNotFoundError):
+        TBQCache(model.config, center="nowhere")
+
+
 def test_import_without_transformers(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('none here')\n")
     done = subprocess.run(
@@ -1106,6 +1273,8 @@ TRITON_POINTERS = {
     "k_transform": "*bf16",
     "k_transforms": "*fp16",
     "v_transforms": "*fp16",
+    "mean": "*fp32",
+    "weight": "*fp32",
 }
 
 
@@ -1122,6 +1291,8 @@ EVERY_OPTION = dict(MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0)
         ("attend", dict(EVERY_OPTION, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, R=32)),
         ("attend", dict(ATTEND, K_BITS=8, V_BITS=8, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
         ("attend", dict(EVERY_OPTION, K_BITS=8, V_BITS=8, K_BLOCKS=2, V_BLOCKS=3, GROUP=8, R=32)),
+        ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True, WEIGHT=True)),
+        ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True)),
         ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=1, HALF=64, N=1)),
         ("decode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=1, HALF=32, N=64)),
         ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
@@ -1149,6 +1320,9 @@ def test_triton_kernels_compile(name, constants):
             f"{tensor}_BYTES": 68 if bits == 8 else 2 + 8 * bits,
             f"{tensor}_SCALES": len(_tables.THRESHOLDS.get(bits, ())),
         }
+    if name == "encode":
+        constants = {"MEAN": False, "WEIGHT": False, **constants}
+        constants |= {n: None for n in ("mean", "weight") if not constants[n.upper()]}
     constants |= {} if constants.get("MASK") else {"mask": None}
     constants |= {} if constants.get("SINKS") else {"sinks": None}
     kernel = getattr(_kernels, name)

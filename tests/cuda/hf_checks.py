@@ -117,6 +117,28 @@ def check_encode(cuda, device, tokens):
             )
 
 
+def check_centered(cuda, device, tokens):
+    """Keys minus a mean, with weights for the error."""
+    generator = torch.Generator().manual_seed(4)
+    for bits, half in ((2, 0), (3, 64), (4, 48)):
+        k = states((2, 2, tokens, 128), device)
+        mean = torch.randn(2, 128, generator=generator) * 10
+        weight = (torch.rand(2, 64, generator=generator) + 0.1).repeat_interleave(2, 1)
+        rows = torch.zeros((2, tokens, 2, 2 * (2 + 8 * bits)), dtype=torch.uint8, device=device)
+        exact = torch.zeros((2, tokens, 2, 2 * 68), dtype=torch.uint8, device=device)
+        of_keys = mean.to(device), weight.to(device)
+        cuda.encode(k, rows, bits, k, None, 0, half, *of_keys)
+        cuda.encode(k, exact, 8, k, None, 0, half, *of_keys)
+        x = k[..., stored(128, half)].cpu().numpy().transpose(0, 2, 1, 3)
+        m, w = (np.broadcast_to(each.numpy(), x.shape) for each in (mean, weight))
+        want = reference.quantize(x, bits, True, m, w).reshape(-1, 2 + 8 * bits)
+        wrong = int((rows.cpu().numpy().reshape(want.shape) != want).any(axis=1).sum())
+        check(f"encode centered, {bits} bits", wrong <= len(want) / 10000, f"{wrong} of {len(want)} blocks differ")
+        want = exact_blocks(x - m).reshape(-1, 68)
+        wrong = int((exact.cpu().numpy().reshape(want.shape) != want).any(axis=1).sum())
+        check(f"encode centered exact rows, half {half}", wrong == 0, f"{wrong} of {len(want)} blocks differ")
+
+
 def check_decode(cuda, device, tokens):
     for bits in (2, 3, 4):
         x = states((1, 2, tokens, 128), "cpu").numpy().transpose(0, 2, 1, 3)
@@ -371,6 +393,7 @@ def main():
         check_encode(_cuda, device, 9 if args.tiny else 1500)
         check_encode(_cuda, device, 3)
         check_exact_rows(_cuda, device, 9 if args.tiny else 1500)
+        check_centered(_cuda, device, 9 if args.tiny else 1500)
     if args.only in (None, "decode"):
         check_decode(_cuda, device, 9 if args.tiny else 1500)
     if args.only in (None, "attention"):

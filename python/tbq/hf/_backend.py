@@ -31,8 +31,14 @@ class Backend(Protocol):
         v_packed: torch.Tensor | None,
         v_bits: int,
         half: int = 0,
+        mean: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> None:
-        """Packs keys into k_packed and values into v_packed; those with 0 bits are left out."""
+        """Packs keys into k_packed and values into v_packed; those with 0 bits are left out.
+
+        mean: is subtracted from the keys.  weight: what error costs in each channel of a key, equal for neighbors;
+        exact rows ignore it.  Both float32 (KV heads, head size), in the order in which channels are stored.
+        """
 
     def decode(
         self,

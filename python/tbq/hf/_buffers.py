@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The tensors of a layer: a row for each token, and the slots of the exact rows."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,13 @@ ROOM = 64
 EXACT = 8
 #: By bits: the bytes of a block of 64 values.
 BLOCK_BYTES = {**_tables.BLOCK_BYTES, EXACT: _tables.EXACT_BLOCK_BYTES}
+
+
+@functools.cache
+def channel_order(size: int, half: int) -> torch.Tensor:
+    """Returns the channels of a head in the order in which they are stored: c and c + half are neighbors."""
+    paired = torch.arange(2 * half).reshape(2, half).T.reshape(-1)
+    return torch.cat([paired, torch.arange(2 * half, size)])
 
 
 class StateBuffer:

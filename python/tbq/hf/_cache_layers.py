@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tbq.errors import TBQError
 from tbq.hf import _backend
-from tbq.hf._buffers import EXACT, ROOM, ExactRows, ExactSlots, StateBuffer
+from tbq.hf._buffers import EXACT, ROOM, ExactRows, ExactSlots, StateBuffer, channel_order
+from tbq.hf._center import weights_of
 
 
 class PackedStates(torch.Tensor):
@@ -23,6 +24,7 @@ class PackedStates(torch.Tensor):
     bits: int
     rotary_half: int  #: half: channels c and c + half, of the first 2 half channels, are stored next to each other
     exact: ExactRows | None  #: the rows that are read instead of packed ones
+    mean: torch.Tensor | None  #: float32 (heads, size): what was subtracted from the keys
 
     @staticmethod
     def __new__(
@@ -33,12 +35,13 @@ class PackedStates(torch.Tensor):
         dtype: torch.dtype,
         half: int,
         exact: ExactRows | None = None,
+        mean: torch.Tensor | None = None,
     ) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
         self: PackedStates = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device
         )
-        self.packed, self.bits, self.rotary_half, self.exact = packed, bits, half, exact
+        self.packed, self.bits, self.rotary_half, self.exact, self.mean = packed, bits, half, exact, mean
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -63,7 +66,9 @@ class PackedStates(torch.Tensor):
             assert states is not None
             return states
 
-        return decode_rows(decode, self.packed, self.bits, self.exact)
+        states = decode_rows(decode, self.packed, self.bits, self.exact)
+        # its rounding to their dtype is one more constant, which softmax does not see
+        return states if self.mean is None else states.add_(self.mean[:, None].to(self.dtype))
 
 
 def decode_rows(
@@ -84,6 +89,35 @@ def decode_rows(
     return states
 
 
+class _Center:
+    """What is subtracted from the keys of a layer, on the device of its states.
+
+    mean: in the model's order of channels.  stored, weight: in the order in which they are stored; weight: what error
+    costs in each channel.
+    """
+
+    def __init__(self, mean: torch.Tensor | None, energy: torch.Tensor | None) -> None:
+        self.mean, self.energy = mean, energy
+        self.stored: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+
+    def prepare(self, keys: StateBuffer, device: torch.device) -> None:
+        """Makes the tensors for keys of this kind."""
+        if self.mean is None:
+            return
+        shape = (keys.data.shape[2], keys.size)
+        if not keys.bits:
+            self.mean = None
+        elif self.mean.shape != shape or self.energy is not None and self.energy.shape != shape:
+            raise TBQError(f"the center is for keys of {tuple(self.mean.shape)} heads and channels; these have {shape}")
+        else:
+            order = channel_order(keys.size, keys.half)
+            self.mean = self.mean.to(device)
+            self.stored = self.mean[:, order.to(device)].contiguous()
+            if self.energy is not None:
+                self.weight = weights_of(self.energy[:, order.to(self.energy.device)]).to(device)
+
+
 class TBQLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of full attention.
 
@@ -95,6 +129,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     0: channels are stored in the model's order.
     recent, first: how many of the newest rows and of the first rows are exact: kept in 8 bits as well, and read instead
     of the packed ones.  Rows are counted as they are cached, padding included.
+    mean, energy: float32 (KV heads, head size): the mean of the keys, which is subtracted from them, and the mean
+    square of the queries, from which the encoder takes where error costs most.  None: keys are not centered.
     """
 
     def __init__(
@@ -105,10 +141,13 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         half: int = 0,
         recent: int = 0,
         first: int = 0,
+        mean: torch.Tensor | None = None,
+        energy: torch.Tensor | None = None,
     ) -> None:
         self.bits, self.half = (k_bits or 0, v_bits or 0), half
         self.config = config
         self.recent, self.first = recent, first
+        self.center = _Center(mean, energy)
         super().__init__()
         self._drop_states()
 
@@ -156,6 +195,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
                 [(buffer.data.shape[0], buffer.data.shape[2], buffer.size) for buffer in self.buffers if buffer.bits],
                 self.device,
             )
+        self.center.prepare(self.buffers[0], self.device)
         self._remember_shapes()
         self.is_initialized = True
 
@@ -221,6 +261,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
                 rows[1] if v_bits else None,
                 v_bits,
                 self.buffers[0].half,
+                self.center.stored,
+                self.center.weight,
             )
         if self.exact is not None and k.numel():
             self.exact.append(
@@ -240,6 +282,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
             slots[-1] if v_bits else None,
             v_bits,
             self.buffers[0].half,
+            self.center.stored,
         )
 
     def _exact_rows(self, which: int, start: int) -> ExactRows | None:
@@ -257,21 +300,24 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if self.config is not None and self.config._attn_implementation == "tbq" and all(self.bits):
             k, v = self.buffers
             return (
-                PackedStates(self._rows(0, start), k.bits, k.size, k.dtype, k.half, self._exact_rows(0, start)),
-                PackedStates(self._rows(1, start), v.bits, v.size, v.dtype, 0, self._exact_rows(1, start)),
+                self._packed_states(k, self._rows(0, start), self._exact_rows(0, start)),
+                self._packed_states(v, self._rows(1, start), self._exact_rows(1, start)),
             )
         return self._decoded(start)
+
+    def _packed_states(self, side: StateBuffer, rows: torch.Tensor, exact: ExactRows | None) -> PackedStates:
+        assert self.buffers
+        mean = self.center.mean if side is self.buffers[0] else None
+        return PackedStates(rows, side.bits, side.size, side.dtype, side.half, exact, mean)
 
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.buffers
         k, v = self.buffers
         rows, exact = [self._rows(i, start) for i in (0, 1)], [self._exact_rows(i, start) for i in (0, 1)]
-        if exact[0] is not None or exact[1] is not None:
+        if exact[0] is not None or exact[1] is not None or self.center.mean is not None:
             keys, values = (
-                PackedStates(each, buffer.bits, buffer.size, buffer.dtype, buffer.half, some).decoded()
-                if buffer.bits
-                else each.transpose(1, 2)
-                for each, buffer, some in zip(rows, self.buffers, exact)
+                self._packed_states(side, each, some).decoded() if side.bits else each.transpose(1, 2)
+                for each, side, some in zip(rows, self.buffers, exact)
             )
             return keys, values
         plain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -398,9 +444,12 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         config: Any = None,
         half: int = 0,
         recent: int = 0,
+        mean: torch.Tensor | None = None,
+        energy: torch.Tensor | None = None,
     ) -> None:
         self.bits, self.half, self.config = (k_bits or 0, v_bits or 0), half, config
         self.recent, self.first = recent, 0
+        self.center = _Center(mean, energy)
         DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
         self.record_past = False
         self._drop_states()

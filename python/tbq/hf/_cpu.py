@@ -15,7 +15,7 @@ import torch
 from tbq._ffi import ffi, lib
 from tbq._types import types
 from tbq.errors import TBQError
-from tbq.hf._buffers import BLOCK_BYTES, EXACT, ExactRows
+from tbq.hf._buffers import BLOCK_BYTES, EXACT, ExactRows, channel_order
 
 #: The largest head size that attention() takes, in blocks: more than any model has.
 MOST_BLOCKS = 1 << 16
@@ -23,6 +23,8 @@ MOST_BLOCKS = 1 << 16
 _VALUES_PER_THREAD = 1 << 15
 #: Values decoded at a time where a copy follows: they stay in the cache of a core.
 _PIECE = 1 << 18
+#: Rows of keys with weights that are encoded by one call.
+_WEIGHTED_ROWS = 8
 #: Query tokens whose mask is made at a time, which bounds its memory.
 _MASK_TOKENS = 256
 
@@ -40,19 +42,20 @@ def encode(
     v_packed: torch.Tensor | None,
     v_bits: int,
     half: int = 0,
+    mean: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> None:
     """Backend.encode.  k and v may have any float dtype."""
     if k_bits and k_packed is not None:
-        _encode(k.index_select(3, _channel_order(k.shape[3], half)) if half else k, k_packed, k_bits)
+        stored = k.index_select(3, channel_order(k.shape[3], half)) if half else k
+        if mean is not None:
+            stored = stored.float() - mean[:, None]
+        if weight is None or k_bits == EXACT:
+            _encode(stored, k_packed, k_bits)
+        else:
+            _encode_weighted(stored, k_packed, k_bits, weight)
     if v_bits and v_packed is not None:
         _encode(v, v_packed, v_bits)
-
-
-@functools.cache
-def _channel_order(size: int, half: int) -> torch.Tensor:
-    """Returns the channels of a head in the order in which they are stored."""
-    paired = torch.arange(2 * half).reshape(2, half).T.reshape(-1)
-    return torch.cat([paired, torch.arange(2 * half, size)])
 
 
 def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
@@ -69,6 +72,28 @@ def _encode(states: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
         _check(function(_type_of(bits), source, to, (last - first) * 64))
 
     _run_in_parts(part, rows.numel() // 64)
+    if target is not packed:
+        packed.copy_(target)
+
+
+def _encode_weighted(states: torch.Tensor, packed: torch.Tensor, bits: int, weight: torch.Tensor) -> None:
+    """Encodes keys with weights for the error, some rows at a time: the library takes a weight for each value."""
+    rows = states.transpose(1, 2).float().contiguous()
+    target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
+    size = weight.numel()
+    weights = weight.reshape(1, -1).expand(_WEIGHTED_ROWS, size).contiguous()
+    n_rows, row_bytes = rows.numel() // size, size // 64 * BLOCK_BYTES[bits]
+
+    def part(first: int, last: int) -> None:
+        for row in range(first, last, _WEIGHTED_ROWS):
+            source = ffi.cast("float *", rows.data_ptr() + row * size * 4)
+            to = ffi.cast("void *", target.data_ptr() + row * row_bytes)
+            weighted = ffi.cast("float *", weights.data_ptr())
+            n = min(_WEIGHTED_ROWS, last - row) * size
+            _check(lib.tbq_quantize_kv_centered(_type_of(bits), source, ffi.NULL, weighted, to, n))
+
+    threads = max(1, min(torch.get_num_threads(), rows.numel() // _VALUES_PER_THREAD))
+    _run_on_threads(lambda i: part(n_rows * i // threads, n_rows * (i + 1) // threads), threads)
     if target is not packed:
         packed.copy_(target)
 
@@ -149,7 +174,7 @@ def attention(
     n_kv = k_packed.shape[1]
     v_size = v_packed.shape[3] // BLOCK_BYTES[v_bits] * 64
     rows = query.to(torch.float32)
-    rows = rows.index_select(3, _channel_order(rows.shape[3], half)) if half else rows
+    rows = rows.index_select(3, channel_order(rows.shape[3], half)) if half else rows
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     logits = None if sinks is None else sinks.to(torch.float32).contiguous()
     out = torch.empty((batch, tokens, heads, v_size), dtype=torch.float32)

@@ -78,6 +78,8 @@ def encode(
     v_packed: torch.Tensor | None,
     v_bits: int,
     half: int = 0,
+    mean: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> None:
     """Backend.encode.  k and v may have any float dtype; their last axis is contiguous.
 
@@ -106,6 +108,10 @@ def encode(
             tables(v_bits or k_bits, k.device),
             heads,
             tokens,
+            mean,
+            weight,
+            mean is not None,
+            weight is not None and k_bits != EXACT,
             *k_constants,
             *v_constants,
             half,

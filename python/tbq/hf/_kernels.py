@@ -168,10 +168,20 @@ def pack_qh(index, N: tl.constexpr):
 
 @triton.jit
 def encode_blocks(
-    x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr
+    x,
+    weight,
+    target,
+    ok,
+    tables,
+    WEIGHT: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    N: tl.constexpr,
 ):
     """x: float32 (N, 64).  target: N pointers to blocks, written where ok.  As tbq_quantize_kv, bit for bit if the
-    compiler contracts nothing (enable_fp_fusion=False)."""
+    compiler contracts nothing (enable_fp_fusion=False).
+    WEIGHT: the squared error in each channel has the weight (N, 64), equal for 2i and 2i + 1; otherwise those of x."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     BORDERS: tl.constexpr = HALF - 1
     place = tl.arange(0, 64)[None, :]
@@ -206,10 +216,13 @@ def encode_blocks(
 
     # noise shaping; what it makes of a huge block is dropped, and must not overflow
     x = tl.where(huge[:, None], 1.0, x)
-    squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
-    mean_square = rms * rms * 0.015625
-    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPING_FLOOR
-    w = tl.reshape(tl.join(w, w), [N, 64])
+    if WEIGHT:
+        w = weight
+    else:
+        squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
+        half = tl.div_rn(tl.full([N], 0.5, tl.float32), rms * rms * 0.015625)
+        w = tl.sqrt_rn((squares + other) * half[:, None]) + SHAPING_FLOOR
+        w = tl.reshape(tl.join(w, w), [N, 64])
     m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
     m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
     d = tl.div_rn(best_qk.to(tl.float32), best_kk.to(tl.float32))
@@ -379,6 +392,10 @@ def encode_side(
     tokens,
     total,
     tables,
+    mean,
+    weight,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
     PER_HEAD: tl.constexpr,
@@ -396,10 +413,16 @@ def encode_side(
     at = batch * s_batch + head.to(tl.int64) * s_head + token * s_token
     x = tl.load(source + at[:, None] + channel(block[:, None] * 64 + tl.arange(0, 64)[None, :], HALF)).to(tl.float32)
     to = target + batch * t_batch + token * t_token + (head * PER_HEAD + block) * BLOCK_BYTES
+    place = (head * PER_HEAD + block)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    if MEAN:
+        x -= tl.load(mean + place)
+    w = x
+    if WEIGHT:
+        w = tl.load(weight + place)
     if BITS == 8:
         encode_exact_blocks(x, to, ok, tables, N)
     else:
-        encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
+        encode_blocks(x, w, to, ok, tables, WEIGHT, BITS, SCALES, BLOCK_BYTES, N)
 
 
 @kernel()
@@ -424,6 +447,10 @@ def encode(
     v_tables,
     heads,
     tokens,
+    mean,
+    weight,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     K_BITS: tl.constexpr,
     K_SCALES: tl.constexpr,
     K_PER_HEAD: tl.constexpr,
@@ -436,7 +463,9 @@ def encode(
     N: tl.constexpr,
 ):
     """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0.
-    HALF: see channel(), of the keys."""
+    HALF: see channel(), of the keys.
+    MEAN, WEIGHT: `mean` is subtracted from keys, and `weight` is that of a key's error: float32 (heads, size), in the
+    order in which channels are stored."""
     k_programs = tl.cdiv(k_total, N)
     pid = tl.program_id(0)
     if pid < k_programs:
@@ -454,6 +483,10 @@ def encode(
                 tokens,
                 k_total,
                 k_tables,
+                mean,
+                weight,
+                MEAN,
+                WEIGHT,
                 K_BITS,
                 K_SCALES,
                 K_PER_HEAD,
@@ -476,6 +509,10 @@ def encode(
                 tokens,
                 v_total,
                 v_tables,
+                None,
+                None,
+                False,
+                False,
                 V_BITS,
                 V_SCALES,
                 V_PER_HEAD,
