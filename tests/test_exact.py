@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_tools import ENV, Divergence, Server, complete, number, python_text, run
+from llama_tools import ENV, Server, complete, run
+from tbq._exact_rows import FIRST, RECENT, slots
 from test_plan import gemma3, lfm2
 
 HERE = Path(__file__).parent
@@ -163,14 +164,14 @@ SEVERAL = {
 }
 
 
-def check(folder, model, steps, **spec):
+def check(folder, model, steps, k="tbq2_0", v="tbq2_0", **spec):
     """With the whole context in the window, a cache of two bits gives the logits of f32: nothing reads a packed row.
 
     Without, it does not. A wrong row would be far worse than a packed one.
     """
     expected, _ = logits(folder, model, steps, k="f32", v="f32", **spec)
-    packed = divergence(expected, logits(folder, model, steps, recent=0, **spec)[0])
-    exact = divergence(expected, logits(folder, model, steps, **spec)[0])
+    packed = divergence(expected, logits(folder, model, steps, k, v, recent=0, **spec)[0])
+    exact = divergence(expected, logits(folder, model, steps, k, v, **spec)[0])
     assert packed > 0.02, "two bits lose nothing here, so the scenario shows nothing"
     assert exact < 0.02 * packed + 2e-4, f"{exact} with the window, {packed} without"
 
@@ -288,12 +289,12 @@ def test_refused_numbers(demo_model, bin_dir, value):
 
 def test_log_and_memory(demo_model, bin_dir):
     """On by default for tbq types, in one line with the size; nothing is said of other types."""
-    default = ("--cache-recent", 128, "--cache-first", 4)
+    default = ("--cache-recent", RECENT, "--cache-first", FIRST)
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "tbq4_0", "-ctv", "tbq4_0", *default, n=1, n_ctx=1024)
-    rows = 1 * (128 + 4) + 16 + 1
+    rows = slots(RECENT, FIRST, 1, 1024)
     size = rows * 2 * 30 * 192 // 64 * 68 / 2**20
-    assert f"the newest 128 and the first 4 rows of a sequence are kept in 8 bits: 30 layers, {size:.2f} MiB" in log
+    assert f"the newest {RECENT} and the first {FIRST} rows of a sequence are kept in 8 bits: 30 layers, {size:.2f} MiB" in log
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "q8_0", "-ctv", "q8_0", *default, n=1)
     assert "kept in 8 bits" not in log
-    done = run(bin_dir / "llama-completion", "--help")
-    assert "as well (default: 128)" in done.stdout and "as well (default: 4)" in done.stdout
+    text = " ".join(run(bin_dir / "llama-completion", "--help").stdout.split())
+    assert f"as well (default: {RECENT})" in text and f"as well (default: {FIRST})" in text

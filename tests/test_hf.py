@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """tbq.hf: the cache and the attention of transformers models, against the library's own blocks and llama.cpp's results.
 
-The oracle is a DynamicCache that sends all states through tbq.quantize and tbq.dequantize.  TBQCache must agree with it
-exactly, whatever generate() does.  Attention from blocks, which rounds queries and weights, must agree closely.
+The oracle is a DynamicCache that sends all states through tbq.quantize and tbq.dequantize, and the exact rows through
+8 bits in NumPy.  TBQCache must agree with it, whatever generate() does.  Attention from blocks, which rounds queries
+and weights, must agree closely.  Many tests read all rows packed (NO_ROWS): prompts are shorter than the window.
 """
 
 import copy
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import llama_tools
+import numpy_reference
 import tbq
 from conftest import ROOT
 
@@ -27,7 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 from tbq._key_biases import LARGE_BIAS  # noqa: E402
-from tbq.hf import PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _cpu  # noqa: E402
+from tbq.hf import KeyCenter, PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _center, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
 from tbq.kv_cache.key_biases import key_biases  # noqa: E402
 from tbq.kv_cache.layers import GLOBAL, Layer  # noqa: E402
@@ -72,35 +74,62 @@ def there_and_back(x, bits, half=0):
     return torch.from_numpy(decoded).to(x.dtype)
 
 
-class OracleLayer(DynamicLayer):
-    bits, half = (4, 4), 0
+def in_8_bits(x, half=0):
+    """What exact rows decode to."""
+    if half and 2 * half <= x.shape[3]:
+        stored = order(x.shape[3], half)
+        return in_8_bits(x[..., stored])[..., np.argsort(stored)]
+    d, q = numpy_reference.quantize_act(x.detach().float().contiguous().numpy().reshape(-1))
+    values = numpy_reference.unrotate(q.astype(np.float32).reshape(-1)).reshape(-1, 64) * d[:, None]
+    return torch.from_numpy(values.reshape(x.shape)).to(x.dtype)
+
+
+class OracleRows:
+    """The rows that attention reads, from the original ones."""
+
+    bits, half, recent, first = (4, 4), 0, 0, 0
 
     def update(self, k, v, *args, **kwargs):
-        return super().update(
-            there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs
+        new = k.shape[2]
+        states = super().update(k, v, *args, **kwargs)
+        return tuple(
+            self.read(each, bits, half, new) for each, bits, half in zip(states, self.bits, (self.half, 0), strict=True)
         )
 
+    def read(self, states, bits, half, new):
+        if not bits:
+            return states
+        read = there_and_back(states, bits, half)
+        newest = max(0, states.shape[2] - new - self.recent + 1) if self.recent else states.shape[2]
+        for some in (slice(0, self.first), slice(newest, None)):
+            read[:, :, some] = in_8_bits(states[:, :, some], half)
+        return read
 
-class OracleSlidingLayer(DynamicSlidingWindowLayer):
-    bits, half = (4, 4), 0
 
-    def update(self, k, v, *args, **kwargs):
-        return super().update(
-            there_and_back(k, self.bits[0], self.half), there_and_back(v, self.bits[1]), *args, **kwargs
-        )
+class OracleLayer(OracleRows, DynamicLayer):
+    pass
+
+
+class OracleSlidingLayer(OracleRows, DynamicSlidingWindowLayer):
+    pass
 
 
 class Oracle(DynamicCache):
-    def __init__(self, config, k_bits=4, v_bits=4, sliding="keep", half=None):
+    def __init__(self, config, k_bits=4, v_bits=4, sliding="keep", half=None, recent=0, first=0):
         super().__init__(config=config)
         ours = TBQCache(config, sliding=sliding)  # test_pairs checks its rotary pairs
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[i] = OracleLayer()
+                self.layers[i].first = first
             elif type(layer) is DynamicSlidingWindowLayer and sliding == "compress":
                 self.layers[i] = OracleSlidingLayer(sliding_window=layer.sliding_window)
-            self.layers[i].bits = (k_bits or 0, v_bits or 0)
+            self.layers[i].bits, self.layers[i].recent = (k_bits or 0, v_bits or 0), recent
             self.layers[i].half = getattr(ours.layers[i], "half", 0) if half is None else half
+
+
+#: Every row is read packed.
+NO_ROWS = {"recent": 0, "first": 0}
 
 
 def llama(**changes):
@@ -204,7 +233,7 @@ def test_only_new_tokens_are_encoded(model, monkeypatch):
     seen = []
     encode = _cpu.encode
     monkeypatch.setattr(_cpu, "encode", lambda k, *rest: (seen.append(k.shape[2]), encode(k, *rest)))
-    generate(model, TBQCache(model.config), n=4)
+    generate(model, TBQCache(model.config, **NO_ROWS), n=4)
     assert seen == [40, 40, 1, 1, 1, 1, 1, 1]
 
 
@@ -234,14 +263,14 @@ def test_a_nan_stays_in_its_block():
 # --- generate() ---------------------------------------------------------------------------------------------------
 
 
-def model_of_kind(name):
+def model_of_kind(name, **changes):
     """A small random model of one of KINDS."""
     t, sliding = transformers, {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
     wide = {key: value for key, value in BASE.items() if key != "head_dim"}
     four = {**BASE, "num_hidden_layers": 4, **sliding}
     build = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**BASE)),
-        "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256})),
+        "qwen2, biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**wide, "hidden_size": 256, **changes})),
         "mistral, windows only": lambda: t.MistralForCausalLM(t.MistralConfig(**BASE, sliding_window=24)),
         "gemma2, windows and soft-cap": lambda: t.Gemma2ForCausalLM(
             t.Gemma2Config(**four, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)
@@ -324,15 +353,16 @@ KINDS = (
 )
 
 
+@pytest.mark.parametrize("rows", (NO_ROWS, {"recent": 9, "first": 2}), ids=("packed", "exact"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_models(kind):
-    """A padded batch.  Decoded: the oracle's logits.  From blocks: closer to them than they are to unquantized ones."""
+def test_models(kind, rows):
+    """A padded batch.  Decoded: the oracle's logits.  From blocks: closer than packed rows are to unquantized ones."""
     model = model_of_kind(kind)
     usual = model.config._attn_implementation
     exact = generate(model, DynamicCache(config=model.config), usual, 4)[1][0]
     for sliding in ("keep", "compress"):
-        wanted = generate(model, Oracle(model.config, sliding=sliding), usual)
-        cache = TBQCache(model.config, sliding=sliding)
+        wanted = generate(model, Oracle(model.config, sliding=sliding, **rows), usual)
+        cache = TBQCache(model.config, sliding=sliding, **rows)
         tokens, logits = generate(model, cache, usual)
         # other strides may change the order of a sum
         assert torch.equal(tokens, wanted[0]) and torch.allclose(logits, wanted[1], rtol=1e-4, atol=1e-4)
@@ -340,8 +370,9 @@ def test_models(kind):
         assert cache.stats()["packed_layers"] == packed and (
             packed > 0 or sliding == "keep" and kind.startswith("mistral")
         )
-        fused = generate(model, TBQCache(model.config, sliding=sliding), "tbq", 4)[1][0]
-        assert (fused - wanted[1][0]).norm() <= 0.9 * (wanted[1][0] - exact).norm() + 1e-4
+        fused = generate(model, TBQCache(model.config, sliding=sliding, **rows), "tbq", 4)[1][0]
+        packed = generate(model, Oracle(model.config, sliding=sliding), usual, 1)[1][0]
+        assert (fused - wanted[1][0]).norm() <= 0.9 * (packed - exact).norm() + 1e-4
 
 
 def test_pairs():
@@ -388,10 +419,11 @@ def test_reordered_keys_are_the_same_keys(half, implementation):
 
 @pytest.mark.parametrize("implementation", ("sdpa", "eager", "tbq"))
 @pytest.mark.parametrize("options", ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}), ids=str)
-def test_beams(model, implementation, options):
+@pytest.mark.parametrize("rows", (NO_ROWS, {"recent": 5, "first": 1}), ids=("packed", "exact"))
+def test_beams(model, implementation, options, rows):
     # attention from blocks may rank two close beams in the other order, so only its shape is compared
-    wanted = generate(model, Oracle(model.config), "sdpa", 8, **options)[0]
-    got = generate(model, TBQCache(model.config), implementation, 8, **options)[0]
+    wanted = generate(model, Oracle(model.config, **rows), "sdpa", 8, **options)[0]
+    got = generate(model, TBQCache(model.config, **rows), implementation, 8, **options)[0]
     assert got.shape == wanted.shape and (implementation == "tbq" or torch.equal(got, wanted))
 
 
@@ -484,13 +516,15 @@ def test_turns_copies_and_reset(model):
 
 
 def test_without_a_config(model):
-    assert torch.equal(generate(model, TBQCache())[1], generate(model, Oracle(model.config, half=0))[1])
-    with_model = TBQCache(model)
+    for rows in (NO_ROWS, {"recent": 10, "first": 3}):
+        wanted = generate(model, Oracle(model.config, half=0, **rows))[1]
+        assert torch.allclose(generate(model, TBQCache(**rows))[1], wanted, rtol=1e-4, atol=1e-4)
+    with_model = TBQCache(model, center=False)
     assert len(with_model.layers) == 2
 
 
 def test_sizes(model):
-    cache = TBQCache(model.config, 4, 2)
+    cache = TBQCache(model.config, 4, 2, **NO_ROWS)
     forward(model, prompt()["input_ids"], cache)
     tokens, row_bytes = 2 * 40 * 2 * 2, (34 + 18)  # batch, tokens, heads, layers
     assert (cache.nbytes, cache.baseline_nbytes) == (tokens * row_bytes, tokens * 2 * 64 * 4)
@@ -501,6 +535,7 @@ def test_sizes(model):
         "k_bits": 4,
         "v_bits": 2,
         "nbytes": cache.nbytes // 2,
+        "exact_nbytes": 0,
         "baseline_nbytes": cache.baseline_nbytes // 2,
     }
     assert "tokens=40" in repr(cache)
@@ -511,6 +546,162 @@ def test_room_is_bounded():
     for n in (8192, *[1] * 200):
         layer.update(states(1, 1, n, 64), states(1, 1, n, 64))
         assert layer.nbytes() <= 2 * 34 * (layer.get_seq_length() * 65 / 64 + 1)
+
+
+# --- exact rows ---------------------------------------------------------------------------------------------------
+
+
+def layer_of(implementation, recent, first, bits=2):
+    config = type("Config", (), {"_attn_implementation": implementation})
+    return TBQLayer(bits, bits, config, 32, recent, first)
+
+
+def attend(q, keys, values, hidden=()):
+    """The implementation's attention of one query token to all but some rows."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = q.shape[1] // keys.shape[1]
+    mask = torch.ones(1, 1, q.shape[2], keys.shape[2], dtype=torch.bool)
+    mask[..., list(hidden)] = False
+    return _attention.attention(module, q, keys, values, mask)[0]
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+@pytest.mark.parametrize("recent, first", ((16, 3), (16, 0), (0, 3), (1, 0), (200, 4)))
+@pytest.mark.parametrize("parts", ((40, *[1] * 90), (1,) * 70, (5, 30, 3, 100, 1, 2, 1), (300, 1)), ids=str)
+def test_rows_of_the_window_are_exact(implementation, recent, first, parts):
+    """Attention to each exact row alone is that of an f32 cache to 8 bits; to any other, that of 2 bits."""
+    layer, n = layer_of(implementation, recent, first), 0
+    k, v = states(2, 2, sum(parts), 64), states(2, 2, sum(parts), 64, seed=1)
+    for part in parts:
+        keys, values = layer.update(k[:, :, n : n + part], v[:, :, n : n + part])
+        n += part
+    exact = torch.arange(n) < first
+    exact[max(0, n - part - recent + 1) if recent else n :] = True
+    for got, want in ((keys + 0, k), (values + 0, v)):
+        errors = ((got - want).norm(dim=3) / want.norm(dim=3)).amax((0, 1))
+        assert (errors[exact] < 0.02).all() and (errors[~exact] > 0.1).all()
+    q = states(2, 4, 1, 64, seed=2)
+    for row in {0, first, n - 1, max(0, n - part - recent), max(0, n - part - recent + 1)} & {*range(n)}:
+        out = attend(q, keys, values, {*range(n)} - {row})  # the value of this row
+        error = (out - v[:, :, row].repeat_interleave(2, 1)[:, None]).norm() / v[:, :, row].norm() / 2**0.5
+        assert (error < 0.02) == exact[row]
+    want = attention_reference(q, keys + 0, values + 0, 0.125)
+    assert (attend(q, keys, values) - want).norm() < 0.01 * want.norm()
+
+
+def test_every_row_is_exact_in_a_short_context(model):
+    """Shorter than the window: logits are those of an unquantized cache to 8 bits, with 2-bit blocks."""
+    exact = generate(model, DynamicCache(config=model.config))[1][0]
+    for implementation in ("sdpa", "tbq"):
+        packed, windowed = (
+            (generate(model, TBQCache(model.config, 2, 2, **rows), implementation)[1][0] - exact).norm()
+            for rows in (NO_ROWS, {})
+        )
+        assert windowed < 0.05 * packed
+
+
+def test_no_exact_rows_are_the_old_bytes(model):
+    ids = prompt()["input_ids"]
+    plain, windowed = TBQCache(model.config, **NO_ROWS), TBQCache(model.config)
+    for cache in (plain, windowed):
+        forward(model, ids, cache)
+    assert plain.nbytes == 2 * 40 * 2 * 2 * 2 * 34 and plain.layers[0].exact is None
+    # the first layer's states do not depend on the cache
+    for some, other in zip(plain.layers[0].packed, windowed.layers[0].packed):
+        assert torch.equal(some, other)
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_cropped_rows_are_read_packed_or_exact(implementation):
+    """After crop() the rows are right, and exact as far as they are still held; new rows are exact again."""
+    k, v = states(1, 2, 300, 64), states(1, 2, 300, 64, seed=1)
+    other = states(1, 2, 300, 64, seed=2)
+    for removed in (1, 5, 40, 63, 100, 150, 199):
+        layer = layer_of(implementation, 20, 4)
+        layer.update(k[:, :, :100], v[:, :, :100])
+        for i in range(100, 150):
+            layer.update(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        layer.update(other[:, :, 150:200], other[:, :, 150:200])
+        layer.crop(-removed)
+        left = 200 - removed
+        wanted = torch.cat([k[:, :, :150], other[:, :, 150:200]], 2)[:, :, :left]
+        errors = (layer.keys - wanted).norm(dim=3) / wanted.norm(dim=3) if left else torch.zeros(1)
+        assert (errors < 0.6).all() and (errors[..., : min(4, left)] < 0.02).all()
+        keys, _ = layer.update(other[:, :, :30], v[:, :, :30])
+        errors = ((keys + 0)[:, :, left:] - other[:, :, :30]).norm(dim=3) / other[:, :, :30].norm(dim=3)
+        assert (errors < 0.02).all() and keys.shape[2] == left + 30
+    layer = layer_of(implementation, 20, 4)
+    layer.update(k[:, :, :100], v[:, :, :100])
+    layer.crop(-100)  # everything
+    keys, _ = layer.update(other[:, :, :2], v[:, :, :2])
+    assert torch.allclose(keys + 0, other[:, :, :2], atol=0.05)
+
+
+def test_a_few_rejected_drafts_leave_the_window_whole():
+    layer, k = layer_of("sdpa", 32, 0), states(1, 1, 400, 64)
+    layer.update(k[:, :, :200], k[:, :, :200])
+    n = 200
+    for accepted in (5, 1, 3, 5, 2, 4) * 6:
+        layer.update(k[:, :, n : n + 5], k[:, :, n : n + 5])
+        n += accepted
+        layer.crop(accepted - 5) if accepted < 5 else None
+        keys, _ = layer.update(k[:, :, n : n + 1], k[:, :, n : n + 1])
+        n += 1
+        errors = (keys - k[:, :, :n]).norm(dim=3) / k[:, :, :n].norm(dim=3)
+        assert n == layer.get_seq_length() and (errors[..., -28:] < 0.02).all()
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_exact_rows_are_reordered_with_their_sequences(implementation):
+    layer, k = layer_of(implementation, 8, 2), states(3, 2, 30, 64)
+    layer.update(k, k)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([5, 0, 1]))
+    k = k[[0, 2, 2]]
+    assert torch.allclose(layer.keys[:, :, -8:], k[:, :, -8:], atol=0.05)
+    more = states(3, 2, 1, 64, seed=3)
+    keys, _ = layer.update(more, more)
+    want, errors = torch.cat([k, more], 2), 0
+    errors = ((keys + 0 - want).norm(dim=3) / want.norm(dim=3)).amax((0, 1))
+    assert (errors[[0, 1, *range(23, 31)]] < 0.02).all() and (errors[2:23] > 0.1).all()
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+@pytest.mark.parametrize("recent", (4, 100))
+def test_exact_rows_of_windows(implementation, recent):
+    layer = TBQSlidingLayer(16, 2, 2, type("Config", (), {"_attn_implementation": implementation}), 0, recent)
+    k, n = states(1, 2, 200, 64), 0
+    for part in (5, 30, 1, 1, 3, 100, 1, 1, 40, *[1] * 18):
+        before = min(n, 15)
+        keys, _ = layer.update(k[:, :, n : n + part], k[:, :, n : n + part])
+        n += part
+        want = k[:, :, n - part - before : n]
+        errors = ((keys + 0 - want).norm(dim=3) / want.norm(dim=3)).amax((0, 1))
+        exact = min(before + part, part + recent - 1)
+        assert keys.shape == want.shape and (errors[-exact:] < 0.02).all()
+        assert exact == len(errors) or (errors[:-exact] > 0.1).all()
+
+
+def test_memory_of_exact_rows():
+    """A prompt's are dropped behind attention; what stays is the window and a bounded room."""
+    layer, k = layer_of("sdpa", 128, 4), states(1, 1, 4096, 64)
+    layer.update(k, k)
+    row = 2 * 68
+    for _ in range(300):
+        assert 132 * row <= layer.exact_nbytes() <= (132 + 128) * row
+        layer.update(k[:, :, :1], k[:, :, :1])
+    assert layer.nbytes() == layer.exact_nbytes() + sum(b.data.numel() for b in layer.buffers)
+
+
+def test_one_packed_side_has_exact_rows():
+    for bits in ((2, None), (None, 2)):
+        layer, k, v = TBQLayer(*bits, None, 0, 8, 2), states(1, 2, 30, 64), states(1, 2, 30, 64, seed=1)
+        layer.update(k[:, :, :29], v[:, :, :29])
+        got = layer.update(k[:, :, 29:], v[:, :, 29:])
+        for each, want, packed in zip(got, (k, v), bits):
+            errors = ((each - want).norm(dim=3) / want.norm(dim=3)).amax((0, 1))
+            assert (errors[[0, 1, *range(22, 30)]] < 0.02).all() and ((errors[2:22] > 0.1).all() if packed else True)
 
 
 # --- attention from blocks ----------------------------------------------------------------------------------------
@@ -573,6 +764,47 @@ def test_attention(shape, options):
     assert torch.equal(_cpu.attention(q, layer.packed[0], k_bits, layer.packed[1], v_bits, k_size**-0.5, **rest), got)
 
 
+@pytest.mark.parametrize(
+    "options", ({}, {"mask": "bool"}, {"causal": True}, {"softcap": 3.0, "causal": True}, {"sinks": True}), ids=str
+)
+@pytest.mark.parametrize(
+    "shape, rows",
+    (
+        ((4, 4, 1, 8, 2, 700, 1, 64, 64), (128, 4)),
+        ((4, 4, 1, 8, 2, 3000, 1, 64, 64), (300, 4)),
+        ((3, 2, 2, 4, 4, 300, 300, 128, 64), (20, 4)),
+        ((2, 2, 2, 4, 4, 600, 300, 64, 64), (20, 4)),
+        ((2, 2, 2, 4, 4, 600, 300, 64, 64), (0, 40)),
+        ((2, 4, 3, 6, 2, 70, 9, 192, 128), (16, 0)),
+        ((2, 2, 1, 2, 2, 30, 30, 64, 64), (0, 20)),
+    ),
+    ids=str,
+)
+def test_attention_to_exact_rows(shape, rows, options):
+    """Attention from blocks is that of the decoded states."""
+    k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size = shape
+    layer = TBQLayer(k_bits, v_bits, type("Config", (), {"_attn_implementation": "tbq"}), 0, *rows)
+    k, v = states(batch, kv_heads, n_kv, k_size, seed=1), states(batch, kv_heads, n_kv, v_size, seed=2)
+    q = states(batch, heads, tokens, k_size)
+    for some in (slice(0, n_kv - tokens), slice(n_kv - tokens, n_kv)):
+        keys, values = layer.update(k[:, :, some], v[:, :, some])
+    rest = {key: value for key, value in options.items() if key in ("causal", "softcap")}
+    generator = torch.Generator().manual_seed(3)
+    if options.get("mask"):
+        rest["mask"] = torch.rand(batch, 1, tokens, n_kv, generator=generator) < 0.7
+    if options.get("sinks"):
+        rest["sinks"] = torch.randn(heads, generator=generator)
+    want = attention_reference(q, keys + 0, values + 0, k_size**-0.5, **rest)
+    got = _cpu.attention(
+        q,
+        *(keys.packed, k_bits, values.packed, v_bits, k_size**-0.5),
+        **rest,
+        k_exact=keys.exact,
+        v_exact=values.exact,
+    )
+    assert (got - want).norm() <= 0.01 * want.norm()
+
+
 def test_keys_are_never_decoded(model, monkeypatch):
     def refuse(*args):
         raise AssertionError("decoded")
@@ -626,6 +858,10 @@ def test_plain_attention(softcap, sinks):
         ({"v_bits": "4"}, "v_bits is '4'; it must be 2, 3, 4 or None"),
         ({"k_bits": True}, "k_bits is True; it must be 2, 3, 4 or None"),
         ({"pairs": "none"}, "pairs is 'none'; it must be one of auto, neox, interleaved"),
+        ({"recent": -1}, "recent is -1; it must be a whole number of rows, 0 or more"),
+        ({"recent": 1.5}, "recent is 1.5; it must be a whole number of rows, 0 or more"),
+        ({"first": True}, "first is True; it must be a whole number of rows, 0 or more"),
+        ({"first": "4"}, "first is '4'; it must be a whole number of rows, 0 or more"),
         ({"sliding": "drop"}, "sliding is 'drop'; it must be one of keep, compress"),
         ({"config": "llama"}, "config is a str; it must be a model's config, or the model"),
     ),
@@ -746,7 +982,8 @@ def test_large_key_biases_are_warned_of(implementation):
     )
     found = re.fullmatch(
         r"llama has large key biases in 2 of 4 layers \(layer 1: (\d+) times the rest of the key\): "
-        r"keys of 4 bits degrade badly; TBQCache\(..., k_bits=None\) keeps them in the model's dtype",
+        r"keys of 4 bits degrade badly; TBQCache\(model, ...\) centers them, "
+        r"TBQCache\(..., k_bits=None\) keeps them in the model's dtype",
         message,
     )
     assert found and 16 <= int(found[1]) <= 24  # anything else that the keys have in common is counted too
@@ -758,7 +995,7 @@ def test_a_forward_pass_is_enough_and_one_head_too():
     model = biased([0, 16], heads=1)
     ids = prompt(1)["input_ids"]
     assert len(warned(lambda: forward(model, ids, TBQCache(model.config, 3, 3)))) == 1
-    assert len(warned(lambda: forward(model, ids, TBQCache(model)))) == 1
+    assert len(warned(lambda: forward(model, ids, TBQCache(model, center=False)))) == 1
     cache = TBQCache()  # this cache does not know which layer is the last
     (message,) = warned(lambda: [forward(model, ids, cache), forward(model, ids[:, :1], cache)])
     assert message.startswith("this model has large key biases in 1 of 2 layers (layer 1: ")
@@ -823,6 +1060,172 @@ def test_equal_tokens_do_not_show_a_bias():
     assert constant_part(k + 40, v).isnan()
 
 
+# --- centered keys --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The user's folder for caches, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "ggml-tbq" / "key-centers"
+
+
+def test_measured_means_are_those_of_the_cached_keys():
+    """Over the positions of the chunks, without the first keys of each; and the queries' energy."""
+    model = biased([16, 0])
+    center = KeyCenter.measure(model)
+    ids = _center._chunks(model, None)
+    cache = DynamicCache(config=model.config)
+    positions = _center._positions(model.config)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        model.model(input_ids=ids, position_ids=positions, past_key_values=cache)
+    assert positions[0, 0] == 0 and positions[-1, -1] == model.config.max_position_embeddings - 1
+    for i, layer in enumerate(cache.layers):
+        assert torch.allclose(center.means[i], layer.keys[:, :, 8:].mean((0, 2)), rtol=1e-3, atol=1e-4)
+        assert center.energies[i].shape == (2, 64) and (center.energies[i] > 0).all()
+    assert model.config._attn_implementation == "sdpa" and not model.training
+
+
+@pytest.mark.parametrize("half", (0, 32))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_centered_rows_are_the_librarys_bytes(half, dtype):
+    mean, energy = states(1, 2, 1, 128)[0, :, 0] * 20, states(1, 2, 1, 128, seed=1)[0, :, 0].square()
+    layer = TBQLayer(3, 4, None, half, 0, 0, mean, energy)
+    k = (states(2, 2, 40, 128, dtype=torch.float32, seed=2) + mean[:, None]).to(dtype)
+    keys, _ = layer.update(k, k)
+    stored = order(128, half)
+    weight = _center.weights_of(energy[:, stored])
+    assert torch.equal(weight[:, ::2], weight[:, 1::2])
+    rows = k.float().transpose(1, 2)[..., stored].contiguous().numpy().reshape(80, -1)
+    some = [mean[:, stored].reshape(-1).numpy(), weight.reshape(-1).numpy()]
+    wanted = [numpy_reference.quantize(row, 3, True, *some) for row in rows]
+    assert np.array_equal(layer.packed[0].numpy().reshape(80, -1), np.stack(wanted).reshape(80, -1))
+    error = (keys.float() - k.float()).norm() / (k.float() - mean[:, None]).norm()
+    assert keys.dtype == dtype and error < 0.3
+
+
+@pytest.mark.parametrize("rows", (NO_ROWS, {"recent": 9, "first": 2}), ids=("packed", "exact"))
+@pytest.mark.parametrize("implementation", ("sdpa", "tbq"))
+def test_large_key_biases_are_harmless_when_centered(folder, implementation, rows):
+    """A Qwen2 with keys whose constant part is far larger than the rest."""
+    model = model_of_kind("qwen2, biases", max_position_embeddings=512)
+    generator = torch.Generator().manual_seed(5)
+    for block in model.model.layers:
+        bias = torch.zeros(2, 64)
+        bias[:, 28:32] = 60 * torch.randn(2, 4, generator=generator)  # channels that hardly turn
+        with torch.no_grad():
+            block.self_attn.k_proj.bias.copy_(bias.reshape(-1))
+    inputs = prompt(1, 80, seed=4)
+
+    def divergence(cache):
+        base, ours = (
+            forward(model, inputs["input_ids"], each, how).double().log_softmax(-1)
+            for each, how in ((DynamicCache(config=model.config), "sdpa"), (cache, implementation))
+        )
+        return float((base.exp() * (base - ours)).sum(-1).mean())
+
+    centered = TBQCache(model, **rows)
+    assert warned(lambda: divergence(centered)) == []
+    centered, whole = divergence(TBQCache(model, **rows)), divergence(TBQCache(model.config, **rows))
+    assert centered < 0.1 * whole, (centered, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_centered_models(kind, folder):
+    """Decoded and from blocks, logits are those of the uncentered keys but for the error of 4 bits."""
+    model = model_of_kind(kind)
+    usual = model.config._attn_implementation
+    exact = generate(model, DynamicCache(config=model.config), usual, 4)[1][0]
+    center = KeyCenter.measure(model)
+    assert bool(center.means) == (kind not in ("gemma2, windows and soft-cap", "gpt-oss, sinks"))
+    whole = generate(model, TBQCache(model.config, sliding="compress", **NO_ROWS), usual, 4)[1][0]
+    for implementation in (usual, "tbq"):
+        for rows in (NO_ROWS, {"recent": 9, "first": 2}):
+            cache = TBQCache(model.config, sliding="compress", center=center, **rows)
+            got = generate(model, cache, implementation, 4)[1][0]
+            assert (got - exact).norm() <= 1.5 * (whole - exact).norm()
+
+
+def test_a_constant_that_attention_would_see():
+    """With soft-caps and sinks, keys get their mean back: any center is right, whoever measured it."""
+    mean = states(1, 2, 1, 64)[0, :, 0] * 30
+    config = type("Config", (), {"_attn_implementation": "tbq"})
+    k, v, q = (
+        states(1, 2, 50, 64) * 0.3 + mean[:, None],
+        states(1, 2, 50, 64, seed=1),
+        states(1, 4, 1, 64, seed=2) * 0.1,
+    )
+    keys, values = TBQLayer(4, 4, config, 0, 8, 1, mean).update(k, v)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    for options in ({"softcap": 5.0}, {"s_aux": torch.randn(4)}):
+        got, _ = _attention.attention(module, q, keys, values, None, **options)
+        want = attention_reference(q, k, v, 0.125, softcap=options.get("softcap", 0), sinks=options.get("s_aux"))
+        assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_a_center_is_measured_once(folder, monkeypatch):
+    measured, measure = [], _center._measure
+    monkeypatch.setattr(_center, "_measure", lambda *args: (measured.append(args[1].shape), measure(*args))[1])
+    first, same, other = biased([16, 16]), biased([16, 16]), biased([16, 17])
+    for model in (first, first, same, same):
+        cache = TBQCache(model)
+        assert set(cache.center.means) == {0, 1} and len(list(folder.iterdir())) == 1
+    assert measured == [(8, 128)]
+    TBQCache(other)
+    assert len(measured) == 2 and len(list(folder.iterdir())) == 2
+    del first.tbq_key_center
+    for file in folder.iterdir():
+        file.write_bytes(b"corrupt")
+    TBQCache(first)
+    TBQCache(first)
+    assert len(measured) == 3
+
+
+def test_a_center_that_cannot_be_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert TBQCache(biased([16])).center.means
+
+
+def test_center_by_name_and_none(folder, tmp_path):
+    model = biased([16, 16])
+    path = tmp_path / "model.center"
+    KeyCenter.measure(model).save(path)
+    named, measured = TBQCache(model.config, center=path), TBQCache(model, center=True)
+    for i in range(2):
+        assert torch.equal(named.center.means[i], measured.center.means[i])
+        assert torch.equal(named.center.energies[i], measured.center.energies[i])
+    assert TBQCache(model, center=False).center is None and TBQCache(model.config).center is None
+    assert TBQCache(model, k_bits=None).center is None
+    with pytest.raises(
+        tbq.TBQError, match=r"^the center is for keys of \(2, 64\) heads and channels; these have \(4, 64"
+    ):
+        forward(
+            llama(num_key_value_heads=4),
+            prompt()["input_ids"],
+            TBQCache(llama(num_key_value_heads=4).config, center=path),
+        )
+
+
+@pytest.mark.parametrize(
+    "center, message",
+    (
+        (True, r"center=True measures the model's keys: pass the model itself, TBQCache\(model, ...\)"),
+        (3, "center is 3; it must be True, False, a KeyCenter or the path of one"),
+        (__file__, r".*test_hf.py holds no means of keys; KeyCenter.save\(\) makes such a file"),
+    ),
+)
+def test_wrong_centers(model, center, message):
+    with pytest.raises(tbq.TBQError, match=f"^{message}$"):
+        TBQCache(model.config, center=center)
+    with pytest.raises(tbq.TBQError, match="^center needs the model or its config"):
+        TBQCache(center=True)
+    with pytest.raises(FileNotFoundError):
+        TBQCache(model.config, center="nowhere")
+
+
 def test_import_without_transformers(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('none here')\n")
     done = subprocess.run(
@@ -870,6 +1273,8 @@ TRITON_POINTERS = {
     "k_transform": "*bf16",
     "k_transforms": "*fp16",
     "v_transforms": "*fp16",
+    "mean": "*fp32",
+    "weight": "*fp32",
 }
 
 
@@ -884,6 +1289,12 @@ EVERY_OPTION = dict(MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0)
         ("attend", dict(ATTEND, K_BITS=2, V_BITS=4, K_BLOCKS=2, V_BLOCKS=2, GROUP=1, R=1, MASK=2)),
         ("attend", dict(ATTEND, K_BITS=4, V_BITS=3, K_BLOCKS=2, V_BLOCKS=2, GROUP=8, CAUSAL=True, R=32)),
         ("attend", dict(EVERY_OPTION, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, R=32)),
+        ("attend", dict(ATTEND, K_BITS=8, V_BITS=8, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
+        ("attend", dict(EVERY_OPTION, K_BITS=8, V_BITS=8, K_BLOCKS=2, V_BLOCKS=3, GROUP=8, R=32)),
+        ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True, WEIGHT=True)),
+        ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True)),
+        ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=1, HALF=64, N=1)),
+        ("decode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=1, HALF=32, N=64)),
         ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1)),
         ("encode", dict(K_BITS=2, V_BITS=0, K_PER_HEAD=1, V_PER_HEAD=1, HALF=0, N=1)),
         ("decode", dict(K_BITS=2, V_BITS=3, K_PER_HEAD=1, V_PER_HEAD=2, HALF=32, N=64)),
@@ -906,9 +1317,12 @@ def test_triton_kernels_compile(name, constants):
         bits = constants[f"{tensor}_BITS"]
         constants = {
             **constants,
-            f"{tensor}_BYTES": 2 + 8 * bits,
+            f"{tensor}_BYTES": 68 if bits == 8 else 2 + 8 * bits,
             f"{tensor}_SCALES": len(_tables.THRESHOLDS.get(bits, ())),
         }
+    if name == "encode":
+        constants = {"MEAN": False, "WEIGHT": False, **constants}
+        constants |= {n: None for n in ("mean", "weight") if not constants[n.upper()]}
     constants |= {} if constants.get("MASK") else {"mask": None}
     constants |= {} if constants.get("SINKS") else {"sinks": None}
     kernel = getattr(_kernels, name)
@@ -933,7 +1347,8 @@ def test_triton_kernels_compile(name, constants):
         options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": name != "encode"},
     )
     assert compiled.asm["cubin"]
-    assert (".reg .b32 f, g" in compiled.asm["ptx"]) == (name != "encode")  # look_up()'s
+    packed = 8 not in (constants["K_BITS"], constants["V_BITS"])
+    assert (".reg .b32 f, g" in compiled.asm["ptx"]) == (name != "encode" and packed)  # look_up()'s
 
 
 # --- the demo model, compared with llama.cpp ----------------------------------------------------------------------

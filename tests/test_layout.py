@@ -17,7 +17,19 @@ PACKAGE = ROOT / "python" / "tbq"
 #: From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("_ffi", "_limits", "_key_biases", "errors"),
-    ("_types", "_version", "_text", "_units", "_files", "_arguments", "_plots", "blocks", "turboquant", "hf"),
+    (
+        "_types",
+        "_version",
+        "_text",
+        "_units",
+        "_files",
+        "_arguments",
+        "_exact_rows",
+        "_plots",
+        "blocks",
+        "turboquant",
+        "hf",
+    ),
     ("programs", "gguf_files"),
     ("kv_cache", "index"),
     ("serving", "bench"),

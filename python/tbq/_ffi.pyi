@@ -36,6 +36,7 @@ class Lib:
     TBQ_TYPE_TBQ2_0: int
     TBQ_TYPE_TBQ3_0: int
     TBQ_TYPE_TBQ4_0: int
+    TBQ_TYPE_TBQ8_0: int
     TBQ_TYPE_TBQ8_ACT: int
     TBQ_OK: int
     TBQ_ERROR_TYPE: int

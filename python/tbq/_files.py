@@ -28,11 +28,25 @@ try:
 except ImportError:  # Windows: the folders of killed writers stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["naming", "put", "replace", "target", "workplace", "writing"]
+__all__ = ["naming", "put", "replace", "target", "user_cache_folder", "workplace", "writing"]
 
 _LOCK = "lock"
 #: Errors of file systems that cannot flush a folder, or a file.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def user_cache_folder(name: str) -> pathlib.Path | None:
+    """The folder of that name in the user's folder for caches, which may not exist yet.
+
+    None if the user has no such folder.
+    """
+    import platformdirs
+
+    try:
+        found = pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / name
+    except RuntimeError:  # no variable names a folder, and the user has no entry in passwd
+        return None
+    return found if found.is_absolute() else None  # in that case older releases of platformdirs return "~/.cache"
 
 
 @contextlib.contextmanager

@@ -117,6 +117,28 @@ def check_encode(cuda, device, tokens):
             )
 
 
+def check_centered(cuda, device, tokens):
+    """Keys minus a mean, with weights for the error."""
+    generator = torch.Generator().manual_seed(4)
+    for bits, half in ((2, 0), (3, 64), (4, 48)):
+        k = states((2, 2, tokens, 128), device)
+        mean = torch.randn(2, 128, generator=generator) * 10
+        weight = (torch.rand(2, 64, generator=generator) + 0.1).repeat_interleave(2, 1)
+        rows = torch.zeros((2, tokens, 2, 2 * (2 + 8 * bits)), dtype=torch.uint8, device=device)
+        exact = torch.zeros((2, tokens, 2, 2 * 68), dtype=torch.uint8, device=device)
+        of_keys = mean.to(device), weight.to(device)
+        cuda.encode(k, rows, bits, k, None, 0, half, *of_keys)
+        cuda.encode(k, exact, 8, k, None, 0, half, *of_keys)
+        x = k[..., stored(128, half)].cpu().numpy().transpose(0, 2, 1, 3)
+        m, w = (np.broadcast_to(each.numpy(), x.shape) for each in (mean, weight))
+        want = reference.quantize(x, bits, True, m, w).reshape(-1, 2 + 8 * bits)
+        wrong = int((rows.cpu().numpy().reshape(want.shape) != want).any(axis=1).sum())
+        check(f"encode centered, {bits} bits", wrong <= len(want) / 10000, f"{wrong} of {len(want)} blocks differ")
+        want = exact_blocks(x - m).reshape(-1, 68)
+        wrong = int((exact.cpu().numpy().reshape(want.shape) != want).any(axis=1).sum())
+        check(f"encode centered exact rows, half {half}", wrong == 0, f"{wrong} of {len(want)} blocks differ")
+
+
 def check_decode(cuda, device, tokens):
     for bits in (2, 3, 4):
         x = states((1, 2, tokens, 128), "cpu").numpy().transpose(0, 2, 1, 3)
@@ -133,6 +155,35 @@ def check_decode(cuda, device, tokens):
                 rounded = (want.view(torch.int32) & -65536).view(torch.float32).to(dtype)
             same = [bool(((g.cpu() == rounded) | (g.cpu().isnan() & want.isnan())).all()) for g in got]
             check(f"decode {bits} bits, {dtype}", all(same), "every bit" if all(same) else "differs")
+
+
+def exact_blocks(x):
+    """Blocks of 8 bits, in NumPy: the rotated bytes and the scale of an activation's block."""
+    d, q = reference.quantize_act(np.ascontiguousarray(x).reshape(-1))
+    blocks = np.concatenate([d[:, None].view(np.uint8), q.astype(np.int8).view(np.uint8)], axis=1)
+    return blocks.reshape(*x.shape[:-1], x.shape[-1] // 64 * 68)
+
+
+def exact_values(blocks, size):
+    """What blocks of 8 bits decode to."""
+    b = np.ascontiguousarray(blocks).reshape(-1, 68)
+    x = reference.unrotate(b[:, 4:].view(np.int8).astype(np.float32).reshape(-1)).reshape(-1, 64)  # exact
+    return (x * np.ascontiguousarray(b[:, :4]).view(np.float32)).reshape(*blocks.shape[:-1], size)
+
+
+def check_exact_rows(cuda, device, tokens):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = states((2, 2, tokens, 128), device).to(dtype)
+        y = x[..., stored(128, 48)].contiguous()
+        want = exact_blocks(y.float().cpu().numpy().transpose(0, 2, 1, 3))
+        rows = [torch.zeros(want.shape, dtype=torch.uint8, device=device) for _ in range(2)]
+        cuda.encode(x, rows[0], 8, y, rows[1], 8, 48)
+        wrong = sum(int((each.cpu().numpy() != want).reshape(-1, 68).any(axis=1).sum()) for each in rows)
+        check(f"encode exact rows, {dtype}", wrong == 0, f"{wrong} of {want.size // 34} blocks differ")
+        got, other = cuda.decode(rows[0], 8, 128, rows[1], 8, 128, torch.float32, 48)
+        plain = torch.from_numpy(exact_values(want, 128)).transpose(1, 2)
+        got = got[..., stored(128, 48)].cpu(), other.cpu()
+        check(f"decode exact rows, {dtype}", all(((g == plain) | (g.isnan() & plain.isnan())).all() for g in got))
 
 
 CASES = [  # bits of k and v, batch, query heads, KV heads, cached tokens, query tokens, sizes of k and v, options
@@ -214,6 +265,69 @@ def check_attention(cuda, device, dtypes):
             )
 
 
+EXACT_CASES = [  # as CASES, then first rows, newest rows, free slots between them
+    ((4, 4, 1, 32, 8, 1000, 1, 64, 64, {}), (4, 128, 60)),
+    ((2, 2, 2, 16, 4, 333, 1, 128, 128, {"mask": "bool"}), (4, 50, 0)),
+    ((2, 3, 1, 8, 8, 257, 1, 256, 256, {"mask": "addend"}), (0, 30, 0)),
+    ((3, 4, 1, 6, 2, 150, 9, 128, 64, {"causal": True}), (4, 40, 7)),
+    ((2, 4, 1, 24, 2, 190, 40, 64, 128, {"causal": True, "softcap": 20.0}), (2, 60, 0)),
+    ((4, 2, 2, 8, 2, 129, 1, 192, 192, {"sinks": True}), (0, 129, 0)),
+    ((3, 3, 1, 4, 4, 64, 64, 64, 64, {"causal": True, "sinks": True}), (4, 60, 0)),
+    ((2, 2, 1, 4, 4, 64, 9, 64, 64, {"causal": True}), (4, 0, 0)),
+    ((2, 2, 1, 8, 2, 100, 1, 64, 64, {"half": 16}), (1, 16, 3)),
+]
+
+
+def check_attention_to_exact_rows(cuda, device):
+    from tbq.hf._buffers import ExactRows
+
+    generator = torch.Generator().manual_seed(3)
+    for (k_bits, v_bits, batch, heads, kv_heads, cached, tokens, k_size, v_size, options), places in EXACT_CASES:
+        n_kv = min(cached, 200) if device == "cpu" else cached
+        first, newest, unused = places
+        newest = min(newest, n_kv - first)
+        packed, exact, plain = [], [], []
+        for size, bits in ((k_size, k_bits), (v_size, v_bits)):
+            x = torch.randn(batch, n_kv, kv_heads, size, generator=generator).numpy()
+            rows, blocks = reference.quantize(x, bits, kv=True), exact_blocks(x)
+            values = reference.dequantize(rows, bits).reshape(x.shape)
+            here = [*range(first), *range(n_kv - newest, n_kv)]
+            values[:, here] = exact_values(blocks[:, here], size)
+            garbage = np.full((batch, unused, *blocks.shape[2:]), 255, np.uint8)  # scales of NaN
+            slots = np.concatenate([blocks[:, :first], garbage, blocks[:, n_kv - newest :]], axis=1)
+            packed.append(torch.from_numpy(rows).to(device))
+            exact.append(ExactRows(torch.from_numpy(slots).to(device), first, first + unused))
+            plain.append(torch.from_numpy(values).transpose(1, 2))
+        mask = sinks = None
+        if options.get("mask") == "bool":
+            mask = torch.rand(batch, 1, tokens, n_kv, generator=generator) < 0.7
+            mask[-1] = False  # sees nothing
+        elif options.get("mask"):
+            mask = torch.randn(1, 1, tokens, n_kv, generator=generator)
+        if options.get("sinks"):
+            sinks = torch.randn(heads, generator=generator)
+        rest = options.get("causal", False), options.get("softcap", 0.0)
+        q = torch.randn(batch, heads, tokens, k_size, generator=generator)
+        order = np.argsort(stored(k_size, options.get("half", 0)))
+        want = attention_reference(q, plain[0][..., order], plain[1], k_size**-0.5, mask, *rest, sinks)
+        got = cuda.attention(
+            q.to(device),
+            packed[0],
+            k_bits,
+            packed[1],
+            v_bits,
+            k_size**-0.5,
+            None if mask is None else mask.to(device),
+            *rest,
+            None if sinks is None else sinks.to(device),
+            options.get("half", 0),
+            *exact,
+        )
+        error = float((got.cpu().double() - want).abs().max() / want.abs().max())
+        case = k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size, options, places
+        check(f"attention to exact rows {case}", error < 0.0015, f"largest error {error:.5f} of the largest value")
+
+
 def check_attention_edges(cuda, device):
     """Values of every magnitude, blocks of zeros, and NaN, which must reach those that see it and nobody else."""
     generator = torch.Generator().manual_seed(2)
@@ -278,10 +392,13 @@ def main():
         check_golden(_cuda, device)
         check_encode(_cuda, device, 9 if args.tiny else 1500)
         check_encode(_cuda, device, 3)
+        check_exact_rows(_cuda, device, 9 if args.tiny else 1500)
+        check_centered(_cuda, device, 9 if args.tiny else 1500)
     if args.only in (None, "decode"):
         check_decode(_cuda, device, 9 if args.tiny else 1500)
     if args.only in (None, "attention"):
         check_attention(_cuda, device, [torch.float32] if args.tiny else [torch.float32, torch.float16, torch.bfloat16])
+        check_attention_to_exact_rows(_cuda, device)
         check_attention_edges(_cuda, device)
     print("FAILED: " + "; ".join(FAILED) if FAILED else "all checks passed")
     return 1 if FAILED else 0

@@ -3,7 +3,7 @@
 
     >>> from tbq.hf import TBQCache
     >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tbq")
-    >>> cache = TBQCache(model.config, k_bits=4, v_bits=4)
+    >>> cache = TBQCache(model, k_bits=4, v_bits=4)
     >>> model.generate(**inputs, past_key_values=cache)
     >>> cache.baseline_nbytes / cache.nbytes
     3.76
@@ -25,8 +25,9 @@ except ImportError as _error:
 from tbq.hf._attention import attention
 from tbq.hf._cache import TBQCache
 from tbq.hf._cache_layers import PackedStates, TBQLayer, TBQSlidingLayer
+from tbq.hf._center import KeyCenter
 
-__all__ = ["PackedStates", "TBQCache", "TBQLayer", "TBQSlidingLayer", "attention"]
+__all__ = ["KeyCenter", "PackedStates", "TBQCache", "TBQLayer", "TBQSlidingLayer", "attention"]
 
 AttentionInterface.register("tbq", attention)
 # Masks as for torch's attention: True is visible; no mask if attention is only causal, or for a single token.

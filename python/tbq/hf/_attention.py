@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tbq.errors import TBQError
 from tbq.hf import _backend
 from tbq.hf._cache_layers import PackedStates
+from tbq.hf._center import see_query_of
 
 #: Query rows of a KV head (query tokens times query heads) up to which CUDA attends to blocks.  A prompt has more; then
 #: it is faster to decode the layer once and to use torch's attention.
@@ -38,12 +39,15 @@ def attention(
         raise TBQError("attn_implementation='tbq' takes no position_bias; 'sdpa' does")
     if dropout:
         raise TBQError(f"dropout is {dropout}; attn_implementation='tbq' takes none: call model.eval()")
+    if see_query := see_query_of(key):
+        see_query(query, softcap, s_aux)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if (
         isinstance(key, PackedStates)
         and isinstance(value, PackedStates)
+        and (key.mean is None or not softcap and s_aux is None)  # these see a constant that all logits have in common
         and _kernels_take(query, key, value, softcap, s_aux)
     ):
         query = query if query.stride(3) == 1 else query.contiguous()
@@ -59,6 +63,8 @@ def attention(
             softcap or 0.0,
             s_aux,
             key.rotary_half,
+            key.exact,
+            value.exact,
         ), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:

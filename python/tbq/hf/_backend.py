@@ -6,6 +6,7 @@ from typing import Protocol, cast
 import torch
 
 from tbq.errors import TBQError
+from tbq.hf._buffers import ExactRows
 
 
 class Backend(Protocol):
@@ -13,7 +14,7 @@ class Backend(Protocol):
 
     Keys and values: (batch, KV heads, tokens, head size).  Packed: uint8, (batch, tokens, KV heads, bytes of a row),
     the last two axes contiguous.  Queries: (batch, heads, tokens, head size).
-    bits: 2 to 4; 0 for states that are not packed.
+    bits: 2 to 4, 8 for exact rows; 0 for states that are not packed.
     half: with NEOX rotary pairs, the channels c and c + half of the first 2 half channels of a key are a pair, and are
     stored next to each other.  0: channels are stored in the model's order.
     """
@@ -30,8 +31,14 @@ class Backend(Protocol):
         v_packed: torch.Tensor | None,
         v_bits: int,
         half: int = 0,
+        mean: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> None:
-        """Packs keys into k_packed and values into v_packed; those with 0 bits are left out."""
+        """Packs keys into k_packed and values into v_packed; those with 0 bits are left out.
+
+        mean: is subtracted from the keys.  weight: what error costs in each channel of a key, equal for neighbors;
+        exact rows ignore it.  Both float32 (KV heads, head size), in the order in which channels are stored.
+        """
 
     def decode(
         self,
@@ -59,8 +66,12 @@ class Backend(Protocol):
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
         half: int = 0,
+        k_exact: ExactRows | None = None,
+        v_exact: ExactRows | None = None,
     ) -> torch.Tensor:
-        """Attention that reads packed states.
+        """Attention that reads packed states, and exact rows instead of those for which there are any.
+
+        k_exact, v_exact: both of the same rows, or None.
 
         mask: bool (True is visible) or numbers to add, (batch or 1, heads or 1, tokens or 1, at least the cached
         tokens).

@@ -3,6 +3,7 @@
 
 import functools
 import math
+import os
 import sys
 import warnings
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tbq._exact_rows import FIRST, RECENT, check_exact_rows
 from tbq._key_biases import LARGE_BIAS
 from tbq.errors import TBQError
 from tbq.hf import _tables
 from tbq.hf._cache_layers import TBQLayer, TBQSlidingLayer
+from tbq.hf._center import KeyCenter, load_center
 
 SLIDING = ("keep", "compress")
 #: The layouts of rotary pairs, each with the name that it had before.
@@ -38,11 +41,19 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     pairs: which channels of a key the rotary embedding turns into each other: "neox", c and c + n/2; "interleaved", 2i
     and 2i + 1; "auto", what the model's own code does.  NEOX pairs are stored next to each other.  That costs nothing
     and makes the divergence a quarter smaller.  The older names of these values are still accepted.
+    recent, first: how many of the newest and of the first rows of each sequence are exact: they are kept in 8 bits as
+    well, and attention reads them instead of the packed ones.  The rows of a call are exact for all its queries.  Both
+    0: every row is read packed.  Rows are counted as they are cached, padding included.  Layers with a sliding window
+    have no exact first rows.
     Each new token is encoded once, as in llama.cpp's cache.  The states of a layer are decoded when the model reads
     them, unless it was loaded with attn_implementation="tbq", which reads blocks.
-    Keys are not centered, so keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens
-    or more is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so
-    once, after the last layer.
+    center: the mean of the model's keys is subtracted from them, and the encoder puts its error where queries read
+    least (docs/design/centering.md).  True measures both by running the model once, which needs the model instead of
+    its config; the result is kept in the user's folder for caches.  A KeyCenter or the path of one; False: not
+    centered.  None: True if the model is given, False if it is its config.
+    Without a center, keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens or more
+    is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so once,
+    after the last layer.
     Raises TBQError for other values, and for head sizes that are not multiples of 64.
     """
 
@@ -56,6 +67,9 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         *,
         sliding: str = "keep",
         pairs: str = "auto",
+        recent: int = RECENT,
+        first: int = FIRST,
+        center: bool | str | os.PathLike[str] | KeyCenter | None = None,
     ) -> None:
         for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
             if bits is not None and (isinstance(bits, bool) or bits not in _tables.BLOCK_BYTES):
@@ -64,29 +78,34 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             raise TBQError(f"sliding is {sliding!r}; it must be one of {', '.join(SLIDING)}")
         if pairs not in ("auto", *NEOX, *INTERLEAVED):
             raise TBQError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")
+        check_exact_rows(recent, first)
+        model = config if hasattr(config, "config") else None
         config = getattr(config, "config", config)
         if config is not None and not hasattr(config, "get_text_config"):
             raise TBQError(f"config is a {type(config).__name__}; it must be a model's config, or the model")
-        self.k_bits, self.v_bits = k_bits, v_bits
+        self.k_bits, self.v_bits, self.recent, self.first = k_bits, v_bits, recent, first
         #: By layer: constant_part() of the first prompt's keys, on their device; None after they have been read.
         self._constant_parts: dict[int, torch.Tensor] | None = {} if k_bits else None
         self._name, self._last = "this model", -1
+        if config is None and center:
+            raise TBQError("center needs the model or its config: TBQCache(model, ...)")
+        self.center = load_center(model is not None if center is None else center, model) if k_bits else None
         super().__init__(config=config)
         if config is None:
-            self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits)
+            self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits, recent=recent, first=first)
             return
         decoder = config.get_text_config(decoder=True)
         # transformers 5 has sizes by layer
         configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(self.layers)
         neox = pairs in NEOX or pairs == "auto" and _has_neox_pairs(decoder)
         self.layers = [
-            self._replace_layer(layer, decoder, layer_config, sliding, neox)
-            for layer, layer_config in zip(self.layers, configs)
+            self._replace_layer(i, layer, decoder, layer_config, sliding, neox)
+            for i, (layer, layer_config) in enumerate(zip(self.layers, configs))
         ]
         self._name = getattr(config, "_name_or_path", "") or config.model_type
         self._last = max((i for i, layer in enumerate(self.layers) if isinstance(layer, TBQLayer)), default=-1)
 
-    def _replace_layer(self, layer: Any, config: Any, layer_config: Any, sliding: str, neox: bool) -> Any:
+    def _replace_layer(self, index: int, layer: Any, config: Any, layer_config: Any, sliding: str, neox: bool) -> Any:
         """Returns the packed layer for a layer of DynamicCache, or this layer if it is not packed."""
         window = type(layer) is DynamicSlidingWindowLayer and sliding == "compress"
         if type(layer) is not DynamicLayer and not window:
@@ -97,9 +116,10 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
                 f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None, or use DynamicCache"
             )
         half = _rotary_half(layer_config, size) if neox else 0
+        center = (self.center.means.get(index), self.center.energies.get(index)) if self.center else (None, None)
         if window:
-            return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half)
-        return TBQLayer(self.k_bits, self.v_bits, config, half)
+            return TBQSlidingLayer(layer.sliding_window, self.k_bits, self.v_bits, config, half, self.recent, *center)
+        return TBQLayer(self.k_bits, self.v_bits, config, half, self.recent, self.first, *center)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -115,7 +135,8 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         parts, layer = self._constant_parts, self.layers[index]
         assert parts is not None
         again = index in parts
-        if not again and isinstance(layer, TBQLayer) and layer.bits[0] and k.shape[2] >= GROUP and k.numel():
+        packs = isinstance(layer, TBQLayer) and layer.bits[0] and layer.center.mean is None
+        if not again and packs and k.shape[2] >= GROUP and k.numel():
             parts[index] = constant_part(k.detach(), v.detach())
         if not again and index != self._last:
             return
@@ -126,7 +147,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
             warnings.warn(
                 f"{self._name} has large key biases in {len(large)} of {len(parts)} layers (layer {worst}: "
                 f"{large[worst]:.0f} times the rest of the key): keys of {self.k_bits} bits degrade badly; "
-                "TBQCache(..., k_bits=None) keeps them in the model's dtype",
+                "TBQCache(model, ...) centers them, TBQCache(..., k_bits=None) keeps them in the model's dtype",
                 stacklevel=3,
             )
 
@@ -138,7 +159,10 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of keys and values, packed or not, and of room to grow (at most 64 tokens or 1.6 %)."""
+        """Bytes of all tensors of keys and values, packed or not, of exact rows, and of room to grow.
+
+        Packed rows have room for at most 64 tokens or 1.6 % more, exact rows for at most 128.
+        """
         return sum(_layer_bytes(layer)[0] for layer in self.layers)
 
     @property
@@ -161,6 +185,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
                     "k_bits": k_bits or None,
                     "v_bits": v_bits or None,
                     "nbytes": nbytes,
+                    "exact_nbytes": layer.exact_nbytes() if isinstance(layer, TBQLayer) else 0,
                     "baseline_nbytes": baseline,
                 }
             )

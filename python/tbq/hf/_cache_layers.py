@@ -1,41 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Cache layers that keep keys and values as tbq blocks."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tbq.errors import TBQError
-from tbq.hf import _backend, _tables
-
-#: A full layer takes room for so many tokens, or for 1/64 of its length: at most 1.6 % of the memory is unused.
-_ROOM = 64
-
-
-class StateBuffer:
-    """The keys or the values of a layer: a row for each token, in one tensor that grows.
-
-    bits: 2, 3 or 4, or 0 for rows in the model's dtype.  data: (batch, room, heads, bytes or size).
-    half: channels c and c + half, of the first 2 half channels, are next to each other in the blocks; 0: none.
-    """
-
-    def __init__(self, bits: int, states: torch.Tensor, half: int = 0) -> None:
-        batch, heads, _, size = states.shape
-        if bits and (size % 64 or size == 0):
-            raise TBQError(f"head size {size} is not a multiple of 64: pass k_bits=None and v_bits=None for this model")
-        self.bits, self.size, self.dtype = bits, size, states.dtype
-        self.half = half if bits and 2 * half <= size else 0
-        self.row = size // 64 * _tables.BLOCK_BYTES[bits] if bits else size
-        self.data = torch.empty(
-            (batch, 0, heads, self.row), dtype=torch.uint8 if bits else states.dtype, device=states.device
-        )
-
-    def make_room(self, start: int, stop: int, room: int) -> None:
-        """Moves the rows from start to stop to the front of a new tensor with `room` rows."""
-        data = self.data.new_empty((self.data.shape[0], room, *self.data.shape[2:]))
-        data[:, : stop - start] = self.data[:, start:stop]
-        self.data = data
+from tbq.hf import _backend
+from tbq.hf._buffers import EXACT, ROOM, ExactRows, ExactSlots, StateBuffer, channel_order
+from tbq.hf._center import weights_of
 
 
 class PackedStates(torch.Tensor):
@@ -48,14 +23,25 @@ class PackedStates(torch.Tensor):
     packed: torch.Tensor  #: uint8 (batch, tokens, heads, bytes)
     bits: int
     rotary_half: int  #: half: channels c and c + half, of the first 2 half channels, are stored next to each other
+    exact: ExactRows | None  #: the rows that are read instead of packed ones
+    mean: torch.Tensor | None  #: float32 (heads, size): what was subtracted from the keys
 
     @staticmethod
-    def __new__(cls, packed: torch.Tensor, bits: int, size: int, dtype: torch.dtype, half: int) -> "PackedStates":
+    def __new__(
+        cls,
+        packed: torch.Tensor,
+        bits: int,
+        size: int,
+        dtype: torch.dtype,
+        half: int,
+        exact: ExactRows | None = None,
+        mean: torch.Tensor | None = None,
+    ) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
         self: PackedStates = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device
         )
-        self.packed, self.bits, self.rotary_half = packed, bits, half
+        self.packed, self.bits, self.rotary_half, self.exact, self.mean = packed, bits, half, exact, mean
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -73,9 +59,63 @@ class PackedStates(torch.Tensor):
     def decoded(self) -> torch.Tensor:
         """Returns the decoded states, an ordinary tensor."""
         backend = _backend.backend_for(self.device)
-        states, _ = backend.decode(self.packed, self.bits, self.shape[-1], None, 0, 64, self.dtype, self.rotary_half)
-        assert states is not None
-        return states
+        size = self.shape[-1]
+
+        def decode(rows: torch.Tensor, bits: int) -> torch.Tensor:
+            states, _ = backend.decode(rows, bits, size, None, 0, 64, self.dtype, self.rotary_half)
+            assert states is not None
+            return states
+
+        states = decode_rows(decode, self.packed, self.bits, self.exact)
+        # its rounding to their dtype is one more constant, which softmax does not see
+        return states if self.mean is None else states.add_(self.mean[:, None].to(self.dtype))
+
+
+def decode_rows(
+    decode: Callable[[torch.Tensor, int], torch.Tensor], packed: torch.Tensor, bits: int, exact: ExactRows | None
+) -> torch.Tensor:
+    """Decodes packed rows, and the exact rows in their places.  decode: rows and their bits to states."""
+    if exact is None:
+        return decode(packed, bits)
+    n_kv, (slots, first, newest) = packed.shape[1], exact
+    if first + exact.n_newest == n_kv:
+        parts = [decode(slots[:, :first], EXACT)] if first else []
+        return torch.cat([*parts, decode(slots[:, newest:], EXACT)], dim=2) if exact.n_newest else parts[0]
+    states = decode(packed, bits)
+    if first:
+        states[:, :, :first] = decode(slots[:, :first], EXACT)
+    if exact.n_newest:
+        states[:, :, n_kv - exact.n_newest :] = decode(slots[:, newest:], EXACT)
+    return states
+
+
+class _Center:
+    """What is subtracted from the keys of a layer, on the device of its states.
+
+    mean: in the model's order of channels.  stored, weight: in the order in which they are stored; weight: what error
+    costs in each channel.
+    """
+
+    def __init__(self, mean: torch.Tensor | None, energy: torch.Tensor | None) -> None:
+        self.mean, self.energy = mean, energy
+        self.stored: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+
+    def prepare(self, keys: StateBuffer, device: torch.device) -> None:
+        """Makes the tensors for keys of this kind."""
+        if self.mean is None:
+            return
+        shape = (keys.data.shape[2], keys.size)
+        if not keys.bits:
+            self.mean = None
+        elif self.mean.shape != shape or self.energy is not None and self.energy.shape != shape:
+            raise TBQError(f"the center is for keys of {tuple(self.mean.shape)} heads and channels; these have {shape}")
+        else:
+            order = channel_order(keys.size, keys.half)
+            self.mean = self.mean.to(device)
+            self.stored = self.mean[:, order.to(device)].contiguous()
+            if self.energy is not None:
+                self.weight = weights_of(self.energy[:, order.to(self.energy.device)]).to(device)
 
 
 class TBQLayer(DynamicLayer):  # type: ignore[misc]
@@ -87,16 +127,33 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
     half: the rotary embedding turns the channels c and c + half, of the first 2 half channels of a key, into each other
     (NEOX pairs).  They are stored next to each other, as the encoder's noise shaping expects (docs/guide/hf.md).
     0: channels are stored in the model's order.
+    recent, first: how many of the newest rows and of the first rows are exact: kept in 8 bits as well, and read instead
+    of the packed ones.  Rows are counted as they are cached, padding included.
+    mean, energy: float32 (KV heads, head size): the mean of the keys, which is subtracted from them, and the mean
+    square of the queries, from which the encoder takes where error costs most.  None: keys are not centered.
     """
 
-    def __init__(self, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0) -> None:
+    def __init__(
+        self,
+        k_bits: int | None = 4,
+        v_bits: int | None = 4,
+        config: Any = None,
+        half: int = 0,
+        recent: int = 0,
+        first: int = 0,
+        mean: torch.Tensor | None = None,
+        energy: torch.Tensor | None = None,
+    ) -> None:
         self.bits, self.half = (k_bits or 0, v_bits or 0), half
         self.config = config
+        self.recent, self.first = recent, first
+        self.center = _Center(mean, energy)
         super().__init__()
         self._drop_states()
 
     def _drop_states(self) -> None:
         self.buffers: tuple[StateBuffer, StateBuffer] | None = None
+        self.exact: ExactSlots | None = None
         self.start = self.stop = 0  #: rows in use
         self.is_initialized = False
 
@@ -131,6 +188,14 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         _check_states(key_states, value_states)
         self.buffers = StateBuffer(self.bits[0], key_states, self.half), StateBuffer(self.bits[1], value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
+        if any(self.bits) and (self.recent or self.first):
+            self.exact = ExactSlots(
+                self.recent,
+                self.first,
+                [(buffer.data.shape[0], buffer.data.shape[2], buffer.size) for buffer in self.buffers if buffer.bits],
+                self.device,
+            )
+        self.center.prepare(self.buffers[0], self.device)
         self._remember_shapes()
         self.is_initialized = True
 
@@ -159,7 +224,10 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         Gradients end here.  Raises TBQError for states that do not fit the earlier ones.
         """
         self._append(key_states, value_states)
-        return self._states(self.start)
+        states = self._states(self.start)
+        if self.exact is not None:
+            self.exact.trim()
+        return states
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         if self.buffers is None or self.start == self.stop and self._does_not_fit(k, v):
@@ -176,7 +244,7 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if stop > self.buffers[0].data.shape[1]:
             held, needed = self.stop - self.start, stop - self.start
             for buffer in self.buffers:
-                buffer.make_room(self.start, self.stop, needed + max(_ROOM, needed // 64) if held else needed)
+                buffer.make_room(self.start, self.stop, needed + max(ROOM, needed // 64) if held else needed)
             self.start, self.stop, stop = 0, held, needed
         rows = [buffer.data[:, self.stop : stop] for buffer in self.buffers]
         (k_bits, v_bits), backend = self.bits, _backend.backend_for(k.device)
@@ -193,8 +261,35 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
                 rows[1] if v_bits else None,
                 v_bits,
                 self.buffers[0].half,
+                self.center.stored,
+                self.center.weight,
+            )
+        if self.exact is not None and k.numel():
+            self.exact.append(
+                self.stop - self.start, [each for each, bits in zip((k, v), self.bits) if bits], self._encode_exact
             )
         self.stop = stop
+
+    def _encode_exact(self, states: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
+        """Writes new keys and values, or the one of them that is packed, to slots."""
+        assert self.buffers
+        k_bits, v_bits = (EXACT if bits else 0 for bits in self.bits)
+        _backend.backend_for(self.device).encode(
+            _last_axis_contiguous(states[0]),
+            slots[0] if k_bits else None,
+            k_bits,
+            _last_axis_contiguous(states[-1]),
+            slots[-1] if v_bits else None,
+            v_bits,
+            self.buffers[0].half,
+            self.center.stored,
+        )
+
+    def _exact_rows(self, which: int, start: int) -> ExactRows | None:
+        """The exact rows of keys (0) or of values (1), of the rows from start on."""
+        if self.exact is None or not self.bits[which]:
+            return None
+        return self.exact.rows(which if all(self.bits) else 0, self.stop - start)
 
     def _rows(self, which: int, start: int) -> torch.Tensor:
         assert self.buffers
@@ -205,14 +300,26 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
         if self.config is not None and self.config._attn_implementation == "tbq" and all(self.bits):
             k, v = self.buffers
             return (
-                PackedStates(self._rows(0, start), k.bits, k.size, k.dtype, k.half),
-                PackedStates(self._rows(1, start), v.bits, v.size, v.dtype, 0),
+                self._packed_states(k, self._rows(0, start), self._exact_rows(0, start)),
+                self._packed_states(v, self._rows(1, start), self._exact_rows(1, start)),
             )
         return self._decoded(start)
 
+    def _packed_states(self, side: StateBuffer, rows: torch.Tensor, exact: ExactRows | None) -> PackedStates:
+        assert self.buffers
+        mean = self.center.mean if side is self.buffers[0] else None
+        return PackedStates(rows, side.bits, side.size, side.dtype, side.half, exact, mean)
+
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.buffers
-        (k, v), rows = self.buffers, (self._rows(0, start), self._rows(1, start))
+        k, v = self.buffers
+        rows, exact = [self._rows(i, start) for i in (0, 1)], [self._exact_rows(i, start) for i in (0, 1)]
+        if exact[0] is not None or exact[1] is not None or self.center.mean is not None:
+            keys, values = (
+                self._packed_states(side, each, some).decoded() if side.bits else each.transpose(1, 2)
+                for each, side, some in zip(rows, self.buffers, exact)
+            )
+            return keys, values
         plain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if any(self.bits):
             backend = _backend.backend_for(self.device)
@@ -262,14 +369,22 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
     def crop(self, length: int) -> None:
         """length < 0: removes -length tokens; > 0: keeps length tokens; 0: as in the installed transformers."""
+        before = self.stop
         if length < 0 or _CROPS_BY and length == 0:
             self.stop = max(self.start, self.stop + length)
         else:
             self.stop = min(self.stop, self.start + length)
+        self._crop_exact(before - self.stop)
+
+    def _crop_exact(self, removed: int) -> None:
+        if self.exact is not None and removed:
+            self.exact.crop(removed, self.stop - self.start)
 
     def _select(self, index: torch.Tensor) -> None:
         for buffer in self.buffers or ():
             buffer.data = buffer.data.index_select(0, index.to(buffer.data.device))
+        if self.exact is not None:
+            self.exact.select(index)
         if self.buffers:
             self._remember_shapes()
 
@@ -285,18 +400,27 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
             self._select(torch.arange(self.buffers[0].data.shape[0], device=indices.device)[indices])
 
     def offload(self) -> None:
-        for buffer in self.buffers or ():
-            buffer.data = buffer.data.to("cpu", non_blocking=True)
+        self._move_to("cpu")
 
     def prefetch(self) -> None:
+        self._move_to(self.device)
+
+    def _move_to(self, device: torch.device | str) -> None:
         for buffer in self.buffers or ():
-            buffer.data = buffer.data.to(self.device, non_blocking=True)
+            buffer.data = buffer.data.to(device, non_blocking=True)
+        if self.exact is not None:
+            self.exact.data = [data.to(device, non_blocking=True) for data in self.exact.data]
 
     # sizes
 
     def nbytes(self) -> int:
-        """Bytes of the tensors, including the room to grow."""
-        return sum(buffer.data.numel() * buffer.data.element_size() for buffer in self.buffers or ())
+        """Bytes of the tensors, including the room to grow and the exact rows."""
+        packed = sum(buffer.data.numel() * buffer.data.element_size() for buffer in self.buffers or ())
+        return packed + self.exact_nbytes()
+
+    def exact_nbytes(self) -> int:
+        """Bytes of the exact rows, including their room to grow."""
+        return sum(data.numel() for data in self.exact.data) if self.exact is not None else 0
 
     def baseline_nbytes(self) -> int:
         """Bytes of the same tokens in the model's dtype."""
@@ -307,12 +431,25 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A layer of sliding-window attention, which keeps the rows of the last sliding_window - 1 tokens, packed."""
+    """A layer of sliding-window attention, which keeps the rows of the last sliding_window - 1 tokens, packed.
+
+    Its newest rows are exact, as in TBQLayer.  Its first rows are not, because the window leaves them behind.
+    """
 
     def __init__(
-        self, sliding_window: int, k_bits: int | None = 4, v_bits: int | None = 4, config: Any = None, half: int = 0
+        self,
+        sliding_window: int,
+        k_bits: int | None = 4,
+        v_bits: int | None = 4,
+        config: Any = None,
+        half: int = 0,
+        recent: int = 0,
+        mean: torch.Tensor | None = None,
+        energy: torch.Tensor | None = None,
     ) -> None:
         self.bits, self.half, self.config = (k_bits or 0, v_bits or 0), half, config
+        self.recent, self.first = recent, 0
+        self.center = _Center(mean, energy)
         DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
         self.record_past = False
         self._drop_states()
@@ -328,6 +465,8 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         self._append(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         states = self._states(self.stop - visible - key_states.shape[2])
+        if self.exact is not None:
+            self.exact.trim()
         if not self.record_past:
             self._trim_to_window()
         return states
@@ -336,9 +475,9 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
         """Drops the rows before the window; they are overwritten when the room is used up."""
         self.start = max(self.start, self.stop - self.sliding_window + 1)
         assert self.buffers
-        if self.buffers[0].data.shape[1] > 2 * (self.sliding_window + _ROOM):  # the room of a long prompt
+        if self.buffers[0].data.shape[1] > 2 * (self.sliding_window + ROOM):  # the room of a long prompt
             for buffer in self.buffers:
-                buffer.make_room(self.start, self.stop, self.stop - self.start + _ROOM)
+                buffer.make_room(self.start, self.stop, self.stop - self.start + ROOM)
             self.start, self.stop = 0, self.stop - self.start
 
     def get_seq_length(self) -> int:
@@ -353,6 +492,7 @@ class TBQSlidingLayer(TBQLayer, DynamicSlidingWindowLayer):  # type: ignore[misc
                 "before them; call activate_past_recording() before adding tokens"
             )
         self.stop -= min(removed, held)
+        self._crop_exact(min(removed, held))
         self.cumulative_length = left
         if self.record_past and self.buffers:
             self._trim_to_window()

@@ -11,13 +11,13 @@ import functools
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from tbq.hf import _kernels, _tables
-from tbq.hf._tables import BLOCK_BYTES
+from tbq.hf._buffers import BLOCK_BYTES, EXACT, ExactRows
 
 #: Largest head size that `attend` takes, in blocks of 64.
 MOST_BLOCKS = 4
@@ -28,9 +28,9 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
     """Returns the tables of a kernel, at the offsets of _kernels.
 
     They are the signs, the levels, the gaps to the next and to the previous level, bytes with level + 64, and the
-    thresholds.  All but the bytes are float32.
+    thresholds.  All but the bytes are float32.  8 bits have signs only.
     """
-    levels = _tables.LEVELS[bits]
+    levels = _tables.LEVELS.get(bits, ())
     gaps = [b - a for a, b in itertools.pairwise(levels)]
 
     def padded(values: Sequence[float]) -> list[float]:
@@ -42,7 +42,7 @@ def tables(bits: int, device: torch.device) -> torch.Tensor:
     codebook = torch.tensor([64 + level for level in levels] + [0] * (16 - len(levels)), dtype=torch.uint8).view(
         torch.float32
     )
-    thresholds = torch.tensor([t for row in _tables.THRESHOLDS[bits] for t in row], dtype=torch.float32)
+    thresholds = torch.tensor([t for row in _tables.THRESHOLDS.get(bits, ()) for t in row], dtype=torch.float32)
     return torch.cat([numbers, codebook, thresholds]).to(device)
 
 
@@ -67,7 +67,7 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
 
 def _tensor_constants(bits: int, size: int) -> tuple[int, int, int, int]:
     """Returns constants of a kernel: bits, scales of the search, blocks of a head, bytes of a block."""
-    return (bits, len(_tables.THRESHOLDS[bits]), size // 64, BLOCK_BYTES[bits]) if bits else (0, 0, 1, 2)
+    return (bits, len(_tables.THRESHOLDS.get(bits, ())), size // 64, BLOCK_BYTES[bits]) if bits else (0, 0, 1, 2)
 
 
 def encode(
@@ -78,10 +78,12 @@ def encode(
     v_packed: torch.Tensor | None,
     v_bits: int,
     half: int = 0,
+    mean: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> None:
     """Backend.encode.  k and v may have any float dtype; their last axis is contiguous.
 
-    The bytes are those of libtbq's tbq_quantize_kv.
+    The bytes are those of libtbq's tbq_quantize_kv, and of its tbq_quantize for exact rows.
     """
     batch, heads, tokens, k_size = k.shape
     v_size = v.shape[-1]
@@ -106,6 +108,10 @@ def encode(
             tables(v_bits or k_bits, k.device),
             heads,
             tokens,
+            mean,
+            weight,
+            mean is not None,
+            weight is not None and k_bits != EXACT,
             *k_constants,
             *v_constants,
             half,
@@ -173,6 +179,8 @@ def attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     half: int = 0,
+    k_exact: ExactRows | None = None,
+    v_exact: ExactRows | None = None,
 ) -> torch.Tensor:
     """Backend.attention.  The last axis of query is contiguous."""
     batch, q_heads, tokens, k_size = query.shape
@@ -185,10 +193,13 @@ def attention(
     m, keys, warps, programs = _tile_shape(group * tokens, max(k_blocks, v_blocks))
     rows = triton.next_power_of_2(min(group * tokens, m))
     tiles = -(-group * tokens // m)
-    chunk = _chunk_size(n_kv, batch * heads * tiles, keys, programs * _count_multiprocessors(device))
-    chunks = -(-n_kv // chunk)
+    parts = _parts(k_packed, k_bits, v_packed, v_bits, k_exact, v_exact)
+    chunk = [
+        _chunk_size(part.n, batch * heads * tiles, keys, programs * _count_multiprocessors(device)) for part in parts
+    ]
+    chunks = [-(-part.n // size) for part, size in zip(parts, chunk)]
     partial = torch.empty(
-        batch * heads * tiles * chunks * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device
+        batch * heads * tiles * sum(chunks) * rows * (v_blocks * 64 + 2), dtype=torch.float32, device=device
     )
     out = torch.empty((batch, tokens, q_heads, v_blocks * 64), dtype=query.dtype, device=device)
     strides: tuple[int, ...] = (0, 0, 0)
@@ -198,50 +209,82 @@ def attention(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3]))
         mask = mask.view(torch.uint8) if mask_kind == 1 else mask
+    counters = _counters(batch * heads * tiles, device)
     with _current_device(device):
-        _kernels.attend[(tiles, batch * heads, chunks)](
-            query,
-            *query.stride()[:3],
-            k_packed,
-            *k_packed.stride()[:2],
-            tables(k_bits, device),
-            transforms(k_bits, device, query.dtype),
-            v_packed,
-            *v_packed.stride()[:2],
-            tables(v_bits, device),
-            mask,
-            *strides,
-            partial,
-            _counters(batch * heads * tiles, device),
-            out,
-            *out.stride()[:2],
-            sinks,
-            heads,
-            tokens,
-            n_kv,
-            chunk,
-            chunks,
-            scale,
-            softcap,
-            group,
-            k_bits,
-            k_blocks,
-            BLOCK_BYTES[k_bits],
-            v_bits,
-            v_blocks,
-            BLOCK_BYTES[v_bits],
-            mask_kind,
-            causal and tokens > 1,
-            softcap != 0.0,
-            sinks is not None,
-            half,
-            m,
-            rows,
-            keys,
-            num_warps=warps,
-            num_stages=1,
-        )
+        for i, part in enumerate(parts):
+            _kernels.attend[(tiles, batch * heads, chunks[i])](
+                query,
+                *query.stride()[:3],
+                part.k,
+                *part.k.stride()[:2],
+                tables(part.k_bits, device),
+                transforms(part.k_bits, device, query.dtype),
+                part.v,
+                *part.v.stride()[:2],
+                tables(part.v_bits, device),
+                mask[..., part.at :] if mask is not None else None,
+                *strides,
+                partial,
+                counters,
+                out,
+                *out.stride()[:2],
+                sinks,
+                heads,
+                tokens,
+                part.n,
+                n_kv - tokens - part.at,
+                chunk[i],
+                sum(chunks),
+                sum(chunks[:i]),
+                *part.places,
+                scale,
+                softcap,
+                group,
+                part.k_bits,
+                k_blocks,
+                BLOCK_BYTES[part.k_bits],
+                part.v_bits,
+                v_blocks,
+                BLOCK_BYTES[part.v_bits],
+                mask_kind,
+                causal and tokens > 1 and (part.v_bits == EXACT or part.at + part.n > n_kv - tokens + 1),
+                softcap != 0.0,
+                sinks is not None,
+                half,
+                m,
+                rows,
+                keys,
+                num_warps=warps,
+                num_stages=1,
+            )
     return out
+
+
+class _Part(NamedTuple):
+    """What one launch of `attend` reads: packed rows, or exact ones."""
+
+    k: torch.Tensor
+    k_bits: int
+    v: torch.Tensor
+    v_bits: int
+    n: int  #: rows, or slots
+    at: int = 0  #: the cached row that is the first of k and v
+    places: tuple[int, int, int] = (0, 0, 0)  #: n_first, newest and shift of `attend`
+
+
+def _parts(
+    k: torch.Tensor, k_bits: int, v: torch.Tensor, v_bits: int, k_exact: ExactRows | None, v_exact: ExactRows | None
+) -> list[_Part]:
+    """The packed rows between the exact ones, if there are any, and the exact ones."""
+    n_kv = k.shape[1]
+    if k_exact is None or v_exact is None:
+        return [_Part(k, k_bits, v, v_bits, n_kv)]
+    slots, first, newest = k_exact
+    shift = k_exact.cell_shift(n_kv)
+    exact = _Part(slots, EXACT, v_exact.slots, EXACT, slots.shape[1], 0, (first, newest, shift))
+    last = n_kv - k_exact.n_newest
+    packed = [_Part(k[:, first:last], k_bits, v[:, first:last], v_bits, last - first, first)] if first < last else []
+    return [*packed, exact]
 
 
 def _counters(n: int, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,8 @@ steps.
 
 `tables` is the float32 tensor of one bit width that _cuda.tables() lays out; the constants below are its offsets.  A
 "row" is a cached token's blocks of one head: strides of packed tensors are bytes, those of the others elements.
+
+BITS is 2, 3 or 4, or 8 for exact rows (block_tbq8_0 of tbq.h): a float and 64 rotated values as bytes, in order.
 """
 
 # Triton's language has no annotations that mypy could check.
@@ -28,6 +30,7 @@ SHAPING_FLOOR = tl.constexpr(_tables.SHAPING_FLOOR)
 
 # tbq-tables.h says what these are
 BITS_SMALLEST = tl.constexpr(_tables.BITS_SMALLEST)
+BITS_SMALLEST_ACT = tl.constexpr(_tables.BITS_SMALLEST_ACT)
 BITS_HUGE = tl.constexpr(_tables.BITS_HUGE)
 BITS_INF = tl.constexpr(_tables.BITS_INF)
 HUGE_SCALE = tl.constexpr(_tables.HUGE_SCALE)
@@ -165,10 +168,20 @@ def pack_qh(index, N: tl.constexpr):
 
 @triton.jit
 def encode_blocks(
-    x, target, ok, tables, BITS: tl.constexpr, SCALES: tl.constexpr, BLOCK_BYTES: tl.constexpr, N: tl.constexpr
+    x,
+    weight,
+    target,
+    ok,
+    tables,
+    WEIGHT: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    N: tl.constexpr,
 ):
     """x: float32 (N, 64).  target: N pointers to blocks, written where ok.  As tbq_quantize_kv, bit for bit if the
-    compiler contracts nothing (enable_fp_fusion=False)."""
+    compiler contracts nothing (enable_fp_fusion=False).
+    WEIGHT: the squared error in each channel has the weight (N, 64), equal for 2i and 2i + 1; otherwise those of x."""
     HALF: tl.constexpr = 1 << (BITS - 1)
     BORDERS: tl.constexpr = HALF - 1
     place = tl.arange(0, 64)[None, :]
@@ -203,10 +216,13 @@ def encode_blocks(
 
     # noise shaping; what it makes of a huge block is dropped, and must not overflow
     x = tl.where(huge[:, None], 1.0, x)
-    squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
-    mean_square = rms * rms * 0.015625
-    w = tl.sqrt_rn((squares + other) * tl.div_rn(tl.full([N], 0.5, tl.float32), mean_square)[:, None]) + SHAPING_FLOOR
-    w = tl.reshape(tl.join(w, w), [N, 64])
+    if WEIGHT:
+        w = weight
+    else:
+        squares, other = tl.split(tl.reshape(x * x, [N, 32, 2]))
+        half = tl.div_rn(tl.full([N], 0.5, tl.float32), rms * rms * 0.015625)
+        w = tl.sqrt_rn((squares + other) * half[:, None]) + SHAPING_FLOOR
+        w = tl.reshape(tl.join(w, w), [N, 64])
     m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
     m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
     d = tl.div_rn(best_qk.to(tl.float32), best_kk.to(tl.float32))
@@ -238,11 +254,29 @@ def encode_blocks(
 
 
 @triton.jit
+def encode_exact_blocks(x, target, ok, tables, N: tl.constexpr):
+    """x: float32 (N, 64).  target: N pointers to blocks of 8 bits, written where ok.  As tbq_quantize, bit for bit."""
+    place = tl.arange(0, 64)[None, :]
+    y = butterflies(x * tl.load(tables + SIGNS + place), N) * 0.125
+    top = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    bad = top >= BITS_INF
+    zero = (top < BITS_SMALLEST_ACT) | bad
+    largest = tl.where(zero, 1.0, top.to(tl.float32, bitcast=True))
+    inverse = tl.div_rn(tl.full([N], 127.0, tl.float32), largest)
+    q = (tl.abs(tl.where(zero[:, None], 0.0, y)) * inverse[:, None] + 0.5).to(tl.int32)
+    q = tl.where(y < 0, -q, q)
+    d = tl.where(zero, 0.0, tl.div_rn(largest, tl.full([N], 127.0, tl.float32)))
+    d = tl.where(bad, float("nan"), d)
+    tl.store(target.to(tl.pointer_type(tl.float32)), d, ok)
+    tl.store(target[:, None] + 4 + place, (q & 0xFF).to(tl.uint8), ok[:, None])
+
+
+@triton.jit
 def packed_tile(row, ok, BITS: tl.constexpr):
     """The indices of the blocks that the N pointers row point at, packed: words of 16 bits, (N, 16 or 8), and for
-    3 bits the words of qh, (N, 8).  Apart from their use, so that the memory's latency passes while something else is
-    done."""
-    words = row.to(tl.pointer_type(tl.int16))[:, None] + 1
+    3 bits the words of qh, (N, 8).  For 8 bits, pairs of values, (N, 32).  Apart from their use, so that the memory's
+    latency passes while something else is done."""
+    words = row.to(tl.pointer_type(tl.int16))[:, None] + (2 if BITS == 8 else 1)
     at = tl.arange(0, 4 * BITS if BITS != 3 else 8)[None, :]
     qs = tl.load(words + at, ok[:, None], 0)
     qh = qs
@@ -294,7 +328,9 @@ def levels(qs, qh, codebook, BITS: tl.constexpr):
     """Levels, float16 (N, 64), of a packed_tile, in the order of element(): what comes out of a word become neighbors,
     because joining keeps them in the registers where they are."""
     word = qs.to(tl.int32)
-    if BITS == 4:
+    if BITS == 8:
+        v = tl.join((word << 24 >> 24).to(tl.float16), (word >> 8).to(tl.float16))
+    elif BITS == 4:
         l0, l1, l2, l3 = look_up(word, codebook, BITS)
         v = tl.join(tl.join(l0, l2), tl.join(l1, l3))
     else:
@@ -312,7 +348,9 @@ def levels(qs, qh, codebook, BITS: tl.constexpr):
 @triton.jit
 def element(at, BITS: tl.constexpr):
     """Which value of its block column `at` of levels() holds."""
-    if BITS == 4:
+    if BITS == 8:
+        return at
+    elif BITS == 4:
         return (at >> 1) + 32 * (at & 1)
     else:
         return (at >> 2) + 16 * (at >> 1 & 1) + 32 * (at & 1)
@@ -329,9 +367,12 @@ def channel(at, HALF: tl.constexpr):
 
 
 @triton.jit
-def scale_of(row, ok):
-    """d, float32, of the blocks that the pointers row point at; they are even."""
-    return tl.load(row.to(tl.pointer_type(tl.float16)), ok, 0.0).to(tl.float32)
+def scale_of(row, ok, BITS: tl.constexpr):
+    """d, float32, of the blocks that the pointers row point at; they are even, those of 8 bits multiples of 4."""
+    if BITS == 8:
+        return tl.load(row.to(tl.pointer_type(tl.float32)), ok, 0.0)
+    else:
+        return tl.load(row.to(tl.pointer_type(tl.float16)), ok, 0.0).to(tl.float32)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -351,6 +392,10 @@ def encode_side(
     tokens,
     total,
     tables,
+    mean,
+    weight,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
     PER_HEAD: tl.constexpr,
@@ -368,7 +413,16 @@ def encode_side(
     at = batch * s_batch + head.to(tl.int64) * s_head + token * s_token
     x = tl.load(source + at[:, None] + channel(block[:, None] * 64 + tl.arange(0, 64)[None, :], HALF)).to(tl.float32)
     to = target + batch * t_batch + token * t_token + (head * PER_HEAD + block) * BLOCK_BYTES
-    encode_blocks(x, to, ok, tables, BITS, SCALES, BLOCK_BYTES, N)
+    place = (head * PER_HEAD + block)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    if MEAN:
+        x -= tl.load(mean + place)
+    w = x
+    if WEIGHT:
+        w = tl.load(weight + place)
+    if BITS == 8:
+        encode_exact_blocks(x, to, ok, tables, N)
+    else:
+        encode_blocks(x, w, to, ok, tables, WEIGHT, BITS, SCALES, BLOCK_BYTES, N)
 
 
 @kernel()
@@ -393,6 +447,10 @@ def encode(
     v_tables,
     heads,
     tokens,
+    mean,
+    weight,
+    MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     K_BITS: tl.constexpr,
     K_SCALES: tl.constexpr,
     K_PER_HEAD: tl.constexpr,
@@ -405,7 +463,9 @@ def encode(
     N: tl.constexpr,
 ):
     """New keys and values, (batch, heads, tokens, size), to blocks.  A side of 0 bits is left out; its total is 0.
-    HALF: see channel(), of the keys."""
+    HALF: see channel(), of the keys.
+    MEAN, WEIGHT: `mean` is subtracted from keys, and `weight` is that of a key's error: float32 (heads, size), in the
+    order in which channels are stored."""
     k_programs = tl.cdiv(k_total, N)
     pid = tl.program_id(0)
     if pid < k_programs:
@@ -423,6 +483,10 @@ def encode(
                 tokens,
                 k_total,
                 k_tables,
+                mean,
+                weight,
+                MEAN,
+                WEIGHT,
                 K_BITS,
                 K_SCALES,
                 K_PER_HEAD,
@@ -445,6 +509,10 @@ def encode(
                 tokens,
                 v_total,
                 v_tables,
+                None,
+                None,
+                False,
+                False,
                 V_BITS,
                 V_SCALES,
                 V_PER_HEAD,
@@ -481,7 +549,7 @@ def decode_side(
     batch = (pid // PER_HEAD // heads).to(tl.int64)
     row = source + batch * s_batch + (head * PER_HEAD + block) * BLOCK_BYTES + n.to(tl.int64) * s_token
     qs, qh = packed_tile(row, ok, BITS)
-    d = scale_of(row, ok)
+    d = scale_of(row, ok, BITS)
     column = tl.arange(0, 64)
     to = target + (batch * heads + head) * tokens * (PER_HEAD * 64)
     paired = 0
@@ -585,7 +653,9 @@ def key_products(
     s, query, k_row, ok, qs, qh, codebook, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr
 ):
     return (
-        s + tl.dot(query, tl.trans(levels(qs, qh, codebook, BITS))) * scale_of(k_row + BLOCK * BLOCK_BYTES, ok)[None, :]
+        s
+        + tl.dot(query, tl.trans(levels(qs, qh, codebook, BITS)))
+        * scale_of(k_row + BLOCK * BLOCK_BYTES, ok, BITS)[None, :]
     )
 
 
@@ -632,8 +702,13 @@ def attend(
     heads,
     tokens,
     n_kv,
+    before,
     chunk,
     chunks,
+    first_chunk,
+    n_first,
+    newest,
+    shift,
     scale,
     softcap,
     GROUP: tl.constexpr,
@@ -660,7 +735,11 @@ def attend(
     weights and the sum of weighted values in the rotated domain.  The last program of a group of chunks merges them
     into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is its counter, int32
     [batch . heads][tiles], zero before and after.
-    MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first n_kv - tokens + t + 1 keys.
+    MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first before + t + 1 rows of the cache.
+
+    Packed rows and exact ones are read by two launches, each with its chunks of the same `partial`, from first_chunk
+    on.  The last program of both merges.  k and v of 8 bits have slots: n_kv counts these.  Slot n holds row n of the
+    cache if it is below n_first, row n + shift from `newest` on, and none in between.  Packed: these three are 0.
     """
     tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch = (bh // heads).to(tl.int64)
@@ -712,7 +791,8 @@ def attend(
     first = split * chunk
     last = tl.minimum(first + chunk, n_kv)
     if CAUSAL:  # what no row of the tile sees
-        last = tl.minimum(last, n_kv - tokens + tl.minimum((tile * M + M - 1) // GROUP, tokens - 1) + 1)
+        seen_last = before - shift + tl.minimum((tile * M + M - 1) // GROUP, tokens - 1) + 1
+        last = tl.minimum(last, tl.maximum(seen_last, n_first))
     k_head = k + batch * k_batch + head * (K_BLOCKS * K_BYTES)
     v_head = v + batch * v_batch + head * (V_BLOCKS * V_BYTES)
     k_codebook, v_codebook = level_bytes(k_tables), level_bytes(v_tables)
@@ -721,6 +801,8 @@ def attend(
         n0 = first + done
         n = n0 + ahead
         ok = n < last
+        if V_BITS == 8:
+            ok = ok & ((n < n_first) | (n >= newest))
         k_row = k_head + n0.to(tl.int64) * k_token + ahead * k_token
         v_row = v_head + n0.to(tl.int64) * v_token + ahead * v_token
         # all of the tile but the keys' scales before any of it is used
@@ -732,16 +814,16 @@ def attend(
         if K_BLOCKS > 3:
             ks3, kh3 = packed_tile(k_row + 3 * K_BYTES, ok, K_BITS)
         vs0, vh0 = packed_tile(v_row, ok, V_BITS)
-        d0 = scale_of(v_row, ok)
+        d0 = scale_of(v_row, ok, V_BITS)
         if V_BLOCKS > 1:
             vs1, vh1 = packed_tile(v_row + V_BYTES, ok, V_BITS)
-            d1 = scale_of(v_row + V_BYTES, ok)
+            d1 = scale_of(v_row + V_BYTES, ok, V_BITS)
         if V_BLOCKS > 2:
             vs2, vh2 = packed_tile(v_row + 2 * V_BYTES, ok, V_BITS)
-            d2 = scale_of(v_row + 2 * V_BYTES, ok)
+            d2 = scale_of(v_row + 2 * V_BYTES, ok, V_BITS)
         if V_BLOCKS > 3:
             vs3, vh3 = packed_tile(v_row + 3 * V_BYTES, ok, V_BITS)
-            d3 = scale_of(v_row + 3 * V_BYTES, ok)
+            d3 = scale_of(v_row + 3 * V_BYTES, ok, V_BITS)
         s = key_products(tl.zeros([M, BN], tl.float32), q0, k_row, ok, ks0, kh0, k_codebook, 0, K_BITS, K_BYTES)
         if K_BLOCKS > 1:
             s = key_products(s, q1, k_row, ok, ks1, kh1, k_codebook, 1, K_BITS, K_BYTES)
@@ -753,8 +835,10 @@ def attend(
         if SOFTCAP:  # softcap . tanh(s / softcap)
             s = softcap * (1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)) * LOG2E
         visible = ok[None, :] & seen[:, None]
+        if V_BITS == 8:
+            n = tl.where(n < n_first, n, n + shift)
         if CAUSAL:
-            visible = visible & (n[None, :] <= n_kv - tokens + token[:, None])
+            visible = visible & (n[None, :] <= before + token[:, None])
         if MASK:
             spot = (
                 mask
@@ -802,7 +886,7 @@ def attend(
     group = bh * tl.num_programs(0) + tile  # of the programs that work on these rows
     first_part = partial + group.to(tl.int64) * chunks * (R * WIDTH)
     place = element(tl.arange(0, 64), V_BITS)[None, :]
-    part = first_part + split * (R * WIDTH) + r * WIDTH
+    part = first_part + (first_chunk + split) * (R * WIDTH) + r * WIDTH
     kept = r < R
     tl.store(part, largest, kept)
     tl.store(part + 1, total, kept)

@@ -5,6 +5,7 @@ Q_ONE = 2048
 DESCENT_STEPS = 5
 SHAPING_FLOOR = 0.5
 BITS_SMALLEST = 0x30800000
+BITS_SMALLEST_ACT = 0x0D800000
 BITS_HUGE = 0x58800000
 BITS_INF = 0x7F800000
 HUGE_SCALE = 7.888609052210118e-31
@@ -14,6 +15,8 @@ F16_NAN = 0x7E00
 
 # by bits: bytes of a block, a half and the levels of 64 values
 BLOCK_BYTES = {2: 18, 3: 26, 4: 34}
+# bytes of a block of an exact row (tbq8_0): a float and 64 bytes
+EXACT_BLOCK_BYTES = 68
 
 # by bits: the codebook, ascending; thresholds of the positive half for each scale of the search
 LEVELS = {

@@ -159,13 +159,7 @@ def centers_folder() -> pathlib.Path | None:
 
     None if the user has no such folder.
     """
-    import platformdirs
-
-    try:
-        found = pathlib.Path(platformdirs.user_cache_dir("ggml-tbq", appauthor=False)) / "centers"
-    except RuntimeError:  # no variable names a folder, and the user has no entry in passwd
-        return None
-    return found if found.is_absolute() else None  # in that case older releases of platformdirs return "~/.cache"
+    return _files.user_cache_folder("centers")
 
 
 def center_file_for(
