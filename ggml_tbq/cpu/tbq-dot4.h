@@ -20,7 +20,7 @@ static inline int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t b) {
 
 #include <immintrin.h>
 
-// u unsigned and s signed; u <= 127, so pairs do not saturate
+// u unsigned and s signed; one of them is at most 127 and the other at most 128, so pairs do not saturate
 static inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVX512VNNI__
     return _mm256_dpbusd_epi32(acc, u, s);
@@ -29,15 +29,19 @@ static inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
 #endif
 }
 
-// The same for u of all eight bits, whose pairs of products could saturate: bytes are widened first.
-static inline __m256i dot4_wide(__m256i acc, __m256i u, __m256i s) {
+// The bytes v of exact rows, -127 .. 127, times signed bytes s.  VNNI wants them + 128, which the caller subtracts again.
+// Without it the pairs of such products would saturate: s gives its sign to v, and its size is the unsigned factor.
 #ifdef __AVX512VNNI__
-    return _mm256_dpbusd_epi32(acc, u, s);
+#define TBQ_EXACT_BIAS 128
 #else
-    const __m256i even =
-        _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+#define TBQ_EXACT_BIAS 0
+#endif
+
+static inline __m256i dot4_exact(__m256i acc, __m256i v, __m256i s) {
+#ifdef __AVX512VNNI__
+    return dot4(acc, v, s);
+#else
+    return dot4(acc, _mm256_abs_epi8(s), _mm256_sign_epi8(v, s));
 #endif
 }
 
@@ -50,14 +54,12 @@ static inline __m512i dot4_512(__m512i acc, __m512i u, __m512i s) {
 #endif
 }
 
-static inline __m512i dot4_wide_512(__m512i acc, __m512i u, __m512i s) {
+static inline __m512i dot4_exact_512(__m512i acc, __m512i v, __m512i s) {
 #ifdef __AVX512VNNI__
-    return _mm512_dpbusd_epi32(acc, u, s);
+    return dot4_512(acc, v, s);
 #else
-    const __m512i even =
-        _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(s, 8));
-    return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+    const __m512i signs = _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(s), _mm512_setzero_si512(), v);
+    return dot4_512(acc, _mm512_abs_epi8(s), signs);
 #endif
 }
 #endif

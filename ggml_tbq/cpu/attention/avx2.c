@@ -100,7 +100,7 @@ static inline float lanes_reduce_max(lanes x) {
 
 // --- keys -------------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of elements 4 j .. 4 j + 3 of row r at [j][r].
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: as they are) of elements 4 j .. 4 j + 3 of row r at [j][r].
 
 TBQ_INLINE __m256i level_table(int bits, int bias) {
     const __m128i levels = _mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all);
@@ -158,7 +158,7 @@ TBQ_INLINE void unpack_keys(int bits, const uint8_t * block, size_t stride, int 
             for (int quarter = 0; quarter < 4; quarter++) {
                 packed_words(tbq_exact_qs(block) + 16 * quarter, stride, n, r, w);
                 for (int i = 0; i < 4; i++) {
-                    store_keys(panel, 4 * quarter + i, r, _mm256_xor_si256(w[i], _mm256_set1_epi8((char) 128)));
+                    store_keys(panel, 4 * quarter + i, r, w[i]);
                 }
             }
             continue;
@@ -197,7 +197,7 @@ TBQ_INLINE void keys_16(int bits, int n, const uint8_t * panel, const float * sc
                         int64_t q_stride, int add, float * logits) {
     __m256i acc[KEYS_AT_ONCE][2];
     for (int i = 0; i < n; i++) {
-        acc[i][0] = acc[i][1] = _mm256_set1_epi32(q[i * q_stride].bias * (bits == 8 ? 2 : 1));
+        acc[i][0] = acc[i][1] = _mm256_set1_epi32(bits == 8 ? 0 : q[i * q_stride].bias);
     }
     for (int j = 0; j < 16; j++) {
         const __m256i k0 = _mm256_loadu_si256((const __m256i *) (panel + j * TBQ_TILE * 4));
@@ -206,8 +206,8 @@ TBQ_INLINE void keys_16(int bits, int n, const uint8_t * panel, const float * sc
             int32_t word;
             memcpy(&word, q[i * q_stride].qs + 4 * j, 4);
             const __m256i four = _mm256_set1_epi32(word);
-            acc[i][0]          = bits == 8 ? dot4_wide(acc[i][0], k0, four) : dot4(acc[i][0], k0, four);
-            acc[i][1]          = bits == 8 ? dot4_wide(acc[i][1], k1, four) : dot4(acc[i][1], k1, four);
+            acc[i][0]          = bits == 8 ? dot4_exact(acc[i][0], k0, four) : dot4(acc[i][0], k0, four);
+            acc[i][1]          = bits == 8 ? dot4_exact(acc[i][1], k1, four) : dot4(acc[i][1], k1, four);
         }
     }
     for (int i = 0; i < n; i++) {

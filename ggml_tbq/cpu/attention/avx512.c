@@ -102,15 +102,15 @@ TBQ_INLINE __m512i index_of(int bits, __m512i low, int j, __m512i high, int bit)
 
 // --- keys -------------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of elements 4 j .. 4 j + 3 of row r at [j][r].
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + TBQ_EXACT_BIAS) of elements 4 j .. 4 j + 3 of row r at [j][r].
 
-// Signed bytes + 128.
+// Signed bytes + TBQ_EXACT_BIAS.
 static inline __m512i biased(__m512i v) {
-    return _mm512_xor_si512(v, _mm512_set1_epi8((char) 128));
+    return _mm512_xor_si512(v, _mm512_set1_epi8((char) TBQ_EXACT_BIAS));
 }
 
 TBQ_INLINE __m512i multiply(int bits, __m512i acc, __m512i u, __m512i s) {
-    return bits == 8 ? dot4_wide_512(acc, u, s) : dot4_512(acc, u, s);
+    return bits == 8 ? dot4_exact_512(acc, u, s) : dot4_512(acc, u, s);
 }
 
 static inline void store_keys(uint8_t * panel, int j, int r, __m512i table, __m512i index) {
@@ -189,7 +189,7 @@ TBQ_INLINE void keys_n(int bits, int n, const uint8_t * panel, const float * sca
     __m512i acc[KEYS_AT_ONCE][4];
     for (int i = 0; i < n; i++) {
         for (int r = 0; r < 4; r++) {
-            acc[i][r] = _mm512_set1_epi32(q[i * q_stride].bias * (bits == 8 ? 2 : 1));
+            acc[i][r] = _mm512_set1_epi32(q[i * q_stride].bias * (bits == 8 ? TBQ_EXACT_BIAS / 64 : 1));
         }
     }
     for (int j = 0; j < 16; j++) {
@@ -218,7 +218,7 @@ TBQ_INLINE void keys_n(int bits, int n, const uint8_t * panel, const float * sca
 
 // --- values -----------------------------------------------------------------------------------------------------
 //
-// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + 128) of element c of rows 4 g .. 4 g + 3 at [g][c].  Weights are two planes
+// The panel: 16 x 64 x 4 bytes, levels + 64 (of tbq8_0: + TBQ_EXACT_BIAS) of element c of rows 4 g .. 4 g + 3 at [g][c].  Weights are two planes
 // of 64 signed bytes, high and low: with bytes on both sides one instruction multiplies four rows, and unpacking
 // ends at bytes.
 
@@ -345,7 +345,8 @@ TBQ_INLINE void values_n(int bits, int n, const uint8_t * panel, const int16_t *
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < 4; c++) {
             high[i][c] = _mm512_setzero_si512();
-            low[i][c]  = _mm512_set1_epi32((bits == 8 ? -128 : -64) * weight_sums[i]); // what the levels' bias adds
+            low[i][c] =
+                _mm512_set1_epi32(-(bits == 8 ? TBQ_EXACT_BIAS : 64) * weight_sums[i]); // what the levels' bias adds
         }
     }
     for (int g = 0; g < TBQ_TILE / 4; g++) {
