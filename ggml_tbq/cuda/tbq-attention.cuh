@@ -232,13 +232,6 @@ template <int N> static __device__ __forceinline__ void tbq_cp_async(uint32_t sm
 #endif
 }
 
-template <int N> static __device__ __forceinline__ void tbq_prefetch(const char * p) {
-#pragma unroll
-    for (int at = 0; at < N; at += 32) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(p + at));
-    }
-}
-
 static __device__ __forceinline__ void tbq_cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;");
@@ -591,26 +584,6 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         cells_now  = cells_of(exact_first);
         cells_next = cells_of(exact_first + 2 * WARPS);
         map_word   = map_of(first);
-
-        constexpr int PIECES = sizeof(block_tbq8_0) / 4, PIECE = 4 * NB; // of a row
-#pragma unroll 1
-        for (int i = 0; i < a.exact_staged; i++) {
-            const int slice = exact_first + i * WARPS;
-            const int n     = slice < exact_end ? min(SLICE, a.n_exact - slice * SLICE) * PIECES : 0;
-#pragma unroll 1
-            for (int j = lane; j < n; j += 32) {
-                const int      row = j / PIECES, at = j % PIECES * PIECE;
-                const uint32_t to = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE) + at;
-                if constexpr (BITS_K < 8) {
-                    tbq_cp_async<PIECE>(to + row * EXACT_PITCH_K, exact_k + (slice * SLICE + row) * a.exact_k_nb1 + at);
-                }
-                if constexpr (BITS_V < 8) {
-                    tbq_cp_async<PIECE>(to + SLICE * EXACT_PITCH_K + row * EXACT_PITCH_V,
-                                        exact_v + (slice * SLICE + row) * a.exact_v_nb1 + at);
-                }
-            }
-        }
-        tbq_cp_async_commit();
     }
 
     // This code runs once, and what it costs is to fetch it: loops stay loops where they can.
@@ -625,6 +598,51 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     }
     if (threadIdx.x < TBQ_N_HIDDEN) {
         hidden[threadIdx.x] = tbq_hidden_constant(threadIdx.x);
+    }
+
+    if constexpr (EXACT) {
+        // two lanes for each row; the pieces are as large as every row is aligned to
+        constexpr int PIECES = sizeof(block_tbq8_0) / 4, PIECE = 4 * NB;
+#pragma unroll 1
+        for (int i = 0; i < a.exact_staged; i++) {
+            const int slot = (exact_first + i * WARPS) * SLICE + lane / 2;
+            if (slot < min(exact_end * SLICE, a.n_exact)) {
+                const uint32_t     to   = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE);
+                const uint32_t     to_k = to + lane / 2 * EXACT_PITCH_K;
+                const uint32_t     to_v = to + SLICE * EXACT_PITCH_K + lane / 2 * EXACT_PITCH_V;
+                const char * const k    = exact_k + slot * a.exact_k_nb1;
+                const char * const v    = exact_v + slot * a.exact_v_nb1;
+#pragma unroll 1
+                for (int at = lane % 2 * PIECE; at < PIECES * PIECE; at += 2 * PIECE) {
+                    if constexpr (BITS_K < 8) {
+                        tbq_cp_async<PIECE>(to_k + at, k + at);
+                    }
+                    if constexpr (BITS_V < 8) {
+                        tbq_cp_async<PIECE>(to_v + at, v + at);
+                    }
+                }
+            }
+        }
+        tbq_cp_async_commit();
+    }
+
+    // The mask of a slice of exact rows, 2t, 2t + 1, 2t + 8, 2t + 9, loaded a slice ahead.  i: which of cells_now
+    float exact_bias[NG][4];
+    auto  load_exact_bias = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int cell = __shfl_sync(TBQ_WARP_ALL, cells_now, 16 * i + 2 * t + j % 2 + j / 2 * 8);
+#pragma unroll
+            for (int n = 0; n < NG; n++) {
+                const int    col = min(first_col + g + 8 * n, n_columns - 1);
+                const half * row =
+                    (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+                exact_bias[n][j] = cell < 0 ? -INFINITY : a.mask ? __half2float(row[cell]) : 0.0f;
+            }
+        }
+    };
+    if constexpr (EXACT) {
+        load_exact_bias(0);
     }
 
     // Queries: rotated, scaled, rounded to 8 bits.  While the first slices are on their way.
@@ -692,31 +710,6 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         }
     }
 
-    // The mask of a slice of exact rows, 2t, 2t + 1, 2t + 8, 2t + 9, loaded a slice ahead.  i: which of cells_now
-    float exact_bias[NG][4];
-    auto  load_exact_bias = [&](int i) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int cell = __shfl_sync(TBQ_WARP_ALL, cells_now, 16 * i + 2 * t + j % 2 + j / 2 * 8);
-#pragma unroll
-            for (int n = 0; n < NG; n++) {
-                const int    col = min(first_col + g + 8 * n, n_columns - 1);
-                const half * row =
-                    (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
-                exact_bias[n][j] = cell < 0 ? -INFINITY : a.mask ? __half2float(row[cell]) : 0.0f;
-            }
-        }
-    };
-    if constexpr (EXACT) {
-        load_exact_bias(0);
-        // rows of the cache at these cells, on their way into the L2 cache
-        if (BITS_K >= 8 && cells_now >= 0) {
-            tbq_prefetch<NB * reader_k::BYTES>(a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3 + cells_now * a.k_nb1);
-        }
-        if (BITS_V >= 8 && cells_now >= 0) {
-            tbq_prefetch<NB * reader_v::BYTES>(a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 + cells_now * a.v_nb1);
-        }
-    }
     __syncthreads();
 
     const tbq_lookup_table<BITS_K> k_levels(hidden);
@@ -845,8 +838,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     };
 
     if constexpr (EXACT) {
-        tbq_cp_async_wait<STAGES - 1>(); // all but the packed slices
-        __syncwarp();
+        if (a.exact_staged) {
+            tbq_cp_async_wait<0>();
+            __syncwarp();
+        }
 #pragma unroll 1
         for (int slice = exact_first, i_slice = 0; slice < exact_end; slice += WARPS, i_slice++) {
             // Where row i of the slice is; those past the last one are hidden.
@@ -885,7 +880,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             }
 
             float s[NG][4];
-#pragma unroll
+#pragma unroll 1
             for (int half = 0; half < 2; half++) {
                 const char * const key  = key_of(g + 8 * half);
                 const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
@@ -909,9 +904,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                     }
 #pragma unroll
                     for (int i = 0; i < 2 * NG; i++) {
-                        s[i / 2][2 * half + i % 2] = sum[i];
+                        (half == 0 ? s[i / 2][i % 2] : s[i / 2][2 + i % 2]) = sum[i];
                     }
                 } else {
+                    float y[NG][2];
 #pragma unroll
                     for (int b = 0; b < NB; b++) {
                         int c[2][4];
@@ -941,11 +937,15 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                                 for (int n = 0; n < NG; n++) {
                                     const float x = __int_as_float(c[h][2 * n + j]) - 12582912.0f;
                                     const float f = d_k * dq[b * NS + h][n];
-                                    float &     y = s[n][2 * half + j];
-                                    y             = b == 0 && h == 0 ? x * f : y + x * f;
+                                    y[n][j]       = b == 0 && h == 0 ? x * f : y[n][j] + x * f;
                                 }
                             }
                         }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2 * NG; i++) {
+                        s[i / 2][i % 2]     = half == 0 ? y[i / 2][i % 2] : s[i / 2][i % 2];
+                        s[i / 2][2 + i % 2] = y[i / 2][i % 2]; // of the second half in the end
                     }
                 }
             }
@@ -1067,9 +1067,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     }
 
     // Bit i: slice i from here on has rows of the list.  After 31 of them a bit says to look again.
-    auto     some_of   = [&]() -> uint32_t { return __ballot_sync(TBQ_WARP_ALL, map_word != 0) | 0x80000000u; };
-    uint32_t some      = EXACT ? some_of() : 0;
-    int      map_first = first;
+    auto     some_of = [&]() -> uint32_t { return __ballot_sync(TBQ_WARP_ALL, map_word != 0) | 0x80000000u; };
+    uint32_t some    = EXACT ? some_of() : 0;
 
     int stage = 0;
     for (int slice = first; slice < end; slice += WARPS) {
@@ -1089,12 +1088,11 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         if constexpr (EXACT) {
             if (some & 1) {
                 if (some == 1) {
-                    map_first = slice;
-                    map_word  = map_of(slice);
-                    some      = some_of();
+                    map_word = map_of(slice);
+                    some     = some_of();
                 }
                 // of tokens 2t, 2t + 1 bits 0 and 1, of 2t + 8, 2t + 9 bits 8 and 9
-                const uint32_t exact = __shfl_sync(TBQ_WARP_ALL, map_word, (slice - map_first) / WARPS) >> 2 * t;
+                const uint32_t exact = __shfl_sync(TBQ_WARP_ALL, map_word, __clz(some)) >> 2 * t;
                 seen                 = false;
 #pragma unroll
                 for (int j = 0; j < 4 * NG; j++) {

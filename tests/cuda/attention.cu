@@ -431,7 +431,8 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
 
 // Microseconds of a decode step's attention in each layer of a model: 32 query and 8 KV heads of 128, rows that the L2
 // cache does not hold, and a graph, because a CPU launches too slowly for an empty cache.  n_exact < 0: no list.
-static double time_decode(int k, int v, int n_kv, int n_exact) {
+// n_used: rows that the mask shows, of n_kv; 0: all.
+static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0) {
     const int          d = 128, n_head_kv = 8;
     tbq_attention_args a{};
     a.n_head_kv = n_head_kv, a.n_head = 32, a.n_q = a.n_seq = a.n_seq_kv = a.n_seq_mask = 1, a.n_kv = n_kv;
@@ -448,8 +449,13 @@ static double time_decode(int k, int v, int n_kv, int n_exact) {
     const int layers = std::max<int>(4, std::min<size_t>(256, (200u << 20) / (rows_k.size() + rows_v.size())));
     // the first four rows and the newest
     std::vector<int> cells(n_rows + (n_kv + 31) / 32, 0);
+    n_used = n_used ? n_used : n_kv;
     for (int j = 0; j < n_exact; j++) {
-        cells[j] = j < 4 ? j : n_kv - 1 - (j - 4);
+        if (j >= n_used) {
+            cells[j] = -1;
+            continue;
+        }
+        cells[j] = n_used <= n_exact ? j : j < 4 ? j : n_used - 1 - (j - 4);
         cells[n_rows + cells[j] / 32] |= (int) (1u << cells[j] % 32);
     }
     if (n_exact < 1) {
@@ -463,11 +469,12 @@ static double time_decode(int k, int v, int n_kv, int n_exact) {
         CHECK(cudaMemcpy(ek_dev.p + i * rows_e.size(), rows_e.data(), rows_e.size(), cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(ev_dev.p + i * rows_e.size(), rows_e.data(), rows_e.size(), cudaMemcpyHostToDevice));
     }
-    const std::vector<float>  q((size_t) d * a.n_head, 0.5f);
-    const std::vector<__half> mask(n_kv, __float2half(0.0f));
-    device_array<float>       q_dev(q), dst(q.size()), partial((size_t) a.n_head * 300 * (d + 2));
-    device_array<__half>      mask_dev(mask);
-    device_array<int>         cells_dev(cells);
+    const std::vector<float> q((size_t) d * a.n_head, 0.5f);
+    std::vector<__half>      mask(n_kv, __float2half(-INFINITY));
+    std::fill(mask.begin(), mask.begin() + n_used, __float2half(0.0f));
+    device_array<float>  q_dev(q), dst(q.size()), partial((size_t) a.n_head * 300 * (d + 2));
+    device_array<__half> mask_dev(mask);
+    device_array<int>    cells_dev(cells);
     a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
     if (n_exact >= 0) {
         a.cells       = cells_dev.p;
@@ -509,6 +516,14 @@ static double time_decode(int k, int v, int n_kv, int n_exact) {
 }
 
 static void time_exact() {
+    for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[3], PAIRS[6] }) {
+        for (int n_used : { 16, 64, 128 }) {
+            const double none = time_decode(pair[0], pair[1], 256, -1, n_used);
+            const double some = time_decode(pair[0], pair[1], 256, 149, n_used);
+            std::printf("%d/%d bits, %3d tokens of 256: %7.2f us; with 149 exact rows %7.2f us, %.3f\n", pair[0],
+                        pair[1], n_used, none, some, some / none);
+        }
+    }
     for (int n_kv : { 256, 4096, 32768, 131072 }) {
         for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[3], PAIRS[6] }) {
             const double none   = time_decode(pair[0], pair[1], n_kv, -1);
