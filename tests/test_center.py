@@ -939,6 +939,13 @@ def test_a_program_centers_by_itself(plain, made, tmp_path):
     assert difference(logits_of(exact), logits_of(first)) < difference(logits_of(exact), logits_of(uncentered))
 
 
+# no quantized type divides heads of 80
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if kind != "llama-h80"])
+def test_a_program_centers_models_of_each_kind(kind, plain, made):
+    log = plain(made(EXACT[kind], kind), k="q4_0", n_ctx=256)[1]
+    assert MEASURED in log and CENTERED in log and len(plain.kept) == 1
+
+
 @pytest.mark.parametrize("k", ["f16", "bf16", "f32"])
 def test_keys_that_are_not_quantized_are_left_alone(k, plain, made):
     model = made(biased, "K biases")

@@ -60,14 +60,8 @@ std::vector<llama_token> tokenize(const llama_vocab * vocab, const std::string &
     return tokens;
 }
 
-chunking cut(const llama_model * model, const common_center_job & job) {
-    const llama_vocab * vocab = llama_model_get_vocab(model);
-    chunking            chunks{ job.n_ctx, std::min(N_CHUNK, job.n_ctx), 0, llama_vocab_get_add_bos(vocab),
-                                tokenize(vocab, job.text) };
-    if (chunks.n_chunk <= N_SKIP) {
-        throw std::runtime_error(
-            string_format("a context of %u tokens is too short, %u are the least", job.n_ctx, N_SKIP + 1));
-    }
+chunking cut(const llama_vocab * vocab, const common_center_job & job, uint32_t n_chunk) {
+    chunking chunks{ job.n_ctx, n_chunk, 0, llama_vocab_get_add_bos(vocab), tokenize(vocab, job.text) };
     chunks.n_chunks =
         std::min((uint32_t) chunks.text.size() / chunks.n_text(), job.n_chunks > 0 ? job.n_chunks : N_CHUNKS);
     if (chunks.n_chunks == 0) {
@@ -78,11 +72,10 @@ chunking cut(const llama_model * model, const common_center_job & job) {
 }
 
 // Uncentered keys of f32, in few cells: the chunks overwrite each other.  The rest, RoPE for example, stays.
-void set_up(llama_context_params & cparams, const llama_model * model, const chunking & chunks,
-            llama_cache_center_stats ** stats) {
-    cparams.n_ctx                 = llama_cache_center_n_cells(model, chunks.n_ctx, chunks.n_chunk);
-    cparams.n_batch               = chunks.n_chunk;
-    cparams.n_ubatch              = chunks.n_chunk; // a window of attention may be shorter; the cells of one batch stay
+void set_up(llama_context_params & cparams, uint32_t n_cells, uint32_t n_chunk, llama_cache_center_stats ** stats) {
+    cparams.n_ctx                 = n_cells;
+    cparams.n_batch               = n_chunk;
+    cparams.n_ubatch              = n_chunk; // a window of attention may be shorter; the cells of one batch stay
     cparams.n_seq_max             = 1;
     cparams.n_rs_seq              = 0;
     cparams.n_outputs_max         = 1;
@@ -117,9 +110,13 @@ bool decode(llama_context * ctx, const std::vector<llama_token> & tokens, llama_
 
 common_center_ptr common_center_measure(llama_model * model, llama_context_params cparams,
                                         const common_center_job & job) {
-    const chunking             chunks   = cut(model, job);
+    const uint32_t n_chunk = std::min(N_CHUNK, job.n_ctx);
+    if (n_chunk <= N_SKIP) {
+        throw std::runtime_error(
+            string_format("a context of %u tokens is too short, %u are the least", job.n_ctx, N_SKIP + 1));
+    }
     llama_cache_center_stats * counting = nullptr;
-    set_up(cparams, model, chunks, &counting);
+    set_up(cparams, llama_cache_center_n_cells(model, job.n_ctx, n_chunk), n_chunk, &counting);
     const llama_context_ptr ctx{ llama_init_from_model(model, cparams) };
     if (!ctx) {
         throw std::runtime_error("no context for measuring, see above");
@@ -129,16 +126,19 @@ common_center_ptr common_center_measure(llama_model * model, llama_context_param
         throw std::runtime_error("there is nothing to measure, see above");
     }
     counting = stats.get();
+
+    const llama_vocab * vocab  = llama_model_get_vocab(model);
+    const chunking      chunks = cut(vocab, job, n_chunk); // long texts take a while
     for (uint32_t i = 0; i < chunks.n_chunks; ++i) {
         const llama_pos pos = chunks.pos(i);
-        if (!decode(ctx.get(), chunks.tokens(i, llama_model_get_vocab(model)), pos)) {
+        if (!decode(ctx.get(), chunks.tokens(i, vocab), pos)) {
             throw std::runtime_error(string_format("decoding failed at chunk %u", i));
         }
         if (llama_cache_center_stats_add(stats.get(), ctx.get(), pos + N_SKIP) <= 0) {
             throw std::runtime_error(string_format("the cache holds no keys of chunk %u", i));
         }
         if (job.on_chunk) {
-            job.on_chunk(stats.get(), i + 1, chunks.n_chunks, pos + chunks.n_chunk);
+            job.on_chunk(stats.get(), i + 1, chunks.n_chunks, pos + n_chunk);
         }
     }
     common_center_ptr res{ llama_cache_center_stats_get(stats.get(), ctx.get(), job.n_ctx) };

@@ -130,7 +130,7 @@ def main():
         for place, options in places.items():
             for k, v in PAIRS:
                 found = []
-                for center in ([], ["--cache-center", work / "center"]):
+                for center in ("none", work / "center"):
                     status, log = run(
                         args.bin / "llama-perplexity",
                         *common,
@@ -139,7 +139,8 @@ def main():
                         k,
                         "-ctv",
                         v,
-                        *center,
+                        "--cache-center",
+                        center,
                         "--kl-divergence",
                         "--kl-divergence-base",
                         work / "base",
@@ -147,7 +148,7 @@ def main():
                     found.append(divergence(status, log))
                     if found[-1] is None:
                         print(
-                            f"{place}, {k}/{v}{', centered' if center else ''}: status {status}:"
+                            f"{place}, {k}/{v}{'' if center == 'none' else ', centered'}: status {status}:"
                             f" {log.strip().splitlines()[-1] if log.strip() else ''}"
                         )
                 if None in found:  # some ways to split are not for every type; if one is, it is with a center too

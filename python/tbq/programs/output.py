@@ -118,7 +118,7 @@ def nothing_to_center(text: str) -> str | None:
 
 def center_not_written(text: str) -> bool:
     """Whether llama-cache-center could not write its file."""
-    return "llama_cache_center_stats_save: center" in text
+    return "llama_center_save: center" in text
 
 
 def is_too_large(error: str) -> bool:
