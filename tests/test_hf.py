@@ -824,7 +824,7 @@ def test_packed_states_decode_themselves():
     want = there_and_back(k, 4)
     for same in (keys + 0, keys.transpose(1, 2).transpose(1, 2), keys[:], torch.cat([keys], dim=2), keys.decoded()):
         assert type(same) is torch.Tensor and torch.equal(same, want)
-    assert torch.equal(keys.float().sum(), want.sum())
+    assert torch.equal(keys.float().sum(), want.sum()) and torch.equal(keys.mean(), want.mean())
 
 
 def test_attention_without_our_cache(model):
@@ -1187,6 +1187,18 @@ def test_a_center_that_cannot_be_kept(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert TBQCache(biased([16])).center.means
+
+
+def test_a_model_that_cannot_be_measured(folder, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_center, "_measure", fail)
+    model = biased([16])
+    with pytest.warns(UserWarning, match="^keys are not centered, the model cannot be measured: out of memory$"):
+        assert TBQCache(model).center is None
+    with pytest.raises(RuntimeError):
+        TBQCache(model, center=True)
 
 
 def test_center_by_name_and_none(folder, tmp_path):
