@@ -15,3 +15,19 @@ def check_exact_rows(recent: object, first: object) -> None:
     for name, rows in (("recent", recent), ("first", first)):
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
             raise TBQError(f"{name} is {rows!r}; it must be a whole number of rows, 0 or more")
+
+
+#: Bytes of a block of exact rows: 64 values and their scale (tbq8_0).
+BLOCK_BYTES = 68
+
+_SPARE = 16  # N_SPARE of llama-kv-exact.cpp
+
+
+def slots(recent: int, first: int, sequences: int, cells: int) -> int:
+    """The exact rows that a stream of llama.cpp's cache has room for.
+
+    sequences: those that share the stream.  cells: the rows of the stream.
+    """
+    if not recent and not first:
+        return 0
+    return min(sequences * (recent + first) + _SPARE + sequences, cells)
