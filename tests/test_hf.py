@@ -29,6 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 from tbq._key_biases import LARGE_BIAS  # noqa: E402
+from tbq._text import python_text  # noqa: E402
 from tbq.hf import KeyCenter, PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _center, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
 from tbq.kv_cache.key_biases import key_biases  # noqa: E402
@@ -1427,6 +1428,33 @@ def test_divergence_is_that_of_llama_cpp(demo, llama_cpp_divergence):
             )
             assert 0.6 * theirs[bits]["kld"] < kld < 1.25 * theirs[bits]["kld"]  # 254 scores
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
+
+
+def test_exact_rows_and_centers_of_the_demo_model(demo):
+    """Fed 16 tokens at a time: of a long prompt nothing would be packed for itself."""
+    _, tokenizer, model = demo
+    ids = tokenizer(python_text().decode()[40000:50000], return_tensors="pt").input_ids[:, :448]
+    torch.set_num_threads(2)
+    center = KeyCenter.measure(model, tokenizer)
+
+    def scores(cache, implementation="tbq"):
+        forward(model, ids[:, :320], cache, implementation)
+        parts = [forward(model, ids[:, i : i + 16], cache, implementation) for i in range(320, 448, 16)]
+        return torch.cat(parts, 1).double().log_softmax(-1)
+
+    base = scores(DynamicCache(config=model.config), "sdpa")
+    kld = {
+        name: float((base.exp() * (base - scores(TBQCache(model.config, 3, 3, **options)))).sum(-1).mean())
+        for name, options in {
+            "packed": NO_ROWS,
+            "centered": {"center": center, **NO_ROWS},
+            "exact rows": {},
+            "both": {"center": center},
+        }.items()
+    }
+    print({name: f"{each:.4f}" for name, each in kld.items()})
+    assert kld["centered"] < 0.8 * kld["packed"] and kld["exact rows"] < 0.2 * kld["packed"]
+    assert kld["both"] < kld["exact rows"]
 
 
 def test_biases_of_the_demo_model(demo):
