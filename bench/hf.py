@@ -73,6 +73,7 @@ def time_cpu_layer(n_kv, figures):
     from transformers.cache_utils import DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    from tbq._exact_rows import FIRST, RECENT
     from tbq.hf import TBQLayer, attention
 
     torch.set_num_threads(1)
@@ -86,6 +87,8 @@ def time_cpu_layer(n_kv, figures):
                 "tbq4_0, decoded": (TBQLayer(4, 4, None, size // 2), sdpa_attention_forward),
                 "tbq4_0, from blocks": (TBQLayer(4, 4, blocks, size // 2), attention),
                 "tbq3_0, from blocks": (TBQLayer(3, 3, blocks, size // 2), attention),
+                "tbq4_0, from blocks, exact rows": (TBQLayer(4, 4, blocks, size // 2, RECENT, FIRST), attention),
+                "tbq3_0, from blocks, exact rows": (TBQLayer(3, 3, blocks, size // 2, RECENT, FIRST), attention),
             }
             k, q = torch.randn(1, 8, n_kv, size).to(dtype), torch.randn(1, 32, 1, size).to(dtype)
             times = {kind: [] for kind in kinds}
@@ -189,6 +192,7 @@ def measure_model(args, device, batch, figures):
     for bits in args.bits:
         kinds[f"tbq{bits}_0"] = lambda bits=bits: TBQCache(config, bits, bits)
         kinds[f"tbq{bits}_0 fused"] = kinds[f"tbq{bits}_0"]
+        kinds[f"tbq{bits}_0 packed fused"] = lambda bits=bits: TBQCache(config, bits, bits, recent=0, first=0)
     runs = [Run(model, kind, prompt, make) for kind, make in kinds.items()]
     with torch.inference_mode():
         for measured in (False, True):  # compiles, and allocates what libraries keep
@@ -211,7 +215,7 @@ def measure_model(args, device, batch, figures):
             f" {args.tokens}; {args.rounds} rounds of {args.new} tokens"
         )
         print(
-            f"{'cache':18} {'ms/token':>9} {'of Dynamic':>10} {'spread':>7} {'cache MB':>9} {'ratio':>6} {'step MB':>8}"
+            f"{'cache':19} {'ms/token':>9} {'of Dynamic':>10} {'spread':>7} {'cache MB':>9} {'ratio':>6} {'step MB':>8}"
             f" {'KLD':>9}"
         )
         for run in runs:
@@ -223,7 +227,7 @@ def measure_model(args, device, batch, figures):
                 .mean()
             )
             print(
-                f"{run.kind:18} {ms:9.3f} {ms / base_ms:10.3f} {max(run.times) / min(run.times) - 1:7.1%}"
+                f"{run.kind:19} {ms:9.3f} {ms / base_ms:10.3f} {max(run.times) / min(run.times) - 1:7.1%}"
                 f" {run.bytes / 1e6:9.1f} {ratio:6.3f} {run.peak / 1e6:8.1f} {kld:9.2e}",
                 flush=True,
             )

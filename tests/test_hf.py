@@ -29,6 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 from tbq._key_biases import LARGE_BIAS  # noqa: E402
+from tbq._text import python_text  # noqa: E402
 from tbq.hf import KeyCenter, PackedStates, TBQCache, TBQLayer, TBQSlidingLayer, _attention, _center, _cpu  # noqa: E402
 from tbq.hf._cache import constant_part  # noqa: E402
 from tbq.kv_cache.key_biases import key_biases  # noqa: E402
@@ -824,7 +825,7 @@ def test_packed_states_decode_themselves():
     want = there_and_back(k, 4)
     for same in (keys + 0, keys.transpose(1, 2).transpose(1, 2), keys[:], torch.cat([keys], dim=2), keys.decoded()):
         assert type(same) is torch.Tensor and torch.equal(same, want)
-    assert torch.equal(keys.float().sum(), want.sum())
+    assert torch.equal(keys.float().sum(), want.sum()) and torch.equal(keys.mean(), want.mean())
 
 
 def test_attention_without_our_cache(model):
@@ -1189,6 +1190,18 @@ def test_a_center_that_cannot_be_kept(monkeypatch, tmp_path):
     assert TBQCache(biased([16])).center.means
 
 
+def test_a_model_that_cannot_be_measured(folder, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_center, "_measure", fail)
+    model = biased([16])
+    with pytest.warns(UserWarning, match="^keys are not centered, the model cannot be measured: out of memory$"):
+        assert TBQCache(model).center is None
+    with pytest.raises(RuntimeError):
+        TBQCache(model, center=True)
+
+
 def test_center_by_name_and_none(folder, tmp_path):
     model = biased([16, 16])
     path = tmp_path / "model.center"
@@ -1388,7 +1401,10 @@ def llama_cpp_divergence(tmp_path_factory):
 
 
 def test_divergence_is_that_of_llama_cpp(demo, llama_cpp_divergence):
-    """With the text and the chunks of llama-perplexity, and its scores: the second half of each chunk."""
+    """With the text and the chunks of llama-perplexity, and its scores: the second half of each chunk.
+
+    Both read packed rows and keys that are not centered.
+    """
     _, tokenizer, model = demo
     text, base_ppl, theirs = llama_cpp_divergence
     torch.set_num_threads(2)
@@ -1404,7 +1420,7 @@ def test_divergence_is_that_of_llama_cpp(demo, llama_cpp_divergence):
     assert perplexity(base) == pytest.approx(base_ppl, rel=0.02)  # llama.cpp rounds activations to 8 bits
     for implementation in ("sdpa", "tbq"):
         for bits in PAIR_BITS:
-            ours = scores(TBQCache(model.config, *bits), implementation)
+            ours = scores(TBQCache(model.config, *bits, **NO_ROWS), implementation)
             kld = float((base.exp() * (base - ours)).sum(-1).mean())
             print(
                 f"{implementation} {bits}: KLD {kld:.4f}, llama.cpp {theirs[bits]['kld']:.4f}; "
@@ -1412,6 +1428,33 @@ def test_divergence_is_that_of_llama_cpp(demo, llama_cpp_divergence):
             )
             assert 0.6 * theirs[bits]["kld"] < kld < 1.25 * theirs[bits]["kld"]  # 254 scores
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
+
+
+def test_exact_rows_and_centers_of_the_demo_model(demo):
+    """Fed 16 tokens at a time: of a long prompt nothing would be packed for itself."""
+    _, tokenizer, model = demo
+    ids = tokenizer(python_text().decode()[40000:50000], return_tensors="pt").input_ids[:, :448]
+    torch.set_num_threads(2)
+    center = KeyCenter.measure(model, tokenizer)
+
+    def scores(cache, implementation="tbq"):
+        forward(model, ids[:, :320], cache, implementation)
+        parts = [forward(model, ids[:, i : i + 16], cache, implementation) for i in range(320, 448, 16)]
+        return torch.cat(parts, 1).double().log_softmax(-1)
+
+    base = scores(DynamicCache(config=model.config), "sdpa")
+    kld = {
+        name: float((base.exp() * (base - scores(TBQCache(model.config, 3, 3, **options)))).sum(-1).mean())
+        for name, options in {
+            "packed": NO_ROWS,
+            "centered": {"center": center, **NO_ROWS},
+            "exact rows": {},
+            "both": {"center": center},
+        }.items()
+    }
+    print({name: f"{each:.4f}" for name, each in kld.items()})
+    assert kld["centered"] < 0.8 * kld["packed"] and kld["exact rows"] < 0.2 * kld["packed"]
+    assert kld["both"] < kld["exact rows"]
 
 
 def test_biases_of_the_demo_model(demo):

@@ -226,8 +226,6 @@ def module() -> str:
         "",
         "# by bits: bytes of a block, a half and the levels of 64 values",
         "BLOCK_BYTES = {" + ", ".join(f"{bits}: {2 + 8 * bits}" for bits in BITS) + "}",
-        "# bytes of a block of an exact row (tbq8_0): a float and 64 bytes",
-        "EXACT_BLOCK_BYTES = 68",
         "",
         "# by bits: the codebook, ascending; thresholds of the positive half for each scale of the search",
         "LEVELS = {",

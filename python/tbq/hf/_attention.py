@@ -47,7 +47,7 @@ def attention(
     if (
         isinstance(key, PackedStates)
         and isinstance(value, PackedStates)
-        and (key.mean is None or not softcap and s_aux is None)  # these see a constant that all logits have in common
+        and (key.key_mean is None or not softcap and s_aux is None)  # these see a constant that all logits share
         and _kernels_take(query, key, value, softcap, s_aux)
     ):
         query = query if query.stride(3) == 1 else query.contiguous()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tbq import _exact_rows
 from tbq.errors import TBQError
 from tbq.hf import _tables
 
@@ -16,7 +17,7 @@ ROOM = 64
 #: The bits of exact rows.
 EXACT = 8
 #: By bits: the bytes of a block of 64 values.
-BLOCK_BYTES = {**_tables.BLOCK_BYTES, EXACT: _tables.EXACT_BLOCK_BYTES}
+BLOCK_BYTES = {**_tables.BLOCK_BYTES, EXACT: _exact_rows.BLOCK_BYTES}
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
     center: the mean of the model's keys is subtracted from them, and the encoder puts its error where queries read
     least (docs/design/centering.md).  True measures both by running the model once, which needs the model instead of
     its config; the result is kept in the user's folder for caches.  A KeyCenter or the path of one; False: not
-    centered.  None: True if the model is given, False if it is its config.
+    centered.  None: centered if the model is given and can be measured.
     Without a center, keys with large biases (Qwen2, Qwen2.5) degrade badly.  The first prompt of GROUP tokens or more
     is checked with the planner's rule (tbq._key_biases).  If its keys have such biases, a UserWarning says so once,
     after the last layer.
@@ -89,7 +89,7 @@ class TBQCache(DynamicCache):  # type: ignore[misc]
         self._name, self._last = "this model", -1
         if config is None and center:
             raise TBQError("center needs the model or its config: TBQCache(model, ...)")
-        self.center = load_center(model is not None if center is None else center, model) if k_bits else None
+        self.center = load_center(center, model) if k_bits else None
         super().__init__(config=config)
         if config is None:
             self.layer_class_to_replicate = functools.partial(TBQLayer, k_bits, v_bits, recent=recent, first=first)

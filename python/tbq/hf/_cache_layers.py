@@ -24,7 +24,7 @@ class PackedStates(torch.Tensor):
     bits: int
     rotary_half: int  #: half: channels c and c + half, of the first 2 half channels, are stored next to each other
     exact: ExactRows | None  #: the rows that are read instead of packed ones
-    mean: torch.Tensor | None  #: float32 (heads, size): what was subtracted from the keys
+    key_mean: torch.Tensor | None  #: float32 (heads, size): what was subtracted from the keys
 
     @staticmethod
     def __new__(
@@ -35,13 +35,13 @@ class PackedStates(torch.Tensor):
         dtype: torch.dtype,
         half: int,
         exact: ExactRows | None = None,
-        mean: torch.Tensor | None = None,
+        key_mean: torch.Tensor | None = None,
     ) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
         self: PackedStates = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device
         )
-        self.packed, self.bits, self.rotary_half, self.exact, self.mean = packed, bits, half, exact, mean
+        self.packed, self.bits, self.rotary_half, self.exact, self.key_mean = packed, bits, half, exact, key_mean
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -68,7 +68,7 @@ class PackedStates(torch.Tensor):
 
         states = decode_rows(decode, self.packed, self.bits, self.exact)
         # its rounding to their dtype is one more constant, which softmax does not see
-        return states if self.mean is None else states.add_(self.mean[:, None].to(self.dtype))
+        return states if self.key_mean is None else states.add_(self.key_mean[:, None].to(self.dtype))
 
 
 def decode_rows(

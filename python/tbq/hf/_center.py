@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ class KeyCenter:
         means: dict[int, torch.Tensor] = {}
         energies: dict[int, torch.Tensor] = {}
         try:
-            with safe_open(os.fspath(path), "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(os.fspath(path), "pt") as file:
                 if (file.metadata() or {}).get("tbq_key_center") != "1":
                     raise TBQError(f"{os.fspath(path)} holds no means of keys; KeyCenter.save() makes such a file")
                 for name in file.keys():  # noqa: SIM118
@@ -254,8 +255,17 @@ def weights_of(energy: torch.Tensor) -> torch.Tensor:
     return weight.reshape(heads, size).contiguous()
 
 
-def load_center(center: "bool | str | os.PathLike[str] | KeyCenter", model: Any) -> KeyCenter | None:
-    """Returns the center that TBQCache's argument names.  model: None if there is only its config."""
+def load_center(center: "bool | str | os.PathLike[str] | KeyCenter | None", model: Any) -> KeyCenter | None:
+    """Returns the center that TBQCache's argument names.  model: None if there is only its config.
+
+    Where nobody asked for a center (None), a model that cannot be measured has none, and a warning says why.
+    """
+    if center is None:
+        try:
+            return center_of_model(model) if model is not None else None
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            warnings.warn(f"keys are not centered, the model cannot be measured: {error}", stacklevel=3)
+            return None
     if isinstance(center, KeyCenter):
         return center
     if isinstance(center, (str, os.PathLike)):

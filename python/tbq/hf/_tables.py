@@ -15,8 +15,6 @@ F16_NAN = 0x7E00
 
 # by bits: bytes of a block, a half and the levels of 64 values
 BLOCK_BYTES = {2: 18, 3: 26, 4: 34}
-# bytes of a block of an exact row (tbq8_0): a float and 64 bytes
-EXACT_BLOCK_BYTES = 68
 
 # by bits: the codebook, ascending; thresholds of the positive half for each scale of the search
 LEVELS = {
