@@ -24,7 +24,11 @@ from tbq.kv_cache.type_pairs import TypePair
 
 SMALL = ("--context", "256", "--chunks", "2", "--threads", "2")
 TYPES = ("f16", "q4_0", "tbq4_0", "tbq4_0/tbq3_0", "tbq2_0")
-ROWS = tuple(row for name in TYPES for row in (name, f"{name} centered")[: 1 + (name != "f16")])
+ROWS = tuple(
+    row
+    for name in TYPES
+    for row in (name, f"{name} centered", f"{name} centered exact")[: 1 + (name != "f16") + name.startswith("tbq")]
+)
 
 
 def run(*arguments, **more):
@@ -96,7 +100,8 @@ def test_figures(found):
     """The figures are those that tests/test_llama_perplexity.py gets for this model in another way."""
     pairs = found["pairs"]
     assert list(pairs) == list(ROWS) and found["failures"] == {}
-    assert all(pair["centered"] == name.endswith(" centered") for name, pair in pairs.items())
+    assert all(pair["centered"] == (" centered" in name) for name, pair in pairs.items())
+    assert all(pair["exact"] == name.endswith(" exact") for name, pair in pairs.items())
     kld = {name: pair["kld"]["mean"] for name, pair in pairs.items()}
     assert abs(kld["f16"]) < 1e-4 and pairs["f16"]["same_top"]["mean"] == 1
     assert 0.001 < kld["tbq4_0"] < kld["q4_0"] < 0.1 and kld["tbq4_0"] < kld["tbq4_0/tbq3_0"] < kld["tbq2_0"] < 1.1
@@ -112,6 +117,7 @@ def test_figures(found):
     ]
     # 254 scores cannot tell small gains from noise, so only large gains are compared
     assert kld["tbq2_0 centered"] < 0.8 * kld["tbq2_0"]
+    assert kld["tbq2_0 centered exact"] < 0.5 * kld["tbq2_0 centered"]
 
 
 @pytest.mark.parametrize("k,v", [("f16", "f16"), ("tbq4_0", "tbq3_0")])

@@ -65,8 +65,10 @@ def pair_arguments(
     model: pathlib.Path, pair: TypePair, context: int, threads: int, options: Sequence[str]
 ) -> list[str]:
     """Arguments of a run that compares a pair with BASE."""
-    center = ["--cache-center", CENTER if pair.centered else "none"]
-    files = ["--kl-divergence", "--kl-divergence-base", BASE, *center]
+    cache = ["--cache-center", CENTER if pair.centered else "none"]
+    if pair.has_tbq and not pair.exact:
+        cache += ["--cache-recent", "0", "--cache-first", "0"]
+    files = ["--kl-divergence", "--kl-divergence-base", BASE, *cache]
     return [*_common_arguments(model, context, threads, options), *files, "-ctk", pair.k, "-ctv", pair.v]
 
 

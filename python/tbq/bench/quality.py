@@ -57,7 +57,8 @@ class Quality:
     @property
     def has_both(self) -> bool:
         """Whether a pair was measured both with and without centered keys."""
-        return any(pair.centered and dataclasses.replace(pair, centered=False) in self.scores for pair in self.scores)
+        plain = [dataclasses.replace(pair, centered=False, exact=False) for pair in self.scores if pair.centered]
+        return any(pair in self.scores for pair in plain)
 
     @property
     def scored(self) -> int:
@@ -95,6 +96,7 @@ def measure(
     scratch: pathlib.Path | None = None,
     center_text: bytes | None = None,
     text_name: str = "the text",
+    ubatch: int | None = None,
 ) -> Quality:
     """Compares pairs with an f16 cache, on the first `chunks` times `context` tokens of a text.
 
@@ -103,6 +105,8 @@ def measure(
     are removed at the end.
     center_text: the text that the means of the keys are measured on, for centered pairs; Python's language reference if
     None.  It must not be the text that is scored.  text_name: the name of the text in messages.
+    ubatch: tokens that are read at once with a pair, llama.cpp's 512 if None.  Their rows are exact for each other where
+    rows are; 16 is like generating, 512 like a prompt.
 
     A pair that llama.cpp refuses is in the failures.  If the keys of the model cannot be centered, the centered pairs
     are left out, with a warning.  An interruption ends the measurement; the report has what is finished.
@@ -130,7 +134,8 @@ def measure(
                 bar.set_description(str(pair))
                 if pair.centered and not centers:
                     continue
-                report.commands.append(pair_arguments(model.path, pair, context, threads, options))
+                at_once = [] if ubatch is None else ["-ub", str(ubatch)]
+                report.commands.append(pair_arguments(model.path, pair, context, threads, [*at_once, *options]))
                 try:
                     report.scores[pair], report.base_ppl = score_pair(folder, report.commands[-1], show(i + 1))
                 except TBQError as error:
@@ -226,6 +231,7 @@ def as_json(report: Quality, identity: dict[str, str]) -> str:
     pairs = {
         str(pair): {
             "centered": pair.centered,
+            "exact": pair.exact,
             "bits_k": pair.bits[0],
             "bits_v": pair.bits[1],
             "bytes_per_token": pair.bytes(cache) if cache else None,
@@ -246,12 +252,14 @@ def as_json(report: Quality, identity: dict[str, str]) -> str:
     return json.dumps(plain(everything), indent=2, ensure_ascii=False)
 
 
-#: The series of the picture: whether a type is a tbq type, whether keys are centered, label, color, marker.
+#: The series of the picture: whether a type is a tbq type, keys are centered, and rows are exact; label, color, marker.
 _SERIES = (
-    (False, False, "llama.cpp's types", "tab:gray", "s"),
-    (False, True, "llama.cpp's types, keys centered", "tab:brown", "D"),
-    (True, False, "with tbq types", "tab:cyan", "^"),
-    (True, True, "with tbq types, keys centered", "tab:blue", "o"),
+    (False, False, False, "llama.cpp's types", "tab:gray", "s"),
+    (False, True, False, "llama.cpp's types, keys centered", "tab:brown", "D"),
+    (True, False, False, "with tbq types", "tab:cyan", "^"),
+    (True, True, False, "with tbq types, keys centered", "tab:blue", "o"),
+    (True, False, True, "with tbq types, exact rows", "tab:olive", "v"),
+    (True, True, True, "with tbq types, keys centered, exact rows", "tab:green", "P"),
 )
 
 
@@ -261,11 +269,11 @@ def picture(report: Quality, title: str, format: str) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for has_tbq, centered, label, color, marker in _SERIES:
+    for has_tbq, centered, exact, label, color, marker in _SERIES:
         points = [
             (sum(pair.bits) / 2, score.kld, str(pair).partition(" ")[0])
             for pair, score in report.scores.items()
-            if (pair.has_tbq, pair.centered) == (has_tbq, centered)
+            if (pair.has_tbq, pair.centered, pair.exact) == (has_tbq, centered, exact)
             and score.kld.mean > 0
             and pair != TypePair("f16", "f16")
         ]
@@ -273,7 +281,7 @@ def picture(report: Quality, title: str, format: str) -> bytes:
         if points:
             bits, means, errors = zip(*((bits, kld.mean, kld.error) for bits, kld, _ in points))
             axes.errorbar(bits, means, errors, label=label, color=color, marker=marker, capsize=3, linewidth=1)
-        if not centered or not report.has_both:
+        if not exact and (not centered or not report.has_both):
             _write_names(axes, points, has_tbq, color)
     axes.set(
         yscale="log",

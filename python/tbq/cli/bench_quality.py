@@ -33,6 +33,16 @@ def _add_centered(pairs: list[TypePair]) -> list[TypePair]:
     return found
 
 
+def _add_exact(pairs: list[TypePair]) -> list[TypePair]:
+    """The pairs, each of a tbq type followed by the same pair with exact rows; only the centered one if there are both."""
+    found = []
+    for pair in pairs:
+        found.append(pair)
+        if pair.has_tbq and (pair.centered or dataclasses.replace(pair, centered=True) not in pairs):
+            found.append(dataclasses.replace(pair, exact=True))
+    return found
+
+
 def _identify(args: argparse.Namespace, text: bytes) -> dict[str, str]:
     """What was measured, and with which versions."""
     source = args.text.name if args.text else f"topics of the language reference of Python {platform.python_version()}"
@@ -65,6 +75,8 @@ def _run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         pairs = [pair for pair in pairs if not pair.centered]
+    if not args.no_exact:
+        pairs = _add_exact(pairs)
     with interruptible():
         print(
             f"tbq: {base_bytes(args.context, args.chunks, model.vocab) / 1e6:.0f} MB of probabilities of the f16 cache "
@@ -83,6 +95,7 @@ def _run(args: argparse.Namespace) -> int:
             args.scratch,
             None if args.text else text[half:],
             f"text {str(args.text)!r}" if args.text else "Python's language reference",
+            args.ubatch,
         )
         if report.scores:
             print(as_json(report, identity) if args.json else as_text(report, identity))
@@ -105,6 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="GGUF", help="the model")
     parser.add_argument("--types", default=TYPES, metavar="K/V,...", help="cache types (%(default)s)")
     parser.add_argument("--no-center", action="store_true", help="leave out the rows with centered keys")
+    parser.add_argument("--no-exact", action="store_true", help="leave out the measurements with exact rows")
+    parser.add_argument(
+        "--ubatch",
+        type=at_least_one,
+        metavar="N",
+        help="tokens that are read at once: 16 is like generating, llama.cpp's 512 like a prompt",
+    )
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE", help="UTF-8 text to read (topics of Python's language reference)"
     )

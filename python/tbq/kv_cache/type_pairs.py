@@ -21,9 +21,11 @@ class TypePair:
     k: str
     v: str
     centered: bool = False  #: keys are stored minus their means
+    exact: bool = False  #: the newest and the first rows are kept in 8 bits as well
 
     def __str__(self) -> str:
-        return (self.k if self.k == self.v else f"{self.k}/{self.v}") + (" centered" if self.centered else "")
+        types = self.k if self.k == self.v else f"{self.k}/{self.v}"
+        return types + " centered" * self.centered + " exact" * self.exact
 
     @property
     def may_be_centered(self) -> bool:
