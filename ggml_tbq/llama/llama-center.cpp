@@ -136,6 +136,13 @@ static ggml_tensor * upload(llama_kv_center & center, ggml_backend_buffer_type_t
     return t;
 }
 
+const std::string llama_kv_center::ROTATED(64, '0');
+
+// With heads of two blocks it makes hardly a difference: docs/measurements/centering.md.
+bool llama_kv_center_rotates(const llama_hparams & hparams) {
+    return hparams.rope_type == LLAMA_ROPE_TYPE_NEOX && hparams.n_embd_head_k() >= 4 * TBQ_BLOCK;
+}
+
 void llama_kv_cache::set_center(const llama_center * means, const std::string & hash) {
     if (means && other) {
         throw std::runtime_error("this context reads the cache of another one");
@@ -144,6 +151,16 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
         layer.center = {};
     }
     center = {};
+    if (!other && !layers.empty() && ggml_is_tbq(type_k())) {
+        attn_rot_k  = !means && !attn_rot_hadamard.empty() && llama_kv_center_rotates(hparams);
+        center.hash = attn_rot_k ? llama_kv_center::ROTATED : "";
+        for (auto & layer : layers) {
+            if (attn_rot_k && layer.k->ne[0] > 0) { // no channel of a rotated key costs more than another
+                layer.center.weight = upload(center, ggml_backend_buffer_get_type(layer.k->buffer), layer.k->name,
+                                             std::vector<float>(layer.k->ne[0], 1.0f), hparams.no_alloc);
+            }
+        }
+    }
     if (!means) {
         return;
     }
@@ -224,7 +241,9 @@ void llama_kv_center::state_read(llama_io_read_i & io, uint32_t & n_stream) cons
         }
     }
     if (saved != hash) {
-        const auto name = [](const std::string & h) { return h.empty() ? std::string("none") : h.substr(0, 12); };
+        const auto name = [](const std::string & h) {
+            return h.empty() ? std::string("none") : h == ROTATED ? std::string("none, rotated") : h.substr(0, 12);
+        };
         throw std::runtime_error(
             format("this state was saved with a different calibration file (hash %s; this context: %s)",
                    name(saved).c_str(), name(hash).c_str()));

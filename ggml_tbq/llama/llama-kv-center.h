@@ -12,6 +12,11 @@
 
 class llama_io_read_i;
 class llama_io_write_i;
+struct llama_hparams;
+
+// Whether the graph rotates the keys of a tbq cache across the whole head, as it does for other quantized types, while
+// they are not centered: where a head has many blocks, and RoPE pairs channels of different ones.
+bool llama_kv_center_rotates(const llama_hparams & hparams);
 
 // Of one layer.  A layer without means returns every tensor as it is.
 struct llama_kv_center_layer {
@@ -31,6 +36,9 @@ struct llama_kv_center_layer {
 
 // Of a cache.
 struct llama_kv_center {
+    // in place of a hash: keys that are not centered, and rotated by the graph
+    static const std::string ROTATED;
+
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs; // of the layers' means
     std::string                                                       hash; // of their file; empty without means
 
