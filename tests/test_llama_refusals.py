@@ -107,9 +107,10 @@ def test_misspelled_type(bin_dir, demo_model, program, option):
     assert {*TBQ, *PLAIN} == allowed(out), out
 
 
-def test_activation_type_is_no_cache_type(bin_dir, demo_model):
-    """The type inside dot products is never stored, so no user may choose it."""
-    done = run(bin_dir / "llama-completion", "-m", demo_model, "-ctk", "tbq8_act", ok=False, timeout=30)
+@pytest.mark.parametrize("name", ["tbq8_act", "tbq8_0"])
+def test_inner_types_are_no_cache_types(bin_dir, demo_model, name):
+    """The types inside dot products and of exact rows are no user's choice."""
+    done = run(bin_dir / "llama-completion", "-m", demo_model, "-ctk", name, ok=False, timeout=30)
     assert done.returncode not in (0, -6, -11)
     assert allowed(done.stdout + done.stderr) == {*TBQ, *PLAIN}
 
@@ -142,8 +143,8 @@ def test_unknown_type_in_a_file(bin_dir, tmp_path, type_id):
 
 
 @pytest.mark.parametrize("type_id,name", [(645, "tbq8_0"), (648, "tbq8_act"), (9, "q8_1"), (15, "q8_K")])
-def test_activation_type_in_a_file(bin_dir, tmp_path, type_id, name):
-    """These types are made of activations on the fly and cannot be converted to float.
+def test_inner_type_in_a_file(bin_dir, tmp_path, type_id, name):
+    """These types are made of activations on the fly, or are those of exact rows in a cache.
 
     So weights of such a type mean a corrupt file.
     """
