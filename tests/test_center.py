@@ -931,12 +931,6 @@ def test_a_program_centers_by_itself(plain, made, tmp_path):
     assert plain.kept == [kept]
     uncentered, log = plain(model, "--cache-center", "none")
     assert uncentered != first and not said(log)
-    exact = plain(model, k="f32")[0]
-
-    def logits_of(base):  # behind the head and the tokens: 16 bits each
-        return np.frombuffer(base[20 + 4 * 512 :], "<u2").astype(float)
-
-    assert difference(logits_of(exact), logits_of(first)) < difference(logits_of(exact), logits_of(uncentered))
 
 
 # no quantized type divides heads of 80
