@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     cudaGridDependencySynchronize();
 #endif
 
-    // Exact rows: slices of this warp, counted from the last warp, because the first ones have a slice more of the others.
+    // Exact rows: slices of this warp, counted from the last warp, because the first have a slice more of the rest.
     const int exact_first = EXACT ? blockIdx.x * a.exact_per_split + WARPS - 1 - warp : 0;
     const int exact_end = EXACT ? min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE) : 0;
     const int * const  cells = EXACT ? a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32) : nullptr;

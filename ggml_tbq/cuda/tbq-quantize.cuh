@@ -447,8 +447,8 @@ struct tbq_encode_args {
     const float * mean;                                     // of a row of keys, subtracted first; null: zeros
     const float * weight; // of the error in each channel, equal in pairs of neighbors; null: guessed from the block
 
-    // Exact rows, tbq8_0: row number i of the source, counted over all dimensions, becomes row slots[i] too, unless that
-    // is -1.  slots is null where there are none.
+    // Exact rows, tbq8_0: row number i of the source, counted over all dimensions, becomes row slots[i] too, unless
+    // that is -1.  slots is null where there are none.
     char *      exact;
     long long   exact_nb1;
     const int * slots;

@@ -530,7 +530,8 @@ static void time_exact() {
             const double no_row = time_decode(pair[0], pair[1], n_kv, 0);
             const double some   = time_decode(pair[0], pair[1], n_kv, 149);
             std::printf(
-                "%d/%d bits, %6d tokens: %7.2f us; with an empty list %7.2f us, %.3f; with 149 exact rows %7.2f us, %.3f\n",
+                "%d/%d bits, %6d tokens: %7.2f us; with an empty list %7.2f us, %.3f; with 149 exact rows %7.2f us, "
+                "%.3f\n",
                 pair[0], pair[1], n_kv, none, no_row, no_row / none, some, some / none);
         }
     }
