@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Logits of a model after a scenario, with the pinned bindings, in a separate process: exact_logits.py SPEC.json OUT.npy
+"""Logits of a model after a scenario, with the pinned bindings, as a process: exact_logits.py SPEC.json OUT.npy
 
 SPEC has these keys. model. type_k, type_v. recent, first: rows that are kept in 8 bits as well. sequences, unified.
 context: fields of llama_context_params. steps: a list of

@@ -218,9 +218,7 @@ def test_a_short_window(model_f16, tmp_path):
         shape = {"recent": window[0], "first": window[1]}
         expected, _ = logits(tmp_path, model_f16, first + rest, k="f32", v="f32", recent=0)
         at_once = divergence(expected, logits(tmp_path, model_f16, first + rest, **shape)[0])
-        last = divergence(
-            expected[-1:], logits(tmp_path, model_f16, first + one_by_one(16, 260), **shape)[0]
-        )
+        last = divergence(expected[-1:], logits(tmp_path, model_f16, first + one_by_one(16, 260), **shape)[0])
         found[window] = (at_once, last)
     assert found[128, 4][0] < found[32, 4][0] < found[0, 0][0] / 2, found
     assert found[128, 4][1] < found[0, 0][1] / 2, found
@@ -293,7 +291,8 @@ def test_log_and_memory(demo_model, bin_dir):
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "tbq4_0", "-ctv", "tbq4_0", *default, n=1, n_ctx=1024)
     rows = slots(RECENT, FIRST, 1, 1024)
     size = rows * 2 * 30 * 192 // 64 * 68 / 2**20
-    assert f"the newest {RECENT} and the first {FIRST} rows of a sequence are kept in 8 bits: 30 layers, {size:.2f} MiB" in log
+    rows = f"the newest {RECENT} and the first {FIRST} rows of a sequence are kept in 8 bits"
+    assert f"{rows}: 30 layers, {size:.2f} MiB" in log
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "q8_0", "-ctv", "q8_0", *default, n=1)
     assert "kept in 8 bits" not in log
     text = " ".join(run(bin_dir / "llama-completion", "--help").stdout.split())

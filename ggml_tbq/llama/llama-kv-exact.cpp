@@ -48,8 +48,8 @@ void llama_kv_exact::init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t
     res.n_first  = n_first;
     res.n_seq    = kv.n_stream == 1 ? kv.n_seq_max : 1;
     res.n_spare  = N_SPARE + res.n_seq;
-    res.n_slots  = (uint32_t) std::min((uint64_t) res.n_seq * ((uint64_t) n_recent + n_first) + res.n_spare,
-                                       (uint64_t) n_rows);
+    res.n_slots =
+        (uint32_t) std::min((uint64_t) res.n_seq * ((uint64_t) n_recent + n_first) + res.n_spare, (uint64_t) n_rows);
     res.slots.assign(kv.n_stream, std::vector<slot>(res.n_slots));
     res.slot_of.assign(kv.n_stream, std::vector<int32_t>(kv.get_size(), -1));
 
@@ -130,8 +130,7 @@ void llama_kv_exact::clear() {
     }
 }
 
-void llama_kv_exact::forget(const std::vector<llama_seq_id> &          strm,
-                            const std::vector<std::vector<uint32_t>> & idxs) {
+void llama_kv_exact::forget(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs) {
     for (size_t s = 0; *this && s < strm.size(); ++s) {
         for (const uint32_t cell : idxs[s]) {
             if (slot_of[strm[s]][cell] >= 0) {
@@ -247,8 +246,7 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
             }
         }
         rows.resize(n_slots);
-        std::sort(rows.begin(), rows.end(),
-                  [](const candidate & a, const candidate & b) { return a.token < b.token; });
+        std::sort(rows.begin(), rows.end(), [](const candidate & a, const candidate & b) { return a.token < b.token; });
     }
     std::vector<int32_t> res(idxs.size(), -1);
     uint32_t             next = 0;
@@ -259,9 +257,9 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
         while (slots[strm][next].cell >= 0) {
             ++next;
         }
-        const uint32_t cell    = idxs[row.token];
-        slots[strm][next]      = { (int32_t) cell, row.need == 2 };
-        slot_of[strm][cell]    = (int32_t) next;
+        const uint32_t cell     = idxs[row.token];
+        slots[strm][next]       = { (int32_t) cell, row.need == 2 };
+        slot_of[strm][cell]     = (int32_t) next;
         res[(size_t) row.token] = (int32_t) next;
     }
     return res;
@@ -276,12 +274,9 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
 // the slots as they were, followed by the rows of the ubatch.
 class llama_kv_exact::graph_input : public llm_graph_input_i {
 public:
-    graph_input(const llama_kv_cache_context * mctx, ggml_context * ctx, int64_t n_tokens) :
-        kv(mctx->kv),
-        s0(mctx->sinfos[mctx->i_cur].s0),
-        n_stream((uint32_t) mctx->sinfos[mctx->i_cur].n_stream()),
-        n_rows((uint32_t) (n_tokens / n_stream)),
-        layers(kv->layers.size()) {
+    graph_input(const llama_kv_cache_context * mctx, ggml_context * ctx, int64_t n_tokens)
+        : kv(mctx->kv), s0(mctx->sinfos[mctx->i_cur].s0), n_stream((uint32_t) mctx->sinfos[mctx->i_cur].n_stream()),
+          n_rows((uint32_t) (n_tokens / n_stream)), layers(kv->layers.size()) {
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
         cells = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_exact() + n_words(mctx->n_kv), n_stream);
         ggml_set_input(slots);
@@ -378,8 +373,8 @@ template <typename T, typename F> static T * find_input(llm_graph_result * res, 
 }
 
 llama_kv_exact_attn::llama_kv_exact_attn(llm_graph_result * res, const llama_kv_cache_context * mctx,
-                                         ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) :
-    ctx(res->get_ctx()) {
+                                         ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il)
+    : ctx(res->get_ctx()) {
     if (!mctx || !mctx->kv->exact) {
         return;
     }
@@ -450,8 +445,8 @@ void llama_kv_exact_attn::attend(ggml_tensor * fa) const {
     const auto &  layer = inp->layers[ikv];
     const bool    mla   = !inp->kv->layers[ikv].v;
     ggml_tensor * k     = layer.k ? heads(layer.k, fa->src[1]) : nullptr;
-    ggml_tensor * v     = mla ? (layer.k ? heads(layer.k, fa->src[2]) : nullptr)
-                              : (layer.v ? heads(layer.v, fa->src[2]) : nullptr);
+    ggml_tensor * v =
+        mla ? (layer.k ? heads(layer.k, fa->src[2]) : nullptr) : (layer.v ? heads(layer.v, fa->src[2]) : nullptr);
     tbq_ggml_flash_attn_ext_exact(fa, k, v, inp->cells);
 }
 
@@ -459,8 +454,7 @@ void llama_kv_exact_attn::attend(ggml_tensor * fa) const {
 
 class llama_kv_exact::shift_input : public llm_graph_input_i {
 public:
-    shift_input(const llama_kv_exact & exact, ggml_tensor * k_shift) :
-        exact(exact), k_shift(k_shift) {}
+    shift_input(const llama_kv_exact & exact, ggml_tensor * k_shift) : exact(exact), k_shift(k_shift) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         GGML_UNUSED(ubatch);
@@ -494,8 +488,7 @@ ggml_tensor * llama_kv_exact::build_input_k_shift(llm_graph_result * res) const 
     if (!inp) {
         ggml_tensor * t = ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) (n_slots * slots.size()));
         ggml_set_input(t);
-        inp = static_cast<shift_input *>(
-            res->add_input(std::make_unique<shift_input>(*this, t)));
+        inp = static_cast<shift_input *>(res->add_input(std::make_unique<shift_input>(*this, t)));
     }
     return inp->k_shift;
 }
@@ -515,10 +508,10 @@ std::vector<llama_kv_exact::saved> llama_kv_exact::saved_rows(uint32_t strm, lla
     std::vector<saved>           res;
     uint32_t                     nth = 0;
     for (uint32_t cell = 0; cell < cells.size(); ++cell) {
-        if (cells.is_empty(cell) || (seq_id != -1 && (!cells.seq_has(cell, seq_id) ||
-                                                      llama_hparams::is_masked_swa(kv->n_swa, kv->swa_type,
-                                                                                   cells.pos_get(cell),
-                                                                                   cells.seq_pos_max(seq_id))))) {
+        if (cells.is_empty(cell) ||
+            (seq_id != -1 &&
+             (!cells.seq_has(cell, seq_id) ||
+              llama_hparams::is_masked_swa(kv->n_swa, kv->swa_type, cells.pos_get(cell), cells.seq_pos_max(seq_id))))) {
             continue;
         }
         const int32_t i = slot_of[strm][cell];
@@ -582,7 +575,8 @@ llama_kv_exact::state llama_kv_exact::state_read_cells(llama_io_read_i & io, con
         uint32_t n;
         io.read(&n, sizeof(n));
         if (n > kv.get_size()) {
-            throw std::runtime_error(format("the state has exact rows of %u cells, and the cache %u", n, kv.get_size()));
+            throw std::runtime_error(
+                format("the state has exact rows of %u cells, and the cache %u", n, kv.get_size()));
         }
         auto & nth = res.nth.emplace_back(n);
         for (uint32_t i = 0; i < n; ++i) {
@@ -603,8 +597,8 @@ void llama_kv_exact::state_read_rows(llama_io_read_i & io, const llama_kv_cache 
         std::vector<uint32_t> idxs;
         for (const uint32_t nth : state.nth[s]) {
             if (nth >= state.cells[s].size()) {
-                throw std::runtime_error(format("the state has an exact row of cell %u, and %zu cells", nth,
-                                                state.cells[s].size()));
+                throw std::runtime_error(
+                    format("the state has an exact row of cell %u, and %zu cells", nth, state.cells[s].size()));
             }
             idxs.push_back(state.cells[s][nth]);
         }
@@ -683,8 +677,9 @@ void llama_context::set_exact(uint32_t n_recent, uint32_t n_first) {
         throw;
     }
     if (n_layer > 0) {
-        LLAMA_LOG_INFO("%s: the newest %u and the first %u rows of a sequence are kept in 8 bits: %zu layers, %.2f MiB\n",
-                       "llama_set_cache_exact", n_recent, n_first, n_layer, size / 1024.0 / 1024.0);
+        LLAMA_LOG_INFO(
+            "%s: the newest %u and the first %u rows of a sequence are kept in 8 bits: %zu layers, %.2f MiB\n",
+            "llama_set_cache_exact", n_recent, n_first, n_layer, size / 1024.0 / 1024.0);
     }
 }
 

@@ -79,7 +79,7 @@ private:
     };
 
     struct saved {
-        uint32_t nth;  // among the cells of the state
+        uint32_t nth; // among the cells of the state
         uint32_t slot;
     };
 

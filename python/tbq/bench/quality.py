@@ -105,8 +105,8 @@ def measure(
     are removed at the end.
     center_text: the text that the means of the keys are measured on, for centered pairs; Python's language reference if
     None.  It must not be the text that is scored.  text_name: the name of the text in messages.
-    ubatch: tokens that are read at once with a pair, llama.cpp's 512 if None.  Their rows are exact for each other where
-    rows are; 16 is like generating, 512 like a prompt.
+    ubatch: tokens that are read at once with a pair, llama.cpp's 512 if None.  With exact rows, theirs are exact for
+    each other: 16 is like generating, 512 like a prompt.
 
     A pair that llama.cpp refuses is in the failures.  If the keys of the model cannot be centered, the centered pairs
     are left out, with a warning.  An interruption ends the measurement; the report has what is finished.

@@ -34,7 +34,10 @@ def _add_centered(pairs: list[TypePair]) -> list[TypePair]:
 
 
 def _add_exact(pairs: list[TypePair]) -> list[TypePair]:
-    """The pairs, each of a tbq type followed by the same pair with exact rows; only the centered one if there are both."""
+    """The pairs, each of a tbq type followed by the same pair with exact rows.
+
+    Of a pair that is there with and without centered keys, only the centered one.
+    """
     found = []
     for pair in pairs:
         found.append(pair)
