@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_tools import ENV, Server, complete, run
+from llama_tools import ENV, Server, complete, run, tiny_mla
 from tbq._exact_rows import FIRST, RECENT, slots
 from test_plan import gemma3, lfm2
 
@@ -195,9 +195,9 @@ def test_one_side(model_f16, tmp_path, name, k, v):
     check(tmp_path, model_f16, SCENARIOS["a draft that is rejected"], k=k, v=v)
 
 
-@pytest.mark.parametrize("write", [gemma3, lfm2], ids=["sliding windows", "hybrid"])
+@pytest.mark.parametrize("write", [gemma3, lfm2, tiny_mla], ids=["sliding windows", "hybrid", "latent attention"])
 def test_other_caches(tmp_path, write):
-    """Both caches of a model with sliding windows, and the attention cache of a hybrid one.
+    """Both caches of a model with sliding windows, the attention cache of a hybrid one, and values that are keys.
 
     These models are random, so two bits lose little, and what they lose shows.
     """
