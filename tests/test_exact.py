@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llama_tools import ENV, Server, complete, run, tiny_mla
+from tbq import plan
 from tbq._exact_rows import FIRST, RECENT, slots
 from test_plan import gemma3, lfm2
 
@@ -110,6 +111,7 @@ SCENARIOS = {
         ["load", -1],
         decode(s0=(TEXT[103:107], 103)),
     ],
+    "several ubatches": [decode(s0=(TEXT[:300], 0)), decode(s0=(TEXT[300:390], 300))],
     "after everything was removed": [
         decode(s0=(OTHER[:200], 0)),
         ["clear"],
@@ -148,6 +150,19 @@ SEVERAL = {
         ["cp", 0, 1],
         decode(s1=(TEXT[100:104], 100)),
     ],
+    "one that is kept": [
+        decode(s0=(TEXT[:100], 0), s1=(OTHER[:100], 0)),
+        ["keep", 1],
+        decode(s1=(OTHER[100:104], 100)),
+    ],
+    "shifts": [
+        decode(s0=(TEXT[:150], 0), s1=(OTHER[:150], 0)),
+        ["rm", 0, 4, 44],
+        ["shift", 0, 44, -1, -40],
+        ["rm", 1, 10, 30],
+        ["shift", 1, 30, -1, -20],
+        decode(s0=(TEXT[150:153], 110), s1=(OTHER[150:153], 130)),
+    ],
     "a state that moves": [
         decode(s0=(TEXT[:100], 0), s1=(OTHER[:100], 0)),
         ["save", 0],
@@ -178,7 +193,32 @@ def check(folder, model, steps, k="tbq2_0", v="tbq2_0", **spec):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_window_of_the_whole_context(model_f16, tmp_path, name):
-    check(tmp_path, model_f16, SCENARIOS[name])
+    check(tmp_path, model_f16, SCENARIOS[name], context={"n_ubatch": 64} if name == "several ubatches" else {})
+
+
+def test_rows_are_replaced(model_f16, tmp_path):
+    """Slots change their cells under a short window: in prompts, copies, states and token by token.
+
+    One wrong row among the newest ones costs more than all that the packed ones lose.
+    """
+    steps = [
+        decode(s0=(TEXT[:150], 0), s1=(OTHER[:150], 0)),
+        *one_by_one(60, 150),
+        ["save", 0],
+        *one_by_one(40, 150, OTHER, 1),
+        ["rm", 0, -1, -1],
+        ["cp", 1, 0],
+        decode(s0=(TEXT[:9], 190)),
+        ["load", 0],
+        *one_by_one(30, 210),
+        decode(s0=(TEXT[240:250], 240), s1=(OTHER[190:194], 190)),
+    ]
+    found = {}
+    for recent, first in ((0, 0), (16, 2), (32, 4), (64, 4)):
+        expected, _ = logits(tmp_path, model_f16, steps, k="f32", v="f32", sequences=2)
+        actual, _ = logits(tmp_path, model_f16, steps, recent=recent, first=first, sequences=2)
+        found[recent] = divergence(expected, actual)
+    assert found[64] < found[32] < found[16] < found[0] / 2, found
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
@@ -289,11 +329,31 @@ def test_log_and_memory(demo_model, bin_dir):
     """On by default for tbq types, in one line with the size; nothing is said of other types."""
     default = ("--cache-recent", RECENT, "--cache-first", FIRST)
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "tbq4_0", "-ctv", "tbq4_0", *default, n=1, n_ctx=1024)
-    rows = slots(RECENT, FIRST, 1, 1024)
+    rows = slots(RECENT, FIRST, 1, 1024) + 1
     size = rows * 2 * 30 * 192 // 64 * 68 / 2**20
     rows = f"the newest {RECENT} and the first {FIRST} rows of a sequence are kept in 8 bits"
     assert f"{rows}: 30 layers, {size:.2f} MiB" in log
     _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "q8_0", "-ctv", "q8_0", *default, n=1)
     assert "kept in 8 bits" not in log
+    _, log = complete(bin_dir, demo_model, "Yes", "-ctk", "tbq4_0", "-fa", "off", *default, n=1)
+    assert "no exact rows: flash attention is off" in log
+    plain = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "-m", demo_model, "-p", "Yes", "-n", 1, "-c", 256, "-no-cnv", "-lv", 4)
+    assert rows in run(bin_dir / "llama-completion", *plain).stderr
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_memory_of_several_sequences(demo_model, bin_dir, tmp_path, unified):
+    """tbq plan counts the bytes that llama.cpp allocates."""
+    planned = plan(demo_model, context=1536, parallel=3, unified=unified).pair("tbq4_0", "tbq3_0").exact_bytes
+    options = ("-ctk", "tbq4_0", "-ctv", "tbq3_0", "--cache-recent", RECENT, "--cache-first", FIRST)
+    options += ("-kvu",) if unified else ("-no-kvu",)
+    with Server(bin_dir, demo_model, tmp_path / "log", *options, n_ctx=1536, slots=3) as server:
+        assert f"30 layers, {planned / 2**20:.2f} MiB" in server.log
+
+
+def test_only_when_empty(demo_model, tmp_path):
+    """Exact rows cannot be switched while the cache holds keys."""
+    steps = [decode(s0=(TEXT[:20], 0)), ["exact", 16, 2], ["clear"], ["exact", 16, 2], decode(s0=(TEXT[:20], 0))]
+    assert logits(tmp_path, demo_model, steps)[1].split() == ["-1", "0"]
     text = " ".join(run(bin_dir / "llama-completion", "--help").stdout.split())
     assert f"as well (default: {RECENT})" in text and f"as well (default: {FIRST})" in text

@@ -65,5 +65,8 @@ std::string        llama_center_rope_factors(const llama_context & ctx, int32_t 
 // Why the keys of a layer are not centered, or NULL.
 const char * llama_center_why_not(const llama_model & model, int32_t il);
 
+// Throws if the memory of a context holds keys.
+void llama_center_check_empty(const llama_context & ctx);
+
 // The caches of a context that hold keys of heads.  Throws if it has none.
 std::vector<llama_kv_cache *> llama_center_caches(const llama_context & ctx);

@@ -42,6 +42,9 @@ llama_cache_center_stats * llama_cache_center_stats_init(const llama_context * c
     auto         res    = std::make_unique<llama_cache_center_stats>();
     const char * reason = "it has no layer with keys";
     for (const llama_kv_cache * kv : caches) {
+        if (kv->get_layer_ids().empty()) {
+            continue;
+        }
         if (kv->type_k() != GGML_TYPE_F32 && kv->type_k() != GGML_TYPE_F16) {
             LLAMA_LOG_ERROR("%s: keys of type %s cannot be measured, f32 or f16 can\n", __func__,
                             ggml_type_name(kv->type_k()));

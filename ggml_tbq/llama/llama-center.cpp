@@ -140,7 +140,9 @@ const std::string llama_kv_center::ROTATED(64, '0');
 
 // With heads of two blocks it makes hardly a difference: docs/measurements/centering.md.
 bool llama_kv_center_rotates(const llama_hparams & hparams) {
-    return hparams.rope_type == LLAMA_ROPE_TYPE_NEOX && hparams.n_embd_head_k() >= 4 * TBQ_BLOCK;
+    // A K-shift views only the channels of a head that RoPE rotates, and would need all of them.
+    return hparams.rope_type == LLAMA_ROPE_TYPE_NEOX && hparams.n_embd_head_k() >= 4 * TBQ_BLOCK &&
+           hparams.n_rot() == hparams.n_embd_head_k();
 }
 
 void llama_kv_cache::set_center(const llama_center * means, const std::string & hash) {
@@ -244,9 +246,9 @@ void llama_kv_center::state_read(llama_io_read_i & io, uint32_t & n_stream) cons
         const auto name = [](const std::string & h) {
             return h.empty() ? std::string("none") : h == ROTATED ? std::string("none, rotated") : h.substr(0, 12);
         };
-        throw std::runtime_error(
-            format("this state was saved with a different calibration file (hash %s; this context: %s)",
-                   name(saved).c_str(), name(hash).c_str()));
+        throw std::runtime_error(format(
+            "this state was saved with a different calibration file (hash %s; this context: %s; none is --cache-center none)",
+            name(saved).c_str(), name(hash).c_str()));
     }
 }
 
@@ -309,13 +311,17 @@ static size_t check_center(const llama_context & ctx, const std::vector<llama_kv
     return n_layer;
 }
 
-void llama_context::set_center(const llama_center * center) {
-    const std::vector<llama_kv_cache *> caches = llama_center_caches(*this);
-    for (llama_seq_id id = 0; id < (llama_seq_id) cparams.n_seq_max; ++id) {
-        if (memory->seq_pos_max(id) >= 0) {
+void llama_center_check_empty(const llama_context & ctx) {
+    for (llama_seq_id id = 0; id < (llama_seq_id) ctx.get_cparams().n_seq_max; ++id) {
+        if (ctx.get_memory()->seq_pos_max(id) >= 0) {
             throw std::runtime_error("the cache holds keys already");
         }
     }
+}
+
+void llama_context::set_center(const llama_center * center) {
+    const std::vector<llama_kv_cache *> caches = llama_center_caches(*this);
+    llama_center_check_empty(*this);
     const size_t      n_layer = center ? check_center(*this, caches, *center) : 0;
     const std::string hash    = center ? center->hash() : "";
 

@@ -3,6 +3,7 @@
 
 #include "llama-kv-exact.h"
 
+#include "llama-center-impl.h"
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -63,7 +64,8 @@ void llama_kv_exact::init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t
         if (!ctx) {
             ctx.reset(ggml_init({ 2 * (1 + kv.n_stream) * kv.layers.size() * ggml_tensor_overhead(), nullptr, true }));
         }
-        ggml_tensor * e = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_TBQ8_0, t->ne[0], res.n_slots * kv.n_stream);
+        // the last row is for those rows of a state that have no room
+        ggml_tensor * e = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_TBQ8_0, t->ne[0], res.n_slots * kv.n_stream + 1);
         ggml_set_name(e, t->name);
         for (uint32_t s = 0; s < kv.n_stream; ++s) {
             streams.push_back(
@@ -215,7 +217,7 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
     std::vector<candidate> rows;
 
     // The tokens of an image share a position.  So the number of first rows has a bound of its own.
-    uint32_t   n_first_left = n_seq * n_first;
+    uint64_t   n_first_left = (uint64_t) n_seq * n_first;
     const auto need_of      = [&](uint32_t cell, bool first) {
         return first && n_first_left > 0 ? (--n_first_left, 2) : is_recent(strm, cell, queries) ? 1 : 0;
     };
@@ -246,21 +248,25 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
             }
         }
         rows.resize(n_slots);
-        std::sort(rows.begin(), rows.end(), [](const candidate & a, const candidate & b) { return a.token < b.token; });
+    }
+    std::vector<int> needs(idxs.size(), -1); // of the tokens that get a slot
+    for (const candidate & row : rows) {
+        if (row.token >= 0) {
+            needs[row.token] = row.need;
+        }
     }
     std::vector<int32_t> res(idxs.size(), -1);
     uint32_t             next = 0;
-    for (const candidate & row : rows) {
-        if (row.token < 0) {
+    for (size_t i = 0; i < idxs.size(); ++i) {
+        if (needs[i] < 0) {
             continue;
         }
         while (slots[strm][next].cell >= 0) {
             ++next;
         }
-        const uint32_t cell     = idxs[row.token];
-        slots[strm][next]       = { (int32_t) cell, row.need == 2 };
-        slot_of[strm][cell]     = (int32_t) next;
-        res[(size_t) row.token] = (int32_t) next;
+        slots[strm][next]      = { (int32_t) idxs[i], needs[i] == 2 };
+        slot_of[strm][idxs[i]] = (int32_t) next;
+        res[i]                 = (int32_t) next;
     }
     return res;
 }
@@ -274,9 +280,11 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
 // the slots as they were, followed by the rows of the ubatch.
 class llama_kv_exact::graph_input : public llm_graph_input_i {
 public:
+    // A graph that reserves memory for all streams stands for a long ubatch of one of them, too.
     graph_input(const llama_kv_cache_context * mctx, ggml_context * ctx, int64_t n_tokens)
         : kv(mctx->kv), s0(mctx->sinfos[mctx->i_cur].s0), n_stream((uint32_t) mctx->sinfos[mctx->i_cur].n_stream()),
-          n_rows((uint32_t) (n_tokens / n_stream)), layers(kv->layers.size()) {
+          n_rows((uint32_t) (n_tokens / n_stream)),
+          is_long(kv->exact.is_long(mctx->ubatches.empty() ? (uint32_t) n_tokens : n_rows)), layers(kv->layers.size()) {
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
         cells = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_exact() + n_words(mctx->n_kv), n_stream);
         ggml_set_input(slots);
@@ -285,8 +293,11 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         GGML_UNUSED(ubatch);
-        if (slots->buffer && cells->buffer) { // used by a layer
+        if (slots->buffer && cells->buffer) {
             kv->exact.set_input(slots, cells);
+        } else if (slots->buffer) { // no layer reads exact rows, so none is stored
+            const std::vector<int32_t> none(slots->ne[0], -1);
+            ggml_backend_tensor_set(slots, none.data(), 0, ggml_nbytes(slots));
         }
     }
 
@@ -298,15 +309,14 @@ public:
 
     static int64_t n_words(uint32_t n_kv) { return (n_kv + 31) / 32; }
 
-    bool is_long() const { return kv->exact.is_long(n_rows); }
-
-    int64_t n_exact() const { return kv->exact.n_slots + (is_long() ? n_rows : 0); } // of a stream
+    int64_t n_exact() const { return kv->exact.n_slots + (is_long ? n_rows : 0); } // of a stream
 
     llama_kv_cache * kv;
 
     const uint32_t s0;
     const uint32_t n_stream;
     const uint32_t n_rows; // tokens of a stream
+    const bool     is_long;
 
     ggml_tensor * slots; // I32 [n_tokens]: where each token is stored, or -1
     ggml_tensor * cells; // I32 [n_exact + n_words, n_stream]: the list, as FLASH_ATTN_EXT reads it
@@ -401,7 +411,7 @@ llama_kv_exact_attn::llama_kv_exact_attn(llm_graph_result * res, const llama_kv_
         const int64_t n_slots = kv->exact.n_slots;
         ggml_tensor * t       = ggml_view_3d(ctx, exact, exact->ne[0], n_slots, inp->n_stream, exact->nb[1],
                                              exact->nb[1] * n_slots, exact->nb[1] * n_slots * inp->s0);
-        if (inp->is_long()) {
+        if (inp->is_long) {
             t = tbq_ggml_concat_exact(ctx, t,
                                       ggml_view_3d(ctx, cur, exact->ne[0], inp->n_rows, inp->n_stream, cur->nb[2],
                                                    cur->nb[2] * inp->n_rows, 0),
@@ -479,7 +489,7 @@ ggml_tensor * llama_kv_exact::get_k_shift(ggml_context * ctx, const ggml_tensor 
     // the same channels of the same heads
     ggml_tensor * exact = layers[ikv].k;
     const size_t  block = ggml_type_size(exact->type), packed = ggml_type_size(k->type);
-    return ggml_view_3d(ctx, exact, k->ne[0], k->ne[1], exact->ne[1], k->nb[1] / packed * block, exact->nb[1],
+    return ggml_view_3d(ctx, exact, k->ne[0], k->ne[1], n_slots * slots.size(), k->nb[1] / packed * block, exact->nb[1],
                         k->view_offs / packed * block);
 }
 
@@ -501,7 +511,7 @@ ggml_tensor * llama_kv_exact::build_input_k_shift(llm_graph_result * res) const 
 static constexpr uint32_t EXACT_MAGIC = 0x43415845; // "EXAC"
 
 // The exact rows among the cells that llama_kv_cache::state_write saves, in their order.  Of one sequence only those
-// that it wants: they find slots again beside the windows of all others.
+// that it wants, so that they find slots again beside the windows of all others.
 std::vector<llama_kv_exact::saved> llama_kv_exact::saved_rows(uint32_t strm, llama_seq_id seq_id) const {
     const auto &                 cells   = kv->v_cells[strm];
     const std::vector<llama_pos> queries = next_queries(strm, {});
@@ -514,8 +524,9 @@ std::vector<llama_kv_exact::saved> llama_kv_exact::saved_rows(uint32_t strm, lla
               llama_hparams::is_masked_swa(kv->n_swa, kv->swa_type, cells.pos_get(cell), cells.seq_pos_max(seq_id))))) {
             continue;
         }
-        const int32_t i = slot_of[strm][cell];
-        if (i >= 0 && (seq_id == -1 || slots[strm][i].first || is_recent(strm, cell, queries))) {
+        const int32_t i      = slot_of[strm][cell];
+        const auto    wanted = [&](int64_t pos) { return pos < n_first || pos > (int64_t) queries[seq_id] - n_recent; };
+        if (i >= 0 && (seq_id == -1 || wanted(cells.pos_get(cell)))) {
             res.push_back({ nth, (uint32_t) i });
         }
         ++nth;
@@ -613,10 +624,11 @@ void llama_kv_exact::state_read_rows(llama_io_read_i & io, const llama_kv_cache 
                         continue;
                     }
                     const size_t size = ggml_row_size(GGML_TYPE_TBQ8_0, packed->ne[0]);
-                    if (slot >= 0) {
-                        io.read_tensor((is_k ? layers[i].k_stream : layers[i].v_stream)[strm], slot * size, size);
+                    if (*this) {
+                        const size_t row = slot < 0 ? n_slots * slots.size() : (size_t) strm * n_slots + slot;
+                        io.read_tensor(is_k ? layers[i].k : layers[i].v, row * size, size);
                     } else if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
-                        throw std::runtime_error("no room for an exact row of the state");
+                        throw std::runtime_error("a state with exact rows, and a context without");
                     } else {
                         unused.resize(size);
                         io.read(unused.data(), size);
@@ -654,27 +666,37 @@ static std::vector<llama_kv_cache *> exact_caches(const llama_context & ctx) {
 
 void llama_context::set_exact(uint32_t n_recent, uint32_t n_first) {
     const std::vector<llama_kv_cache *> caches = exact_caches(*this);
-    for (llama_seq_id id = 0; memory && id < (llama_seq_id) cparams.n_seq_max; ++id) {
-        if (memory->seq_pos_max(id) >= 0) {
-            throw std::runtime_error("the cache holds keys already");
-        }
+    if (memory) {
+        llama_center_check_empty(*this);
     }
+    const bool wanted = n_recent > 0 || n_first > 0;
     if (!cparams.flash_attn) {
         n_recent = n_first = 0; // products of keys and queries without flash attention read the packed rows only
     }
-    sched_need_reserve = true; // the graphs get or lose operations
     size_t n_layer = 0, size = 0;
+    bool   tbq = false;
     try {
         for (llama_kv_cache * kv : caches) {
+            const bool had = (bool) kv->exact;
             kv->exact.init(*kv, n_recent, n_first);
+            sched_need_reserve = sched_need_reserve || had || kv->exact; // the graphs get or lose operations
             n_layer += kv->exact.n_layer();
             size += kv->exact.size();
+            tbq = tbq || (!kv->get_layer_ids().empty() && (ggml_is_tbq(kv->type_k()) || ggml_is_tbq(kv->type_v())));
+        }
+        if (n_layer > 0) {
+            sched_reserve(); // now, because llama_decode() could not report that memory is short
         }
     } catch (...) { // no memory: not half of the caches
         for (llama_kv_cache * kv : caches) {
             kv->exact.init(*kv, 0, 0);
         }
+        sched_need_reserve = true;
         throw;
+    }
+    if (wanted && n_layer == 0 && tbq) {
+        LLAMA_LOG_INFO("%s: no exact rows: %s\n", "llama_set_cache_exact",
+                       cparams.flash_attn ? "the cache belongs to another context" : "flash attention is off");
     }
     if (n_layer > 0) {
         LLAMA_LOG_INFO(

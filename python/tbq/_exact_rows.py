@@ -9,12 +9,14 @@ from tbq.errors import TBQError
 #: The newest rows of each sequence that are exact, and its first ones.
 RECENT, FIRST = 128, 4
 
+_MOST = 999_999_999  # that the options of llama.cpp's programs take
+
 
 def check_exact_rows(recent: object, first: object) -> None:
-    """Raises TBQError unless both are integers of at least 0.  Both 0: every row is read packed."""
+    """Raises TBQError unless both are integers from 0 to 999999999.  Both 0: every row is read packed."""
     for name, rows in (("recent", recent), ("first", first)):
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-            raise TBQError(f"{name} is {rows!r}; it must be a whole number of rows, 0 or more")
+        if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= _MOST:
+            raise TBQError(f"{name} is {rows!r}; it must be a whole number of rows, from 0 to {_MOST}")
 
 
 #: Bytes of a block of exact rows: 64 values and their scale (tbq8_0).

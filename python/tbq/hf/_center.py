@@ -226,7 +226,8 @@ def _measure(model: Any, ids: torch.Tensor) -> KeyCenter:
 @contextlib.contextmanager
 def _reading(decoder: Any) -> Iterator[None]:
     """Lets tbq.hf's attention read the queries, without dropout."""
-    training, implementation = decoder.training, getattr(decoder.config, "_attn_implementation", None)
+    training = [module for module in decoder.modules() if module.training]
+    implementation = getattr(decoder.config, "_attn_implementation", None)
     decoder.eval()
     try:
         with contextlib.suppress(ValueError, AttributeError):  # a model that has no choice of its attention
@@ -235,7 +236,8 @@ def _reading(decoder: Any) -> Iterator[None]:
     finally:
         if implementation is not None and decoder.config._attn_implementation != implementation:
             decoder.set_attn_implementation(implementation)
-        decoder.train(training)
+        for module in training:  # each on its own: train() would change those below it, too
+            module.training = True
 
 
 # --- a layer's center ---------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def load_center(center: "bool | str | os.PathLike[str] | KeyCenter | None", mode
     if center is None:
         try:
             return center_of_model(model) if model is not None else None
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a model's code raises: nobody asked for a center
             warnings.warn(f"keys are not centered, the model cannot be measured: {error}", stacklevel=3)
             return None
     if isinstance(center, KeyCenter):

@@ -194,6 +194,7 @@ class _Cache:
         for kind, cells in self.cells(context).items():
             sequences = self.parallel if self.unified else 1
             rows = slots(self.recent, self.first, sequences, cells // self.streams) * self.streams
+            rows += rows > 0  # for rows of a state that no slot wants
             for layer in self.layers:
                 if layer.kind == kind:
                     sizes = ((k, layer.key_size), (v, layer.value_size))
