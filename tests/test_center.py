@@ -759,7 +759,7 @@ def test_quantized_keys_gain(bin_dir, demo_model, demo_center, tmp_path):
     text = tmp_path / "text"
     text.write_text(
         "".join(
-            path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").glob("*.md"))
+            path.read_text(encoding="utf-8", errors="replace") for path in sorted((HERE.parent / "docs").rglob("*.md"))
         )
     )
     divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)
@@ -1105,7 +1105,7 @@ def test_a_server_that_wakes_up_measures_once(bin_dir, plain, made, tmp_path):
 def test_the_text_is_as_good_as_pythons(bin_dir, plain, demo_model, tmp_path):
     """docs/measurements/centering.md has figures for more text."""
     text = tmp_path / "docs"
-    text.write_text("".join(path.read_text(encoding="utf-8") for path in sorted((HERE.parent / "docs").glob("*.md"))))
+    text.write_text("".join(path.read_text(encoding="utf-8") for path in sorted((HERE.parent / "docs").rglob("*.md"))))
     plain(demo_model, n_ctx=256)
     divergence = Divergence(bin_dir, demo_model, text, tmp_path / "base", n_ctx=512, chunks=3)
     none, own, python = (

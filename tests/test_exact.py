@@ -339,6 +339,8 @@ def test_log_and_memory(demo_model, bin_dir):
     assert "no exact rows: flash attention is off" in log
     plain = ("-ctk", "tbq4_0", "-ctv", "tbq4_0", "-m", demo_model, "-p", "Yes", "-n", 1, "-c", 256, "-no-cnv", "-lv", 4)
     assert rows in run(bin_dir / "llama-completion", *plain).stderr
+    text = " ".join(run(bin_dir / "llama-completion", "--help").stdout.split())
+    assert f"as well (default: {RECENT})" in text and f"as well (default: {FIRST})" in text
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
@@ -355,5 +357,3 @@ def test_only_when_empty(demo_model, tmp_path):
     """Exact rows cannot be switched while the cache holds keys."""
     steps = [decode(s0=(TEXT[:20], 0)), ["exact", 16, 2], ["clear"], ["exact", 16, 2], decode(s0=(TEXT[:20], 0))]
     assert logits(tmp_path, demo_model, steps)[1].split() == ["-1", "0"]
-    text = " ".join(run(bin_dir / "llama-completion", "--help").stdout.split())
-    assert f"as well (default: {RECENT})" in text and f"as well (default: {FIRST})" in text

@@ -17,6 +17,7 @@ import pytest
 import tbq
 from conftest import ROOT, script
 from llama_tools import ENV, tiny_llama
+from tbq._exact_rows import FIRST, RECENT
 
 CENTER = 68  # bytes that a state with centered keys adds: a mark, and the hash of their center
 VENDORED = pathlib.Path(tbq.paths()["lib"]).parent / "_vendor" / "llama_cpp"
@@ -65,8 +66,9 @@ def ask(name, model):
     return found[name]
 
 common = {"n_ctx": 512, "n_threads": 2, "verbose": True}
-model = Llama(sys.argv[1], kv="tbq4_0", **common)
+model = Llama(sys.argv[1], kv="tbq4_0", recent=0, first=0, **common)
 ask("ours", model)["plan"] = model.plan.pair(model.k, model.v).bytes
+ask("exact rows", Llama(sys.argv[1], kv="tbq4_0", **common))
 four, three = tbq.types["tbq4_0"].id, tbq.types["tbq3_0"].id
 ask("numbers", llama_cpp.Llama(sys.argv[1], type_k=four, type_v=four, flash_attn=True, **common))
 model = Llama(sys.argv[1], type_k="q8_0", type_v=three, **common)
@@ -86,11 +88,12 @@ def test_generates(installed_too, demo_model, lib_dir, other):
     found = json.loads(done.stdout.splitlines()[-1])
     assert pathlib.Path(found["library"]).parent == pathlib.Path(found["mtmd"]).parent == lib_dir
     assert pathlib.Path(found["file"]).parent == (other / "llama_cpp" if installed_too else VENDORED)
-    for name in ("ours", "numbers", "sides", "auto keys", "f16"):
+    for name in ("ours", "exact rows", "numbers", "sides", "auto keys", "f16"):
         assert "Paris" in found[name]["answer"], name
     assert found["sides"]["types"] == ["q8_0", "tbq3_0"] and found["auto keys"]["types"] == ["tbq4_0", "f16"]
     caches = re.findall(r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB", done.stderr)
     assert [(k, v) for k, _, v, _ in caches] == [
+        ("tbq4_0", "tbq4_0"),
         ("tbq4_0", "tbq4_0"),
         ("tbq4_0", "tbq4_0"),
         ("q8_0", "tbq3_0"),
@@ -103,6 +106,11 @@ def test_generates(installed_too, demo_model, lib_dir, other):
     assert found["f16"]["tokens"] == found["ours"]["tokens"]
     assert found["f16"]["state"] - found["ours"]["state"] + CENTER == saved * found["ours"]["tokens"]
     assert found["numbers"]["state"] == found["ours"]["state"] - CENTER
+    # each of the few rows is a first or a recent one: "EXAC", streams, rows, then for each its number and its bytes
+    rows = found["ours"]["tokens"]
+    assert found["exact rows"]["tokens"] == rows < RECENT
+    assert found["exact rows"]["state"] - found["ours"]["state"] == 12 + rows * (4 + 2 * 30 * 3 * 68)
+    assert f"the newest {RECENT} and the first {FIRST} rows of a sequence are kept in 8 bits" in done.stderr
 
 
 REFUSE = """
@@ -264,7 +272,8 @@ def logits(**how):
     return model, np.array(model.scores[100:500], copy=True)
 
 exact = logits(kv="f16")[1]
-centered, plain = logits(kv="tbq4_0"), logits(kv="tbq4_0", center=False)
+rows = {"recent": 0, "first": 0}
+centered, plain = logits(kv="tbq4_0", **rows), logits(kv="tbq4_0", center=False, **rows)
 errors = [float(np.square(x - exact).mean()) for x in (centered[1], plain[1])]
 assert errors[0] < 0.9 * errors[1], errors
 assert centered[0].center.is_file() and plain[0].center is None

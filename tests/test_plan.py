@@ -518,7 +518,7 @@ def test_demo_model(demo_model, bin_dir):
     for k, v in (("f16", "f16"), ("tbq4_0", "tbq3_0")):
         _, log = complete(bin_dir, demo_model, "a", "-ctk", k, "-ctv", v, n=1, n_ctx=1024)
         size = re.search(r"llama_kv_cache: size = *([\d.]+) MiB", log)
-        assert float(size[1]) == pytest.approx(plan.pair(k, v).bytes / MIB, abs=0.006)
+        assert float(size[1]) == pytest.approx((plan.pair(k, v).k_bytes + plan.pair(k, v).v_bytes) / MIB, abs=0.006)
     assert plan.pair("f16", "f16").bytes == 2 * 2 * 1024 * 30 * 3 * 64
 
 

@@ -25,6 +25,7 @@ import tbq.programs.child
 import tbq.programs.options
 import tbq.serving.server
 from llama_tools import ENV, tiny_llama
+from tbq._exact_rows import FIRST, RECENT
 from tbq.kv_cache.calibrate import center_of_model
 from tbq.kv_cache.center_file import read_center
 from tbq.serving.address import free_port
@@ -426,7 +427,9 @@ def test_server_and_client(demo_model, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with tbq.Server(demo_model, "tbq4_0/tbq3_0", timeout=60, options=[*SMALL, "--api-key", "secret"]) as server:
         assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
-        assert server.plan.pair("tbq4_0", "tbq3_0").bytes == 512 * 30 * 3 * (34 + 26)
+        pair = server.plan.pair("tbq4_0", "tbq3_0")
+        assert pair.k_bytes + pair.v_bytes == 512 * 30 * 3 * (34 + 26)
+        assert pair.exact_bytes == (server.plan.parallel * (RECENT + FIRST + 1) + 16 + 1) * 2 * 30 * 3 * 68
         ask = {
             "model": "any",
             "temperature": 0,
