@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Logits of a model after a scenario, with the pinned bindings, as a process: exact_logits.py SPEC.json OUT.npy
 
-SPEC has these keys. model. type_k, type_v. recent, first: rows that are kept in 8 bits as well. sequences, unified.
-context: fields of llama_context_params. steps: a list of
+SPEC has these keys. model. caches: a list of [type of K, type of V, recent, first]; the scenario runs with each of
+them. recent, first: rows that are kept in 8 bits as well. sequences, unified. context: fields of llama_context_params.
+steps: a list of
 
-    ["decode", {sequence: [tokens, first position]}]    one batch; the logits of all its tokens are kept
+    ["decode", {sequence: [tokens, first position]}]    one batch
     ["cp", from, to], ["rm", sequence, p0, p1], ["keep", sequence], ["shift", sequence, p0, p1, by], ["clear"]
     ["save", sequence], ["load", sequence]              the state of one sequence; -1: of the whole context
     ["save_on_device", sequence], ["load_on_device", sequence]
     ["exact", recent, first]                            again, in the middle; the status goes to stdout
 
-OUT: float32 of shape (tokens of the last batch, vocabulary).
+OUT: float32 of shape (caches, tokens of the last batch, vocabulary).
 """
 
 import ctypes
@@ -35,25 +36,25 @@ assert model, "the model does not load"
 n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
 sequences = spec.get("sequences", 1)
 
-parameters = api.llama_context_default_params()
-parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 512 * sequences, 512, 512
-parameters.n_seq_max, parameters.kv_unified = sequences, spec.get("unified", True)
-parameters.type_k = tbq.llama.type_id(spec["type_k"])
-parameters.type_v = tbq.llama.type_id(spec["type_v"])
-parameters.flash_attn_type = 1
-parameters.n_threads = parameters.n_threads_batch = 2
-for name, value in spec.get("context", {}).items():
-    setattr(parameters, name, value)
-context = api.llama_init_from_model(model, parameters)
-assert context, "no context"
-assert lib.llama_set_cache_exact(context, spec["recent"], spec["first"]) == 0, "exact rows were refused"
-memory = api.llama_get_memory(context)
-
 ON_DEVICE = 2  # LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
-saved = {}
 
 
-def decode(parts):
+def make_context(k, v, recent, first):
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 512 * sequences, 512, 512
+    parameters.n_seq_max, parameters.kv_unified = sequences, spec.get("unified", True)
+    parameters.type_k, parameters.type_v = tbq.llama.type_id(k), tbq.llama.type_id(v)
+    parameters.flash_attn_type = 1
+    parameters.n_threads = parameters.n_threads_batch = 2
+    for name, value in spec.get("context", {}).items():
+        setattr(parameters, name, value)
+    context = api.llama_init_from_model(model, parameters)
+    assert context, "no context"
+    assert lib.llama_set_cache_exact(context, recent, first) == 0, "exact rows were refused"
+    return context
+
+
+def decode(context, parts):
     n = sum(len(tokens) for tokens, _ in parts.values())
     batch = api.llama_batch_init(n, 0, 1)
     batch.n_tokens = n
@@ -69,7 +70,7 @@ def decode(parts):
     return np.stack(rows)
 
 
-def save(sequence, flags=0):
+def save(context, saved, sequence, flags=0):
     if sequence == -1:
         size = api.llama_state_get_size(context)
         data = (ctypes.c_uint8 * size)()
@@ -81,7 +82,7 @@ def save(sequence, flags=0):
     saved[flags] = data
 
 
-def load(sequence, flags=0):
+def load(context, saved, sequence, flags=0):
     data = saved[flags]
     if sequence == -1:
         assert api.llama_state_set_data(context, data, len(data)) == len(data)
@@ -89,24 +90,35 @@ def load(sequence, flags=0):
         assert api.llama_state_seq_set_data_ext(context, data, len(data), sequence, flags) == len(data)
 
 
-for step, *arguments in spec["steps"]:
-    if step == "decode":
-        logits = decode(arguments[0])
-    elif step == "cp":
-        api.llama_memory_seq_cp(memory, *arguments, -1, -1)
-    elif step == "rm":
-        assert api.llama_memory_seq_rm(memory, *arguments)
-    elif step == "keep":
-        api.llama_memory_seq_keep(memory, *arguments)
-    elif step == "shift":
-        assert api.llama_memory_can_shift(memory)
-        api.llama_memory_seq_add(memory, *arguments)
-    elif step == "clear":
-        api.llama_memory_clear(memory, True)
-    elif step == "exact":
-        print(lib.llama_set_cache_exact(context, *arguments))
-    elif step.startswith("save"):
-        save(*arguments, ON_DEVICE if step == "save_on_device" else 0)
-    else:
-        load(*arguments, ON_DEVICE if step == "load_on_device" else 0)
-np.save(sys.argv[2], logits)
+def run(context):
+    """The logits of the last batch of the scenario."""
+    memory, saved, logits = api.llama_get_memory(context), {}, None
+    for step, *arguments in spec["steps"]:
+        if step == "decode":
+            logits = decode(context, arguments[0])
+        elif step == "cp":
+            api.llama_memory_seq_cp(memory, *arguments, -1, -1)
+        elif step == "rm":
+            assert api.llama_memory_seq_rm(memory, *arguments)
+        elif step == "keep":
+            api.llama_memory_seq_keep(memory, *arguments)
+        elif step == "shift":
+            assert api.llama_memory_can_shift(memory)
+            api.llama_memory_seq_add(memory, *arguments)
+        elif step == "clear":
+            api.llama_memory_clear(memory, True)
+        elif step == "exact":
+            print(lib.llama_set_cache_exact(context, *arguments))
+        elif step.startswith("save"):
+            save(context, saved, *arguments, ON_DEVICE if step == "save_on_device" else 0)
+        else:
+            load(context, saved, *arguments, ON_DEVICE if step == "load_on_device" else 0)
+    return logits
+
+
+results = []
+for cache in spec["caches"]:
+    context = make_context(*cache)
+    results.append(run(context))
+    api.llama_free(context)
+np.save(sys.argv[2], np.stack(results))

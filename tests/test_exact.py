@@ -28,9 +28,12 @@ def model_f16(demo_model, bin_dir, tmp_path_factory):
     return path
 
 
-def logits(folder, model, steps, k="tbq2_0", v="tbq2_0", recent=512, first=0, **spec):
-    """The logits of the last batch of a scenario, float64, and what the process printed."""
-    spec |= {"model": str(model), "type_k": k, "type_v": v, "recent": recent, "first": first, "steps": steps}
+def logits(folder, model, steps, caches, **spec):
+    """The logits of the last batch of a scenario with each of the caches, float64, and what the process printed.
+
+    caches: a list of (type of K, type of V, recent, first).
+    """
+    spec |= {"model": str(model), "caches": caches, "steps": steps}
     (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, HERE / "exact_logits.py", folder / "spec.json", folder / "out.npy"],
@@ -41,6 +44,12 @@ def logits(folder, model, steps, k="tbq2_0", v="tbq2_0", recent=512, first=0, **
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return np.load(folder / "out.npy").astype(np.float64), done.stdout
+
+
+def divergences(folder, model, steps, caches, **spec):
+    """The divergence of each cache from one of f32."""
+    expected, *actual = logits(folder, model, steps, [("f32", "f32", 0, 0), *caches], **spec)[0]
+    return [divergence(expected, x) for x in actual]
 
 
 def divergence(expected, actual):
@@ -184,9 +193,7 @@ def check(folder, model, steps, k="tbq2_0", v="tbq2_0", **spec):
 
     Without, it does not. A wrong row would be far worse than a packed one.
     """
-    expected, _ = logits(folder, model, steps, k="f32", v="f32", **spec)
-    packed = divergence(expected, logits(folder, model, steps, k, v, recent=0, **spec)[0])
-    exact = divergence(expected, logits(folder, model, steps, k, v, **spec)[0])
+    packed, exact = divergences(folder, model, steps, [(k, v, 0, 0), (k, v, 512, 0)], **spec)
     assert packed > 0.02, "two bits lose nothing here, so the scenario shows nothing"
     assert exact < 0.02 * packed + 2e-4, f"{exact} with the window, {packed} without"
 
@@ -213,12 +220,10 @@ def test_rows_are_replaced(model_f16, tmp_path):
         *one_by_one(30, 210),
         decode(s0=(TEXT[240:250], 240), s1=(OTHER[190:194], 190)),
     ]
-    found = {}
-    for recent, first in ((0, 0), (16, 2), (32, 4), (64, 4)):
-        expected, _ = logits(tmp_path, model_f16, steps, k="f32", v="f32", sequences=2)
-        actual, _ = logits(tmp_path, model_f16, steps, recent=recent, first=first, sequences=2)
-        found[recent] = divergence(expected, actual)
-    assert found[64] < found[32] < found[16] < found[0] / 2, found
+    windows = ((0, 0), (16, 2), (32, 4), (64, 4))
+    caches = [("tbq2_0", "tbq2_0", *window) for window in windows]
+    packed, found_16, found_32, found_64 = divergences(tmp_path, model_f16, steps, caches, sequences=2)
+    assert found_64 < found_32 < found_16 < packed / 2, (found_64, found_32, found_16, packed)
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
@@ -243,25 +248,20 @@ def test_other_caches(tmp_path, write):
     """
     model = write(tmp_path / "model.gguf")
     steps = [decode(s0=(TEXT[:300], 0)), decode(s0=(TEXT[300:308], 300)), *one_by_one(4, 308)]
-    expected, _ = logits(tmp_path, model, steps, k="f32", v="f32")
-    packed = divergence(expected, logits(tmp_path, model, steps, recent=0)[0])
-    exact = divergence(expected, logits(tmp_path, model, steps)[0])
+    packed, exact = divergences(tmp_path, model, steps, [("tbq2_0", "tbq2_0", 0, 0), ("tbq2_0", "tbq2_0", 512, 0)])
     assert packed > 0
     assert exact < 0.05 * packed, f"{exact} with the window, {packed} without"
 
 
 def test_a_short_window(model_f16, tmp_path):
     """The same rows are exact token by token, in a few tokens at once, and as the end of a prompt."""
-    first, rest = [decode(s0=(TEXT[:260], 0))], [decode(s0=(TEXT[260:276], 260))]
-    found = {}
-    for window in ((0, 0), (32, 4), (128, 4)):
-        shape = {"recent": window[0], "first": window[1]}
-        expected, _ = logits(tmp_path, model_f16, first + rest, k="f32", v="f32", recent=0)
-        at_once = divergence(expected, logits(tmp_path, model_f16, first + rest, **shape)[0])
-        last = divergence(expected[-1:], logits(tmp_path, model_f16, first + one_by_one(16, 260), **shape)[0])
-        found[window] = (at_once, last)
-    assert found[128, 4][0] < found[32, 4][0] < found[0, 0][0] / 2, found
-    assert found[128, 4][1] < found[0, 0][1] / 2, found
+    prompt, rest = [decode(s0=(TEXT[:260], 0))], [decode(s0=(TEXT[260:276], 260))]
+    windows = ((0, 0), (32, 4), (128, 4))
+    caches = [("tbq2_0", "tbq2_0", *window) for window in windows]
+    packed, short, long = divergences(tmp_path, model_f16, prompt + rest, caches)
+    assert long < short < packed / 2, (long, short, packed)
+    packed, _, long = divergences(tmp_path, model_f16, prompt + one_by_one(16, 260), caches)
+    assert long < packed / 2, (long, packed)
 
 
 def test_states_of_other_windows(demo_model, bin_dir, tmp_path):
@@ -356,4 +356,4 @@ def test_memory_of_several_sequences(demo_model, bin_dir, tmp_path, unified):
 def test_only_when_empty(demo_model, tmp_path):
     """Exact rows cannot be switched while the cache holds keys."""
     steps = [decode(s0=(TEXT[:20], 0)), ["exact", 16, 2], ["clear"], ["exact", 16, 2], decode(s0=(TEXT[:20], 0))]
-    assert logits(tmp_path, demo_model, steps)[1].split() == ["-1", "0"]
+    assert logits(tmp_path, demo_model, steps, [("tbq2_0", "tbq2_0", 32, 4)])[1].split() == ["-1", "0"]

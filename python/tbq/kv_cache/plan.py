@@ -284,13 +284,21 @@ _REASONS = {
 }
 
 
-def _reason_for(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool) -> str:
+#: The same with exact rows (docs/measurements/exact.md).
+_REASONS_EXACT = {
+    **_REASONS,
+    ("tbq4_0", "tbq3_0"): "keys have 4 bits and values 3, which with exact rows costs little more than 4 and 4",
+    ("tbq3_0", "tbq3_0"): "with exact rows, 3 bits are closer to f16 than q4_0 is, and nothing larger fits",
+}
+
+
+def _reason_for(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool, exact: bool) -> str:
     if sinks:
         return "the model has attention sinks, with which any quantized key degrades badly, so keys stay f16"
     if biased:
         return f"large key biases would use up the few levels of a small type, so keys are {pair[0]}"
     if pair in _REASONS:
-        return _REASONS[pair]
+        return (_REASONS_EXACT if exact else _REASONS)[pair]
     if not shape.flash_attention:
         return f"quantized values need flash attention ({_why_no_flash(shape)}), so values stay f16"
     if any(size % BLOCK for size in (*shape.key_sizes, *shape.value_sizes)):
@@ -395,7 +403,7 @@ def plan(
         pairs=tuple(_compute_pair(cache, k, v, context, budget) for k, v in usable),
         refused=refused,
         recommended=chosen,
-        reason=reason or _reason_for(chosen, shape, sinks, biases.remain),
+        reason=reason or _reason_for(chosen, shape, sinks, biases.remain, bool(recent or first)),
         fits=fits,
         sinks=sinks,
         large_key_biases=biases.large,
