@@ -28,18 +28,20 @@
 // push rows out that come back when the draft is rejected.
 static constexpr uint32_t N_SPARE = 16;
 
-void llama_kv_exact::init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t n_first) {
-    *this = {};
-
-    uint32_t n_rows = 0; // rows of the layer that has most of them: none of a cache without tbq types
+bool llama_kv_exact::applies(const llama_kv_cache & kv) {
     for (const auto & layer : kv.layers) {
         for (const ggml_tensor * t : { layer.k, kv.v_trans ? nullptr : layer.v }) {
             if (t && t->ne[0] > 0 && ggml_is_tbq(t->type)) {
-                n_rows = kv.get_size();
+                return true;
             }
         }
     }
-    if (kv.other || n_rows == 0 || (n_recent == 0 && n_first == 0)) {
+    return false;
+}
+
+void llama_kv_exact::init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t n_first) {
+    *this = {};
+    if (kv.other || !applies(kv) || (n_recent == 0 && n_first == 0)) {
         return;
     }
 
@@ -49,8 +51,8 @@ void llama_kv_exact::init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t
     res.n_first  = n_first;
     res.n_seq    = kv.n_stream == 1 ? kv.n_seq_max : 1;
     res.n_spare  = N_SPARE + res.n_seq;
-    res.n_slots =
-        (uint32_t) std::min((uint64_t) res.n_seq * ((uint64_t) n_recent + n_first) + res.n_spare, (uint64_t) n_rows);
+    res.n_slots  = (uint32_t) std::min((uint64_t) res.n_seq * ((uint64_t) n_recent + n_first) + res.n_spare,
+                                       (uint64_t) kv.get_size());
     res.slots.assign(kv.n_stream, std::vector<slot>(res.n_slots));
     res.slot_of.assign(kv.n_stream, std::vector<int32_t>(kv.get_size(), -1));
 
@@ -682,7 +684,7 @@ void llama_context::set_exact(uint32_t n_recent, uint32_t n_first) {
             sched_need_reserve = sched_need_reserve || had || kv->exact; // the graphs get or lose operations
             n_layer += kv->exact.n_layer();
             size += kv->exact.size();
-            tbq = tbq || (!kv->get_layer_ids().empty() && (ggml_is_tbq(kv->type_k()) || ggml_is_tbq(kv->type_v())));
+            tbq = tbq || llama_kv_exact::applies(*kv);
         }
         if (n_layer > 0) {
             sched_reserve(); // now, because llama_decode() could not report that memory is short

@@ -21,6 +21,9 @@ class llm_graph_result;
 // that it does not name is read as it always was: whatever is in doubt is dropped from the list.
 class llama_kv_exact {
 public:
+    // Whether K or V of a cache has a tbq type.
+    static bool applies(const llama_kv_cache & kv);
+
     // Keeps the newest n_recent and the first n_first rows of each sequence; 0 and 0: none.  The cache has to be empty.
     // Throws if memory is short; the cache then has no exact rows.
     void init(const llama_kv_cache & kv, uint32_t n_recent, uint32_t n_first);
