@@ -100,7 +100,8 @@ def test_demo(demo_model):
     assert out.returncode == 0, out.stderr
     assert "Paris" in out.stdout
     assert "K tbq4_0, V tbq4_0" in out.stdout
-    assert "26.6 % of f16's 180.0 MiB" in out.stdout
+    # 4.25 of 16 bits, and 8.5 bits for the newest and the first rows of 4 sequences
+    assert "54.2 MiB for 8192 tokens, 6.4 of them exact rows, 30.1 % of f16's 180.0 MiB" in out.stdout
 
 
 def test_demo_port_taken(demo_model):

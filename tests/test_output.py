@@ -70,6 +70,7 @@ LOGS = [
             "k_mib": 1.49,
             "v_type": "tbq4_0",
             "v_mib": 1.49,
+            "exact_mib": 3.09,
             "k_values": 192,
             "v_values": 192,
         },

@@ -697,14 +697,15 @@ def test_context_follows_the_memory(model):
     The exception: slightly fewer bits are enough for the whole context.
     """
     path = model("llama")
-    everything = tbq.plan(path).pair("tbq4_0", "tbq4_0").bytes
-    less = tbq.plan(path).pair("tbq4_0", "tbq3_0").bytes
+    packed = {"recent": 0, "first": 0}  # exact rows take the same memory in every context
+    everything = tbq.plan(path, **packed).pair("tbq4_0", "tbq4_0").bytes
+    less = tbq.plan(path, **packed).pair("tbq4_0", "tbq3_0").bytes
     for memory, pair, context in (
         (everything, ("tbq4_0", "tbq4_0"), 2048),
         (less, ("tbq4_0", "tbq3_0"), 2048),
         (everything // 2, ("tbq4_0", "tbq4_0"), 1024),
     ):
-        plan = tbq.plan(path, memory=memory, cache_only=True)
+        plan = tbq.plan(path, memory=memory, cache_only=True, **packed)
         assert (plan.recommended, plan.context, plan.fits) == (pair, context, True)
 
 
@@ -724,7 +725,9 @@ def test_leaves_a_small_cache_alone(demo_model):
     plan = tbq.plan(demo_model, context=256)  # 6 MiB of f16 cache, 92 of weights
     assert plan.recommended == ("f16", "f16")
     assert "small compared with the weights" in plan.reason
-    assert tbq.plan(demo_model, context=256, memory="3M", cache_only=True).recommended == ("tbq4_0", "tbq4_0")
+    little = {"context": 256, "memory": "3M", "cache_only": True}
+    assert tbq.plan(demo_model, **little, recent=0, first=0).recommended == ("tbq4_0", "tbq4_0")
+    assert any("exact rows take more than all packed ones" in text for text in tbq.plan(demo_model, **little).warnings)
 
 
 def test_a_token_reads_few_of_the_experts(tmp_path):
@@ -1082,7 +1085,9 @@ def test_command(demo_model, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert re.search(r"^ +30 x global: 3 KV heads, keys of 64, values of 64$", done.stdout, re.M)
     assert re.search(
-        r"^\* +tbq4_0 / tbq4_0 +25,067,520 +25,067,520 +50,135,040 +47.8 MiB +26.6 % +\d+$", done.stdout, re.M
+        r"^\* +tbq4_0 / tbq4_0 +25,067,520 +25,067,520 +6,732,000 +56,867,040 +54.2 MiB +30.1 % +\d+$",
+        done.stdout,
+        re.M,
     )
     assert "recommended: -c 8192 --cache-type-k tbq4_0 --cache-type-v tbq4_0" in done.stdout
     assert list(tmp_path.iterdir()) == []

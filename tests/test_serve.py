@@ -157,7 +157,10 @@ def test_serves(demo_model):
         served.until("is up")
         assert served.out[-1] == f"tbq: llama-server is up: http://127.0.0.1:{port}/x/y; Ctrl-C stops it\n"
         assert len(served.out) == 4 and all(line.startswith("tbq: ") for line in served.out)
-        assert "keys tbq4_0, values tbq3_0: 10.5 MiB for 2048 tokens, 23 % of f16's 45.0 MiB" in served.out[1]
+        assert served.out[1] == (
+            "tbq: cache: keys tbq4_0, values tbq3_0: 13.9 MiB for 2048 tokens, 3.3 MiB of them exact rows, "
+            "31 % of f16's 45.0 MiB\n"
+        )
         question = {
             "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
             "temperature": 0,

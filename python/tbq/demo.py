@@ -90,7 +90,7 @@ def print_cache(cache: dict[str, Any]) -> None:
     share = 100 * cache["mib"] / cache["f16_mib"]
     print(
         f"  cache     K {cache['k_type']}, V {cache['v_type']}: {cache['mib']:.1f} MiB for {cache['cells']} tokens, "
-        f"{share:.1f} % of f16's {cache['f16_mib']:.1f} MiB",
+        f"{cache['exact_mib']:.1f} of them exact rows, {share:.1f} % of f16's {cache['f16_mib']:.1f} MiB",
         flush=True,
     )
 

@@ -27,6 +27,7 @@ def summary(server: Server, kv: str) -> list[str]:
         return [head, "cache: none", f"why:   {'; '.join([plan.reason, *plan.warnings])}"]
     pair = plan.pair(server.k, server.v)
     full = plan.bytes_at("f16", "f16", plan.context)
+    exact = f", {format_size(pair.exact_bytes)} of them exact rows" if pair.exact_bytes else ""
     share = f", {100 * pair.bytes / full:.0f} % of f16's {format_size(full)}" if full else ""
     why = plan.reason
     if kv != "auto":
@@ -35,7 +36,7 @@ def summary(server: Server, kv: str) -> list[str]:
             why += f"; tbq plan recommends {'/'.join(plan.recommended)}: {plan.reason}"
     return [
         head,
-        f"cache: keys {pair.k}, values {pair.v}: {format_size(pair.bytes)} for {plan.context} tokens{share}",
+        f"cache: keys {pair.k}, values {pair.v}: {format_size(pair.bytes)} for {plan.context} tokens{exact}{share}",
         f"why:   {'; '.join([why, *plan.warnings])}",
     ]
 

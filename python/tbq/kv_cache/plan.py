@@ -408,7 +408,7 @@ def plan(
         sinks=sinks,
         large_key_biases=biases.large,
         center=needs_center,
-        warnings=tuple(_warnings(shape, context, sinks, biases, needs_center)),
+        warnings=(*_warnings(shape, context, sinks, biases, needs_center), *_exact_warning(cache, chosen, context)),
         exact=not shape.doubts,
         recent=recent,
         first=first,
@@ -502,6 +502,16 @@ def _choose(
         return candidates[-1], wanted, ""
     # the user did not ask for the whole context, so a shorter context is better than fewer bits
     return candidates[0], cache.longest(*candidates[0], budget or 0) or wanted, ""
+
+
+def _exact_warning(cache: _Cache, pair: tuple[str, str], context: int) -> Iterator[str]:
+    """A line if the exact rows of a pair take more than its packed rows."""
+    exact = cache.exact_bytes(*pair, context)
+    if exact > cache.total(*pair, context) - exact:
+        yield (
+            "in a context this short, exact rows take more than all packed ones; "
+            "--cache-recent 32 keeps most of what they are worth, --cache-recent 0 --cache-first 0 is without"
+        )
 
 
 def _warnings(shape: CacheShape, context: int, sinks: bool, biases: _Biases, center: bool) -> Iterator[str]:

@@ -70,8 +70,8 @@ def server_context(log: Sequence[str]) -> int | None:
 def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
     """The cache of a model, as --verbosity 4 logs it; None if the log does not have it.
 
-    Keys of the result: cells, layers, k_type, k_mib, v_type, v_mib; k_values and v_values are the values of a token in
-    a layer.
+    Keys of the result: cells, layers, k_type, k_mib, v_type, v_mib; exact_mib, of the exact rows; k_values and v_values
+    are the values of a token in a layer.
     """
     text = "\n".join(log)
     size = re.search(
@@ -79,6 +79,7 @@ def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
         r"K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB",
         text,
     )
+    exact = re.search(r"llama_set_cache_exact: the newest .* layers, ([\d.]+) MiB", text)
     widths = [re.search(rf"n_embd_{kv}_gqa += (\d+)", text) for kv in "kv"]
     if not size or not widths[0] or not widths[1]:
         return None
@@ -90,6 +91,7 @@ def server_cache(log: Sequence[str]) -> dict[str, str | float | int] | None:
         "k_mib": float(k_mib),
         "v_type": v_type,
         "v_mib": float(v_mib),
+        "exact_mib": float(exact[1]) if exact else 0.0,
         "k_values": int(widths[0][1]),
         "v_values": int(widths[1][1]),
     }

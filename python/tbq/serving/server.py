@@ -369,7 +369,10 @@ class Server:
                 ) from None
 
     def cache(self) -> dict[str, Any]:
-        """What the server logs about its cache with --verbosity 4: types, cells, MiB, and the MiB of an f16 cache."""
+        """What the server logs about its cache with --verbosity 4: types, cells, MiB, and the MiB of an f16 cache.
+
+        exact_mib, of the exact rows, is a part of mib.
+        """
         found: Any = output.server_cache(list(self.log))
         if found is None:
             raise TBQError("llama-server did not log the size of its cache; --verbosity 4 makes it")
@@ -378,7 +381,8 @@ class Server:
             "k_type": found["k_type"],
             "v_type": found["v_type"],
             "cells": found["cells"],
-            "mib": found["k_mib"] + found["v_mib"],
+            "mib": found["k_mib"] + found["v_mib"] + found["exact_mib"],
+            "exact_mib": found["exact_mib"],
             "f16_mib": f16 / 2**20,
         }
 
