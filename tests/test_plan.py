@@ -1085,7 +1085,7 @@ def test_command(demo_model, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert re.search(r"^ +30 x global: 3 KV heads, keys of 64, values of 64$", done.stdout, re.M)
     assert re.search(
-        r"^\* +tbq4_0 / tbq4_0 +25,067,520 +25,067,520 +6,732,000 +56,867,040 +54.2 MiB +30.1 % +\d+$",
+        r"^\* +tbq4_0 / tbq4_0 +25,067,520 +25,067,520 +6,719,760 +56,854,800 +54.2 MiB +30.1 % +\d+$",
         done.stdout,
         re.M,
     )

@@ -25,7 +25,6 @@ import tbq.programs.child
 import tbq.programs.options
 import tbq.serving.server
 from llama_tools import ENV, tiny_llama
-from tbq._exact_rows import FIRST, RECENT
 from tbq.kv_cache.calibrate import center_of_model
 from tbq.kv_cache.center_file import read_center
 from tbq.serving.address import free_port
@@ -432,7 +431,7 @@ def test_server_and_client(demo_model, monkeypatch):
         assert (server.k, server.v) == ("tbq4_0", "tbq3_0")
         pair = server.plan.pair("tbq4_0", "tbq3_0")
         assert pair.k_bytes + pair.v_bytes == 512 * 30 * 3 * (34 + 26)
-        assert pair.exact_bytes == (server.plan.parallel * (RECENT + FIRST + 1) + 16 + 1) * 2 * 30 * 3 * 68
+        assert pair.exact_bytes == (512 + 1) * 2 * 30 * 3 * 68  # no more than the cache has cells, and one
         ask = {
             "model": "any",
             "temperature": 0,
