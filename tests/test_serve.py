@@ -157,7 +157,7 @@ def test_serves(demo_model):
         assert served.out[-1] == f"tbq: llama-server is up: http://127.0.0.1:{port}/x/y; Ctrl-C stops it\n"
         assert len(served.out) == 4 and all(line.startswith("tbq: ") for line in served.out)
         assert served.out[1] == (
-            "tbq: cache: keys tbq4_0, values tbq3_0: 13.9 MiB for 2048 tokens, 3.3 MiB of them exact rows, "
+            "tbq: cache: keys tbq4_0, values tbq3_0: 14.0 MiB for 2048 tokens, 3.5 MiB of them exact rows, "
             "31 % of f16's 45.0 MiB\n"
         )
         question = {
@@ -182,7 +182,7 @@ def test_serves(demo_model):
 def test_auto(demo_model):
     with Serve(demo_model, *SMALL, "-c", 8192, "--port", 0) as served:
         served.until("is up")
-        assert "keys tbq4_0, values tbq4_0: 47.8 MiB for 8192 tokens" in served.out[1]
+        assert "keys tbq4_0, values tbq4_0: 54.2 MiB for 8192 tokens" in served.out[1]
         assert served.out[2].startswith("tbq: why:   ")
         served.process.send_signal(signal.SIGINT)
         assert served.end() == 0
@@ -196,8 +196,8 @@ def test_another_context_than_planned(demo_model, tmp_path):
         demo_model, "-t", 2, "--no-warmup", "--kv", "tbq4_0", "--port", 0, env={"XDG_CONFIG_HOME": str(tmp_path)}
     ) as served:
         served.until("is up")
-        assert "47.8 MiB for 8192 tokens" in served.out[1]
-        assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 6.0 MiB\n"
+        assert "54.2 MiB for 8192 tokens" in served.out[1]
+        assert served.out[3] == "tbq: llama-server took a context of 1024 tokens, so the cache has 12.4 MiB\n"
 
 
 def test_a_run_that_ends_by_itself(demo_model):
