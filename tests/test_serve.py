@@ -317,7 +317,9 @@ def test_variables_for_other_servers(demo_model):
         },
     ) as served:
         served.until("is up")
-        served.until("tbq: warning: LLAMA_ARG_API_PREFIX, LLAMA_ARG_CTX_SIZE: not passed on", "err")
+        served.until(
+            "tbq: warning: LLAMA_ARG_API_PREFIX, LLAMA_ARG_CACHE_CENTER, LLAMA_ARG_CTX_SIZE: not passed on", "err"
+        )
         url = re.search(r"http://\S+(?=;)", served.out[-1])[0]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             post(url + "/tokenize", {"content": "a"})
@@ -562,6 +564,10 @@ def test_key_file(demo_model, tmp_path):
             {"context": None, "unified": True, "swa_full": False, "ubatch": 1024},
         ),
         (["--parallel", "2", "-kvu"], {"context": None, "unified": True, "swa_full": False, "parallel": 2}),
+        (
+            ["--cache-recent", "0", "--cache-first", "1", "--cache-first", "x"],
+            {"context": None, "unified": True, "swa_full": False, "recent": 0},
+        ),
     ),
 )
 def test_options_for_the_plan(options, shape):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tbq._exact_rows import FIRST, RECENT
 from tbq.errors import TBQError
 
 #: What an option is for.  ROPE options change the keys, so a center is valid for one value of each.  MODEL options
@@ -188,21 +187,17 @@ def positive_number(found: Mapping[str, str], key: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) and int(text) else None
 
 
-def row_number(found: Mapping[str, str], key: str, default: int) -> int:
-    """The value of --cache-recent or --cache-first; the default if llama-server would refuse the value."""
-    text = found.get(key, "")
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else default
-
-
 def plan_arguments(found: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of tbq.plan() that llama-server's options mean.  found: what server_options() returns."""
     shape: dict[str, Any] = {
         "context": positive_number(found, "context"),
         "swa_full": "swa_full" in found,
         "unified": True,
-        "recent": row_number(found, "recent", RECENT),
-        "first": row_number(found, "first", FIRST),
     }
+    # a value that is not a number of rows is left to llama-server, which refuses it
+    shape.update(
+        {key: int(found[key]) for key in ("recent", "first") if re.fullmatch(r"[0-9]{1,9}", found.get(key, ""))}
+    )
     if parallel := positive_number(found, "parallel"):
         shape.update(parallel=parallel, unified="no-" not in found.get("unified", "no-"))
     if (per_slot := positive_number(found, "per_slot")) and not shape["context"]:
