@@ -186,7 +186,7 @@ def test_without_centering(demo_model):
     done = run("--model", demo_model, *SMALL, "--types", "f16,tbq4_0", "--no-center")
     assert (
         done.returncode == 0
-        and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"]
+        and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0", "tbq4_0 exact"]
         and "centered" not in done.stdout
         and "--cache-center none" in done.stdout
     )
@@ -197,7 +197,8 @@ def test_keys_that_cannot_be_centered(tmp_path):
     from test_plan import gemma2
 
     done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,tbq4_0")
-    assert done.returncode == 0 and [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0", "tbq4_0 exact"]
     assert done.stderr.count("tbq: warning: no rows with centered keys: ") == 1 and "soft-cap" in done.stderr
 
 
@@ -211,7 +212,7 @@ def test_text_of_the_user(demo_model, tmp_path):
     assert [row[0] for row in rows(done.stdout)] == ["f16", "bf16"]
     assert f"text   a text.txt, sha256 {hashlib.sha256(text.read_bytes()).hexdigest()}" in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "tbq: error: tbq4_0, tbq4_0 centered: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
+        "tbq: error: tbq4_0, tbq4_0 centered, tbq4_0 centered exact: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
         "types that do: f32, f16, bf16"
     )
 

@@ -133,7 +133,9 @@ def measure(
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
                 if pair.centered and not centers:
-                    continue
+                    pair = dataclasses.replace(pair, centered=False)  # its exact rows may still be measured
+                    if pair in (*pairs[:i], *report.scores):
+                        continue
                 at_once = [] if ubatch is None else ["-ub", str(ubatch)]
                 report.commands.append(pair_arguments(model.path, pair, context, threads, [*at_once, *options]))
                 try:
