@@ -212,8 +212,8 @@ def test_text_of_the_user(demo_model, tmp_path):
     assert [row[0] for row in rows(done.stdout)] == ["f16", "bf16"]
     assert f"text   a text.txt, sha256 {hashlib.sha256(text.read_bytes()).hexdigest()}" in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "tbq: error: tbq4_0, tbq4_0 centered, tbq4_0 centered exact: K cache type tbq4_0 with block size 64 does not divide n_embd_head_k=80; "
-        "types that do: f32, f16, bf16"
+        "tbq: error: tbq4_0, tbq4_0 centered, tbq4_0 centered exact: K cache type tbq4_0 with block size 64 "
+        "does not divide n_embd_head_k=80; types that do: f32, f16, bf16"
     )
 
 

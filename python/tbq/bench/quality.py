@@ -130,12 +130,10 @@ def measure(
             centers = any(pair.centered for pair in pairs) and _make_center(
                 model, folder, context, center_text, [*select_words(options, MODEL, ROPE), "-t", str(threads)]
             )
+            if not centers:  # what is left of the centered pairs may be in the list already
+                pairs = list(dict.fromkeys(dataclasses.replace(pair, centered=False) for pair in pairs))
             for i, pair in enumerate(pairs):
                 bar.set_description(str(pair))
-                if pair.centered and not centers:
-                    pair = dataclasses.replace(pair, centered=False)  # its exact rows may still be measured
-                    if pair in (*pairs[:i], *report.scores):
-                        continue
                 at_once = [] if ubatch is None else ["-ub", str(ubatch)]
                 report.commands.append(pair_arguments(model.path, pair, context, threads, [*at_once, *options]))
                 try:
