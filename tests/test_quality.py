@@ -353,7 +353,7 @@ def test_interruption_leaves_nothing(demo_model, tmp_path, sent):
     process.send_signal(sent)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert [row[0] for row in rows(out)] == ["f16"] and err.endswith("tbq: interrupted after 1 of 3 pairs\n")
+    assert [row[0] for row in rows(out)] == ["f16"] and err.endswith("tbq: interrupted after 1 of 4 pairs\n")
     assert not list(tmp_path.iterdir())
     assert not any(child.exists() for child in children)
 
