@@ -246,9 +246,9 @@ void llama_kv_center::state_read(llama_io_read_i & io, uint32_t & n_stream) cons
         const auto name = [](const std::string & h) {
             return h.empty() ? std::string("none") : h == ROTATED ? std::string("none, rotated") : h.substr(0, 12);
         };
-        throw std::runtime_error(format(
-            "this state was saved with a different calibration file (hash %s; this context: %s; none is --cache-center none)",
-            name(saved).c_str(), name(hash).c_str()));
+        throw std::runtime_error(
+            format("this state was saved with a different calibration file (hash %s; this context: %s)%s",
+                   name(saved).c_str(), name(hash).c_str(), saved.empty() ? "; --cache-center none loads it" : ""));
     }
 }
 
