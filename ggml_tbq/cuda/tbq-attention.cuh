@@ -550,10 +550,6 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     reader_k  keys(a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3, a.k_nb1, first, lane);
     reader_v  values(a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3, a.v_nb1, first, lane);
 
-#if __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize();
-#endif
-
     // Exact rows: slices of this warp, counted from the last warp, because the first have a slice more of the rest.
     const int exact_first = EXACT ? blockIdx.x * a.exact_per_split + WARPS - 1 - warp : 0;
     const int exact_end = EXACT ? min((int) (blockIdx.x + 1) * a.exact_per_split, (a.n_exact + SLICE - 1) / SLICE) : 0;
@@ -586,6 +582,23 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         map_word   = map_of(first);
     }
 
+    // The list is an input of the graph, and what else was read so far too; the rest may be of the kernel before this.
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+
+    // The block of a query that this warp prepares first is on its way before everything else.
+    const int n_cols  = min(NC, n_columns - first_col); // the others stay zero
+    auto      block_q = [&](int i) -> const float * {
+        const int col = first_col + i / NB;
+        return (const float *) (a.q + token_of(col) * a.q_nb1 + head_of(col) * a.q_nb2 + seq * a.q_nb3) + 64 * (i % NB);
+    };
+    float q_lo = 0.0f, q_hi = 0.0f;
+    if (warp < n_cols * NB) {
+        q_lo = block_q(warp)[lane];
+        q_hi = block_q(warp)[lane + 32];
+    }
+
     // This code runs once, and what it costs is to fetch it: loops stay loops where they can.
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) {
@@ -601,53 +614,56 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     }
 
     if constexpr (EXACT) {
-        // two lanes for each row; the pieces are as large as every row is aligned to
+        // 17 pieces of a row, as large as every row is aligned to, by lanes beside each other: with a row for each pair of
+        // lanes an instruction would touch 16 lines, which takes half a microsecond longer
         constexpr int PIECES = sizeof(block_tbq8_0) / 4, PIECE = 4 * NB;
 #pragma unroll 1
         for (int i = 0; i < a.exact_staged; i++) {
-            const int slot = (exact_first + i * WARPS) * SLICE + lane / 2;
-            if (slot < min(exact_end * SLICE, a.n_exact)) {
-                const uint32_t     to   = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE);
-                const uint32_t     to_k = to + lane / 2 * EXACT_PITCH_K;
-                const uint32_t     to_v = to + SLICE * EXACT_PITCH_K + lane / 2 * EXACT_PITCH_V;
-                const char * const k    = exact_k + slot * a.exact_k_nb1;
-                const char * const v    = exact_v + slot * a.exact_v_nb1;
+            const int      slice = exact_first + i * WARPS;
+            const int      rows  = slice < exact_end ? min(a.n_exact - slice * SLICE, SLICE) : 0;
+            const uint32_t to    = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE);
+            int            row = lane / PIECES, piece = lane % PIECES;
 #pragma unroll 1
-                for (int at = lane % 2 * PIECE; at < PIECES * PIECE; at += 2 * PIECE) {
-                    if constexpr (BITS_K < 8) {
-                        tbq_cp_async<PIECE>(to_k + at, k + at);
-                    }
-                    if constexpr (BITS_V < 8) {
-                        tbq_cp_async<PIECE>(to_v + at, v + at);
-                    }
+            while (row < rows) {
+                const int slot = slice * SLICE + row;
+                if constexpr (BITS_K < 8) {
+                    tbq_cp_async<PIECE>(to + row * EXACT_PITCH_K + piece * PIECE,
+                                        exact_k + slot * a.exact_k_nb1 + piece * PIECE);
                 }
+                if constexpr (BITS_V < 8) {
+                    tbq_cp_async<PIECE>(to + SLICE * EXACT_PITCH_K + row * EXACT_PITCH_V + piece * PIECE,
+                                        exact_v + slot * a.exact_v_nb1 + piece * PIECE);
+                }
+                piece += 32 - PIECES;
+                row += piece < PIECES ? 1 : 2;
+                piece -= piece < PIECES ? 0 : PIECES;
             }
         }
         tbq_cp_async_commit();
     }
 
-    // The mask of a slice of exact rows, 2t, 2t + 1, 2t + 8, 2t + 9, loaded a slice ahead.  i: which of cells_now
-    float exact_bias[NG][4];
-    auto  load_exact_bias = [&](int i) {
+    // The mask of a slice of exact rows, 2t, 2t + 1, 2t + 8, 2t + 9, loaded a slice ahead; as halves, because a warp waits
+    // where it converts them.  i: which of cells_now
+    uint16_t exact_mask[NG][4];
+    auto     load_exact_mask = [&](int i) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int cell = __shfl_sync(TBQ_WARP_ALL, cells_now, 16 * i + 2 * t + j % 2 + j / 2 * 8);
 #pragma unroll
             for (int n = 0; n < NG; n++) {
-                const int    col = min(first_col + g + 8 * n, n_columns - 1);
-                const half * row =
-                    (const half *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
-                exact_bias[n][j] = cell < 0 ? -INFINITY : a.mask ? __half2float(row[cell]) : 0.0f;
+                const int        col = min(first_col + g + 8 * n, n_columns - 1);
+                const uint16_t * row =
+                    (const uint16_t *) (a.mask + token_of(col) * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+                exact_mask[n][j] = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
             }
         }
     };
     if constexpr (EXACT) {
-        load_exact_bias(0);
+        load_exact_mask(0);
     }
 
     // Queries: rotated, scaled, rounded to 8 bits.  While the first slices are on their way.
     const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
-    const int   n_cols   = min(NC, n_columns - first_col); // the others stay zero
     for (int i = threadIdx.x + n_cols * QROW / 4; i < NC * QROW / 4; i += TBQ_ATTENTION_THREADS) {
         ((int *) q8)[i] = 0;
     }
@@ -661,12 +677,13 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     }
 #pragma unroll 1
     for (int i = warp; i < n_cols * NB; i += WARPS) {
-        const int     c   = i / NB;
-        const int     b   = i % NB;
-        const int     col = first_col + c;
-        const float * q   = (const float *) (a.q + token_of(col) * a.q_nb1 + head_of(col) * a.q_nb2 + seq * a.q_nb3);
-        float         lo  = q[64 * b + lane];
-        float         hi  = q[64 * b + lane + 32];
+        const int c  = i / NB;
+        const int b  = i % NB;
+        float     lo = q_lo, hi = q_hi;
+        if (i + WARPS < n_cols * NB) {
+            q_lo = block_q(i + WARPS)[lane];
+            q_hi = block_q(i + WARPS)[lane + 32];
+        }
         if constexpr (BITS_K == 16) {
             *(__half *) &q8[c][2 * (64 * b + lane)]      = __float2half(lo * q_factor);
             *(__half *) &q8[c][2 * (64 * b + lane + 32)] = __float2half(hi * q_factor);
@@ -867,20 +884,20 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             bool  seen = false;
 #pragma unroll
             for (int j = 0; j < 4 * NG; j++) {
-                bias[j / 4][j % 4] = exact_bias[j / 4][j % 4];
+                bias[j / 4][j % 4] = __half2float(__ushort_as_half(exact_mask[j / 4][j % 4]));
                 seen |= bias[j / 4][j % 4] != -INFINITY;
             }
             if (i_slice % 2 == 1) {
                 cells_now  = cells_next;
                 cells_next = cells_of(slice + 3 * WARPS);
             }
-            load_exact_bias(i_slice % 2 ^ 1);
+            load_exact_mask(i_slice % 2 ^ 1);
             if (!__any_sync(TBQ_WARP_ALL, seen)) {
                 continue;
             }
 
             float s[NG][4];
-#pragma unroll 1
+#pragma unroll
             for (int half = 0; half < 2; half++) {
                 const char * const key  = key_of(g + 8 * half);
                 const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };

@@ -98,7 +98,7 @@ static tbq_encode_args set_rows_args(const ggml_tensor * dst) {
     if (const ggml_tensor * exact = dst->src[5]) {
         a.exact     = (char *) exact->data;
         a.exact_nb1 = exact->nb[1];
-        a.slots     = (const int *) dst->src[6]->data;
+        a.slots     = (const int *) dst->src[6]->data + dst->op_params[0];
     }
     return a;
 }
@@ -546,7 +546,7 @@ static bool exact_supported(const ggml_tensor * dst) {
         }
     }
     return n_exact > 0 && n_exact < INT_MAX && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
-           cells->ne[1] == dst->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
+           cells->ne[1] >= dst->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
 }
 
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
@@ -756,7 +756,8 @@ static bool set_rows_exact_supported(const ggml_tensor * op) {
     }
     return exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == op->src[0]->ne[0] &&
            exact->nb[0] == sizeof(block_tbq8_0) && (exact->nb[1] | exact->view_offs) % sizeof(float) == 0 &&
-           slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) && ggml_nelements(slots) == ggml_nrows(op->src[0]);
+           slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) && op->op_params[0] >= 0 &&
+           op->op_params[0] + ggml_nrows(op->src[0]) <= ggml_nelements(slots);
 }
 
 bool tbq_cuda_supports_op(const ggml_tensor * op) {

@@ -214,7 +214,7 @@ bool tbq_ggml_set_rows(const struct ggml_compute_params * params, struct ggml_te
         const float * m = floats_at(mean, 0, 0, p.first);
         kernels->quantize_kv[dst->type - GGML_TYPE_TBQ2_0](x, m, floats_at(weight, 0, 0, p.first),
                                                            blocks_at(dst, to, 0, p.first), p.count * TBQ_BLOCK);
-        const int32_t slot = exact ? *(const int32_t *) ((const char *) slots->data + p.row * slots->nb[0]) : -1;
+        const int32_t slot = exact ? ((const int32_t *) slots->data)[dst->op_params[0] + p.row] : -1;
         if (slot >= 0) {
             GGML_ASSERT(slot < exact->ne[1]);
             kernels->quantize_exact(x, m, blocks_at(exact, slot, 0, p.first), p.count * TBQ_BLOCK);

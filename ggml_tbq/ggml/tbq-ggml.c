@@ -67,13 +67,16 @@ tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type) {
     return ggml_is_tbq(type) ? tbq_best_kernels()->mad_rotated[type - GGML_TYPE_TBQ2_0] : NULL;
 }
 
-void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_tensor * exact, struct ggml_tensor * slots) {
+void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_tensor * exact, struct ggml_tensor * slots,
+                             int32_t first) {
     GGML_ASSERT(set_rows->op == GGML_OP_SET_ROWS && ggml_is_tbq(set_rows->type));
     GGML_ASSERT(exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == set_rows->src[0]->ne[0]);
     GGML_ASSERT(ggml_is_contiguous_rows(exact) && exact->ne[2] * exact->ne[3] == 1);
-    GGML_ASSERT(slots->type == GGML_TYPE_I32 && ggml_is_vector(slots) && slots->ne[0] == set_rows->src[0]->ne[1]);
-    set_rows->src[5] = exact;
-    set_rows->src[6] = slots;
+    GGML_ASSERT(slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) && first >= 0 &&
+                first + set_rows->src[0]->ne[1] <= ggml_nelements(slots));
+    set_rows->src[5]       = exact;
+    set_rows->src[6]       = slots;
+    set_rows->op_params[0] = first;
 }
 
 static bool is_exact_side(const struct ggml_tensor * exact, const struct ggml_tensor * side, int64_t n_exact) {
@@ -89,7 +92,7 @@ void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor *
     GGML_ASSERT((k != NULL) == ggml_is_tbq(fa->src[1]->type) && is_exact_side(k, fa->src[1], n_exact));
     GGML_ASSERT((v != NULL) == ggml_is_tbq(fa->src[2]->type) && is_exact_side(v, fa->src[2], n_exact));
     GGML_ASSERT(cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) && cells->ne[0] == n_exact + n_words &&
-                cells->ne[1] == fa->src[0]->ne[3]);
+                cells->ne[1] >= fa->src[0]->ne[3]);
     fa->src[5] = k;
     fa->src[6] = v;
     fa->src[7] = cells;

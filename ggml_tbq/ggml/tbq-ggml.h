@@ -45,19 +45,22 @@ TBQ_API tbq_ggml_mad_t tbq_ggml_mad(enum ggml_type type);
 // Exact rows: some rows of a layer's cache, in tbq8_0 beside the packed ones.  A slot is a row of `exact`, a cell a row
 // of the cache.
 
-// The SET_ROWS also writes row i to slot slots[i] of exact, unless that is -1.  The mean (src[3]) is subtracted in
-// both; the weights (src[4]) concern the packed row.
-//     src[5]  exact  tbq8_0 [n_embd, n_slots]
-//     src[6]  slots  I32 [n_tokens]
+// The SET_ROWS also writes row i to the slot of exact that element first + i of slots names, unless that is -1.  The mean
+// (src[3]) is subtracted in both; the weights (src[4]) concern the packed row.
+//     src[5]        exact  tbq8_0 [n_embd, n_slots]
+//     src[6]        slots  I32, contiguous, at least first + n_tokens elements
+//     op_params[0]  first
+// So the slots can lie behind the cells of FLASH_ATTN_EXT, in one input: a GPU waits for each input.
 TBQ_API void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_tensor * exact,
-                                     struct ggml_tensor * slots);
+                                     struct ggml_tensor * slots, int32_t first);
 
 // The attention reads slot j in place of cell cells[j], under the mask of the cell.  The cells of a stream are
 // different, in any order; -1: the slot is not used.
 //     src[5]  k      tbq8_0 [head_size_k, n_exact, n_head_kv, n_stream], or NULL where K is not a tbq type
 //     src[6]  v      the same for V
-//     src[7]  cells  I32 [n_exact + n_words, n_stream]: after the cells n_words = ceil(n_kv / 32) words with a bit for
-//                    each row of the cache, bit c % 32 of word c / 32, which is set where a slot has row c
+//     src[7]  cells  I32 [n_exact + n_words, n_stream or more]: after the cells of a stream n_words = ceil(n_kv / 32)
+//                    words with a bit for each row of the cache, bit c % 32 of word c / 32, which is set where a slot has
+//                    row c.  An input of the graph: a kernel may read it before the one in front of it has ended.
 TBQ_API void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor * k, struct ggml_tensor * v,
                                            struct ggml_tensor * cells);
 

@@ -287,26 +287,22 @@ public:
         : kv(mctx->kv), s0(mctx->sinfos[mctx->i_cur].s0), n_stream((uint32_t) mctx->sinfos[mctx->i_cur].n_stream()),
           n_rows((uint32_t) (n_tokens / n_stream)),
           is_long(kv->exact.is_long(mctx->ubatches.empty() ? (uint32_t) n_tokens : n_rows)), layers(kv->layers.size()) {
-        slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
-        cells = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_exact() + n_words(mctx->n_kv), n_stream);
-        ggml_set_input(slots);
-        ggml_set_input(cells);
+        const int64_t n_list = n_exact() + n_words(mctx->n_kv);
+        list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_list, n_stream + (n_tokens + n_list - 1) / n_list);
+        ggml_set_input(list);
     }
 
     void set_input(const llama_ubatch * ubatch) override {
         GGML_UNUSED(ubatch);
-        if (slots->buffer && cells->buffer) {
-            kv->exact.set_input(slots, cells);
-        } else if (slots->buffer) { // no layer reads exact rows, so none is stored
-            const std::vector<int32_t> none(slots->ne[0], -1);
-            ggml_backend_tensor_set(slots, none.data(), 0, ggml_nbytes(slots));
+        if (list->buffer) {
+            kv->exact.set_input(list);
         }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
         const auto & cur = kv->exact.cur;
-        return slots->ne[0] == params.ubatch.n_tokens && s0 == cur.s0 && n_stream == cur.strm.size() &&
-               cells->ne[0] == n_exact() + n_words(cur.n_kv);
+        return n_rows * n_stream == params.ubatch.n_tokens && s0 == cur.s0 && n_stream == cur.strm.size() &&
+               list->ne[0] == n_exact() + n_words(cur.n_kv);
     }
 
     static int64_t n_words(uint32_t n_kv) { return (n_kv + 31) / 32; }
@@ -320,8 +316,9 @@ public:
     const uint32_t n_rows; // tokens of a stream
     const bool     is_long;
 
-    ggml_tensor * slots; // I32 [n_tokens]: where each token is stored, or -1
-    ggml_tensor * cells; // I32 [n_exact + n_words, n_stream]: the list, as FLASH_ATTN_EXT reads it
+    // I32 [n_exact + n_words, n_stream + some]: for each stream the list as FLASH_ATTN_EXT reads it, and behind all of
+    // them for each token the slot where it is stored, or -1
+    ggml_tensor * list;
 
     struct layer {
         bool          stored = false;
@@ -331,17 +328,17 @@ public:
     std::vector<layer> layers;
 };
 
-void llama_kv_exact::set_input(ggml_tensor * t_slots, ggml_tensor * t_cells) {
-    const size_t         n_rows  = t_slots->ne[0] / cur.strm.size();
+void llama_kv_exact::set_input(ggml_tensor * t) {
+    const size_t         n_rows  = cur.idxs.at(0).size();
     const int64_t        n_words = graph_input::n_words(cur.n_kv);
-    const int64_t        n_exact = t_cells->ne[0] - n_words;
-    std::vector<int32_t> rows(t_slots->ne[0]);
-    std::vector<int32_t> list(ggml_nelements(t_cells));
+    const int64_t        n_exact = t->ne[0] - n_words;
+    std::vector<int32_t> list(ggml_nelements(t));
+    int32_t *            rows = list.data() + t->ne[0] * cur.strm.size();
     for (size_t s = 0; s < cur.strm.size(); ++s) {
         const uint32_t strm = cur.strm[s];
         const auto &   idxs = cur.idxs[s];
         GGML_ASSERT(idxs.size() == n_rows);
-        int32_t *  cells = list.data() + s * t_cells->ne[0];
+        int32_t *  cells = list.data() + s * t->ne[0];
         int32_t *  words = cells + n_exact;
         const auto add   = [&](int64_t i, int32_t cell) {
             cells[i] = cell;
@@ -370,8 +367,7 @@ void llama_kv_exact::set_input(ggml_tensor * t_slots, ggml_tensor * t_cells) {
             add_slots();
         }
     }
-    ggml_backend_tensor_set(t_slots, rows.data(), 0, ggml_nbytes(t_slots));
-    ggml_backend_tensor_set(t_cells, list.data(), 0, ggml_nbytes(t_cells));
+    ggml_backend_tensor_set(t, list.data(), 0, ggml_nbytes(t));
 }
 
 template <typename T, typename F> static T * find_input(llm_graph_result * res, F fits) {
@@ -426,20 +422,20 @@ llama_kv_exact_attn::llama_kv_exact_attn(llm_graph_result * res, const llama_kv_
     layer.v = of(kv->exact.layers[ikv].v, v_cur, nullptr);
 }
 
-static ggml_tensor * store(ggml_tensor * set_rows, ggml_tensor * exact, ggml_tensor * slots) {
-    if (exact) {
+ggml_tensor * llama_kv_exact_attn::store(ggml_tensor * set_rows, ggml_tensor * exact) const {
+    if (exact && inp->layers[ikv].stored) {
         GGML_ASSERT(set_rows->op == GGML_OP_SET_ROWS && set_rows->ne[0] == exact->ne[0]);
-        tbq_ggml_set_rows_exact(set_rows, exact, slots);
+        tbq_ggml_set_rows_exact(set_rows, exact, inp->list, (int32_t) (inp->list->ne[0] * inp->n_stream));
     }
     return set_rows;
 }
 
 ggml_tensor * llama_kv_exact_attn::store_k(ggml_tensor * set_rows) const {
-    return inp && inp->layers[ikv].stored ? store(set_rows, inp->kv->exact.layers[ikv].k, inp->slots) : set_rows;
+    return store(set_rows, inp ? inp->kv->exact.layers[ikv].k : nullptr);
 }
 
 ggml_tensor * llama_kv_exact_attn::store_v(ggml_tensor * set_rows) const {
-    return inp && inp->layers[ikv].stored ? store(set_rows, inp->kv->exact.layers[ikv].v, inp->slots) : set_rows;
+    return store(set_rows, inp ? inp->kv->exact.layers[ikv].v : nullptr);
 }
 
 void llama_kv_exact_attn::attend(ggml_tensor * fa) const {
@@ -459,7 +455,7 @@ void llama_kv_exact_attn::attend(ggml_tensor * fa) const {
     ggml_tensor * k     = layer.k ? heads(layer.k, fa->src[1]) : nullptr;
     ggml_tensor * v =
         mla ? (layer.k ? heads(layer.k, fa->src[2]) : nullptr) : (layer.v ? heads(layer.v, fa->src[2]) : nullptr);
-    tbq_ggml_flash_attn_ext_exact(fa, k, v, inp->cells);
+    tbq_ggml_flash_attn_ext_exact(fa, k, v, inp->list);
 }
 
 // --- K-shift --------------------------------------------------------------------------------------------------------

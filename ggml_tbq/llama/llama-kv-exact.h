@@ -117,7 +117,7 @@ private:
 
     std::vector<saved> saved_rows(uint32_t strm, llama_seq_id seq_id) const;
 
-    void set_input(ggml_tensor * slots, ggml_tensor * cells);
+    void set_input(ggml_tensor * list);
 };
 
 // The exact rows of a layer in a graph that is being built.  Without any, every function returns what it is given.
@@ -136,6 +136,8 @@ public:
     void attend(ggml_tensor * flash_attn_ext) const;
 
 private:
+    ggml_tensor * store(ggml_tensor * set_rows, ggml_tensor * exact) const;
+
     ggml_context *                ctx;
     llama_kv_exact::graph_input * inp = nullptr;
     int32_t                       ikv = -1;

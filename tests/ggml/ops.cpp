@@ -309,10 +309,11 @@ static void exact_copies() {
     expect(memcmp(got->data, back.data() + 5 * n, n * sizeof(float)) == 0, "GET_ROWS of tbq8_0");
     expect(ggml_validate_row_data(GGML_TYPE_TBQ8_0, q.data(), q.size()), "valid data in tbq8_0");
 
-    const auto    qc   = encode(centered);
-    const auto    free = std::vector<uint8_t>(row, 0xAB);
-    const int64_t to[] = { 4, 2, 0, 1, 5, 3 };
-    const int32_t at[] = { 8, -1, 0, -1, 3, 7 };
+    const auto    qc     = encode(centered);
+    const auto    free   = std::vector<uint8_t>(row, 0xAB);
+    const int64_t to[]   = { 4, 2, 0, 1, 5, 3 };
+    const int32_t at[]   = { 8, -1, 0, -1, 3, 7 };
+    const int32_t list[] = { 1, 2, 8, -1, 0, -1, 3, 7 }; // in which they are from the third on
     for (bool center : { false, true }) {
         for (int threads : { 1, 2, 5 }) {
             ggml_tensor * exact = g.tensor(GGML_TYPE_TBQ8_0, { n, slots });
@@ -320,7 +321,7 @@ static void exact_copies() {
             ggml_tensor * set =
                 ggml_set_rows(g.ctx, g.tensor(GGML_TYPE_TBQ4_0, { n, rows }), f, g.tensor(GGML_TYPE_I64, { rows }, to));
             set->src[3] = center ? g.tensor(GGML_TYPE_F32, { n }, mean.data()) : nullptr;
-            tbq_ggml_set_rows_exact(set, exact, g.tensor(GGML_TYPE_I32, { rows }, at));
+            tbq_ggml_set_rows_exact(set, exact, g.tensor(GGML_TYPE_I32, { 4, 2 }, list), 2);
             g.run(set, threads);
             const auto & want        = center ? qc : q;
             const auto   packed_rows = packed(GGML_TYPE_TBQ4_0, center ? centered : x);
