@@ -44,12 +44,12 @@ def fuzz(*command):
 def attention(*command, problems, seed=1):
     """Returns the implementations that were compared on attention.
 
-    Some problems must have split the cache, and some must have had exact rows.
+    Some problems must have split the cache, some must have had exact rows, and some keys whose mean matters.
     """
     out = run(*command, str(problems), str(seed))
-    pattern = r"(\d+) problems, (\d+) of them in chunks, (\d+) with exact rows"
-    count, chunked, listed = map(int, re.search(pattern, out).groups())
-    assert count == problems and chunked >= problems // 8 and listed >= problems // 8
+    pattern = r"(\d+) problems, (\d+) of them in chunks, (\d+) with exact rows, (\d+) with a mean"
+    count, chunked, listed, centered = map(int, re.search(pattern, out).groups())
+    assert count == problems and min(chunked, listed, centered) >= problems // 8
     return set(re.findall(r"compared with ref: (\S+)$", out, re.M)) - {"ref"}
 
 

@@ -3,6 +3,7 @@
 
 #include "ggml-cpu-impl.h"
 #include "tbq-attention.h"
+#include "tbq-ggml.h"
 
 #include <string.h>
 
@@ -40,6 +41,7 @@ static bool make_plan(const struct ggml_tensor * dst, tbq_attention_plan * plan)
     const struct ggml_tensor * mask  = dst->src[3];
     const struct ggml_tensor * sinks = dst->src[4];
     const struct ggml_tensor * cells = dst->src[7];
+    const struct ggml_tensor * mean  = dst->src[8];
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || k->ne[2] != v->ne[2] ||
         k->nb[0] != ggml_type_size(k->type) || v->nb[0] != ggml_type_size(v->type) || !ggml_is_contiguous(dst) ||
         (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t)))) {
@@ -60,6 +62,8 @@ static bool make_plan(const struct ggml_tensor * dst, tbq_attention_plan * plan)
         .k               = side_of(k),
         .v               = side_of(v),
         .sinks           = sinks ? (const float *) sinks->data : NULL,
+        .mean            = mean ? (const float *) mean->data : NULL,
+        .mean_of_values  = tbq_ggml_flash_attn_ext_center_values(dst),
         .out             = (float *) dst->data,
     };
     if (mask) {
@@ -162,6 +166,29 @@ bool tbq_ggml_exact_mad(const struct ggml_tensor * fa, int64_t slot, int64_t hea
         tbq_best_kernels()->mad_rotated_exact(row, p, acc, fa->src[6]->ne[0]);
     }
     return row != NULL;
+}
+
+tbq_ggml_center tbq_ggml_center_of(const struct ggml_tensor * fa, const float * q, int64_t head) {
+    tbq_ggml_center            center = { 0.0f, 0.0f, NULL };
+    const struct ggml_tensor * mean   = fa->src[8];
+    if (!mean) {
+        return center;
+    }
+    const int64_t size = fa->src[1]->ne[0];
+    const float * c    = (const float *) mean->data + head / (fa->src[0]->ne[2] / fa->src[1]->ne[2]) * size;
+    const float * op   = (const float *) fa->op_params;
+    double        sum  = 0.0;
+    for (int64_t i = 0; i < size; i++) {
+        sum += (double) q[i] * (double) c[i];
+    }
+    const float d = op[0] * (float) sum;
+    if (op[2] != 0.0f) {
+        center.capped = d / op[2];
+    } else {
+        center.sink = d;
+    }
+    center.values = tbq_ggml_flash_attn_ext_center_values(fa) ? c : NULL;
+    return center;
 }
 
 // Some blocks of one row.  A token has one row, so it is blocks that the threads share.

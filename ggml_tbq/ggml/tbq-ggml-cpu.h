@@ -23,6 +23,15 @@ bool    tbq_ggml_exact_dot(const struct ggml_tensor * fa, int64_t slot, int64_t 
 bool    tbq_ggml_exact_mad(const struct ggml_tensor * fa, int64_t slot, int64_t head, int64_t stream, float p,
                            float * acc);
 
+// Centered keys in the generic path, for a query row and its head (tbq_ggml_flash_attn_ext_center).
+typedef struct {
+    float         capped; // to be added to a logit that is divided by the soft-cap
+    float         sink;   // to be subtracted from the sink; 0 with a soft-cap
+    const float * values; // to be added to each row of V, or NULL
+} tbq_ggml_center;
+
+tbq_ggml_center tbq_ggml_center_of(const struct ggml_tensor * fa, const float * q, int64_t head);
+
 // The work buffer that it needs; 0 for what it does not take.
 size_t tbq_ggml_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads);
 

@@ -98,6 +98,22 @@ void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor *
     fa->src[7] = cells;
 }
 
+enum { CENTER_VALUES = 5 }; // of op_params; upstream's are 0 to 4
+
+void tbq_ggml_flash_attn_ext_center(struct ggml_tensor * fa, struct ggml_tensor * mean, bool values) {
+    GGML_ASSERT(fa->op == GGML_OP_FLASH_ATTN_EXT);
+    const struct ggml_tensor * k = fa->src[1];
+    GGML_ASSERT(!mean || (ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
+                          mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2]));
+    GGML_ASSERT(!mean || !values || fa->src[2]->ne[0] <= k->ne[0]);
+    fa->src[8]                   = mean;
+    fa->op_params[CENTER_VALUES] = mean && values;
+}
+
+bool tbq_ggml_flash_attn_ext_center_values(const struct ggml_tensor * fa) {
+    return fa->src[8] && fa->op_params[CENTER_VALUES];
+}
+
 struct ggml_tensor * tbq_ggml_concat_exact(struct ggml_context * ctx, struct ggml_tensor * exact,
                                            struct ggml_tensor * rows, struct ggml_tensor * mean) {
     GGML_ASSERT(exact->type == GGML_TYPE_TBQ8_0 && rows->type == GGML_TYPE_F32 && rows->nb[0] == sizeof(float));
@@ -151,8 +167,12 @@ bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum
         const int64_t        n    = i == 0 ? 1 : PROMPT;
         struct ggml_tensor * q    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, head_size_k, n, n_head, 1);
         struct ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, N_KV, n, 1, 1);
-        can = can && ggml_backend_dev_supports_op(dev, flash ? ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f)
-                                                             : ggml_mul_mat(ctx, k, q));
+        struct ggml_tensor * op =
+            flash ? ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f) : ggml_mul_mat(ctx, k, q);
+        if (flash && ggml_is_tbq(type_k)) { // some layers may need it, where keys are centered
+            tbq_ggml_flash_attn_ext_center(op, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, head_size_k, n_head_kv), v_in_k);
+        }
+        can = can && ggml_backend_dev_supports_op(dev, op);
     }
     ggml_free(ctx);
     return can;

@@ -64,6 +64,16 @@ TBQ_API void tbq_ggml_set_rows_exact(struct ggml_tensor * set_rows, struct ggml_
 TBQ_API void tbq_ggml_flash_attn_ext_exact(struct ggml_tensor * fa, struct ggml_tensor * k, struct ggml_tensor * v,
                                            struct ggml_tensor * cells);
 
+// The stored keys are the keys minus their mean.  Given where softmax alone does not make that good: with sinks, with a
+// soft-cap, or if the values are the first channels of the keys (`values`: the mean is added to the output).  K is a tbq
+// type.  The result is that of whole keys (tbq-attention.h).  Query and mean are in the domain in which SET_ROWS gets
+// the keys.
+//     src[8]  mean  F32 [head_size_k, n_head_kv], contiguous, or NULL: then nothing changes
+TBQ_API void tbq_ggml_flash_attn_ext_center(struct ggml_tensor * fa, struct ggml_tensor * mean, bool values);
+
+// Whether values lack the mean in src[8], too.
+TBQ_API bool tbq_ggml_flash_attn_ext_center_values(const struct ggml_tensor * fa);
+
 // The slots of exact, tbq8_0 [n_embd, n_slots, n_stream], and after them rows - mean, F32 [n_embd, n_rows, n_stream],
 // as tbq8_0: [n_embd, n_slots + n_rows, n_stream].  mean: F32 [n_embd] or NULL.  For batches with more rows than there
 // are slots to spare.  A GGML_OP_CONCAT of dimension 1; the mean is src[2].
@@ -71,7 +81,7 @@ TBQ_API struct ggml_tensor * tbq_ggml_concat_exact(struct ggml_context * ctx, st
                                                    struct ggml_tensor * rows, struct ggml_tensor * mean);
 
 // Whether the device supports the operations of a cache layer of these types: write rows, and attend for one token and
-// for a prompt.  flash: with FLASH_ATTN_EXT; otherwise by products, for which values are not quantized.  v_in_k: the
+// for a prompt.  flash: with FLASH_ATTN_EXT, also of centered keys; otherwise by products, for which values are not quantized.  v_in_k: the
 // values are the first channels of the keys (MLA).  An operation without support would run on the CPU, without a
 // message, or abort.  True if neither type is tbq: upstream decides about its own types.
 TBQ_API bool tbq_ggml_device_attends(ggml_backend_dev_t dev, enum ggml_type type_k, enum ggml_type type_v, bool flash,

@@ -9,6 +9,11 @@
 //
 // K and V are tbq2_0, tbq3_0 or tbq4_0 in any combination, or one of them has another type.
 //
+// Centered keys: the cache may hold k_i - c in place of k_i, with one mean c for all rows of a KV head.  Softmax ignores
+// what that takes from every logit, d = scale q.c.  Where that does not end it, the mean is passed, and the result is
+// that of whole keys: a sink becomes sink_h - d, a soft-cap cap(scale q.(k_i - c) + d), and values that are the first
+// channels of the keys get c back, times the weight that is not the sink's.
+//
 // Exact rows: a list says which cached rows are also kept in 8 bits, and where.  These are read from there, and the
 // packed row has no effect.
 //
@@ -89,6 +94,9 @@ typedef struct {
     const float * sinks;                          // n_head logits, or NULL
     float         scale, max_bias, logit_softcap; // max_bias > 0: ALiBi slopes; logit_softcap 0: none
 
+    const float * mean;           // c, k_size floats for each KV head, or NULL
+    int           mean_of_values; // whether rows of V lack its first v_size channels, too
+
     // Exact rows: n_exact entries of a list, or 0.  Entry j of a stream stands for cached row cells[j], or for none if
     // that is -1; no row occurs twice.  Its key is row j of exact_k, its value row j of exact_v, in tbq8_0; a side that
     // is not tbq has none, and is read at row cells[j].  Bit c % 32 of packed_hidden[c / 32] is set where the list has
@@ -122,8 +130,9 @@ typedef struct {
 
 // Fills in the plan.  TBQ_OK, or why these kernels do not take the problem: TBQ_ERROR_TYPE (neither K nor V is tbq, or
 // one has a type that is not listed above) or TBQ_ERROR_LENGTH (a count below 1, head sizes that are not multiples of
-// 64, heads or streams that do not divide, n_exact below 0).  Reads types, sizes and counts only, and of mask whether it is NULL: other
-// pointers and strides may be set later, in plan->a.
+// 64, heads or streams that do not divide, n_exact below 0, a mean of values that are longer than keys).  Reads types,
+// sizes and counts only, and of mask and mean whether they are NULL: other pointers and strides may be set later, in
+// plan->a.
 TBQ_API tbq_status tbq_attention_make_plan(const tbq_attention * a, tbq_attention_plan * plan);
 
 // The bytes of work: scratch for each thread and, with several chunks, partial results.

@@ -379,6 +379,14 @@ static problem make_problem(int plain) {
         }
         a->sinks = sinks;
     }
+    if (a->k.type > 100 && below(2)) {
+        float * mean = allocate(&p, a->n_head_kv * a->k_size * sizeof(float));
+        for (int64_t i = 0; i < a->n_head_kv * a->k_size; i++) {
+            mean[i] = gaussian();
+        }
+        a->mean           = mean;
+        a->mean_of_values = a->v.data == a->k.data;
+    }
     return p;
 }
 
@@ -429,7 +437,7 @@ static const float * row_of(const problem * p, int is_v, oracle_kind kind, int64
     return buffer;
 }
 
-// Double precision.
+// Double precision, and whole keys.  Only the mean's product has the query before it is rounded.
 static void oracle(const problem * problem, oracle_kind kind, double * out) {
     const tbq_attention * a     = &problem->a;
     const int64_t         group = a->n_head / a->n_head_kv;
@@ -447,6 +455,7 @@ static void oracle(const problem * problem, oracle_kind kind, double * out) {
         const double  slope = a->max_bias <= 0 ? 1
                               : h < power      ? pow(2, -a->max_bias / power * (h + 1))
                                                : pow(2, -a->max_bias / 2 / power * (2 * (h - power) + 1));
+        const float * mean  = a->mean ? a->mean + h / group * a->k_size : NULL;
         double        top   = a->sinks ? a->sinks[h] : -INFINITY;
         double        total = 0;
         memcpy(q, exact, a->k_size * sizeof(float));
@@ -462,6 +471,9 @@ static void oracle(const problem * problem, oracle_kind kind, double * out) {
                 for (int64_t c = 0; c < a->k_size; c++) {
                     x += (double) q[c] * k[c];
                 }
+                for (int64_t c = 0; a->mean && c < a->k_size; c++) {
+                    x += (double) exact[c] * mean[c];
+                }
                 x *= a->scale;
                 w[r] = (a->logit_softcap ? a->logit_softcap * tanh(x / a->logit_softcap) : x) + slope * m;
             }
@@ -476,7 +488,7 @@ static void oracle(const problem * problem, oracle_kind kind, double * out) {
                 total += p;
                 const float * v = row_of(problem, 1, kind, s, h / group, r, row);
                 for (int64_t c = 0; c < a->v_size; c++) {
-                    out[c] += p * v[c];
+                    out[c] += p * (v[c] + (a->mean_of_values ? mean[c] : 0));
                 }
             }
         }
@@ -580,10 +592,11 @@ static float * compute(const tbq_attention * a, const tbq_kernels * k, int n_thr
 
 static void describe(const tbq_attention * a) {
     printf(
-        "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g, exact rows %d\n",
+        "  K %d V %d, sizes %d %d, streams %d (K %d, V %d), tokens %d, n_kv %d, heads %d / %d, mask %d (heads %d), sinks %d, bias %g, cap %g, exact rows %d, mean %d\n",
         a->k.type, a->v.type, (int) a->k_size, (int) a->v_size, (int) a->n_streams, (int) a->k.n_streams,
         (int) a->v.n_streams, (int) a->n_tokens, (int) a->n_kv, (int) a->n_head, (int) a->n_head_kv, a->mask != NULL,
-        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap, (int) a->n_exact);
+        (int) a->mask_n_heads, a->sinks != NULL, a->max_bias, a->logit_softcap, (int) a->n_exact,
+        a->mean ? 1 + a->mean_of_values : 0);
 }
 
 static int same(const char * name, const tbq_attention * a, const float * x, const float * y, int64_t n) {
@@ -680,7 +693,7 @@ int main(int argc, char ** argv) {
     }
     const uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
 
-    int                         count, failed = 0, chunked = 0, n_plain = 0, listed = 0;
+    int                         count, failed = 0, chunked = 0, n_plain = 0, listed = 0, centered = 0;
     const tbq_kernels * const * list  = tbq_list_kernels(&count);
     double                      worst = 0, from_kernel = 0, from_quantization = 0;
     for (int i = 0; i < problems; i++) {
@@ -695,6 +708,7 @@ int main(int argc, char ** argv) {
         tbq_attention_make_plan(&p.a, &plan);
         chunked += plan.n_chunks > 1;
         listed += p.slots != NULL;
+        centered += p.a.mean && (p.a.mean_of_values || p.a.sinks || p.a.logit_softcap != 0.0f);
 
         const double e = error_of(&p, ROUNDED_QUERIES, x, NULL);
         worst          = fmax(worst, e);
@@ -723,8 +737,9 @@ int main(int argc, char ** argv) {
     for (int j = 0; j < count; j++) {
         printf("%s: %s\n", list[j]->supported() ? "compared with ref" : "not supported here", list[j]->name);
     }
-    printf("%d problems, %d of them in chunks, %d with exact rows; relative squared error at most %.2g\n", problems,
-           chunked, listed, worst);
+    printf(
+        "%d problems, %d of them in chunks, %d with exact rows, %d with a mean; relative squared error at most %.2g\n",
+        problems, chunked, listed, centered, worst);
     printf(
         "tbq4_0 / tbq4_0, with queries rounded to 8 bits: the kernel adds %.2g of the squared error of quantization\n",
         from_kernel / from_quantization);

@@ -45,6 +45,7 @@ typedef struct {
     float *       running_max; // rows: the largest logit so far, -Inf at first
     float *       running_sum; // rows: sum of w = exp(logit - running_max); NaN if the row has seen one
     float *       slope;       // rows: ALiBi
+    float *       center;      // rows: what a soft-cap needs back in the logits of centered keys
     // for the current tile and KV head
     float *    logits;       // tile_rows x 64, weights later
     float *    mask;         // tile_rows x 64
@@ -90,6 +91,7 @@ static inline size_t lay_out(const tbq_attention_plan * p, uint8_t * base, atten
     ARRAY(running_max, rows);
     ARRAY(running_sum, rows);
     ARRAY(slope, rows);
+    ARRAY(center, rows);
     ARRAY(logits, tile);
     ARRAY(mask, tile);
     ARRAY(mask_kind, (size_t) p->tile_rows);

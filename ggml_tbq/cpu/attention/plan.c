@@ -38,7 +38,8 @@ static tbq_status check(const tbq_attention * a) {
     if (a->n_streams < 1 || a->n_tokens < 1 || a->n_kv < 1 || a->n_head < 1 || a->n_head_kv < 1 ||
         a->n_head % a->n_head_kv || a->k_size < 1 || a->k_size % TBQ_BLOCK || a->v_size < 1 || a->v_size % TBQ_BLOCK ||
         !divides(&a->k, a->n_streams) || !divides(&a->v, a->n_streams) ||
-        (a->mask && (a->mask_n_heads < 1 || a->mask_n_streams < 1)) || a->n_exact < 0 ||
+        (a->mask && (a->mask_n_heads < 1 || a->mask_n_streams < 1)) ||
+        (a->mean && a->mean_of_values && a->v_size > a->k_size) || a->n_exact < 0 ||
         (a->n_exact > 0 && is_tbq(k) && !divides(&a->exact_k, a->n_streams)) ||
         (a->n_exact > 0 && is_tbq(v) && !divides(&a->exact_v, a->n_streams))) {
         return TBQ_ERROR_LENGTH;
