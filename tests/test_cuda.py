@@ -238,6 +238,9 @@ def test_gpu_kernels_attention(standalone):
     out = run(standalone / "attention", "check", "360")
     print(out)
     assert "360 problems, 0 wrong" in out
+    out = run(standalone / "attention", "center")
+    print(out)
+    assert "252 problems, 0 wrong" in out
 
 
 @on_gpu
@@ -245,14 +248,26 @@ def test_gpu_kernels_attention(standalone):
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(
-    "program", [("attention", "check", "18", "7"), ("blocks", "500")], ids=lambda program: program[0]
+    "program",
+    [("attention", "check", "18", "7"), ("attention", "center", "24", "7"), ("blocks", "500")],
+    ids=lambda program: "-".join(program[:2]),
 )
 def test_gpu_kernels_sanitized(standalone, tool, program):
     out = run("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", standalone / program[0], *program[1:])
     print(out.strip().splitlines()[-1])
 
 
-TBQ_OPS = ("SET_ROWS", "ROPE_SET_ROWS", "CENTER_SET_ROWS", "CPY", "GET_ROWS", "MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT")
+TBQ_OPS = (
+    "SET_ROWS",
+    "ROPE_SET_ROWS",
+    "CENTER_SET_ROWS",
+    "CPY",
+    "GET_ROWS",
+    "MUL_MAT",
+    "MUL_MAT_ID",
+    "FLASH_ATTN_EXT",
+    "CENTER_FLASH_ATTN_EXT",
+)
 # what is fused with the SUB of the mean, and what the patches must leave as it is
 STOCK_OPS = (
     ("CENTER_SET_ROWS", "type=[qif]"),

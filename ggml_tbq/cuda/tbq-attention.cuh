@@ -42,6 +42,11 @@
 // by a bit of a map.  A side that is not tbq has no exact rows: there the row of the cell is read.  Where no other CTA
 // hides the way to memory, at an empty cache above all, rows are copied to shared memory when the kernel begins.  Else
 // they come from global memory: most slices of a long list are hidden from all columns, and skipped.
+//
+// CENTERED KEYS (tbq keys only) lack their mean c, and each logit of a query lacks d = scale q.c.  A warp computes d
+// where it has the query before its rotation.  A soft-cap gets d added.  Without one only a sink can tell, and d moves
+// the maximum to which the weights are relative, when a split ends: so splits, the merge and the sink see whole keys.
+// Values that are keys get c back with the output.  Without a soft-cap the loop over the cache knows nothing of this.
 #pragma once
 
 #include "tbq-block.cuh"
@@ -55,6 +60,7 @@ struct tbq_attention_args {
     const char *  v;     // [D, n_kv, n_head_kv, n_seq_kv], BITS_V
     const char *  mask;  // f16 [n_kv, >= n_q, 1, n_seq_mask], or null
     const float * sinks; // f32 [n_head], or null
+    const float * mean;  // f32 [D, n_head_kv]: what tbq keys lack, or null
     float *       dst;   // f32 [D, n_head, n_q, n_seq], contiguous
 
     // Exact rows: tbq8_0 [D, n_exact, n_head_kv, n_seq_kv], null for a side that is not tbq.  For each of the n_seq_kv:
@@ -68,6 +74,7 @@ struct tbq_attention_args {
 
     float scale, max_bias, logit_softcap;
 
+    bool      mean_of_values; // values are keys, so they lack the mean, too
     int       n_q, n_head, n_seq;
     int       n_kv, n_head_kv, n_seq_kv, n_seq_mask;
     long long q_nb1, q_nb2, q_nb3;
@@ -475,11 +482,12 @@ template <int D, int BITS> struct tbq_cache_reader {
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
-// Ends an output row, a block for each warp: sink, division, rotation back, store.  m, l: its maximum and the sum of
-// its weights.
+// Ends an output row, a block for each warp: sink, division, rotation back, the mean of values (or null), store.  m, l:
+// its maximum and the sum of its weights.
 template <bool ROTATED>
 static __device__ __forceinline__ void tbq_attention_store(float * dst, const float * sums, float m, float l,
-                                                           const float * sink, int b, int lane) {
+                                                           const float * sink, const float * mean, int b, int lane) {
+    const float keys = l;
     if (sink) {
         const float s      = *sink * TBQ_LOG2E;
         const float larger = fmaxf(m, s);
@@ -494,6 +502,10 @@ static __device__ __forceinline__ void tbq_attention_store(float * dst, const fl
     float       hi      = sums[64 * b + lane + 32] * inverse;
     if constexpr (ROTATED) {
         tbq_unrotate_warp(lo, hi, lane);
+    }
+    if (mean) {
+        lo += keys * inverse * mean[64 * b + lane];
+        hi += keys * inverse * mean[64 * b + lane + 32];
     }
     dst[64 * b + lane]      = lo;
     dst[64 * b + lane + 32] = hi;
@@ -533,6 +545,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     __shared__ __align__(16) int8_t q8[NC][QROW];                    // in the order in which operand A takes them
     __shared__ float                q_scale[NC][NB * NS];
     __shared__ int                  q_sum[NC][NB];
+    __shared__ float                q_center[NC][NB]; // q.c by blocks, then all of it in the first; in units of logits
     __shared__ uint32_t             hidden[TBQ_N_HIDDEN];
     __shared__ float                max_of[WARPS][NC];
     __shared__ float                sum_of[WARPS][NC];
@@ -674,6 +687,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         if (lane < NB) {
             q_sum[c][lane] = 0;
         }
+        if (BITS_K < 8 && lane < NB) {
+            q_center[c][lane] = 0.0f;
+        }
     }
 #pragma unroll 1
     for (int i = warp; i < n_cols * NB; i += WARPS) {
@@ -689,7 +705,16 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             *(__half *) &q8[c][2 * (64 * b + lane + 32)] = __float2half(hi * q_factor);
             continue;
         }
+        float center = 0.0f;
         if constexpr (BITS_K < 8) {
+            if (a.mean) {
+                const float * mean = a.mean + head_kv * D + 64 * b;
+                center             = lo * mean[lane] + hi * mean[lane + 32];
+#pragma unroll
+                for (int x = 16; x > 0; x /= 2) {
+                    center += __shfl_xor_sync(TBQ_WARP_ALL, center, x);
+                }
+            }
             tbq_rotate_warp(lo, hi, lane);
         }
         // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the
@@ -721,13 +746,22 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
             const int sum                        = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
             if (lane == 0) {
-                q_scale[c][b] = scale(bits_lo);
-                q_sum[c][b]   = sum;
+                q_scale[c][b]  = scale(bits_lo);
+                q_sum[c][b]    = sum;
+                q_center[c][b] = center * q_factor;
             }
         }
     }
 
     __syncthreads();
+    if (NB > 1 && BITS_K < 8 && a.mean) {
+        if (threadIdx.x < NC) {
+            for (int b = 1; b < NB; b++) {
+                q_center[threadIdx.x][0] += q_center[threadIdx.x][b];
+            }
+        }
+        __syncthreads();
+    }
 
     const tbq_lookup_table<BITS_K> k_levels(hidden);
     const tbq_lookup_table<BITS_V> v_levels(hidden);
@@ -787,7 +821,8 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         if (a.logit_softcap != 0.0f) {
 #pragma unroll
             for (int i = 0; i < 4 * NG; i++) {
-                s[i / 4][i % 4] = tbq_tanh(s[i / 4][i % 4]) * (a.logit_softcap * TBQ_LOG2E);
+                const float center = BITS_K < 8 ? q_center[g + 8 * (i / 4)][0] : 0.0f;
+                s[i / 4][i % 4]    = tbq_tanh(s[i / 4][i % 4] + center) * (a.logit_softcap * TBQ_LOG2E);
             }
         }
 
@@ -1338,7 +1373,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             factor_of[w][c] = f;
             row_sum += sum_of[w][c] * f;
         }
-        max_of[0][c] = row_max;
+        max_of[0][c] = BITS_K < 8 && a.logit_softcap == 0.0f ? row_max + q_center[c][0] : row_max;
         sum_of[0][c] = row_sum;
     }
     __syncthreads();
@@ -1402,8 +1437,9 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         const int       head = head_of(col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
         if (a.n_split == 1) {
-            tbq_attention_store<(BITS_V < 8)>(a.dst + row * D, sum0, row_max, row_sum,
-                                              a.sinks ? a.sinks + head : nullptr, b, lane);
+            tbq_attention_store<(BITS_V < 8)>(
+                a.dst + row * D, sum0, row_max, row_sum, a.sinks ? a.sinks + head : nullptr,
+                BITS_K == BITS_V && a.mean_of_values ? a.mean + head_kv * D : nullptr, b, lane);
         } else {
             float * to             = a.partial + (row * a.n_split + blockIdx.x) * (D + 2);
             to[64 * b + lane]      = sum0[64 * b + lane];
@@ -1463,7 +1499,7 @@ template <int D, int GROUPS, bool ROTATED> __global__ void __launch_bounds__(D *
     asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // the threads of group 0
     if (d / 32 < D / 64) {
         tbq_attention_store<ROTATED>(a.dst + row * D, sums[0], row_max, row_sum, a.sinks ? a.sinks + head : nullptr,
-                                     d / 32, d % 32);
+                                     a.mean_of_values ? a.mean + head / a.gqa * D : nullptr, d / 32, d % 32);
     }
 }
 

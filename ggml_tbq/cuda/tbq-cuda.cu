@@ -7,6 +7,7 @@
 #include "tbq-attention-launch.cuh"
 #include "tbq-center.cuh"
 #include "tbq-dequantize.cuh"
+#include "tbq-ggml.h"
 #include "tbq-matvec.cuh"
 #include "tbq-quantize.cuh"
 
@@ -549,9 +550,18 @@ static bool exact_supported(const ggml_tensor * dst) {
            cells->ne[1] >= dst->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
 }
 
+// The same for the mean of centered keys (tbq_ggml_flash_attn_ext_center()).
+static bool center_supported(const ggml_tensor * dst) {
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * mean = dst->src[8];
+    return !mean || (ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
+                     mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2] &&
+                     (!tbq_ggml_flash_attn_ext_center_values(dst) || dst->src[2]->type == k->type));
+}
+
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
     return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) ||
-           (!only_native(dst) && exact_supported(dst));
+           (!only_native(dst) && exact_supported(dst) && center_supported(dst));
 }
 
 // More columns than this are a prompt: converting the cache to f16 once takes less work than unpacking it for every 16.
@@ -590,7 +600,7 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     }
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
         !ggml_is_contiguous(dst) || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 ||
-        (mask && mask->ne[2] != 1) || !exact_supported(dst)) {
+        (mask && mask->ne[2] != 1) || !exact_supported(dst) || !center_supported(dst)) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
@@ -608,9 +618,10 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     return true;
 }
 
-// K or V of `dst` as f16 at `to`, with its exact rows at their cells.
-static ggml_tensor to_f16_exact(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int side, half * to) {
+// K or V of `dst` as f16 at `to`, with its exact rows at their cells, and with the mean that its rows lack.
+static ggml_tensor to_f16_whole(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int side, half * to) {
     const ggml_tensor * t     = dst->src[side];
+    const ggml_tensor * mean  = side == 1 || tbq_ggml_flash_attn_ext_center_values(dst) ? dst->src[8] : nullptr;
     const ggml_tensor * exact = dst->src[side + 4];
     const ggml_tensor * cells = dst->src[7];
 
@@ -622,23 +633,33 @@ static ggml_tensor to_f16_exact(ggml_backend_cuda_context & ctx, const ggml_tens
     for (int i = 1; i < GGML_MAX_DIMS; i++) {
         result.nb[i] = result.nb[i - 1] * t->ne[i - 1];
     }
-    const size_t unit = ggml_type_size(t->type);
-    ggml_get_to_fp16_nc_cuda(t->type)(t->data, to, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t->nb[1] / unit,
-                                      t->nb[2] / unit, t->nb[3] / unit, ctx.stream());
+    tbq_decode_args a = {};
+    a.dst             = to;
+    a.mean            = mean ? (const float *) mean->data : nullptr;
+    a.mean_s2         = mean ? mean->ne[0] : 0;
+    if (ggml_is_tbq(t->type)) {
+        a.src  = (const char *) t->data;
+        a.from = rows_of(t, t, 1);
+        a.to   = rows_of(t, &result, sizeof(half));
+        decode<half>(t->type, a, ctx.stream());
+    } else {
+        const size_t unit = ggml_type_size(t->type);
+        ggml_get_to_fp16_nc_cuda(t->type)(t->data, to, t->ne[0], t->ne[1], t->ne[2], t->ne[3], t->nb[1] / unit,
+                                          t->nb[2] / unit, t->nb[3] / unit, ctx.stream());
+    }
     if (exact) {
-        tbq_decode_args a = {};
-        a.src             = (const char *) exact->data;
-        a.dst             = to;
-        a.from            = rows_of(exact, exact, 1);
-        a.to              = rows_of(exact, &result, sizeof(half));
+        a.src  = (const char *) exact->data;
+        a.from = rows_of(exact, exact, 1);
+        a.to   = rows_of(exact, &result, sizeof(half));
         decode_exact<half>(a, (const int *) cells->data, cells->ne[0], ctx.stream());
     }
     return result;
 }
 
-// Converts K and V to f16, exact rows too, for the backend's own kernels.  (Without exact rows these convert.)
+// Converts K and V to f16, exact rows and centered keys too, for the backend's own kernels.  (Without either these
+// convert.)  Whole keys need no mean any more.
 static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!dst->src[7]) {
+    if (!dst->src[7] && !dst->src[8]) {
         return false;
     }
     GGML_ASSERT(tbq_cuda_flash_attn_ext_converts(dst));
@@ -655,7 +676,7 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
 
     ggml_tensor f16 = *dst, k_as_f16 = *k, v_as_f16 = *v;
     if (k->type != GGML_TYPE_F16) {
-        k_as_f16 = to_f16_exact(ctx, dst, 1, (half *) k_f16);
+        k_as_f16 = to_f16_whole(ctx, dst, 1, (half *) k_f16);
     }
     if (v_in_k) {
         v_as_f16       = k_as_f16;
@@ -664,11 +685,11 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
         v_as_f16.view_src  = &k_as_f16;
         v_as_f16.view_offs = 0;
     } else if (v->type != GGML_TYPE_F16) {
-        v_as_f16 = to_f16_exact(ctx, dst, 2, (half *) v_f16);
+        v_as_f16 = to_f16_whole(ctx, dst, 2, (half *) v_f16);
     }
     f16.src[1] = &k_as_f16;
     f16.src[2] = &v_as_f16;
-    f16.src[5] = f16.src[6] = f16.src[7] = nullptr;
+    f16.src[5] = f16.src[6] = f16.src[7] = f16.src[8] = nullptr;
     ggml_cuda_flash_attn_ext(ctx, &f16);
     return true;
 }
@@ -682,6 +703,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * v     = dst->src[2];
     const ggml_tensor * mask  = dst->src[3];
     const ggml_tensor * sinks = dst->src[4];
+    const ggml_tensor * mean  = dst->src[8];
 
     tbq_attention_args a = {};
     a.q                  = (const char *) q->data;
@@ -689,6 +711,8 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.v                  = (const char *) v->data;
     a.mask               = mask ? (const char *) mask->data : nullptr;
     a.sinks              = sinks ? (const float *) sinks->data : nullptr;
+    a.mean               = mean ? (const float *) mean->data : nullptr;
+    a.mean_of_values     = tbq_ggml_flash_attn_ext_center_values(dst);
     a.dst                = (float *) dst->data;
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));

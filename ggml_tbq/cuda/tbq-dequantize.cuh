@@ -89,12 +89,18 @@ static __device__ __forceinline__ void tbq_store4(nv_bfloat16 * p, float4 x) {
 
 // Rows of blocks to rows of values.  With ids (GET_ROWS), row i1 of (i2, i3) is row ids[i1, i2, i3] of the source.
 struct tbq_decode_args {
-    const char * src;
-    void *       dst;
-    tbq_rows     from; // the shape of the result, and the strides of the source in bytes
-    tbq_rows     to;   // the same shape, and the strides of the result in elements
-    const int *  ids;
-    long long    ids_s0, ids_s1, ids_s2; // elements
+    const char *  src;
+    void *        dst;
+    tbq_rows      from; // the shape of the result, and the strides of the source in bytes
+    tbq_rows      to;   // the same shape, and the strides of the result in elements
+    const int *   ids;
+    long long     ids_s0, ids_s1, ids_s2; // elements
+    const float * mean;                   // added to the values of all rows of (i2, i3), or null (centered keys)
+    long long     mean_s2;                // elements from one i2 to the next
+
+    __device__ __forceinline__ const float * mean_at(const tbq_index4 & at) const {
+        return mean ? mean + at.i2 * mean_s2 + at.i0 * 64 : nullptr;
+    }
 };
 
 // grid: enough threads for 4 x the number of blocks; a multiple of 32 of them
@@ -108,10 +114,14 @@ template <int BITS, typename dst_t> __global__ void __launch_bounds__(256)
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
-    const long long    row = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
-    const char * const src = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);
-    dst_t * const      dst = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(at.i1, at.i2, at.i3);
+    const long long     row  = a.ids ? a.ids[at.i1 * a.ids_s0 + at.i2 * a.ids_s1 + at.i3 * a.ids_s2] : at.i1;
+    const char * const  src  = a.src + at.i0 * tbq_block_bytes(BITS) + a.from.offset(row, at.i2, at.i3);
+    dst_t * const       dst  = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(at.i1, at.i2, at.i3);
+    const float * const mean = a.mean_at(at);
     tbq_dequantize_block<BITS>(src, t, [&](int e, float4 x) {
+        if (mean) {
+            x.x += mean[e], x.y += mean[e + 1], x.z += mean[e + 2], x.w += mean[e + 3];
+        }
         if (index < n) {
             tbq_store4(dst + e, x);
         }
@@ -159,11 +169,13 @@ template <typename dst_t> __global__ void __launch_bounds__(256)
     }
     tbq_butterflies_16(v, l);
     if (index < n && to >= 0) {
-        dst_t * const dst = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(to, at.i2, at.i3);
+        dst_t * const       dst  = (dst_t *) a.dst + at.i0 * 64 + a.to.offset(to, at.i2, at.i3);
+        const float * const mean = a.mean_at(at);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             // d = 0 decodes to +0, whatever the signs of the products
-            tbq_store1(dst + l + 16 * j, d == 0.0f ? 0.0f : tbq_flip(d * 0.125f * v[j], l + 16 * j));
+            const float x = d == 0.0f ? 0.0f : tbq_flip(d * 0.125f * v[j], l + 16 * j);
+            tbq_store1(dst + l + 16 * j, mean ? x + mean[l + 16 * j] : x);
         }
     }
 }

@@ -2,8 +2,10 @@
 // The attention kernel alone: random problems compared with double precision, and its speed.
 //   attention check [problems] [seed]     exit status 1 if one is wrong
 //   attention exact [problems] [seed]     the same with exact rows
+//   attention center [problems] [seed]    the same with centered keys, half of them with exact rows
 //   attention bench                       the shapes in docs/measurements/cuda.md
 //   attention time exact                  a decode step with and without exact rows
+//   attention time center                 a decode step with and without a mean
 #include "attention-kernels.cuh"
 
 #include "check.cuh"
@@ -158,8 +160,8 @@ static std::vector<int> random_cells(int n_kv, int n_exact, std::mt19937 & rng) 
     return cells;
 }
 
-// n_exact 0: none
-static double check(int index, std::mt19937 & rng, int n_exact = 0) {
+// n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.
+static double check(int index, std::mt19937 & rng, int n_exact = 0, bool centered = false) {
     const int          n_pairs = n_exact ? N_ALL : N_PAIRS;
     const int * const  pair    = PAIRS[index % n_pairs];
     const int          d       = 64 << (index / n_pairs % 3);
@@ -187,6 +189,8 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
         a.n_exact   = n_exact;
     }
 
+    // The mean moves logits by about 5, and values that are keys are that mean and more.
+    const bool v_is_k      = centered && pair[0] == pair[1] && rng() % 2;
     const bool heads_apart = rng() % 4 == 0;    // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
     const int  more        = pick({ 0, 0, 3 }); // rows that the view leaves out
     std::normal_distribution<float> normal;
@@ -198,11 +202,17 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     a.q_nb1 = a.n_head * a.q_nb2;
     a.q_nb3 = a.n_q * a.q_nb1;
 
+    std::vector<float> mean(centered && pair[0] < 8 ? (size_t) a.n_head_kv * d : 0);
+    for (float & x : mean) {
+        x = normal(rng) * 3;
+    }
     std::vector<char> rows[2];
     long long *       nb[2] = { &a.k_nb1, &a.v_nb1 };
     for (int side = 0; side < 2; side++) {
         const long long row = (long long) d / 64 * tbq_attention_block(pair[side]);
-        rows[side]  = random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
+        rows[side]  = side && v_is_k
+                          ? rows[0]
+                          : random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
         nb[side][0] = heads_apart ? row : row * a.n_head_kv;
         nb[side][1] = heads_apart ? row * (a.n_kv + more) : row;
         nb[side][2] = row * a.n_head_kv * (a.n_kv + more);
@@ -220,7 +230,9 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     const uint16_t   nan_half  = 0x7E00;
     if (n_exact) {
         for (int side = 0; side < 2; side++) {
-            if (pair[side] < 8) {
+            if (side && v_is_k) {
+                exact[1] = exact[0];
+            } else if (pair[side] < 8) {
                 exact[side] = random_exact_rows((size_t) a.n_seq_kv * (n_exact + more) * a.n_head_kv * d / 64, rng);
             }
         }
@@ -255,7 +267,7 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     }
     a.mask_nb1                    = 2 * a.n_kv;
     a.mask_nb3                    = a.mask_nb1 * a.n_q;
-    const bool         with_sinks = rng() % 3 == 0;
+    const bool         with_sinks = rng() % 3 == 0 || (centered && a.logit_softcap == 0 && !v_is_k);
     std::vector<float> sinks(a.n_head);
     for (float & x : sinks) {
         x = normal(rng);
@@ -281,7 +293,7 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
         }
     }
 
-    device_array<float>  q_dev(q), sinks_dev(sinks), dst_dev(q.size());
+    device_array<float>  q_dev(q), sinks_dev(sinks), dst_dev(q.size()), mean_dev(mean);
     device_array<char>   k_dev(rows[0]), v_dev(rows[1]);
     device_array<__half> mask_dev(mask);
     device_array<float>  partial((size_t) a.n_seq * a.n_q * a.n_head * 300 * (d + 2));
@@ -298,6 +310,10 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     }
     a.mask  = masked ? (const char *) mask_dev.p : nullptr;
     a.sinks = with_sinks ? sinks_dev.p : nullptr;
+    if (!mean.empty()) {
+        a.mean           = mean_dev.p;
+        a.mean_of_values = v_is_k;
+    }
     CHECK(cudaMemset(dst_dev.p, 0xFF, dst_dev.n * 4));
     launch_any(d, pair[0], pair[1], a, partial.p);
     std::vector<float> dst(q.size()), again(q.size());
@@ -327,6 +343,10 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
             for (int i = 0; i < a.n_q; i++) {
                 std::vector<float> qi(&q[(((size_t) s * a.n_q + i) * a.n_head + h) * d],
                                       &q[(((size_t) s * a.n_q + i) * a.n_head + h) * d] + d);
+                double center = 0; // whole keys, but for the rounding: the mean's product has the exact query
+                for (size_t e = 0; e < mean.size() && e < (size_t) d; e++) {
+                    center += (double) qi[e] * mean[(size_t) h / gqa * d + e];
+                }
                 round_query(pair[0], qi.data(), d);
                 std::vector<double> w(a.n_kv);
                 double              top = with_sinks ? sinks[h] : -INFINITY;
@@ -337,7 +357,7 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
                     for (int e = 0; e < d; e++) {
                         x += (double) qi[e] * keys[(size_t) j * d + e];
                     }
-                    x *= a.scale;
+                    x = (x + center) * a.scale;
                     if (a.logit_softcap != 0) {
                         x = a.logit_softcap * std::tanh(x / a.logit_softcap);
                     }
@@ -353,7 +373,8 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
                     const double p = std::exp(w[j] - top);
                     total += p;
                     for (int e = 0; e < d; e++) {
-                        o[e] += p * vals[(size_t) j * d + e];
+                        o[e] +=
+                            p * (vals[(size_t) j * d + e] + (a.mean_of_values ? mean[(size_t) h / gqa * d + e] : 0));
                     }
                 }
                 for (int e = 0; e < d; e++) {
@@ -369,9 +390,10 @@ static double check(int index, std::mt19937 & rng, int n_exact = 0) {
     if (!(nmse < 3e-5) || !repeats) {
         std::printf(
             "problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d exact %d seq %d/%d mask %d bias %g cap %g sinks %d "
-            "apart %d: relative squared error %.3g%s\n",
+            "mean %d apart %d: relative squared error %.3g%s\n",
             index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked,
-            a.max_bias, a.logit_softcap, with_sinks, heads_apart, nmse, repeats ? "" : ", differs when repeated");
+            a.max_bias, a.logit_softcap, with_sinks, mean.empty() ? 0 : 1 + a.mean_of_values, heads_apart, nmse,
+            repeats ? "" : ", differs when repeated");
         return 1;
     }
     return nmse;
@@ -432,7 +454,9 @@ static void bench(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_q
 // Microseconds of a decode step's attention in each layer of a model: 32 query and 8 KV heads of 128, rows that the L2
 // cache does not hold, and a graph, because a CPU launches too slowly for an empty cache.  n_exact < 0: no list.
 // n_used: rows that the mask shows, of n_kv; 0: all.
-static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0) {
+enum { WITH_SINKS = 1, WITH_CAP = 2, WITH_MEAN = 4, WITH_MEAN_OF_VALUES = 8 };
+
+static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0, int with = 0) {
     const int          d = 128, n_head_kv = 8;
     tbq_attention_args a{};
     a.n_head_kv = n_head_kv, a.n_head = 32, a.n_q = a.n_seq = a.n_seq_kv = a.n_seq_mask = 1, a.n_kv = n_kv;
@@ -475,7 +499,12 @@ static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0) {
     device_array<float>  q_dev(q), dst(q.size()), partial((size_t) a.n_head * 300 * (d + 2));
     device_array<__half> mask_dev(mask);
     device_array<int>    cells_dev(cells);
+    device_array<float>  sinks(std::vector<float>(a.n_head, 1.0f)), mean(std::vector<float>(n_head_kv * d, 1.0f));
     a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
+    a.sinks          = with & WITH_SINKS ? sinks.p : nullptr;
+    a.logit_softcap  = with & WITH_CAP ? 30.0f : 0.0f;
+    a.mean           = with & WITH_MEAN ? mean.p : nullptr;
+    a.mean_of_values = with & WITH_MEAN_OF_VALUES;
     if (n_exact >= 0) {
         a.cells       = cells_dev.p;
         a.n_exact     = (int) n_rows;
@@ -537,7 +566,28 @@ static void time_exact() {
     }
 }
 
+static void time_center() {
+    const std::pair<const char *, int> rules[] = { { "sinks", WITH_SINKS },
+                                                   { "soft-cap", WITH_CAP },
+                                                   { "values that are keys", WITH_MEAN_OF_VALUES } };
+    for (int n_kv : { 256, 4096, 32768 }) {
+        for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[2] }) {
+            for (const auto & rule : rules) {
+                const int    without = rule.second & ~WITH_MEAN_OF_VALUES;
+                const double none    = time_decode(pair[0], pair[1], n_kv, -1, 0, without);
+                const double some    = time_decode(pair[0], pair[1], n_kv, -1, 0, rule.second | WITH_MEAN);
+                std::printf("%d/%d bits, %6d tokens, %s: %7.2f us; with a mean %7.2f us, %.3f\n", pair[0], pair[1],
+                            n_kv, rule.first, none, some, some / none);
+            }
+        }
+    }
+}
+
 int main(int argc, char ** argv) {
+    if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "center")) {
+        time_center();
+        return 0;
+    }
     if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "exact")) {
         time_exact();
         return 0;
@@ -576,14 +626,16 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    const bool   exact = argc > 1 && !std::strcmp(argv[1], "exact");
-    const int    n     = argc > 2 ? std::atoi(argv[2]) : exact ? 4 * 3 * N_ALL : 180;
+    const bool   exact  = argc > 1 && !std::strcmp(argv[1], "exact");
+    const bool   center = argc > 1 && !std::strcmp(argv[1], "center");
+    const int    n      = argc > 2 ? std::atoi(argv[2]) : exact || center ? 4 * 3 * N_ALL : 180;
     std::mt19937 rng(argc > 3 ? std::atoi(argv[3]) : 1);
     int          bad  = 0;
     double       most = 0;
     for (int i = 0; i < n; i++) {
         const int    sizes[] = { 1, 17, 149, 661 };
-        const double e       = check(i, rng, exact ? sizes[i / (3 * N_ALL) % 4] : 0);
+        const double e =
+            center ? check(i / 2, rng, i % 2 ? 149 : 0, true) : check(i, rng, exact ? sizes[i / (3 * N_ALL) % 4] : 0);
         bad += e == 1;
         most = e < 1 ? std::max(most, e) : most;
     }
