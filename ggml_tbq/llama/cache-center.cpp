@@ -29,12 +29,24 @@ llama_model_ptr load_model(common_params & params) {
         LOG_ERR("error: %s cannot be loaded\n", params.model.path.c_str());
         return nullptr;
     }
-    if (llama_model_has_encoder(model.get()) || !params.lora_adapters.empty() || !params.control_vectors.empty()) {
-        LOG_ERR(
-            "error: models with an encoder, adapters and control vectors are not for this program: measure the model itself\n");
+    if (llama_model_has_encoder(model.get())) {
+        LOG_ERR("error: models with an encoder are not for this program\n");
         return nullptr;
     }
     return model;
+}
+
+// Loads the adapters for the model.  False, and the reason is in the log, if one cannot be loaded.
+bool load_adapters(common_params & params, llama_model * model, std::vector<llama_adapter_lora_ptr> & adapters) {
+    for (common_adapter_lora_info & info : params.lora_adapters) {
+        adapters.emplace_back(llama_adapter_lora_init(model, info.path.c_str()));
+        info.ptr = adapters.back().get();
+        if (!info.ptr) {
+            LOG_ERR("error: adapter %s cannot be loaded\n", info.path.c_str());
+            return false;
+        }
+    }
+    return true;
 }
 
 // Of each layer, by the tokens of context that the keys are taken over.
@@ -79,11 +91,13 @@ int run(common_params & params) {
     }
     params.fit_params           = false;
     const llama_model_ptr model = load_model(params);
-    if (!model) {
+    std::vector<llama_adapter_lora_ptr> adapters;
+    if (!model || !load_adapters(params, model.get(), adapters)) {
         return 1;
     }
     shares_table      shares;
-    common_center_job job = { (uint32_t) params.n_ctx, (uint32_t) std::max(params.n_chunks, 0), params.prompt, {} };
+    common_center_job job = { (uint32_t) params.n_ctx, (uint32_t) std::max(params.n_chunks, 0), params.prompt, {}, {} };
+    job.on_context        = [&](llama_context * ctx) { common_center_set_adapters(ctx, params); };
     job.on_chunk = [&](const llama_cache_center_stats * stats, uint32_t n_done, uint32_t n_chunks, uint32_t n_ctx) {
         LOG("chunk %u/%u\n", n_done, n_chunks); // tbq calibrate reads these
         if (is_reported(n_done, n_chunks)) {

@@ -8,6 +8,8 @@
 
 #include "llama-center.h"
 
+#include "common.h"
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -23,10 +25,17 @@ struct common_center_job {
     uint32_t    n_chunks; // at most: a short text has fewer.  0: the usual number
     std::string text;
 
+    // Gets the context that measures, before it reads anything, to set what keys depend on: adapters, control vectors.
+    std::function<void(llama_context * ctx)> on_context;
+
     // When a chunk is counted: how many are, of how many, and the tokens of context that they are spread over.
     std::function<void(const llama_cache_center_stats * stats, uint32_t n_done, uint32_t n_chunks, uint32_t n_ctx)>
         on_chunk;
 };
+
+// The adapters and the control vector that the parameters put in force at the start.  Throws std::runtime_error if one of
+// them cannot be loaded.
+void common_center_set_adapters(llama_context * ctx, const common_params & params);
 
 // In a context of its own, of few cells; cparams are those of the context that the means are for.  Throws
 // std::runtime_error with the reason if the keys cannot be measured.

@@ -76,20 +76,46 @@ private:
     fs::path path;
 };
 
-common_center_ptr measure(const llama_context * ctx, llama_model * model, const llama_context_params & cparams) {
-    COM_INF("%s\n", "measuring the means of the keys, for a more accurate cache (--cache-center none: without) ...");
-    return common_center_measure(model, cparams, { llama_cache_center_n_ctx(ctx), /*.n_chunks =*/0, TEXT, {} });
+// What is centered, and how.
+struct request {
+    llama_context *              ctx;
+    llama_model *                model;
+    const llama_context_params & cparams;
+    common_params &              params;
+    bool                         draft;
+
+    std::string choice() const { // "auto", "none" or a file
+        if (!draft) {
+            return params.cache_center;
+        }
+        const std::string & own = params.speculative.draft.cache_center;
+        return !own.empty() ? own : params.cache_center == "none" ? "none" : "auto";
+    }
+
+    // Adapters and control vectors are those of the main model.
+    void set_adapters(llama_context * to) const {
+        if (!draft) {
+            common_center_set_adapters(to, params);
+        }
+    }
+};
+
+common_center_ptr measure(const request & req) {
+    COM_INF("measuring the means of the keys%s, for a more accurate cache (--cache-center%s none: without) ...\n",
+            req.draft ? " of the draft model" : "", req.draft ? "-draft" : "");
+    common_center_job job = { llama_cache_center_n_ctx(req.ctx), /*.n_chunks =*/0, TEXT, {}, {} };
+    job.on_context        = [&](llama_context * ctx) { req.set_adapters(ctx); };
+    return common_center_measure(req.model, req.cparams, job);
 }
 
 // Measures the means and keeps them in a file, if that can be written.
-common_center_ptr measure_and_keep(const llama_context * ctx, llama_model * model, const llama_context_params & cparams,
-                                   const fs::path & file) {
+common_center_ptr measure_and_keep(const request & req, const fs::path & file) {
     common_center_ptr center;
     std::string       reason = "the user has no folder for caches";
     if (!file.empty()) {
         try {
             const part_file part(file); // before the keys are measured, which may take long
-            center = measure(ctx, model, cparams);
+            center = measure(req);
             part.put(center.get());
             COM_INF("the means of the keys were measured once, they are kept in %s\n", fs_path_to_utf8(file).c_str());
             return center;
@@ -98,17 +124,16 @@ common_center_ptr measure_and_keep(const llama_context * ctx, llama_model * mode
         }
     }
     if (!center) {
-        center = measure(ctx, model, cparams);
+        center = measure(req);
     }
     COM_INF("the means of the keys are measured at each start: %s\n", reason.c_str());
     return center;
 }
 
 // Throws if the keys cannot be centered.
-std::shared_ptr<llama_center> set_kept_or_measured(llama_context * ctx, llama_model * model,
-                                                   const llama_context_params & cparams, bool own_rope) {
+std::shared_ptr<llama_center> set_kept_or_measured(const request & req) {
     char key[512];
-    if (llama_cache_center_key(ctx, own_rope, key, sizeof(key)) != 0) {
+    if (llama_cache_center_key(req.ctx, has_own_rope(req.cparams, req.params), key, sizeof(key)) != 0) {
         throw std::runtime_error(key);
     }
     const fs::path  folder = centers_folder();
@@ -116,53 +141,73 @@ std::shared_ptr<llama_center> set_kept_or_measured(llama_context * ctx, llama_mo
     std::error_code error;
     if (!file.empty() && fs::is_regular_file(file, error)) {
         common_center_ptr kept{ llama_center_load(fs_path_to_utf8(file).c_str()) };
-        if (kept && llama_set_center(ctx, kept.get()) == 0) {
+        if (kept && llama_set_center(req.ctx, kept.get()) == 0) {
             COM_INF("the means of the keys are those in %s\n", fs_path_to_utf8(file).c_str());
             return kept;
         }
     }
-    common_center_ptr measured = measure_and_keep(ctx, model, cparams, file);
-    if (llama_set_center(ctx, measured.get()) != 0) {
+    common_center_ptr measured = measure_and_keep(req, file);
+    if (llama_set_center(req.ctx, measured.get()) != 0) {
         throw std::runtime_error("the measured means do not fit, see above");
     }
     return measured;
 }
 
-void set_auto(llama_context * ctx, llama_model * model, const llama_context_params & cparams, common_params & params) {
+void set_auto(const request & req, std::shared_ptr<llama_center> & data) {
     try {
-        if (!params.lora_adapters.empty() || !params.control_vectors.empty()) {
-            throw std::runtime_error("adapters and control vectors change them");
-        }
-        if (!params.cache_center_data) {
-            params.cache_center_data = set_kept_or_measured(ctx, model, cparams, has_own_rope(cparams, params));
-        } else if (llama_set_center(ctx, params.cache_center_data.get()) != 0) { // of a server that wakes up
+        req.set_adapters(req.ctx);
+        if (!data) {
+            data = set_kept_or_measured(req);
+        } else if (llama_set_center(req.ctx, data.get()) != 0) { // of a server that wakes up
             throw std::runtime_error("the means do not fit any more, see above");
         }
     } catch (const std::exception & err) {
-        COM_WRN("the keys are not centered: %s\n", err.what());
+        COM_WRN("the keys%s are not centered: %s\n", req.draft ? " of the draft model" : "", err.what());
     }
+}
+
+// False if a file does not fit.
+bool set_file(const request & req, const std::string & path, std::shared_ptr<llama_center> & data) {
+    if (!data) {
+        // once: when a server wakes up the file may have changed, or be gone
+        data.reset(llama_center_load(path.c_str()), llama_center_free);
+    }
+    try {
+        req.set_adapters(req.ctx);
+    } catch (const std::exception & err) {
+        COM_ERR("%s\n", err.what());
+        return false;
+    }
+    return data && llama_set_center(req.ctx, data.get()) == 0;
+}
+
+llama_context * set_center(const request & req, std::shared_ptr<llama_center> & data) {
+    const std::string choice = req.choice();
+    if (!req.ctx || choice.empty() || choice == "none") {
+        return req.ctx;
+    }
+    if (choice == "auto") {
+        if (ggml_is_quantized(req.cparams.type_k) && !req.params.no_alloc) {
+            set_auto(req, data);
+        }
+        return req.ctx;
+    }
+    if (!set_file(req, choice, data)) {
+        llama_free(req.ctx);
+        return nullptr;
+    }
+    return req.ctx;
 }
 
 } // namespace
 
 llama_context * common_set_center(llama_context * ctx, llama_model * model, const llama_context_params & cparams,
                                   common_params & params) {
-    if (!ctx || params.cache_center.empty() || params.cache_center == "none") {
-        return ctx;
-    }
-    if (params.cache_center == "auto") {
-        if (ggml_is_quantized(cparams.type_k) && !params.no_alloc) {
-            set_auto(ctx, model, cparams, params);
-        }
-        return ctx;
-    }
-    if (!params.cache_center_data) {
-        // once: when a server wakes up the file may have changed, or be gone
-        params.cache_center_data.reset(llama_center_load(params.cache_center.c_str()), llama_center_free);
-    }
-    if (!params.cache_center_data || llama_set_center(ctx, params.cache_center_data.get()) != 0) {
-        llama_free(ctx);
-        return nullptr;
-    }
-    return ctx;
+    return set_center({ ctx, model, cparams, params, /*.draft =*/false }, params.cache_center_data);
+}
+
+llama_context * common_set_center_draft(llama_context * ctx, llama_model * model, const llama_context_params & cparams,
+                                        common_params & params) {
+    std::shared_ptr<llama_center> data; // params has that of the main model
+    return set_center({ ctx, model, cparams, params, /*.draft =*/true }, data);
 }

@@ -8,3 +8,7 @@
 // with the context freed (see the log).  With "auto" the context is always returned, centered or not; a line says which.
 llama_context * common_set_center(llama_context * ctx, llama_model * model, const llama_context_params & cparams,
                                   common_params & params);
+
+// The same for the context of a draft model, with --cache-center-draft.  params: of the draft model.
+llama_context * common_set_center_draft(llama_context * ctx, llama_model * model, const llama_context_params & cparams,
+                                        common_params & params);

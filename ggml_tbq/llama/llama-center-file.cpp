@@ -3,9 +3,12 @@
 
 #include "llama-center-impl.h"
 
+#include "llama-adapter.h"
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-mmap.h"
 #include "llama-model-loader.h"
+#include "llama-model.h"
 
 #include "hash/hash.h"
 
@@ -83,6 +86,55 @@ std::string llama_center_source::fingerprint() const {
         }
     }
     return hash_sha256_hex(text.data(), text.size());
+}
+
+// The first and the last bytes of a tensor in memory.
+static std::string sample_of(const ggml_tensor * t) {
+    const size_t n = std::min<size_t>(ggml_nbytes(t), 64);
+    std::string  res(2 * n, '\0');
+    ggml_backend_tensor_get(t, res.data(), 0, n);
+    ggml_backend_tensor_get(t, res.data() + n, ggml_nbytes(t) - n, n);
+    return res;
+}
+
+static std::string shape_of(const std::string & name, const ggml_tensor * t) {
+    return format("%s %d %" PRId64 " %" PRId64 "\n", name.c_str(), (int) t->type, t->ne[0], t->ne[1]);
+}
+
+std::string llama_context::center_adapters() const {
+    std::vector<std::string> texts; // sorted: the order of adapters does not matter
+    for (const auto & [adapter, scale] : *loras) {
+        std::string text = format("lora %a %a\n", scale, adapter->alpha);
+        for (const auto & [name, weight] : std::map(adapter->ab_map.begin(), adapter->ab_map.end())) {
+            for (const ggml_tensor * t : { weight.a, weight.b }) {
+                text += shape_of(name, t) + sample_of(t);
+            }
+        }
+        texts.push_back(hash_sha256_hex(text.data(), text.size()));
+    }
+    std::sort(texts.begin(), texts.end());
+    std::string res;
+    for (const std::string & text : texts) {
+        res += text;
+    }
+    std::string control;
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        if (const ggml_tensor * t = cvec->tensor_for((int) il)) {
+            std::vector<float> values(ggml_nelements(t));
+            ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+            if (std::any_of(values.begin(), values.end(), [](float x) { return x != 0.0f; })) {
+                control += format("%u ", il);
+                control.append((const char *) values.data(), ggml_nbytes(t));
+            }
+        }
+    }
+    res += control;
+    return res.empty() ? "" : hash_sha256_hex(res.data(), res.size());
+}
+
+std::string llama_center_identity(const llama_context & ctx) {
+    const std::string adapters = ctx.center_adapters();
+    return ctx.get_model().center_source->fingerprint() + (adapters.empty() ? "" : " " + adapters);
 }
 
 // --- the file ------------------------------------------------------------------------------------------------------

@@ -62,8 +62,16 @@ struct llama_center {
 std::vector<float> llama_center_rope(const llama_context & ctx, int32_t il);
 std::string        llama_center_rope_factors(const llama_context & ctx, int32_t il);
 
-// Why the keys of a layer are not centered, or NULL.
-const char * llama_center_why_not(const llama_model & model, int32_t il);
+// What the attention of a layer has that sees more of a key than what is left when a constant is subtracted from all of
+// them, or NULL.  It is exact with the mean as one more operand of attention, which keys of a tbq type have.
+const char * llama_center_needs_mean(const llama_model & model, int32_t il);
+
+// Why keys of this type are not centered in a layer, or NULL.
+const char * llama_center_why_not(const llama_model & model, int32_t il, ggml_type type_k);
+
+// The model of a context with the adapters and the control vector that are in force: keys depend on all of them.
+// Throws if the model's file cannot be read again.
+std::string llama_center_identity(const llama_context & ctx);
 
 // Throws if the memory of a context holds keys.
 void llama_center_check_empty(const llama_context & ctx);

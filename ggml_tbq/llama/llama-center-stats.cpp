@@ -39,8 +39,7 @@ llama_cache_center_stats * llama_cache_center_stats_init(const llama_context * c
         LLAMA_LOG_ERROR("%s: nothing to measure: %s\n", __func__, err.what());
         return nullptr;
     }
-    auto         res    = std::make_unique<llama_cache_center_stats>();
-    const char * reason = "it has no layer with keys";
+    auto res = std::make_unique<llama_cache_center_stats>();
     for (const llama_kv_cache * kv : caches) {
         if (kv->get_layer_ids().empty()) {
             continue;
@@ -51,17 +50,14 @@ llama_cache_center_stats * llama_cache_center_stats_init(const llama_context * c
             return nullptr;
         }
         for (const uint32_t il : kv->get_layer_ids()) {
-            if (const char * why = llama_center_why_not(ctx->get_model(), il)) {
-                reason = why;
-                continue;
-            }
             res->layers[il].sum.resize(ctx->get_model().hparams.n_embd_k_gqa(il));
             res->layers[il].query.resize(ctx->get_model().hparams.n_embd_k_gqa(il));
             res->caches[kv->get_k_storage(il)] = il;
         }
     }
     if (res->layers.empty()) {
-        LLAMA_LOG_ERROR("%s: nothing to measure, the keys of this model stay as they are: %s\n", __func__, reason);
+        LLAMA_LOG_ERROR("%s: nothing to measure, the keys of this model stay as they are: it has no layer with keys\n",
+                        __func__);
         return nullptr;
     }
     return res.release();
@@ -86,7 +82,8 @@ bool llama_cache_center_stats_eval(ggml_tensor * t, bool ask, void * user_data) 
         k = k->src[0];
     }
     const auto cache = stats->caches.find(k->view_src);
-    if (cache == stats->caches.end() || q->type != GGML_TYPE_F32) {
+    // transposed: latent vectors as values, and what they are multiplied with are no queries
+    if (cache == stats->caches.end() || k->op == GGML_OP_TRANSPOSE || q->type != GGML_TYPE_F32) {
         return false;
     }
     if (ask) {
@@ -197,7 +194,7 @@ llama_center * llama_cache_center_stats_get(const llama_cache_center_stats * sta
                                llama_cache_center_stats_share(stats, il) };
     }
     try {
-        center->fingerprint = model.center_source->fingerprint();
+        center->fingerprint = llama_center_identity(*ctx);
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         return nullptr;
@@ -258,15 +255,20 @@ uint32_t llama_cache_center_n_ctx(const llama_context * ctx) {
 // Throws if no layer can be centered.
 static std::string center_key(const llama_context & ctx, bool own_rope) {
     const llama_model & model  = ctx.get_model();
-    const char *        reason = "it has no layer with keys";
+    std::string         reason = "it has no layer with keys";
     std::string         rope;
+    const bool          mtp = ctx.get_cparams().ctx_type == LLAMA_CONTEXT_TYPE_MTP; // other layers of the same model
     if (llama_model_has_encoder(&model)) {
         throw std::runtime_error("a model with an encoder");
     }
     for (const llama_kv_cache * kv : llama_center_caches(ctx)) {
+        if (kv->is_shared()) {
+            throw std::runtime_error("this context reads the cache of another one");
+        }
         for (const uint32_t il : kv->get_layer_ids()) {
-            if (const char * why = llama_center_why_not(model, il)) {
-                reason = why;
+            if (const char * why = llama_center_why_not(model, il, kv->type_k())) {
+                reason = format("with %s, keys of a tbq type can be centered, %s keys cannot", why,
+                                ggml_type_name(kv->type_k()));
                 continue;
             }
             const std::vector<float> values = llama_center_rope(ctx, il);
@@ -277,9 +279,9 @@ static std::string center_key(const llama_context & ctx, bool own_rope) {
     if (rope.empty()) {
         throw std::runtime_error(reason);
     }
-    const std::string text = format("%u %s %u", LLAMA_CENTER_METHOD, model.center_source->fingerprint().c_str(),
+    const std::string text = format("%u %s %u", LLAMA_CENTER_METHOD, llama_center_identity(ctx).c_str(),
                                     llama_cache_center_n_ctx(&ctx)) +
-                             (own_rope ? "" : rope);
+                             (mtp ? " mtp" : "") + (own_rope ? "" : rope);
     return hash_sha256_hex(text.data(), text.size()).substr(0, 32);
 }
 

@@ -6,6 +6,8 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cache-dsa-iswa.h"
+#include "llama-kv-cache-dsa.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -39,33 +41,47 @@ std::string llama_center_rope_factors(const llama_context & ctx, int32_t il) {
     return t ? ggml_get_name(t) : "none";
 }
 
-// Both reasons add something to the softmax that does not move with the logits of a query.  A constant in all of the
-// logits would no longer cancel.
-const char * llama_center_why_not(const llama_model & model, int32_t il) {
+// A sink and a soft-cap do not move with the logits of a query, so a constant in all of the logits does not cancel.
+// The latent vectors of MLA are values as well.
+const char * llama_center_needs_mean(const llama_model & model, int32_t il) {
     if (model.layers[il].attn_sinks) {
         return "attention sinks";
     }
     if (model.hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
         return "a soft-cap of the attention logits";
     }
+    if (model.hparams.is_mla()) {
+        return "latent attention (MLA)";
+    }
     return nullptr;
 }
 
-// Other caches are not centered: latent vectors of MLA, which are values too; the keys of an indexer, whose scores see
-// no softmax; recurrent states.
+const char * llama_center_why_not(const llama_model & model, int32_t il, ggml_type type_k) {
+    return ggml_is_tbq(type_k) ? nullptr : llama_center_needs_mean(model, il);
+}
+
+// Other caches are not centered: the keys of an indexer, whose scores see no softmax; recurrent states; caches whose rows
+// a graph reads in a way of its own.
 std::vector<llama_kv_cache *> llama_center_caches(const llama_context & ctx) {
     const llama_model & model  = ctx.get_model();
     llama_memory_i *    memory = ctx.get_memory();
 
-    if (model.hparams.is_mla()) {
-        throw std::runtime_error("a cell of MLA is key and value at once");
+    if (model.arch == LLM_ARCH_EAGLE3 || model.arch == LLM_ARCH_DFLASH) {
+        throw std::runtime_error("the model reads hidden states of another one, so it cannot be measured by itself");
     }
-    if (model.arch != LLM_ARCH_DFLASH) { // some of them read their keys as values
+    // These gather rows, or read keys as values, in graphs of their own.
+    if (model.arch != LLM_ARCH_GLM5_NEXT && model.arch != LLM_ARCH_DEEPSEEK4) {
         if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
             return { kv };
         }
         if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
             return { iswa->get_base(), iswa->get_swa() };
+        }
+        if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(memory)) {
+            return { dsa->get_mla() };
+        }
+        if (auto * dsa = dynamic_cast<llama_kv_cache_dsa_iswa *>(memory)) {
+            return { dsa->get_dsa()->get_mla(), dsa->get_swa() };
         }
         if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
             return { hybrid->get_mem_attn() };
@@ -114,13 +130,18 @@ static std::vector<float> weights_of(const std::vector<float> & energy) {
     return res;
 }
 
-// a tensor of these values in a buffer of its own, which bufs keeps
+// A tensor of these values in a buffer of its own, which bufs keeps.  heads: also as [n_embd_head, n_head] of it.
 static ggml_tensor * upload(llama_kv_center & center, ggml_backend_buffer_type_t buft, const char * name,
-                            const std::vector<float> & values, bool no_alloc) {
-    ggml_init_params params = { /*.mem_size =*/ggml_tensor_overhead(), /*.mem_buffer =*/nullptr, /*.no_alloc =*/true };
+                            const std::vector<float> & values, bool no_alloc, int64_t n_embd_head = 0,
+                            ggml_tensor ** heads = nullptr) {
+    ggml_init_params params = { /*.mem_size =*/2 * ggml_tensor_overhead(), /*.mem_buffer =*/nullptr,
+                                /*.no_alloc =*/true };
     ggml_context_ptr ctx{ ggml_init(params) };
     ggml_tensor *    t = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, values.size());
     ggml_set_name(t, name);
+    if (heads) {
+        *heads = ggml_reshape_2d(ctx.get(), t, n_embd_head, t->ne[0] / n_embd_head);
+    }
     ggml_backend_buffer_ptr buf{ no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0)
                                           : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
     if (!buf) {
@@ -128,6 +149,9 @@ static ggml_tensor * upload(llama_kv_center & center, ggml_backend_buffer_type_t
     }
     if (no_alloc) {
         t->buffer = buf.get();
+        if (heads) {
+            (*heads)->buffer = buf.get();
+        }
     } else {
         ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
@@ -173,7 +197,7 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
     }
     for (auto & layer : layers) {
         const auto it = means->layers.find(layer.il);
-        if (it == means->layers.end()) {
+        if (it == means->layers.end() || llama_center_why_not(model, layer.il, layer.k->type)) {
             continue;
         }
         // where they are used: for a tbq type next to the cache, in SET_ROWS; for others where the keys are computed
@@ -181,24 +205,28 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
         ggml_backend_buffer_type_t buft = tbq ? ggml_backend_buffer_get_type(layer.k->buffer)
                                               : ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
         // named like the keys: with a split of tensors over devices the name decides who holds which heads
-        const auto put = [&](const std::vector<float> & values) {
-            return upload(center, buft, layer.k->name, values, hparams.no_alloc);
-        };
-        layer.center.mean =
-            put(attn_rot_k ? rotated(it->second.mean, attn_rot_hadamard.at(n_rot), n_rot) : it->second.mean);
-        if (tbq) {
-            layer.center.weight = put(weights_of(it->second.energy));
-        }
+        const bool whole = llama_center_needs_mean(model, layer.il);
         layer.center.n_embd_head = hparams.n_embd_head_k(layer.il);
+        layer.center.n_embd_nope = hparams.n_lora_kv > 0 ? layer.center.n_embd_head - hparams.n_rot(layer.il) : 0;
+        layer.center.mean =
+            upload(center, buft, layer.k->name,
+                   attn_rot_k ? rotated(it->second.mean, attn_rot_hadamard.at(n_rot), n_rot) : it->second.mean,
+                   hparams.no_alloc, layer.center.n_embd_head, whole ? &layer.center.heads : nullptr);
+        if (tbq) {
+            layer.center.weight =
+                upload(center, buft, layer.k->name, weights_of(it->second.energy), hparams.no_alloc);
+        }
+        center.hash = hash; // not where no layer is centered
     }
-    center.hash = hash;
 }
 
-// the means in the shape of k: whole rows, heads, or the first channels of each head
+// the means in the shape of k: whole rows, heads, or the channels of each head that RoPE turns
 static ggml_tensor * mean_like(ggml_context * ctx, const llama_kv_center_layer & layer, const ggml_tensor * k) {
-    return k->ne[0] == layer.mean->ne[0]
-               ? layer.mean
-               : ggml_view_2d(ctx, layer.mean, k->ne[0], k->ne[1], layer.n_embd_head * sizeof(float), 0);
+    if (k->ne[0] == layer.mean->ne[0]) {
+        return layer.mean;
+    }
+    const int64_t first = k->ne[0] < layer.n_embd_head ? layer.n_embd_nope : 0;
+    return ggml_view_2d(ctx, layer.mean, k->ne[0], k->ne[1], layer.n_embd_head * sizeof(float), first * sizeof(float));
 }
 
 ggml_tensor * llama_kv_center_layer::add(ggml_context * ctx, ggml_tensor * k) const {
@@ -219,6 +247,22 @@ ggml_tensor * llama_kv_center_layer::set_rows(ggml_context * ctx, ggml_tensor * 
     res->src[3]       = mean;
     res->src[4]       = weight;
     return res;
+}
+
+void llama_kv_center_layer::attend(ggml_tensor * fa, bool values) const {
+    if (heads) {
+        tbq_ggml_flash_attn_ext_center(fa, heads, values);
+    }
+}
+
+ggml_tensor * llama_kv_center_layer::logits(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * q) const {
+    if (!heads) {
+        return kq;
+    }
+    ggml_tensor * qc =
+        ggml_mul_mat(ctx, ggml_view_3d(ctx, mean, n_embd_head, 1, heads->ne[1], heads->nb[1], heads->nb[1], 0), q);
+    ggml_prec_set_acc(qc, GGML_PREC_F32);
+    return ggml_add(ctx, kq, qc);
 }
 
 // A state begins with the number of streams.  That of a cache with a center has this instead, the hash, and then the
@@ -282,33 +326,50 @@ static void check_layer(const llama_context & ctx, const llama_center & center, 
     }
 }
 
-// Throws if a center does not fit; the number of layers that it is for.
+// of the model, in llama_center_identity()
+static constexpr size_t N_FINGERPRINT = 64;
+
+// Throws if a center does not fit; the number of layers whose keys are centered.
 static size_t check_center(const llama_context & ctx, const std::vector<llama_kv_cache *> & caches,
                            const llama_center & center) {
     const llama_model & model       = ctx.get_model();
-    const std::string   fingerprint = model.center_source->fingerprint();
+    const std::string   fingerprint = llama_center_identity(ctx);
+    if (center.arch == llm_arch_name(model.arch) && center.fingerprint != fingerprint &&
+        center.fingerprint.substr(0, N_FINGERPRINT) == fingerprint.substr(0, N_FINGERPRINT)) {
+        throw std::runtime_error(
+            format("%s was measured with other adapters or control vectors; measure again with the same options",
+                   center.path.c_str()));
+    }
     if (center.arch != llm_arch_name(model.arch) || center.fingerprint != fingerprint) {
         throw std::runtime_error(format("%s was measured on another model (%s, tensors %s); this one is %s, %s",
                                         center.path.c_str(), center.arch.c_str(),
                                         center.fingerprint.substr(0, 12).c_str(), llm_arch_name(model.arch),
                                         fingerprint.substr(0, 12).c_str()));
     }
-    size_t n_layer = 0;
+    size_t n_layer = 0, n_plain = 0;
     for (const llama_kv_cache * kv : caches) {
+        if (kv->is_shared()) {
+            throw std::runtime_error("this context reads the cache of another one");
+        }
+        const char * reason = nullptr;
         for (const uint32_t il : kv->get_layer_ids()) {
-            if (const char * reason = llama_center_why_not(model, il)) {
-                LLAMA_LOG_WARN("set_center: the keys of layer %u are not centered: it has %s\n", il, reason);
-                continue;
-            }
             n_layer++;
             check_layer(ctx, center, il);
+            if (const char * why = llama_center_why_not(model, il, kv->type_k())) {
+                reason = why;
+                n_plain++;
+            }
+        }
+        if (reason) {
+            LLAMA_LOG_WARN("set_center: keys of type %s are not centered where there are %s: tbq types are\n",
+                           ggml_type_name(kv->type_k()), reason);
         }
     }
     if (n_layer != center.layers.size()) {
         throw std::runtime_error(
             format("%s has means for %zu layers, the cache %zu", center.path.c_str(), center.layers.size(), n_layer));
     }
-    return n_layer;
+    return n_layer - n_plain;
 }
 
 void llama_center_check_empty(const llama_context & ctx) {
@@ -336,10 +397,21 @@ void llama_context::set_center(const llama_center * center) {
         }
         throw;
     }
-    if (center) {
+    measured_adapters.reset();
+    if (n_layer > 0) {
+        measured_adapters = center_adapters();
         LLAMA_LOG_INFO(
             "%s: keys are stored minus their means: %zu layers, measured for a context of %u tokens, hash %s\n",
             __func__, n_layer, center->n_ctx, hash.substr(0, 12).c_str());
+    }
+}
+
+void llama_context::note_adapters() {
+    if (measured_adapters && *measured_adapters != center_adapters()) {
+        LLAMA_LOG_WARN(
+            "%s: the means of the keys were measured with other adapters or control vectors: correct, slightly less accurate\n",
+            __func__);
+        measured_adapters.reset(); // once
     }
 }
 

@@ -22,16 +22,23 @@ bool llama_kv_center_rotates(const llama_hparams & hparams);
 struct llama_kv_center_layer {
     ggml_tensor * mean        = nullptr; // f32 [n_embd_k_gqa]
     ggml_tensor * weight      = nullptr; // the same, of the channels; for tbq types
+    ggml_tensor * heads       = nullptr; // the means as [n_embd_head, n_head_kv], where attention needs them
     int64_t       n_embd_head = 0;
+    int64_t       n_embd_nope = 0; // channels of a head before those that RoPE turns
 
     explicit operator bool() const { return mean; }
 
-    // k: whole rows of the cache, or heads of them, or the first channels of each head
+    // k: whole rows of the cache, or heads of them, or the channels of each head that RoPE turns
     ggml_tensor * add(ggml_context * ctx, ggml_tensor * k) const;
     ggml_tensor * subtract(ggml_context * ctx, ggml_tensor * k) const;
 
     // k_cur minus the means into the cache
     ggml_tensor * set_rows(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_cur, ggml_tensor * k_idxs) const;
+
+    // Where the result of attention depends on the means (sinks, soft-caps, values that are channels of the keys):
+    // FLASH_ATTN_EXT gets them, and without flash attention the logits get back what the means took from them.
+    void          attend(ggml_tensor * fa, bool values) const;
+    ggml_tensor * logits(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * q) const;
 };
 
 // Of a cache.

@@ -383,13 +383,18 @@ template <typename T, typename F> static T * find_input(llm_graph_result * res, 
 llama_kv_exact_attn::llama_kv_exact_attn(llm_graph_result * res, const llama_kv_cache_context * mctx,
                                          ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il)
     : ctx(res->get_ctx()) {
-    if (!mctx || !mctx->kv->exact) {
+    if (!mctx) {
         return;
     }
     llama_kv_cache * kv = mctx->kv;
 
+    ikv    = kv->map_layer_ids.at(il);
+    center = &kv->layers[ikv].center;
+    values = !kv->layers[ikv].v;
+    if (!kv->exact) {
+        return;
+    }
     inp = find_input<llama_kv_exact::graph_input>(res, [&](const auto * t) { return t->kv == kv; });
-    ikv = kv->map_layer_ids.at(il);
     if (!inp) {
         if (!k_cur) {
             return;
@@ -438,7 +443,14 @@ ggml_tensor * llama_kv_exact_attn::store_v(ggml_tensor * set_rows) const {
     return store(set_rows, inp ? inp->kv->exact.layers[ikv].v : nullptr);
 }
 
+ggml_tensor * llama_kv_exact_attn::logits(ggml_tensor * kq, ggml_tensor * q) const {
+    return center ? center->logits(ctx, kq, q) : kq;
+}
+
 void llama_kv_exact_attn::attend(ggml_tensor * fa) const {
+    if (center) {
+        center->attend(fa, values);
+    }
     if (!inp || !inp->layers[ikv].stored) {
         return;
     }

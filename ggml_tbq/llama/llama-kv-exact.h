@@ -3,6 +3,8 @@
 // Included by the patched llama-kv-cache.h; the code is in llama-kv-exact.cpp, the reasons in docs/design/exact.md.
 #pragma once
 
+#include "llama-kv-center.h"
+
 #include "ggml-cpp.h"
 #include "llama.h"
 
@@ -120,7 +122,8 @@ private:
     void set_input(ggml_tensor * list);
 };
 
-// The exact rows of a layer in a graph that is being built.  Without any, every function returns what it is given.
+// What the graph that is being built adds to the attention of a layer: exact rows, and the mean of centered keys where
+// the result depends on it.  Without any, every function returns what it is given.
 class llama_kv_exact_attn {
 public:
     // Before the keys and values are stored.  k_cur, v_cur: [n_embd_head, n_head, n_tokens], or NULL if they are not
@@ -132,8 +135,11 @@ public:
     ggml_tensor * store_k(ggml_tensor * set_rows) const;
     ggml_tensor * store_v(ggml_tensor * set_rows) const;
 
-    // FLASH_ATTN_EXT reads them
+    // FLASH_ATTN_EXT reads them, and the mean
     void attend(ggml_tensor * flash_attn_ext) const;
+
+    // without flash attention: kq with what the mean took from it.  q: [n_embd_head, n_tokens, n_head, n_stream]
+    ggml_tensor * logits(ggml_tensor * kq, ggml_tensor * q) const;
 
 private:
     ggml_tensor * store(ggml_tensor * set_rows, ggml_tensor * exact) const;
@@ -141,4 +147,7 @@ private:
     ggml_context *                ctx;
     llama_kv_exact::graph_input * inp = nullptr;
     int32_t                       ikv = -1;
+
+    const llama_kv_center_layer * center = nullptr;
+    bool                          values = false; // they are the first channels of the keys
 };

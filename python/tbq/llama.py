@@ -265,8 +265,14 @@ def _plan_arguments(n_ctx: int, center: object, options: dict[str, Any]) -> dict
         "parallel": 1,
         "swa_full": options.get("swa_full") is not False,
         "ubatch": min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
-        "options": list(_as_options(options)),
+        "options": [*_as_options(options), *_adapter_options(options)],
     }
+
+
+def _adapter_options(options: dict[str, Any]) -> list[str]:
+    """The option of llama.cpp's programs for the adapter of a Llama."""
+    path = options.get("lora_path")
+    return ["--lora-scaled", f"{os.path.abspath(path)}:{options.get('lora_scale', 1.0)}"] if path else []
 
 
 def _try_center(model: Any, path: str | os.PathLike[str], required: bool) -> bool:

@@ -13,22 +13,27 @@ from tbq._arguments import cores, group_by_reason
 from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._text import python_text, read_text
+from tbq._types import types
 from tbq.bench.perplexity import base_bytes
 from tbq.bench.quality import TYPES, as_json, as_text, check_run, measure, picture
 from tbq.cli._argument import at_least_one
 from tbq.errors import TBQError
 from tbq.kv_cache.model import read_model, sha256
 from tbq.kv_cache.type_pairs import TypePair, parse_pairs
+from tbq.kv_cache.whole_keys import needs_whole_keys
 from tbq.programs.paths import versions
 from tbq.programs.signals import interruptible
 
 
-def _add_centered(pairs: list[TypePair]) -> list[TypePair]:
-    """The pairs, each followed by the same pair with centered keys if centering changes it."""
+def _add_centered(pairs: list[TypePair], only_tbq: bool) -> list[TypePair]:
+    """The pairs, each followed by the same pair with centered keys if centering changes it.
+
+    only_tbq: the model's keys can be centered in a tbq type only.
+    """
     found = []
     for pair in pairs:
         found.append(pair)
-        if pair.may_be_centered:
+        if pair.may_be_centered and (pair.k in types or not only_tbq):
             found.append(dataclasses.replace(pair, centered=True))
     return found
 
@@ -64,10 +69,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.scratch and not args.scratch.is_dir():
         raise TBQError(f"--scratch {str(args.scratch)!r} is not a folder")
     pairs = parse_pairs(args.types)
-    if not args.no_center:
-        pairs = _add_centered(pairs)
     text = read_text(args.text) if args.text else python_text()
     model = read_model(args.model, args.options)
+    if not args.no_center:
+        pairs = _add_centered(pairs, model.opened is not None and needs_whole_keys(model.opened) is not None)
     check_run(model, args.context, args.chunks, args.scratch)
     # python_text() is scored from its beginning, and the means are measured on its second half, which has other words
     half = len(text) // 2

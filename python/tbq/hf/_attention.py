@@ -40,16 +40,16 @@ def attention(
     if dropout:
         raise TBQError(f"dropout is {dropout}; attn_implementation='tbq' takes none: call model.eval()")
     if see_query := see_query_of(key):
-        see_query(query, softcap, s_aux)
+        see_query(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if (
         isinstance(key, PackedStates)
         and isinstance(value, PackedStates)
-        and (key.key_mean is None or not softcap and s_aux is None)  # these see a constant that all logits share
         and _kernels_take(query, key, value, softcap, s_aux)
     ):
+        sees_constant = bool(softcap) or s_aux is not None  # one that is added to all logits
         query = query if query.stride(3) == 1 else query.contiguous()
         return _backend.backend_for(query.device).attention(
             query,
@@ -65,6 +65,7 @@ def attention(
             key.rotary_half,
             key.exact,
             value.exact,
+            key.stored_mean if sees_constant else None,
         ), None
     key, value = (states.decoded() if isinstance(states, PackedStates) else states for states in (key, value))
     if softcap or s_aux is not None:

@@ -68,6 +68,7 @@ class Backend(Protocol):
         half: int = 0,
         k_exact: ExactRows | None = None,
         v_exact: ExactRows | None = None,
+        k_mean: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention that reads packed states, and exact rows instead of those for which there are any.
 
@@ -77,6 +78,8 @@ class Backend(Protocol):
         tokens).
         causal: the last query token sees all cached tokens, the one before it one less, and so on.
         sinks: a logit for each query head.
+        k_mean: what was subtracted from the keys, float32 (KV heads, head size), in the order in which channels are
+        stored.  The result is that of whole keys.  Only soft-caps and sinks need it.
         Returns (batch, tokens, heads, value size) in the query's dtype.
         """
 

@@ -25,6 +25,7 @@ class PackedStates(torch.Tensor):
     rotary_half: int  #: half: channels c and c + half, of the first 2 half channels, are stored next to each other
     exact: ExactRows | None  #: the rows that are read instead of packed ones
     key_mean: torch.Tensor | None  #: float32 (heads, size): what was subtracted from the keys
+    stored_mean: torch.Tensor | None  #: the same, in the order in which channels are stored
 
     @staticmethod
     def __new__(
@@ -36,12 +37,14 @@ class PackedStates(torch.Tensor):
         half: int,
         exact: ExactRows | None = None,
         key_mean: torch.Tensor | None = None,
+        stored_mean: torch.Tensor | None = None,
     ) -> "PackedStates":
         batch, tokens, heads, _ = packed.shape
         self: PackedStates = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, tokens, size), dtype=dtype, device=packed.device
         )
-        self.packed, self.bits, self.rotary_half, self.exact, self.key_mean = packed, bits, half, exact, key_mean
+        self.packed, self.bits, self.rotary_half, self.exact = packed, bits, half, exact
+        self.key_mean, self.stored_mean = key_mean, stored_mean
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -307,8 +310,8 @@ class TBQLayer(DynamicLayer):  # type: ignore[misc]
 
     def _packed_states(self, side: StateBuffer, rows: torch.Tensor, exact: ExactRows | None) -> PackedStates:
         assert self.buffers
-        mean = self.center.mean if side is self.buffers[0] else None
-        return PackedStates(rows, side.bits, side.size, side.dtype, side.half, exact, mean)
+        means = (self.center.mean, self.center.stored) if side is self.buffers[0] else (None, None)
+        return PackedStates(rows, side.bits, side.size, side.dtype, side.half, exact, *means)
 
     def _decoded(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.buffers

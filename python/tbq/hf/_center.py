@@ -18,7 +18,7 @@ from tbq._text import python_text
 from tbq.errors import TBQError
 
 #: A change of the measurement increases it.  The names of kept centers depend on it.
-_METHOD = "1"
+_METHOD = "2"
 #: The chunks of the text, the tokens of each, and the first keys of each that do not count: attention sinks, few and
 #: far from the others.
 _CHUNKS, _CHUNK, _SKIPPED = 8, 128, 8
@@ -170,13 +170,10 @@ class _Measured:
     def __init__(self, k: torch.Tensor) -> None:
         self.mean = k[:, :, _SKIPPED:].double().mean((0, 2)).float().cpu()
         self.energy: torch.Tensor | None = None
-        self.cannot_be_centered = False
 
-    def see_query(self, query: torch.Tensor, softcap: float | None, s_aux: torch.Tensor | None) -> None:
+    def see_query(self, query: torch.Tensor) -> None:
         """Is called by the attention that reads these keys."""
         heads, size = self.mean.shape
-        if softcap or s_aux is not None:  # not invariant to a constant that is added to all logits
-            self.cannot_be_centered = True
         if query.shape[3] == size and query.shape[1] % heads == 0:
             squares = query.detach()[:, :, _SKIPPED:].double().square().mean((0, 2))
             energy = squares.reshape(heads, -1, size).mean(1).float().cpu()
@@ -199,7 +196,7 @@ class _MeasuringCache(DynamicCache):  # type: ignore[misc]
         return keys, values
 
 
-def see_query_of(key: torch.Tensor) -> Callable[[torch.Tensor, float | None, torch.Tensor | None], None] | None:
+def see_query_of(key: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
     """Returns what wants to see the queries that read these keys: not None while a center is measured."""
     return getattr(key, "tbq_see_query", None)
 
@@ -215,8 +212,7 @@ def _measure(model: Any, ids: torch.Tensor) -> KeyCenter:
         arguments["position_ids"] = _positions(config).to(device)
     with torch.no_grad(), _reading(decoder):
         decoder(input_ids=ids.to(device), **arguments)
-    good = {i: layer for i, layer in cache.measured.items() if not layer.cannot_be_centered}
-    good = {i: layer for i, layer in good.items() if layer.mean.isfinite().all()}
+    good = {i: layer for i, layer in cache.measured.items() if layer.mean.isfinite().all()}
     return KeyCenter(
         {i: layer.mean for i, layer in good.items()},
         {i: layer.energy for i, layer in good.items() if layer.energy is not None and layer.energy.isfinite().all()},

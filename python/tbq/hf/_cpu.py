@@ -168,6 +168,7 @@ def attention(
     half: int = 0,
     k_exact: ExactRows | None = None,
     v_exact: ExactRows | None = None,
+    k_mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Backend.attention, with the kernels of tbq-attention.h."""
     batch, heads, tokens, _ = query.shape
@@ -196,6 +197,7 @@ def attention(
             logits,
             part,
             None if k_exact is None or v_exact is None else _ExactPart(k_exact, v_exact, n_kv),
+            k_mean,
         )
         if part is not out:
             out[:, first:last] = part
@@ -252,6 +254,7 @@ def _run_attention(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
     exact: _ExactPart | None,
+    k_mean: torch.Tensor | None,
 ) -> None:
     a = ffi.new("tbq_attention *")
     a.n_streams, a.n_head, a.n_tokens, a.k_size = query.shape
@@ -276,6 +279,8 @@ def _run_attention(
             a.mask_token_stride = 0
     if sinks is not None:
         a.sinks = ffi.cast("float *", sinks.data_ptr())
+    if k_mean is not None:
+        a.mean = ffi.cast("float *", k_mean.data_ptr())
     a.scale, a.logit_softcap, a.out = scale, softcap, ffi.cast("float *", out.data_ptr())
     plan = ffi.new("tbq_attention_plan *")
     _check(lib.tbq_attention_make_plan(a, plan))

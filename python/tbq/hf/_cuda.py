@@ -181,6 +181,7 @@ def attention(
     half: int = 0,
     k_exact: ExactRows | None = None,
     v_exact: ExactRows | None = None,
+    k_mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Backend.attention.  The last axis of query is contiguous."""
     batch, q_heads, tokens, k_size = query.shape
@@ -229,6 +230,7 @@ def attention(
                 out,
                 *out.stride()[:2],
                 sinks,
+                k_mean,
                 heads,
                 tokens,
                 part.n,
@@ -250,6 +252,7 @@ def attention(
                 causal and tokens > 1 and (part.v_bits == EXACT or part.at + part.n > n_kv - tokens + 1),
                 softcap != 0.0,
                 sinks is not None,
+                k_mean is not None,
                 half,
                 m,
                 rows,

@@ -649,6 +649,17 @@ def query_block(q, at, ok, transform, BLOCK: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
+def mean_product(q, at, ok, mean, BLOCKS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """(rows,) products of queries and the mean of their keys, float32."""
+    product = tl.zeros([ROWS], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        place = block * 64 + tl.arange(0, 64)
+        x = tl.load(q + at[:, None] + channel(place, HALF)[None, :], ok[:, None], 0.0).to(tl.float32)
+        product += tl.sum(x * tl.load(mean + place)[None, :], axis=1)
+    return product
+
+
+@triton.jit
 def key_products(
     s, query, k_row, ok, qs, qh, codebook, BLOCK: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr
 ):
@@ -699,6 +710,7 @@ def attend(
     o_batch,
     o_token,
     sinks,
+    k_mean,
     heads,
     tokens,
     n_kv,
@@ -722,6 +734,7 @@ def attend(
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    MEAN: tl.constexpr,
     HALF: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
@@ -735,6 +748,9 @@ def attend(
     weights and the sum of weighted values in the rotated domain.  The last program of a group of chunks merges them
     into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is its counter, int32
     [batch . heads][tiles], zero before and after.
+    MEAN: whether k_mean, float32 (KV heads, key size) in the order of storage, was subtracted from the keys, and the
+    result depends on that.  What it takes from every logit of a query is given back before a soft-cap, and is taken from
+    a sink where there is no soft-cap.
     MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first before + t + 1 rows of the cache.
 
     Packed rows and exact ones are read by two launches, each with its chunks of the same `partial`, from first_chunk
@@ -775,6 +791,8 @@ def attend(
         q3 = (q3 / top[:, None]).to(tl.float16)
     if SOFTCAP:
         factor = top * scale
+        if MEAN:
+            taken = scale * mean_product(q, at, seen, k_mean + head * (K_BLOCKS * 64), K_BLOCKS, HALF, M)
     else:
         factor = top * (scale * LOG2E)
 
@@ -832,6 +850,8 @@ def attend(
         if K_BLOCKS > 3:
             s = key_products(s, q3, k_row, ok, ks3, kh3, k_codebook, 3, K_BITS, K_BYTES)
         s *= factor[:, None]
+        if SOFTCAP and MEAN:
+            s += taken[:, None]
         if SOFTCAP:  # softcap . tanh(s / softcap)
             s = softcap * (1.0 - 2.0 / (tl.exp(s * (2.0 / softcap)) + 1.0)) * LOG2E
         visible = ok[None, :] & seen[:, None]
@@ -907,7 +927,11 @@ def attend(
         to = out + batch * o_batch + out_token.to(tl.int64) * o_token + out_head * V_SIZE
         logit = tl.full([R], float("-inf"), tl.float32)
         if SINKS:
-            logit = tl.load(sinks + out_head, exists, 0.0).to(tl.float32) * LOG2E
+            logit = tl.load(sinks + out_head, exists, 0.0).to(tl.float32)
+            if MEAN and not SOFTCAP:
+                at = batch * q_batch + out_head.to(tl.int64) * q_head + out_token.to(tl.int64) * q_token
+                logit -= scale * mean_product(q, at, exists, k_mean + head * (K_BLOCKS * 64), K_BLOCKS, HALF, R)
+            logit *= LOG2E
         for block in range(V_BLOCKS):
             merge_block(first_part, to, exists, logit, v_tables, block, chunks, WIDTH, SINKS, R)
 

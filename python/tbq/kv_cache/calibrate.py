@@ -24,18 +24,32 @@ from collections.abc import Callable, Sequence
 from tbq import _files
 from tbq._arguments import cores
 from tbq._text import python_text, read_text
+from tbq._types import types
 from tbq.errors import TBQError, one_line
 from tbq.gguf_files.reader import as_path, open_gguf
 from tbq.kv_cache.center_file import fingerprint, read_center
 from tbq.kv_cache.model import read_model
 from tbq.kv_cache.settings import calibration_context
+from tbq.kv_cache.whole_keys import needs_whole_keys
 from tbq.programs import output
-from tbq.programs.options import MODEL, ROPE, option_values, select_words
+from tbq.programs.options import (
+    MODEL,
+    ROPE,
+    adapter_files,
+    adapter_options,
+    option_values,
+    select_words,
+    with_absolute_adapters,
+)
 from tbq.programs.process import Done, run
 
 #: A change of the measurement increases it.  The names of kept centers depend on it, so that old ones are not used.
 #: ggml_tbq/llama/llama-center-stats.cpp has the same number: without options for RoPE, --cache-center auto shares them.
 _METHOD = "2"
+
+#: What follows the name of a center in the name of the file that says why there is none.  ".none" was its name while
+#: attention sinks, soft-caps and latent attention were reasons.
+_NOTHING = ".nothing"
 
 _ROOM = 4 << 20  # bytes that a calibration needs in its folder, for a text and the center
 
@@ -74,8 +88,8 @@ def calibrate(
     on_chunk: is called with the number of finished chunks and of all chunks.
     Returns a table: the share of the keys' energy that is in the means, by layer and length of context.
     The same arguments give the same bytes.
-    Raises TBQError with llama.cpp's reason, for example that there are no keys to center (MLA, attention sinks, logit
-    soft-cap) or that the text is too short; OSError if the file cannot be written.
+    Raises TBQError with llama.cpp's reason, for example that there are no keys to center or that the text is too short;
+    OSError if the file cannot be written.
     """
     out = as_path(out)
     if out.is_dir():
@@ -93,7 +107,7 @@ def calibrate(
     content, text_name = _load_text(text)
     threads = [] if option_values(options, "--threads") else ["-t", str(cores())]
     files = ["-m", str(as_path(model).absolute()), "-f", "text", "-o", "center"]
-    arguments = [*threads, *options, *files, "-c", str(context), *(["--chunks", str(chunks)] if chunks else [])]
+    arguments = [*threads, *with_absolute_adapters(options), *files, "-c", str(context), *(["--chunks", str(chunks)] if chunks else [])]
     with _files.workplace(out) as parts:
         with _files.naming(out):
             (parts / "text").write_bytes(content)
@@ -174,7 +188,8 @@ def center_file_for(
     """The center file for a cache with keys of type k, or None.  tbq.Server and tbq.llama use it.
 
     center: True for the center of the model, which is measured now if it is not kept yet; False for None; or a file.
-    Keys of 16 bits and more get None.  context: tokens, the positions that keys can have.
+    Keys of 16 bits and more get None, and keys that the model's attention could not read centered
+    (whole_keys.needs_whole_keys).  context: tokens, the positions that keys can have.
     scratch: where to write a center that cannot be kept.
     say: is called with a line before something is measured, and with the reason if the keys cannot be centered.
     Raises TBQError if the file is not a center file.
@@ -185,6 +200,8 @@ def center_file_for(
     if not center or k in ("f32", "f16", "bf16"):
         return None
     try:
+        if k not in types and (why := needs_whole_keys(open_gguf(model))):
+            raise NothingToCenter(f"with {why}, keys of a tbq type can be centered, {k} keys cannot")
         return center_of_model(model, context, options, say, scratch)
     except (TBQError, OSError) as error:
         say(f"keys are not centered: {one_line(error)}")
@@ -201,13 +218,14 @@ def center_of_model(
     """The center file of a model for a context.  It is measured now if centers_folder() does not have it.
 
     context: tokens; contexts of similar lengths share a center.
-    options: llama-server's options, of which those for the model and for RoPE count.
+    options: llama-server's options, of which those for the model, RoPE, adapters and control vectors count.
     say: is called with a line before something is measured.  scratch: where to write a center that cannot be kept.
     Raises TBQError if the keys cannot be measured, or if the center cannot be kept and there is no scratch.
     """
     context = calibration_context(context, read_model(model, options).context)
-    rope = select_words(options, ROPE)
-    name = hashlib.sha256(" ".join([_METHOD, fingerprint(model), str(context), *rope]).encode()).hexdigest()[:32]
+    what_changes_keys = [*select_words(options, ROPE), *adapter_options(options), *map(fingerprint, adapter_files(options))]
+    words = [_METHOD, fingerprint(model), str(context), *what_changes_keys]
+    name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]
     what = f"measuring the mean of the keys of {pathlib.Path(model).name}"
     where, why = centers_folder(), "the user has no folder for caches: neither XDG_CACHE_HOME nor HOME is set"
     if where is not None:
@@ -232,7 +250,7 @@ def _find_kept(where: pathlib.Path, name: str) -> pathlib.Path | None:
 
     TBQError if an earlier measurement found that the keys cannot be centered.
     """
-    path, never = where / f"{name}.gguf", where / f"{name}.none"
+    path, never = where / f"{name}.gguf", where / f"{name}{_NOTHING}"
     if path.is_file():
         with contextlib.suppress(TBQError):  # a corrupt center is measured again
             read_center(path)
@@ -255,9 +273,9 @@ def _measure(
 ) -> pathlib.Path:
     path = where / f"{name}.gguf"
     try:
-        calibrate(model, path, context, options=select_words(options, MODEL, ROPE))
+        calibrate(model, path, context, options=[*select_words(options, MODEL, ROPE), *adapter_options(options)])
     except NothingToCenter as error:  # true on every machine, so the model is not loaded for it again
         with contextlib.suppress(OSError):
-            path.with_suffix(".none").write_text(str(error), encoding="utf-8")
+            path.with_suffix(_NOTHING).write_text(str(error), encoding="utf-8")
         raise
     return path

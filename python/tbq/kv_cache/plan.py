@@ -19,6 +19,7 @@ from tbq.gguf_files.reader import Tensor, open_gguf
 from tbq.kv_cache.key_biases import key_biases, model_centering
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW, CacheShape, Layer, read_shape
 from tbq.kv_cache.settings import Settings, apply_options, calibration_context
+from tbq.kv_cache.whole_keys import whole_keys_reason
 
 #: The pairs in the table of `tbq plan`, unless the user names others.
 PAIRS = (
@@ -247,14 +248,21 @@ def _refusal(shape: CacheShape, k: str, v: str) -> str | None:
 # -- the recommendation --------------------------------------------------------------------------
 
 
-def _candidates(shape: CacheShape, sinks: bool, biased: bool) -> list[tuple[str, str]]:
+#: Keys and values of models whose kind nobody measured with real weights, and the smaller ones that are not recommended.
+_UNMEASURED, _SMALLER = [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq3_0")], ("tbq3_0", "tbq3_0")
+
+
+def _candidates(shape: CacheShape, sinks: bool, biased: bool, unmeasured: bool) -> list[tuple[str, str]]:
     """The pairs to choose from: those that llama.cpp takes for the model, from the best to the smallest.
 
-    biased: whether the stored keys have a large bias.
+    sinks: whether keys stay whole beside attention sinks.  biased: whether the stored keys have a large bias.
+    unmeasured: whether centered keys are exact, but nobody measured them with weights of this kind.
     """
     values = ["tbq4_0", "tbq3_0", "tbq2_0"]
     if sinks or biased:
         wished = [("f16" if sinks else "q8_0", v) for v in values]
+    elif unmeasured:
+        wished = _UNMEASURED
     else:
         wished = [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0"), ("tbq3_0", "tbq2_0")]
     if shape.mla:
@@ -292,11 +300,19 @@ _REASONS_EXACT = {
 }
 
 
-def _reason_for(pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool, exact: bool) -> str:
+def _reason_for(
+    pair: tuple[str, str], shape: CacheShape, sinks: bool, biased: bool, whole: str | None, exact: bool
+) -> str:
     if sinks:
-        return "the model has attention sinks, with which any quantized key degrades badly, so keys stay f16"
+        return "the model has attention sinks, with which quantized keys that are not centered degrade badly"
     if biased:
         return f"large key biases would use up the few levels of a small type, so keys are {pair[0]}"
+    if whole and pair in _UNMEASURED:
+        smaller = "/".join(dict.fromkeys(_SMALLER))
+        return (
+            f"centered keys are exact with {whole}, but were not measured on {shape.architecture} weights, so this is "
+            f"the safer type; {smaller} would be smaller"
+        )
     if pair in _REASONS:
         return (_REASONS_EXACT if exact else _REASONS)[pair]
     if not shape.flash_attention:
@@ -370,10 +386,12 @@ def plan(
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
     budget = None if memory_bytes is None else memory_bytes - state - (0 if cache_only else weights)
     sinks = any(name.endswith("attn_sinks.weight") for name in tensors)
+    whole = whole_keys_reason(shape.architecture, opened.tensors, shape.mla) if center else None
+    keep_keys = sinks and not (center and _takes_tbq_keys(shape))
     read = _weights_per_token(tensors, fields, shape.architecture)
-    candidates = _candidates(shape, sinks, biases.remain)
+    candidates = _candidates(shape, keep_keys, biases.remain, whole is not None)
     chosen, context, reason = _choose(cache, candidates, context or 0, shape.context_train, budget, read)
-    needs_center = bool(biases.large) and not biases.remain and not sinks and chosen[0] not in _EXACT_KEYS
+    needs_center = (bool(biases.large) and not biases.remain or sinks) and chosen[0] not in _EXACT_KEYS
     fits = None if budget is None else cache.total(*chosen, context) <= budget
     if not shape.cached:
         reason = (
@@ -403,12 +421,15 @@ def plan(
         pairs=tuple(_compute_pair(cache, k, v, context, budget) for k, v in usable),
         refused=refused,
         recommended=chosen,
-        reason=reason or _reason_for(chosen, shape, sinks, biases.remain, bool(recent or first)),
+        reason=reason or _reason_for(chosen, shape, keep_keys, biases.remain, whole, bool(recent or first)),
         fits=fits,
         sinks=sinks,
         large_key_biases=biases.large,
         center=needs_center,
-        warnings=(*_warnings(shape, context, sinks, biases, needs_center), *_exact_warning(cache, chosen, context)),
+        warnings=(
+            *_warnings(shape, context, sinks, whole, biases, needs_center),
+            *_exact_warning(cache, chosen, context),
+        ),
         exact=not shape.doubts,
         recent=recent,
         first=first,
@@ -514,12 +535,28 @@ def _exact_warning(cache: _Cache, pair: tuple[str, str], context: int) -> Iterat
         )
 
 
-def _warnings(shape: CacheShape, context: int, sinks: bool, biases: _Biases, center: bool) -> Iterator[str]:
-    """center: whether the recommended types need centered keys."""
+def _takes_tbq_keys(shape: CacheShape) -> bool:
+    return all(size % BLOCK == 0 for size in shape.key_sizes)
+
+
+def _warnings(
+    shape: CacheShape, context: int, sinks: bool, whole: str | None, biases: _Biases, center: bool
+) -> Iterator[str]:
+    """whole: why keys can be centered only in a tbq type.  center: whether the recommended types need centered keys."""
     large = biases.large
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
-    if sinks:
-        yield "attention sinks: any quantized K degrades badly, even q8_0; keep --cache-type-k f16"
+    if sinks and center:
+        yield (
+            "attention sinks: quantized keys that are not centered degrade badly, even q8_0; tbq types are centered "
+            "(tbq serve and this llama-server do it)"
+        )
+    elif sinks:
+        yield "attention sinks: quantized keys that are not centered degrade badly, even q8_0; keep --cache-type-k f16"
+    if whole and _takes_tbq_keys(shape):
+        yield (
+            f"not measured on {shape.architecture} weights: keys with {whole} are exact when centered, the loss of 4 bits "
+            "and fewer is not known; `tbq bench quality` measures it"
+        )
     if large:
         worst = max(large, key=lambda i: large[i])
         remedy = "keys of 4 bits and fewer degrade badly; keep --cache-type-k q8_0"

@@ -2,6 +2,8 @@
 """llama.cpp's options: a table of those that tbq reads, and functions that read them."""
 
 import csv
+import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +12,10 @@ from typing import Any
 
 from tbq.errors import TBQError
 
-#: What an option is for.  ROPE options change the keys, so a center is valid for one value of each.  MODEL options
-#: change how a model runs, so every measurement of the model gets them too.  FILE, FILES and FOLDER options are paths.
-#: llama-server opens these late, or never, so tbq checks them first.
-ROPE, MODEL, FILE, FILES, FOLDER = "rope", "model", "file", "files", "folder"
+#: What an option is for.  ROPE and ADAPTER options change the keys, so a center is valid for one value of each.  MODEL
+#: options change how a model runs, so every measurement of the model gets them too.  FILE, FILES and FOLDER options are
+#: paths.  llama-server opens these late, or never, so tbq checks them first.
+ROPE, ADAPTER, MODEL, FILE, FILES, FOLDER = "rope", "adapter", "model", "file", "files", "folder"
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Option:
     names: tuple[str, ...]  #: all spellings
     uses: frozenset[str] = frozenset()
     key: str = ""  #: the key under which server_options() returns the value
-    takes_value: bool = True  #: whether a value follows
+    values: int = 1  #: the number of values that follow
     argument: str = ""  #: the argument of llama_cpp.Llama with the same effect
 
 
-def _option(names: str, *uses: str, key: str = "", takes_value: bool = True, argument: str = "") -> Option:
-    return Option(tuple(names.split()), frozenset(uses), key, takes_value, argument)
+def _option(names: str, *uses: str, key: str = "", values: int = 1, argument: str = "") -> Option:
+    return Option(tuple(names.split()), frozenset(uses), key, values, argument)
 
 
 OPTIONS = (
@@ -37,8 +39,8 @@ OPTIONS = (
     _option("-np --parallel", key="parallel"),
     _option("-ub --ubatch-size", key="ubatch"),
     _option("-b --batch-size", key="batch"),
-    _option("--swa-full", key="swa_full", takes_value=False),
-    _option("-kvu --kv-unified -no-kvu --no-kv-unified", key="unified", takes_value=False),
+    _option("--swa-full", key="swa_full", values=0),
+    _option("-kvu --kv-unified -no-kvu --no-kv-unified", key="unified", values=0),
     _option("--kv-unified-per-slot", key="per_slot"),
     _option("-ctk --cache-type-k -ctv --cache-type-v", key="types"),
     _option("-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo", key="model"),
@@ -47,7 +49,7 @@ OPTIONS = (
     _option("--cache-first", key="first"),
     _option("--host", key="host"),
     _option("--port", key="port"),
-    _option("--reuse-port", key="reuse_port", takes_value=False),
+    _option("--reuse-port", key="reuse_port", values=0),
     _option("--api-prefix", key="prefix"),
     _option("--api-key", key="key"),
     _option("--api-key-file", key="key_file"),
@@ -55,9 +57,10 @@ OPTIONS = (
     _option("--ssl-key-file", FILE, key="ssl_key"),
     _option("--ssl-cert-file", FILE, key="ssl_cert"),
     _option("--cache-center", FILE, key="center"),
+    _option("--spec-draft-cache-center --cache-center-draft", FILE, key="draft_center"),
     _option("-mm --mmproj", FILE),
-    _option("--lora", FILES),
-    _option("--control-vector", FILES),
+    _option("--lora", FILES, ADAPTER),
+    _option("--control-vector", FILES, ADAPTER),
     _option("-md --model-draft --spec-draft-model", FILE),
     _option("-lcs --lookup-cache-static", FILE),
     _option("--mcp-servers-config", FILE),
@@ -73,6 +76,10 @@ OPTIONS = (
     _option("--yarn-beta-slow", ROPE, argument="yarn_beta_slow"),
     _option("--yarn-orig-ctx", ROPE, argument="yarn_orig_ctx"),
     _option("--override-kv", ROPE),
+    _option("--lora-scaled", ADAPTER),
+    _option("--lora-init-without-apply", ADAPTER, values=0),
+    _option("--control-vector-scaled", ADAPTER),
+    _option("--control-vector-layer-range", ADAPTER, values=2),
     # options that change how the model runs
     _option("-t --threads", MODEL, key="threads", argument="n_threads_batch"),
     _option("-ngl --gpu-layers --n-gpu-layers", MODEL, argument="n_gpu_layers"),
@@ -87,9 +94,9 @@ OPTIONS = (
     _option("-lm --load-mode", MODEL),
     _option("-lzm --lazy-mode", MODEL),
     _option("--numa", MODEL),
-    _option("-cmoe --cpu-moe", MODEL, takes_value=False),
-    _option("-nr --no-repack", MODEL, takes_value=False),
-    _option("--no-host", MODEL, takes_value=False),
+    _option("-cmoe --cpu-moe", MODEL, values=0),
+    _option("-nr --no-repack", MODEL, values=0),
+    _option("--no-host", MODEL, values=0),
 )
 
 _BY_NAME = {name: option for option in OPTIONS for name in option.names}
@@ -109,8 +116,7 @@ def parse_options(options: Sequence[str]) -> Iterator[tuple[Option | None, list[
     rest = iter(options)
     for word in rest:
         known = _BY_NAME.get(normalize_name(word))
-        value = next(rest, None) if known and known.takes_value else None
-        yield known, [word] if value is None else [word, value]
+        yield known, [word, *itertools.islice(rest, known.values if known else 0)]
 
 
 def select_options(options: Sequence[str], *uses: str) -> Iterator[tuple[Option, list[str]]]:
@@ -131,6 +137,41 @@ def select_words(options: Sequence[str], *uses: str) -> list[str]:
     return [word for _, words in select_options(options, *uses) for word in words]
 
 
+def adapter_options(options: Sequence[str]) -> list[str]:
+    """The words of the options for adapters and control vectors that are in force from the start."""
+    selected = list(select_options(options, ADAPTER))
+    if any("--lora-init-without-apply" in option.names for option, _ in selected):
+        selected = [(option, words) for option, words in selected if not option.names[0].startswith("--lora")]
+    return [word for _, words in selected for word in words]
+
+
+def adapter_files(options: Sequence[str]) -> list[str]:
+    """The files of adapter_options()."""
+    found = select_options(adapter_options(options), ADAPTER)
+    return [path for option, words in found for path, _ in _split_adapters(option, words)]
+
+
+def with_absolute_adapters(options: Sequence[str]) -> list[str]:
+    """A command line for another folder: the files of adapters and control vectors are absolute."""
+    words: list[str] = []
+    for option, some in parse_options(options):
+        adapters = list(_split_adapters(option, some)) if option and ADAPTER in option.uses else []
+        if adapters:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="").writerow([os.path.abspath(path) + scale for path, scale in adapters])
+            some = [some[0], text.getvalue()]
+        words += some
+    return words
+
+
+def _split_adapters(option: Option, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The files that an option names, each with what follows it (":SCALE")."""
+    if option.values == 1 and len(words) > 1:
+        for item in next(csv.reader([words[1]]), []):
+            path, colon, scale = item.rpartition(":") if option.names[0].endswith("-scaled") else (item, "", "")
+            yield path, colon + scale
+
+
 def check_files(options: Sequence[str]) -> None:
     """Raises TBQError if an option names a file or folder that does not exist."""
     for option, words in select_options(options, FILE, FILES, FOLDER):
@@ -139,7 +180,7 @@ def check_files(options: Sequence[str]) -> None:
             if FOLDER in option.uses:
                 if not os.path.isdir(path):
                     raise TBQError(f"{words[0]} {path!r} is not a folder")
-            elif option.key == "center" and path in ("auto", "none"):
+            elif option.key in ("center", "draft_center") and path in ("auto", "none"):
                 continue
             elif not os.path.exists(path) or os.path.isdir(path):
                 raise TBQError(f"{words[0]} {path!r} is not a file")
@@ -169,7 +210,7 @@ def server_options(options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """
     found, others = {}, []
     for option, words in parse_options(options):
-        if option and option.key and option.takes_value and len(words) < 2:
+        if option and option.key and option.values and len(words) < 2:
             raise TBQError(f"{words[0]} needs a value")
         if option and option.key:
             found[option.key] = words[-1]

@@ -185,6 +185,8 @@ class Server:
         types = ["--cache-type-k", self.k, "--cache-type-v", self.v] if self.plan is None or self.plan.cached else []
         # prepare() decides, and not the default of llama-server
         center = [] if "center" in self._given else ["--cache-center", str(self.center or "none")]
+        if center and self._center is not False and "draft_center" not in self._given:
+            center += ["--cache-center-draft", "auto"]  # the draft's types are its own
         return [str(program("llama-server")), "-m", os.fspath(self._model), *types, *center, *self._options]
 
     def __enter__(self) -> "Server":
