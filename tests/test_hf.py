@@ -1139,7 +1139,7 @@ def test_centered_models(kind, folder):
     usual = model.config._attn_implementation
     exact = generate(model, DynamicCache(config=model.config), usual, 4)[1][0]
     center = KeyCenter.measure(model)
-    assert bool(center.means) == (kind not in ("gemma2, windows and soft-cap", "gpt-oss, sinks"))
+    assert center.means
     whole = generate(model, TBQCache(model.config, sliding="compress", **NO_ROWS), usual, 4)[1][0]
     for implementation in (usual, "tbq"):
         for rows in (NO_ROWS, {"recent": 9, "first": 2}):
@@ -1148,8 +1148,9 @@ def test_centered_models(kind, folder):
             assert (got - exact).norm() <= 1.5 * (whole - exact).norm()
 
 
-def test_a_constant_that_attention_would_see():
-    """With soft-caps and sinks, keys get their mean back: any center is right, whoever measured it."""
+@pytest.mark.parametrize("half", (0, 32))
+def test_a_constant_that_attention_would_see(half, monkeypatch):
+    """With soft-caps and sinks, attention from blocks is that of whole keys: any center is right, whoever measured it."""
     mean = states(1, 2, 1, 64)[0, :, 0] * 30
     config = type("Config", (), {"_attn_implementation": "tbq"})
     k, v, q = (
@@ -1157,13 +1158,16 @@ def test_a_constant_that_attention_would_see():
         states(1, 2, 50, 64, seed=1),
         states(1, 4, 1, 64, seed=2) * 0.1,
     )
-    keys, values = TBQLayer(4, 4, config, 0, 8, 1, mean).update(k, v)
+    keys, values = TBQLayer(4, 4, config, half, 8, 1, mean).update(k, v)
+    decoded = keys + 0, values + 0
+    monkeypatch.setattr(_cpu, "decode", None)  # nothing is decoded
     module = torch.nn.Module()
     module.num_key_value_groups = 2
-    for options in ({"softcap": 5.0}, {"s_aux": torch.randn(4)}):
+    for options in ({"softcap": 5.0}, {"s_aux": torch.randn(4)}, {"softcap": 5.0, "s_aux": torch.randn(4)}):
         got, _ = _attention.attention(module, q, keys, values, None, **options)
-        want = attention_reference(q, k, v, 0.125, softcap=options.get("softcap", 0), sinks=options.get("s_aux"))
-        assert (got - want).norm() < 0.1 * want.norm()
+        rest = {"softcap": options.get("softcap", 0), "sinks": options.get("s_aux")}
+        want, exact = attention_reference(q, k, v, 0.125, **rest), attention_reference(q, *decoded, 0.125, **rest)
+        assert (got - want).norm() < 0.1 * want.norm() and (got - exact).norm() < 0.01 * exact.norm()
 
 
 def test_a_center_is_measured_once(folder, monkeypatch):
@@ -1281,6 +1285,7 @@ TRITON_POINTERS = {
     "arrived": "*i32",
     "out": "*bf16",
     "sinks": "*bf16",
+    "k_mean": "*fp32",
     "k_target": "*u8",
     "v_target": "*u8",
     "k_transform": "*bf16",
@@ -1291,8 +1296,8 @@ TRITON_POINTERS = {
 }
 
 
-ATTEND = dict(MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, HALF=32)
-EVERY_OPTION = dict(MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0)
+ATTEND = dict(MASK=0, CAUSAL=False, SOFTCAP=False, SINKS=False, MEAN=False, HALF=32)
+EVERY_OPTION = dict(MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, MEAN=True, HALF=0)
 
 
 @pytest.mark.parametrize(
@@ -1304,6 +1309,7 @@ EVERY_OPTION = dict(MASK=1, CAUSAL=True, SOFTCAP=True, SINKS=True, HALF=0)
         ("attend", dict(EVERY_OPTION, K_BITS=3, V_BITS=2, K_BLOCKS=4, V_BLOCKS=3, GROUP=8, R=32)),
         ("attend", dict(ATTEND, K_BITS=8, V_BITS=8, K_BLOCKS=1, V_BLOCKS=1, GROUP=4, R=4)),
         ("attend", dict(EVERY_OPTION, K_BITS=8, V_BITS=8, K_BLOCKS=2, V_BLOCKS=3, GROUP=8, R=32)),
+        ("attend", dict(ATTEND, K_BITS=4, V_BITS=4, K_BLOCKS=1, V_BLOCKS=1, GROUP=8, R=8, SINKS=True, MEAN=True)),
         ("encode", dict(K_BITS=4, V_BITS=3, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True, WEIGHT=True)),
         ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=2, HALF=64, N=1, MEAN=True)),
         ("encode", dict(K_BITS=8, V_BITS=8, K_PER_HEAD=2, V_PER_HEAD=1, HALF=64, N=1)),
@@ -1338,6 +1344,7 @@ def test_triton_kernels_compile(name, constants):
         constants |= {n: None for n in ("mean", "weight") if not constants[n.upper()]}
     constants |= {} if constants.get("MASK") else {"mask": None}
     constants |= {} if constants.get("SINKS") else {"sinks": None}
+    constants |= {} if name != "attend" or constants["MEAN"] else {"k_mean": None}
     kernel = getattr(_kernels, name)
     pointers = {
         **TRITON_POINTERS,

@@ -196,7 +196,19 @@ CASES = [  # bits of k and v, batch, query heads, KV heads, cached tokens, query
     (3, 3, 1, 4, 4, 64, 64, 64, 64, {"causal": True, "sinks": True}),
     (4, 3, 1, 8, 2, 100, 1, 128, 128, {"half": 64}),
     (2, 2, 1, 8, 2, 100, 1, 64, 64, {"half": 16}),
+    (4, 2, 2, 8, 2, 129, 1, 192, 192, {"sinks": True, "mean": True}),
+    (3, 4, 1, 12, 2, 90, 9, 128, 64, {"causal": True, "softcap": 5.0, "mean": True, "half": 48}),
+    (2, 3, 1, 4, 4, 64, 64, 64, 64, {"causal": True, "sinks": True, "mean": True, "half": 32}),
+    (4, 4, 1, 8, 2, 70, 1, 256, 128, {"sinks": True, "softcap": 5.0, "mean": True}),
 ]
+
+
+def whole_keys(k, options, generator):
+    """Keys (batch, heads, tokens, size) with a mean that was subtracted from them, and this mean."""
+    if not options.get("mean"):
+        return k, None
+    mean = torch.randn(k.shape[1], k.shape[3], generator=generator)
+    return k + mean[:, None], mean
 
 
 def attention_reference(q, k, v, scale, mask, causal, softcap, sinks):
@@ -238,6 +250,7 @@ def check_attention(cuda, device, dtypes):
         if options.get("sinks"):
             sinks = torch.randn(heads, generator=generator)
         rest = options.get("causal", False), options.get("softcap", 0.0)
+        k_plain, mean = whole_keys(k_plain, options, generator)
         for dtype in dtypes:
             q = torch.randn(batch, heads, tokens, k_size, generator=generator).to(dtype)
             places = np.argsort(stored(k_size, options.get("half", 0)))
@@ -253,6 +266,7 @@ def check_attention(cuda, device, dtypes):
                 *rest,
                 None if sinks is None else sinks.to(device),
                 options.get("half", 0),
+                k_mean=None if mean is None else mean.to(device),
             )
             error = float((got.cpu().double() - want).abs().max() / want.abs().max())
             bound = {torch.float32: 0.0015, torch.float16: 0.002, torch.bfloat16: 0.006}[
@@ -275,6 +289,8 @@ EXACT_CASES = [  # as CASES, then first rows, newest rows, free slots between th
     ((3, 3, 1, 4, 4, 64, 64, 64, 64, {"causal": True, "sinks": True}), (4, 60, 0)),
     ((2, 2, 1, 4, 4, 64, 9, 64, 64, {"causal": True}), (4, 0, 0)),
     ((2, 2, 1, 8, 2, 100, 1, 64, 64, {"half": 16}), (1, 16, 3)),
+    ((4, 2, 2, 8, 2, 100, 1, 128, 128, {"sinks": True, "mean": True}), (4, 40, 7)),
+    ((2, 4, 1, 24, 2, 90, 9, 128, 64, {"causal": True, "softcap": 5.0, "mean": True}), (2, 30, 0)),
 ]
 
 
@@ -309,7 +325,8 @@ def check_attention_to_exact_rows(cuda, device):
         rest = options.get("causal", False), options.get("softcap", 0.0)
         q = torch.randn(batch, heads, tokens, k_size, generator=generator)
         order = np.argsort(stored(k_size, options.get("half", 0)))
-        want = attention_reference(q, plain[0][..., order], plain[1], k_size**-0.5, mask, *rest, sinks)
+        keys, mean = whole_keys(plain[0], options, generator)
+        want = attention_reference(q, keys[..., order], plain[1], k_size**-0.5, mask, *rest, sinks)
         got = cuda.attention(
             q.to(device),
             packed[0],
@@ -322,6 +339,7 @@ def check_attention_to_exact_rows(cuda, device):
             None if sinks is None else sinks.to(device),
             options.get("half", 0),
             *exact,
+            k_mean=None if mean is None else mean.to(device),
         )
         error = float((got.cpu().double() - want).abs().max() / want.abs().max())
         case = k_bits, v_bits, batch, heads, kv_heads, n_kv, tokens, k_size, v_size, options, places
