@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Logits of a model with the pinned bindings, in a separate process: center_logits.py SPEC.json OUT.npy
 
-SPEC has these keys. model. center: a file, or null. measure: a file to write the means to, or null. type_k. tokens.
-sequences, unified. shift: drop the first tokens and move the others forward before the last batch. context: fields of
+SPEC has these keys. model. center: a file, or null. measure: a file to write the means to, or null. type_k, type_v.
+recent: rows that are kept in 8 bits as well. tokens. split: decode so many tokens at a time. sequences, unified. shift: drop the first tokens and move the others forward before the last batch. context: fields of
 llama_context_params. load: "relative" for a path whose folder is left afterwards, "stream" for a FILE that is closed.
 gone: remove the model's file when it is loaded.
 
@@ -75,6 +75,8 @@ context = api.llama_init_from_model(model, parameters)
 assert context, "no context"
 if spec.get("center") and lib.llama_set_cache_center(context, spec["center"].encode()):
     sys.exit(3)
+lib.llama_set_cache_exact.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]
+assert lib.llama_set_cache_exact(context, spec.get("recent", 0), 0) == 0, "exact rows were refused"
 
 
 def decode(tokens, start):
@@ -109,7 +111,8 @@ if spec.get("measure"):
     assert lib.llama_cache_center_stats_add(counting, context, 0) == n + 8
     assert lib.llama_cache_center_stats_save(counting, context, 512, spec["measure"].encode()) == 0
     sys.exit(0)
-first = decode(tokens[:n], 0)
+step = spec.get("split", n)
+first = np.concatenate([decode(tokens[i : min(n, i + step)], i) for i in range(0, n, step)])
 memory = api.llama_get_memory(context)
 start = n
 if spec.get("shift"):

@@ -247,20 +247,168 @@ def test_sequences(unified, made, logits, tmp_path):
         assert centered < plain
 
 
-@pytest.mark.parametrize("make,why", [(gemma2, "soft-cap"), (gpt_oss, "attention sinks"), (tiny_mla, "MLA")])
-def test_kinds_that_stay_as_they_are(make, why, made, logits, tmp_path):
-    model = made(make, make.__name__)
-    logits(model, measure=tmp_path / "center.gguf", status=4)
-    assert re.search(f"nothing to measure.*{why}", logits.log)
-    with pytest.raises(tbq.TBQError, match=why):
-        calibrate(model, tmp_path / "center.gguf", 512, chunks=1)
-    assert not (tmp_path / "center.gguf").exists()
-    said = []
-    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
-    assert why in said[-1] and len(said) == 2
-    # the failed measurement is remembered
-    assert center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch()) is None
-    assert why in said[-1] and len(said) == 3
+# -- attention that sees more of a key than softmax does ---------------------------------------------------------------
+
+
+def edited(path, change):
+    """A model whose tensors change(name, data) changes in place."""
+    import gguf
+
+    reader = gguf.GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        change(tensor.name, tensor.data)
+    reader.data.flush()
+    return path
+
+
+def with_large_means(path):
+    """All embeddings get a constant, three times the rest, so that keys have a large mean."""
+    constant = 3 * np.random.default_rng(3).standard_normal(4096)
+
+    def change(name, data):
+        if name == "token_embd.weight":
+            data[:] += data.std() * constant[: data.shape[1]]
+        elif "attn_q" in name and data.ndim > 1:  # attention matters
+            data[:] *= 2
+        elif name.endswith("attn_sinks.weight"):
+            data[:] = 1.5
+
+    return edited(path, change)
+
+
+def sinks(path):
+    return with_large_means(gpt_oss(path))
+
+
+def soft_cap(path):
+    return with_large_means(gemma2(path, attn_logit_softcapping=3.0))
+
+
+def soft_cap_without_flash_attention(path):
+    """grok, for which llama.cpp has no flash attention."""
+    experts = {f"ffn_{x}_exps.weight": (2, 128, 128) for x in ("gate", "up", "down")}
+    other = {
+        "attn_output_norm.weight": (128,),
+        "layer_output_norm.weight": (128,),
+        "ffn_gate_inp.weight": (2, 128),
+        **{f"ffn_{x}.weight": None for x in ("gate", "up", "down")},
+    }
+    return with_large_means(
+        write_model(
+            path,
+            "grok",
+            2,
+            lambda i: attention(2, 1, 64) | experts | other,
+            kv_heads=1,
+            size=64,
+            rope__dimension_count=64,
+            expert_count=2,
+            expert_used_count=1,
+            attn_logit_softcapping=3.0,
+            attention__output_scale=0.125,
+            embedding_scale=1.0,
+        )
+    )
+
+
+def latent(path):
+    return with_large_means(tiny_mla(path))
+
+
+# how each is read: the type of values, and whether flash attention is on
+WHOLE = {
+    "sinks": (sinks, "f16", True),
+    "sinks, products": (sinks, "f16", False),
+    "soft-cap": (soft_cap, "f16", True),
+    "soft-cap, products": (soft_cap, "f16", False),
+    "soft-cap, grok": (soft_cap_without_flash_attention, "f16", False),
+    "latent": (latent, None, True),
+    "control": (biased, "f16", True),
+}
+
+
+def any_center(source, target):
+    """A center with other means: as large as these, but of no model."""
+    rng = np.random.default_rng(2)
+
+    def change(fields, tensors):
+        for name, data in tensors.items():
+            if name.endswith("attn_k.center"):
+                data[:] = rng.standard_normal(data.shape) * np.sqrt(np.square(data).mean())
+
+    return rewrite(source, target, change)
+
+
+def divergence(exact, other):
+    """Mean KL divergence of what the logits predict."""
+    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1)[:, None] for x in (exact, other))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+@pytest.mark.parametrize("split", [96, 7, 1])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_any_center_is_exact(kind, split, made, logits, tmp_path):
+    """All rows are read in 8 bits: a center, even a wrong one, changes the result by no more than they do."""
+    make, v, flash = WHOLE[kind]
+    model, center = made(make, kind.split(",")[0] + make.__name__), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    plain = logits(model, flash=False)
+
+    def error(**spec):
+        cache = {"type_k": "tbq4_0", "type_v": v or "tbq4_0", "recent": 400, "flash": flash, "split": split}
+        return difference(plain, logits(model, **cache, **spec))
+
+    whole, measured = error(), error(center=center)
+    assert "keys are stored minus their means" in logits.log
+    arbitrary = error(center=any_center(center, tmp_path / "any.gguf"))
+    assert measured < whole and arbitrary < 10 * whole, (whole, measured, arbitrary)
+    if flash:
+        assert whole < 1e-3  # 8 bits
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_large_means_are_harmless(kind, made, logits, tmp_path):
+    """At most a third of the divergence, with every row in so few bits."""
+    make, v, flash = WHOLE[kind]
+    model, center = made(make, kind.split(",")[0] + make.__name__), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    plain = logits(model, flash=False)
+    for k in ("tbq4_0", "tbq3_0"):
+        cache = {"type_k": k, "type_v": v or k, "flash": flash}
+        whole, centered = (divergence(plain, logits(model, **cache, center=c)) for c in (None, center))
+        assert centered < whole / 3, (k, whole, centered)
+
+
+@pytest.mark.parametrize("kind", ["sinks", "soft-cap", "latent"])
+@pytest.mark.parametrize("k", ["f32", "f16", "q8_0"])
+def test_keys_of_other_types_stay_whole(kind, k, made, logits, tmp_path):
+    model, center = made(WHOLE[kind][0], kind + WHOLE[kind][0].__name__), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    cache = {"type_k": k, "type_v": k}
+    plain = logits(model, **cache)
+    assert (logits(model, **cache, center=center) == plain).all()
+    assert re.search(f"keys of type {k} are not centered where there are", logits.log)
+    assert "their means: " not in logits.log
+
+
+@pytest.mark.parametrize("kind", ["sinks", "soft-cap", "latent"])
+def test_shift_of_keys_that_attention_gets_the_mean_of(kind, made, logits, tmp_path):
+    model, center = made(WHOLE[kind][0], kind + WHOLE[kind][0].__name__), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    exact = logits(model, shift=16)
+    cache = {"type_k": "tbq4_0", "type_v": WHOLE[kind][1] or "tbq4_0", "shift": 16}
+    whole, centered = (difference(exact[96:], logits(model, **cache, center=c)[96:]) for c in (None, center))
+    assert centered < whole
+
+
+@pytest.mark.parametrize("make, why", [(gemma2, "a soft-cap"), (gpt_oss, "attention sinks"), (tiny_mla, "latent")])
+def test_python_centers_tbq_keys_only(make, why, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, said = made(make, make.__name__), []
+    assert center_file_for(model, "q8_0", 512, True, [], said.append, Scratch()) is None
+    assert said[0].startswith(f"keys are not centered: with {why}") and len(said) == 1
+    path = center_file_for(model, "tbq4_0", 512, True, [], said.append, Scratch())
+    assert read_center(path).model == fingerprint(model)
 
 
 # -- what must not get in ----------------------------------------------------------------------------------------------
@@ -952,9 +1100,9 @@ def test_keys_that_are_not_quantized_are_left_alone(k, plain, made):
 @pytest.mark.parametrize(
     "make, why",
     [
-        (gemma2, "a soft-cap of the attention logits"),
-        (gpt_oss, "attention sinks"),
-        (tiny_mla, "a cell of MLA is key and value at once"),
+        (gemma2, "with a soft-cap of the attention logits, keys of a tbq type can be centered, q8_0 keys cannot"),
+        (gpt_oss, "with attention sinks, keys of a tbq type can be centered, q8_0 keys cannot"),
+        (tiny_mla, "with latent attention (MLA), keys of a tbq type can be centered, q8_0 keys cannot"),
         (mamba, "the memory of a mamba model has no keys that can be centered"),
     ],
 )

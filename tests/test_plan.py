@@ -130,7 +130,7 @@ def qwen2(path, bias=0.0, layer=0, layers=2, heads=2, kv_heads=1, size=64):
     return path
 
 
-def gemma2(path):
+def gemma2(path, **fields):
     return write_model(
         path,
         "gemma2",
@@ -140,6 +140,7 @@ def gemma2(path):
         kv_heads=1,
         size=64,
         attention__sliding_window=512,
+        **fields,
     )
 
 
