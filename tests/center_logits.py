@@ -2,7 +2,8 @@
 """Logits of a model with the pinned bindings, in a separate process: center_logits.py SPEC.json OUT.npy
 
 SPEC has these keys. model. center: a file, or null. measure: a file to write the means to, or null. type_k, type_v.
-recent: rows that are kept in 8 bits as well. tokens. split: decode so many tokens at a time. sequences, unified. shift: drop the first tokens and move the others forward before the last batch. context: fields of
+recent: rows that are kept in 8 bits as well. tokens. split: decode so many tokens at a time. sequences, unified.
+shift: drop the first tokens and move the others forward before the last batch. context: fields of
 llama_context_params. load: "relative" for a path whose folder is left afterwards, "stream" for a FILE that is closed.
 gone: remove the model's file when it is loaded.
 

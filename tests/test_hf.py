@@ -6,6 +6,7 @@ The oracle is a DynamicCache that sends all states through tbq.quantize and tbq.
 and weights, must agree closely.  Many tests read all rows packed (NO_ROWS): prompts are shorter than the window.
 """
 
+import contextlib
 import copy
 import inspect
 import os
@@ -1150,7 +1151,7 @@ def test_centered_models(kind, folder):
 
 @pytest.mark.parametrize("half", (0, 32))
 def test_a_constant_that_attention_would_see(half, monkeypatch):
-    """With soft-caps and sinks, attention from blocks is that of whole keys: any center is right, whoever measured it."""
+    """Any center is right: with soft-caps and sinks, attention from blocks is that of whole keys."""
     mean = states(1, 2, 1, 64)[0, :, 0] * 30
     config = type("Config", (), {"_attn_implementation": "tbq"})
     k, v, q = (
@@ -1462,6 +1463,72 @@ def test_exact_rows_and_centers_of_the_demo_model(demo):
     print({name: f"{each:.4f}" for name, each in kld.items()})
     assert kld["centered"] < 0.8 * kld["packed"] and kld["exact rows"] < 0.2 * kld["packed"]
     assert kld["both"] < kld["exact rows"]
+
+
+SHARE_OF_SINKS = 0.2
+
+
+def sinks_for(query, key, scale, softcap):
+    """A logit for each head, which takes SHARE_OF_SINKS of the weights on average over the tokens of a prompt."""
+    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    others = logits.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), -torch.inf).logsumexp(3)
+    low, high = torch.full((query.shape[1],), -50.0), torch.full((query.shape[1],), 50.0)
+    for _ in range(40):
+        middle = (low + high) / 2
+        taken = torch.sigmoid(middle[None, :, None] - others).mean((0, 2))
+        low, high = torch.where(taken < SHARE_OF_SINKS, middle, low), torch.where(taken < SHARE_OF_SINKS, high, middle)
+    return (low + high) / 2
+
+
+@contextlib.contextmanager
+def changed_attention(model, ids, softcap=0.0, with_sinks=False):
+    """A Llama whose attention has a soft-cap, or a sink of each head.  ids: a prompt to choose the sinks by."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    more = [{"softcap": softcap} if softcap else {} for _ in model.model.layers]
+
+    def probe(module, query, key, value, mask, scaling=None, **kwargs):
+        if with_sinks:
+            more[module.layer_idx]["s_aux"] = sinks_for(query, key, scaling, softcap)
+        return _attention.attention(module, query, key, value, mask, scaling, **kwargs, **more[module.layer_idx])
+
+    AttentionInterface.register("tbq-probe", probe)
+    AttentionMaskInterface.register("tbq-probe", sdpa_mask)
+    forward(model, ids, None, "tbq-probe")
+    hooks = [
+        block.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, **more[module.layer_idx]}), with_kwargs=True
+        )
+        for block in model.model.layers
+    ]
+    try:
+        yield more
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("change", ({"softcap": 30.0}, {"with_sinks": True}), ids=("soft-cap of 30", "sinks"))
+def test_sinks_and_soft_caps_on_real_weights(demo, change):
+    """The demo model with other attention: centered keys lose at most three quarters of what whole ones do."""
+    _, tokenizer, model = demo
+    ids = tokenizer(python_text().decode()[40000:50000], return_tensors="pt").input_ids[:, :512].reshape(2, 256)
+    torch.set_num_threads(2)
+    with changed_attention(model, ids, **change) as more:
+        assert all(more)
+        center = KeyCenter.measure(model, tokenizer)
+        base = forward(model, ids, DynamicCache(config=model.config), "tbq")[:, 128:].double().log_softmax(-1)
+        for bits in (4, 3, 2):
+            kld = []
+            for means in (False, center):
+                cache = TBQCache(model.config, bits, None, center=means, **NO_ROWS)
+                got = forward(model, ids, cache, "tbq")[:, 128:].double().log_softmax(-1)
+                kld.append(float((base.exp() * (base - got)).sum(-1).mean()))
+            print(f"{change}, {bits} bits: {kld[0]:.4f} whole, {kld[1]:.4f} centered, {kld[1] / kld[0]:.2f}")
+            assert kld[1] < 0.75 * kld[0]
 
 
 def test_biases_of_the_demo_model(demo):

@@ -89,8 +89,8 @@ int run(common_params & params) {
         LOG_ERR("error: a text (-f) and a file to write (-o) are needed\n");
         return 1;
     }
-    params.fit_params           = false;
-    const llama_model_ptr model = load_model(params);
+    params.fit_params                         = false;
+    const llama_model_ptr               model = load_model(params);
     std::vector<llama_adapter_lora_ptr> adapters;
     if (!model || !load_adapters(params, model.get(), adapters)) {
         return 1;

@@ -156,9 +156,9 @@ void common_center_set_adapters(llama_context * ctx, const common_params & param
     }
     if (!params.control_vectors.empty()) {
         const common_control_vector_data control = common_control_vector_load(params.control_vectors);
-        const int32_t first = std::max(1, params.control_vector_layer_start);
-        const int32_t last  = params.control_vector_layer_end > 0 ? params.control_vector_layer_end
-                                                                  : llama_model_n_layer(llama_get_model(ctx));
+        const int32_t                    first   = std::max(1, params.control_vector_layer_start);
+        const int32_t last = params.control_vector_layer_end > 0 ? params.control_vector_layer_end
+                                                                 : llama_model_n_layer(llama_get_model(ctx));
         if (control.n_embd == -1 ||
             llama_set_adapter_cvec(ctx, control.data.data(), control.data.size(), control.n_embd, first, last) != 0) {
             throw std::runtime_error("a control vector cannot be used, see above");
@@ -189,7 +189,7 @@ common_center_ptr common_center_measure(llama_model * model, llama_context_param
         throw std::runtime_error("no context for measuring, see above");
     }
     const std::unique_ptr<predictor> head(main ? new predictor(main.get(), ctx.get()) : nullptr);
-    const stats_ptr stats{ llama_cache_center_stats_init(ctx.get()) };
+    const stats_ptr                  stats{ llama_cache_center_stats_init(ctx.get()) };
     if (!stats) {
         throw std::runtime_error("there is nothing to measure, see above");
     }
@@ -201,7 +201,7 @@ common_center_ptr common_center_measure(llama_model * model, llama_context_param
     const llama_vocab * vocab  = llama_model_get_vocab(model);
     const chunking      chunks = cut(vocab, job, n_chunk); // long texts take a while
     for (uint32_t i = 0; i < chunks.n_chunks; ++i) {
-        const llama_pos pos = chunks.pos(i);
+        const llama_pos                pos    = chunks.pos(i);
         const std::vector<llama_token> tokens = chunks.tokens(i, vocab);
         if (head ? !decode(main.get(), tokens, pos) || !head->decode(tokens, pos) : !decode(ctx.get(), tokens, pos)) {
             throw std::runtime_error(string_format("decoding failed at chunk %u", i));

@@ -279,9 +279,9 @@ static std::string center_key(const llama_context & ctx, bool own_rope) {
     if (rope.empty()) {
         throw std::runtime_error(reason);
     }
-    const std::string text = format("%u %s %u", LLAMA_CENTER_METHOD, llama_center_identity(ctx).c_str(),
-                                    llama_cache_center_n_ctx(&ctx)) +
-                             (mtp ? " mtp" : "") + (own_rope ? "" : rope);
+    const std::string text =
+        format("%u %s %u", LLAMA_CENTER_METHOD, llama_center_identity(ctx).c_str(), llama_cache_center_n_ctx(&ctx)) +
+        (mtp ? " mtp" : "") + (own_rope ? "" : rope);
     return hash_sha256_hex(text.data(), text.size()).substr(0, 32);
 }
 

@@ -205,7 +205,7 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
         ggml_backend_buffer_type_t buft = tbq ? ggml_backend_buffer_get_type(layer.k->buffer)
                                               : ggml_backend_dev_buffer_type(model.dev_layer(layer.il));
         // named like the keys: with a split of tensors over devices the name decides who holds which heads
-        const bool whole = llama_center_needs_mean(model, layer.il);
+        const bool whole         = llama_center_needs_mean(model, layer.il);
         layer.center.n_embd_head = hparams.n_embd_head_k(layer.il);
         layer.center.n_embd_nope = hparams.n_lora_kv > 0 ? layer.center.n_embd_head - hparams.n_rot(layer.il) : 0;
         layer.center.mean =
@@ -213,8 +213,7 @@ void llama_kv_cache::set_center(const llama_center * means, const std::string & 
                    attn_rot_k ? rotated(it->second.mean, attn_rot_hadamard.at(n_rot), n_rot) : it->second.mean,
                    hparams.no_alloc, layer.center.n_embd_head, whole ? &layer.center.heads : nullptr);
         if (tbq) {
-            layer.center.weight =
-                upload(center, buft, layer.k->name, weights_of(it->second.energy), hparams.no_alloc);
+            layer.center.weight = upload(center, buft, layer.k->name, weights_of(it->second.energy), hparams.no_alloc);
         }
         center.hash = hash; // not where no layer is centered
     }

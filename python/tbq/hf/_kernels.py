@@ -749,8 +749,8 @@ def attend(
     into out, (batch, tokens, query heads, value size) with the last two contiguous; arrived is its counter, int32
     [batch . heads][tiles], zero before and after.
     MEAN: whether k_mean, float32 (KV heads, key size) in the order of storage, was subtracted from the keys, and the
-    result depends on that.  What it takes from every logit of a query is given back before a soft-cap, and is taken from
-    a sink where there is no soft-cap.
+    result depends on that.  What it takes from every logit of a query is given back before a soft-cap, and is taken
+    from a sink where there is no soft-cap.
     MASK: 0 none, 1 bool, 2 an addend.  CAUSAL: token t sees the first before + t + 1 rows of the cache.
 
     Packed rows and exact ones are read by two launches, each with its chunks of the same `partial`, from first_chunk

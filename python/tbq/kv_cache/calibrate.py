@@ -107,7 +107,14 @@ def calibrate(
     content, text_name = _load_text(text)
     threads = [] if option_values(options, "--threads") else ["-t", str(cores())]
     files = ["-m", str(as_path(model).absolute()), "-f", "text", "-o", "center"]
-    arguments = [*threads, *with_absolute_adapters(options), *files, "-c", str(context), *(["--chunks", str(chunks)] if chunks else [])]
+    arguments = [
+        *threads,
+        *with_absolute_adapters(options),
+        *files,
+        "-c",
+        str(context),
+        *(["--chunks", str(chunks)] if chunks else []),
+    ]
     with _files.workplace(out) as parts:
         with _files.naming(out):
             (parts / "text").write_bytes(content)
@@ -223,7 +230,11 @@ def center_of_model(
     Raises TBQError if the keys cannot be measured, or if the center cannot be kept and there is no scratch.
     """
     context = calibration_context(context, read_model(model, options).context)
-    what_changes_keys = [*select_words(options, ROPE), *adapter_options(options), *map(fingerprint, adapter_files(options))]
+    what_changes_keys = [
+        *select_words(options, ROPE),
+        *adapter_options(options),
+        *map(fingerprint, adapter_files(options)),
+    ]
     words = [_METHOD, fingerprint(model), str(context), *what_changes_keys]
     name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]
     what = f"measuring the mean of the keys of {pathlib.Path(model).name}"

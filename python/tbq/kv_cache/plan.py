@@ -248,8 +248,9 @@ def _refusal(shape: CacheShape, k: str, v: str) -> str | None:
 # -- the recommendation --------------------------------------------------------------------------
 
 
-#: Keys and values of models whose kind nobody measured with real weights, and the smaller ones that are not recommended.
-_UNMEASURED, _SMALLER = [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq3_0")], ("tbq3_0", "tbq3_0")
+#: The pairs for models of a kind that nobody measured with real weights, from the safest; the last one only where
+#: nothing larger fits.
+_UNMEASURED = [("tbq4_0", "tbq4_0"), ("tbq4_0", "tbq3_0"), ("tbq3_0", "tbq3_0")]
 
 
 def _candidates(shape: CacheShape, sinks: bool, biased: bool, unmeasured: bool) -> list[tuple[str, str]]:
@@ -307,11 +308,10 @@ def _reason_for(
         return "the model has attention sinks, with which quantized keys that are not centered degrade badly"
     if biased:
         return f"large key biases would use up the few levels of a small type, so keys are {pair[0]}"
-    if whole and pair in _UNMEASURED:
-        smaller = "/".join(dict.fromkeys(_SMALLER))
+    if whole and pair in _UNMEASURED[:-1]:
         return (
-            f"centered keys are exact with {whole}, but were not measured on {shape.architecture} weights, so this is "
-            f"the safer type; {smaller} would be smaller"
+            f"centered keys are exact with {whole}, but were not measured on {shape.architecture} weights, so keys have "
+            "4 bits; tbq3_0 would be smaller"
         )
     if pair in _REASONS:
         return (_REASONS_EXACT if exact else _REASONS)[pair]
@@ -542,7 +542,7 @@ def _takes_tbq_keys(shape: CacheShape) -> bool:
 def _warnings(
     shape: CacheShape, context: int, sinks: bool, whole: str | None, biases: _Biases, center: bool
 ) -> Iterator[str]:
-    """whole: why keys can be centered only in a tbq type.  center: whether the recommended types need centered keys."""
+    """whole: why keys can be centered in a tbq type only.  center: whether the recommended types need centering."""
     large = biases.large
     yield from (f"uncertain: {doubt}" for doubt in shape.doubts)
     if sinks and center:
@@ -554,8 +554,8 @@ def _warnings(
         yield "attention sinks: quantized keys that are not centered degrade badly, even q8_0; keep --cache-type-k f16"
     if whole and _takes_tbq_keys(shape):
         yield (
-            f"not measured on {shape.architecture} weights: keys with {whole} are exact when centered, the loss of 4 bits "
-            "and fewer is not known; `tbq bench quality` measures it"
+            f"not measured on {shape.architecture} weights: keys with {whole} are exact when centered, but the loss of "
+            "4 bits and fewer is not known; `tbq bench quality` measures it"
         )
     if large:
         worst = max(large, key=lambda i: large[i])

@@ -156,11 +156,12 @@ def with_absolute_adapters(options: Sequence[str]) -> list[str]:
     words: list[str] = []
     for option, some in parse_options(options):
         adapters = list(_split_adapters(option, some)) if option and ADAPTER in option.uses else []
-        if adapters:
-            text = io.StringIO()
-            csv.writer(text, lineterminator="").writerow([os.path.abspath(path) + scale for path, scale in adapters])
-            some = [some[0], text.getvalue()]
-        words += some
+        if not adapters:
+            words += some
+            continue
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow([os.path.abspath(path) + scale for path, scale in adapters])
+        words += [some[0], text.getvalue()]
     return words
 
 
