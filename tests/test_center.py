@@ -1115,15 +1115,158 @@ def test_models_that_a_program_does_not_center(make, why, plain, made):
     assert plain(model, "-ctv", "q8_0", "--cache-center", "none", k="q8_0")[0] == default
 
 
-def test_adapters_are_not_centered(plain, made, tmp_path):
-    model = made(biased, "K biases")
-    vector = write_gguf(
-        tmp_path / "vector.gguf",
+# -- adapters and control vectors --------------------------------------------------------------------------------------
+
+
+def control_vector(path):
+    return write_gguf(
+        path,
         {"general.architecture": "controlvector", "controlvector.model_hint": "qwen2"},
         {"direction.1": np.ones(128, "f4")},
     )
-    _, log = plain(model, "--control-vector", vector)
-    assert "the keys are not centered: adapters and control vectors change them" in log and not plain.kept
+
+
+def adapter(path):
+    """A LoRA of rank 4 for the keys of biased()."""
+    rng, name = np.random.default_rng(4), "blk.1.attn_k.weight"
+    return write_gguf(
+        path,
+        {
+            "general.architecture": "qwen2",
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": 4.0,
+        },
+        {
+            f"{name}.lora_a": rng.standard_normal((4, 128)).astype("f4"),
+            f"{name}.lora_b": rng.standard_normal((64, 4)).astype("f4"),
+        },
+    )
+
+
+@pytest.mark.parametrize("option, make", [("--control-vector", control_vector), ("--lora", adapter)])
+def test_adapters_given_at_the_start(option, make, plain, made, tmp_path):
+    """They are in force while the means are measured, and a file belongs to them."""
+    model, file = made(biased, "K biases"), make(tmp_path / "adapter.gguf")
+    plain(model)
+    (without,) = plain.kept
+    first, log = plain(model, option, file)
+    (kept,) = set(plain.kept) - {without}
+    assert MEASURED in log and CENTERED in log and "with other adapters" not in log
+    means = read_center(kept).means[1]
+    assert np.abs(means - read_center(without).means[1]).max() > 0.01 * np.abs(means).max()
+    assert read_center(kept).model.split()[0] == fingerprint(model)
+    again, log = plain(model, option, file)
+    assert again == first and f"the means of the keys are those in {kept}" in log
+    # the same strength with other words, and another strength
+    words = f"{option}-scaled", f"{file}:1.0"
+    assert f"the means of the keys are those in {kept}" in plain(model, *words)[1]
+    assert MEASURED in plain(model, f"{option}-scaled", f"{file}:0.5")[1] and len(plain.kept) == 3
+    for center, args in ((kept, ()), (without, (option, file))):
+        done = run(*plain.command(model, *args, "--cache-center", center), env=plain.env, ok=False)
+        assert done.returncode == 1
+        assert "was measured with other adapters or control vectors" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option, make", [("--control-vector", control_vector), ("--lora", adapter)])
+def test_python_measures_with_adapters(option, make, plain, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(plain.caches))
+    monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
+    model, file = made(biased, "K biases"), make(tmp_path / "adapter.gguf")
+    monkeypatch.chdir(tmp_path)
+    center = center_of_model(model, 512, [option, file.name])
+    assert center != center_of_model(model, 512) and len(plain.kept) == 2
+    assert center_of_model(model, 512, [option, file.name]) == center
+    assert CENTERED in plain(model, option, file, "--cache-center", center)[1]
+    if option == "--lora":  # loaded, and not in force
+        assert center_of_model(model, 512, [option, file.name, "--lora-init-without-apply"]) != center
+    assert len(plain.kept) == 2
+
+
+def test_an_adapter_that_changes_while_the_server_runs(bin_dir, plain, made, tmp_path):
+    """The means stay, and one line says so."""
+    model, file = made(biased, "K biases"), adapter(tmp_path / "adapter.gguf")
+    args = ("-ctk", "tbq4_0", "--lora", file, "--lora-init-without-apply")
+    with Server(bin_dir, model, tmp_path / "log", *args, env=plain.env) as server:
+        server.complete("1, 2, 3,", n=4)
+        assert CENTERED in server.log and "with other adapters" not in server.log
+        server.request("/lora-adapters", [{"id": 0, "scale": 1.0}])
+        server.complete("1, 2, 3,", n=4)
+        server.complete("4, 5, 6,", n=4)
+        assert server.log.count("the means of the keys were measured with other adapters") == 1
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------------
+
+
+EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the programs
+
+
+def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
+    """The model is its own draft, with text that is longer than the exact rows."""
+    text = python_text(tmp_path / "python").read_text()
+    prompts = [text[i : i + 2500] for i in range(20_000, 80_000, 12_000)]
+
+    def acceptance(types):
+        args = ("-md", demo_model, "--spec-type", "draft-simple", "--spec-draft-n-max", 4, "-c", 4096, *EXACT_ROWS)
+        log = tmp_path / f"{types}.log"
+        with Server(bin_dir, demo_model, log, *args, "-ctkd", types, "-ctvd", types, env=plain.env) as server:
+            timings = [server.complete(prompt, n=48)["timings"] for prompt in prompts]
+            assert (f"{CENTERED}" in server.log) == (types != "f16")
+        return sum(each["draft_n_accepted"] for each in timings) / sum(each["draft_n"] for each in timings)
+
+    found = {types: acceptance(types) for types in ("f16", "tbq4_0", "tbq2_0")}
+    print(found)
+    assert found["tbq4_0"] >= 0.97 * found["f16"] and found["tbq2_0"] >= 0.9 * found["f16"], found
+
+
+def test_the_choice_of_a_draft(bin_dir, plain, demo_model, tmp_path):
+    center = tmp_path / "center.gguf"
+    calibrate(demo_model, center, 512, chunks=2)
+    types = ("-md", demo_model, "--spec-type", "draft-simple", "-ctkd", "tbq4_0", "-ctvd", "tbq4_0", "-c", 512)
+    for args, centered in (
+        ((), True),
+        (("--cache-center", "none"), False),
+        (("--cache-center-draft", "none"), False),
+        (("--cache-center", "none", "--cache-center-draft", "auto"), True),
+        (("--cache-center", "none", "--cache-center-draft", center), True),
+    ):
+        with Server(bin_dir, demo_model, tmp_path / "log", *types, *args, env=plain.env) as server:
+            assert (CENTERED in server.log) == centered, args
+
+
+def predictor(path):
+    """A glm4moe with one layer that predicts further tokens."""
+    experts = {f"ffn_{x}_exps.weight": (2, 128, 128) for x in ("gate", "up", "down")}
+    moe = {"ffn_gate_inp.weight": (2, 128), "exp_probs_b.bias": (2,)}
+    dense = {f"ffn_{x}.weight": None for x in ("gate", "up", "down")}
+    norms = {"post_attention_norm.weight": (128,), "ffn_norm.weight": None}
+    nextn = {"nextn.eh_proj.weight": (128, 256), "nextn.enorm.weight": (128,), "nextn.hnorm.weight": (128,)}
+    return write_model(
+        path,
+        "glm4moe",
+        3,
+        lambda i: attention(2, 1, 64) | norms | (experts | moe | dense | nextn if i == 2 else {}),
+        kv_heads=1,
+        size=64,
+        nextn_predict_layers=1,
+        expert_count=2,
+        expert_used_count=1,
+        expert_feed_forward_length=128,
+        expert_shared_count=0,
+        leading_dense_block_count=2,
+    )
+
+
+def test_a_head_that_predicts_further_tokens(bin_dir, plain, made, tmp_path):
+    """It has layers of its own of the same model, and its means are kept in a file of their own."""
+    model = made(predictor, "MTP")
+    args = ("--spec-type", "draft-mtp", "-ctk", "tbq4_0", "-ctkd", "tbq4_0", "-ctvd", "tbq4_0", "-c", 512)
+    with Server(bin_dir, model, tmp_path / "log", *args, env=plain.env) as server:
+        server.complete("1, 2, 3,", n=8)
+        assert server.log.count(CENTERED) == 2
+    assert sorted(tuple(read_center(kept).means) for kept in plain.kept) == [(0, 1), (2,)]
+    assert all(read_center(kept).model == fingerprint(model) for kept in plain.kept)
 
 
 @pytest.mark.parametrize(

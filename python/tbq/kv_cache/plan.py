@@ -310,8 +310,8 @@ def _reason_for(
         return f"large key biases would use up the few levels of a small type, so keys are {pair[0]}"
     if whole and pair in _UNMEASURED[:-1]:
         return (
-            f"centered keys are exact with {whole}, but were not measured on {shape.architecture} weights, so keys have "
-            "4 bits; tbq3_0 would be smaller"
+            f"centered keys are exact with {whole}, but were not measured on {shape.architecture} weights, "
+            "so keys have 4 bits; tbq3_0 would be smaller"
         )
     if pair in _REASONS:
         return (_REASONS_EXACT if exact else _REASONS)[pair]
