@@ -261,9 +261,12 @@ def edited(path, change):
     return path
 
 
+SLOW = {"rope__freq_base": 1e12}  # few channels turn within a test, so the mean of a key's constant part is most of it
+
+
 def with_large_means(path):
-    """All embeddings get a constant, three times the rest, so that keys have a large mean."""
-    constant = 3 * np.random.default_rng(3).standard_normal(4096)
+    """All embeddings get a constant, five times the rest, so that keys have a large mean."""
+    constant = 5 * np.random.default_rng(3).standard_normal(4096)
 
     def change(name, data):
         if name == "token_embd.weight":
@@ -277,16 +280,20 @@ def with_large_means(path):
 
 
 def sinks(path):
-    return with_large_means(gpt_oss(path))
+    return with_large_means(gpt_oss(path, expert_used_count=2, **SLOW))  # all, so that no error chooses others
 
 
 def soft_cap(path):
-    return with_large_means(gemma2(path, attn_logit_softcapping=3.0))
+    return with_large_means(gemma2(path, attn_logit_softcapping=3.0, **SLOW))
+
+
+def neither(path):
+    return with_large_means(biased(path, **SLOW))
 
 
 def soft_cap_without_flash_attention(path):
     """grok, for which llama.cpp has no flash attention."""
-    experts = {f"ffn_{x}_exps.weight": (2, 128, 128) for x in ("gate", "up", "down")}
+    experts = {f"ffn_{x}_exps.weight": s for x, s in (("gate", (2, 64, 128)), ("up", (2, 64, 128)), ("down", (2, 128, 64)))}
     other = {
         "attn_output_norm.weight": (128,),
         "layer_output_norm.weight": (128,),
@@ -303,10 +310,11 @@ def soft_cap_without_flash_attention(path):
             size=64,
             rope__dimension_count=64,
             expert_count=2,
-            expert_used_count=1,
+            expert_used_count=2,
             attn_logit_softcapping=3.0,
             attention__output_scale=0.125,
             embedding_scale=1.0,
+            **SLOW,
         )
     )
 
@@ -323,7 +331,7 @@ WHOLE = {
     "soft-cap, products": (soft_cap, "f16", False),
     "soft-cap, grok": (soft_cap_without_flash_attention, "f16", False),
     "latent": (latent, None, True),
-    "control": (biased, "f16", True),
+    "control": (neither, "f16", True),
 }
 
 
@@ -391,7 +399,7 @@ def test_keys_of_other_types_stay_whole(kind, k, made, logits, tmp_path):
     assert "their means: " not in logits.log
 
 
-@pytest.mark.parametrize("kind", ["sinks", "soft-cap", "latent"])
+@pytest.mark.parametrize("kind", ["sinks", "soft-cap"])  # llama.cpp cannot shift quantized latent vectors on a CPU
 def test_shift_of_keys_that_attention_gets_the_mean_of(kind, made, logits, tmp_path):
     model, center = made(WHOLE[kind][0], kind + WHOLE[kind][0].__name__), tmp_path / "center.gguf"
     logits(model, measure=center)

@@ -214,7 +214,7 @@ def gemma3n(path):
     )
 
 
-def gpt_oss(path):
+def gpt_oss(path, **fields):
     def layer(i):
         experts = {
             f"ffn_{x}_exps.{y}": s
@@ -249,7 +249,7 @@ def gpt_oss(path):
         size=64,
         attention__sliding_window=128,
         expert_count=2,
-        expert_used_count=1,
+        **{"expert_used_count": 1, **fields},
         expert_feed_forward_length=128,
         rope__dimension_count=64,
     )
