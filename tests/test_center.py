@@ -27,13 +27,13 @@ HERE = Path(__file__).parent
 # -- the mathematics, on tiny models of each kind ----------------------------------------------------------------------
 
 
-def biased(path, arch="qwen2", size=64, **fields):
+def biased(path, arch="qwen2", size=64, layers=2, **fields):
     """Keys with biases as large as the keys. Their mean is large, because RoPE hardly changes slow channels."""
     biases = {f"attn_{x}.bias": (n * size,) for x, n in (("q", 2), ("k", 1), ("v", 1))}
     write_model(
         path,
         arch,
-        2,
+        layers,
         lambda i: attention(2, 1, size, 2 * size) | biases,
         embd=2 * size,
         heads=2,
@@ -293,7 +293,9 @@ def neither(path):
 
 def soft_cap_without_flash_attention(path):
     """grok, for which llama.cpp has no flash attention."""
-    experts = {f"ffn_{x}_exps.weight": s for x, s in (("gate", (2, 64, 128)), ("up", (2, 64, 128)), ("down", (2, 128, 64)))}
+    experts = {
+        f"ffn_{x}_exps.weight": s for x, s in (("gate", (2, 64, 128)), ("up", (2, 64, 128)), ("down", (2, 128, 64)))
+    }
     other = {
         "attn_output_norm.weight": (128,),
         "layer_output_norm.weight": (128,),
@@ -1126,7 +1128,12 @@ def test_models_that_a_program_does_not_center(make, why, plain, made):
 # -- adapters and control vectors --------------------------------------------------------------------------------------
 
 
+def of_three_layers(path):
+    return biased(path, layers=3)
+
+
 def control_vector(path):
+    """For layer 1, so that the keys of layer 2 change."""
     return write_gguf(
         path,
         {"general.architecture": "controlvector", "controlvector.model_hint": "qwen2"},
@@ -1135,7 +1142,7 @@ def control_vector(path):
 
 
 def adapter(path):
-    """A LoRA of rank 4 for the keys of biased()."""
+    """A LoRA of rank 4 for the keys of of_three_layers()."""
     rng, name = np.random.default_rng(4), "blk.1.attn_k.weight"
     return write_gguf(
         path,
@@ -1155,14 +1162,14 @@ def adapter(path):
 @pytest.mark.parametrize("option, make", [("--control-vector", control_vector), ("--lora", adapter)])
 def test_adapters_given_at_the_start(option, make, plain, made, tmp_path):
     """They are in force while the means are measured, and a file belongs to them."""
-    model, file = made(biased, "K biases"), make(tmp_path / "adapter.gguf")
+    model, file = made(of_three_layers, "three layers"), make(tmp_path / "adapter.gguf")
     plain(model)
     (without,) = plain.kept
     first, log = plain(model, option, file)
     (kept,) = set(plain.kept) - {without}
     assert MEASURED in log and CENTERED in log and "with other adapters" not in log
-    means = read_center(kept).means[1]
-    assert np.abs(means - read_center(without).means[1]).max() > 0.01 * np.abs(means).max()
+    means = read_center(kept).means[2]
+    assert np.abs(means - read_center(without).means[2]).max() > 0.01 * np.abs(means).max()
     assert read_center(kept).model.split()[0] == fingerprint(model)
     again, log = plain(model, option, file)
     assert again == first and f"the means of the keys are those in {kept}" in log
@@ -1180,7 +1187,7 @@ def test_adapters_given_at_the_start(option, make, plain, made, tmp_path):
 def test_python_measures_with_adapters(option, make, plain, made, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(plain.caches))
     monkeypatch.setattr("tbq.kv_cache.calibrate.python_text", lambda: b"Words and numbers, 123. " * 400)
-    model, file = made(biased, "K biases"), make(tmp_path / "adapter.gguf")
+    model, file = made(of_three_layers, "three layers"), make(tmp_path / "adapter.gguf")
     monkeypatch.chdir(tmp_path)
     center = center_of_model(model, 512, [option, file.name])
     assert center != center_of_model(model, 512) and len(plain.kept) == 2
@@ -1193,12 +1200,12 @@ def test_python_measures_with_adapters(option, make, plain, made, tmp_path, monk
 
 def test_an_adapter_that_changes_while_the_server_runs(bin_dir, plain, made, tmp_path):
     """The means stay, and one line says so."""
-    model, file = made(biased, "K biases"), adapter(tmp_path / "adapter.gguf")
-    args = ("-ctk", "tbq4_0", "--lora", file, "--lora-init-without-apply")
+    model, file = made(of_three_layers, "three layers"), adapter(tmp_path / "adapter.gguf")
+    args = ("-ctk", "tbq4_0", "--lora", file)
     with Server(bin_dir, model, tmp_path / "log", *args, env=plain.env) as server:
         server.complete("1, 2, 3,", n=4)
         assert CENTERED in server.log and "with other adapters" not in server.log
-        server.request("/lora-adapters", [{"id": 0, "scale": 1.0}])
+        server.request("/lora-adapters", [{"id": 0, "scale": 0.5}])
         server.complete("1, 2, 3,", n=4)
         server.complete("4, 5, 6,", n=4)
         assert server.log.count("the means of the keys were measured with other adapters") == 1
