@@ -16,19 +16,32 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tbq._version import __version__
-from tbq.cli import bench_index, bench_quality, bench_speed, calibrate, convert, inspect, plan, search, serve
+from tbq.cli import (
+    bench_index,
+    bench_quality,
+    bench_recall,
+    bench_speed,
+    calibrate,
+    convert,
+    inspect,
+    plan,
+    search,
+    serve,
+)
 from tbq.cli._argument import add_command
 from tbq.errors import TBQError, one_line
 from tbq.programs.paths import paths
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    """measure the speed or quality of cache types, or the vector index, compared with others"""
+    """measure the speed, quality or recall of cache types, or the vector index, compared with others"""
     parser.epilog = (
-        "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench index; each has its own --help"
+        "examples: tbq bench speed, tbq bench quality --model model.gguf, tbq bench recall model.gguf, "
+        "tbq bench index; each has its own --help"
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, module in (("speed", bench_speed), ("quality", bench_quality), ("index", bench_index)):
+    modules = {"speed": bench_speed, "quality": bench_quality, "recall": bench_recall, "index": bench_index}
+    for name, module in modules.items():
         add_command(commands, name, module.add_arguments)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 # Linux ends a process when its parent is gone, even after SIGKILL, if the process asked for that.  It asks with
 # prctl(1), PR_SET_PDEATHSIG, which survives execv.  Asking between fork and exec is not safe in a program with threads.
@@ -23,8 +24,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def start_child(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """Starts a program, which on Linux ends with the calling thread."""
+def start_child(
+    command: Sequence[str], environment: Mapping[str, str], to: IO[bytes] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Starts a program, which on Linux ends with the calling thread.
+
+    to: a file for stdout and stderr; if None, they are in the stdout of the process.
+    """
     # sys.executable is another program where Python is embedded
     if sys.platform.startswith("linux") and "python" in os.path.basename(sys.executable or ""):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -32,7 +38,7 @@ def start_child(command: Sequence[str], environment: Mapping[str, str]) -> "subp
     # The child gets a new session: Ctrl-C then reaches it through this process, once.
     return subprocess.Popen(
         command,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if to is None else to,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env=environment,

@@ -359,11 +359,19 @@ class Server:
         """
         if options.get("stream"):
             raise TBQError("chat() returns whole answers; client() has streams")
+        body = {"messages": [{"role": "user", "content": question}], **options}
+        found: dict[str, Any] = self.request("/v1/chat/completions", body)
+        return found
+
+    def request(self, path: str, body: Any = None) -> Any:
+        """The answer of llama-server to GET, or with a body to POST, as decoded JSON: request("/props").
+
+        body: what json.dumps takes.  There is no timeout.
+        Raises TBQError if the server refuses the request, OSError if the server has ended.
+        """
         try:
-            body = {"messages": [{"role": "user", "content": question}], **options}
-            with self._open("/v1/chat/completions", body) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
+            with self._open(path, body) as answer:
+                return json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
                 raise TBQError(
