@@ -23,8 +23,11 @@ def bootstrap(
     sums, counts = np.bincount(inverse, values), np.bincount(inverse)
     if len(sums) < 2:
         return float(values.mean()), math.nan, math.nan
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), DRAWS)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - share) / 2, (1 + share) / 2])
+    random, means = np.random.default_rng(seed), []
+    for _ in range(10):  # in parts, so that many groups need little memory
+        drawn = random.integers(len(sums), size=(DRAWS // 10, len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - share) / 2, (1 + share) / 2])
     return float(values.mean()), float(low), float(high)
 
 

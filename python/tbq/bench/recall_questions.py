@@ -6,6 +6,7 @@ depths and tasks of a run, so that two runs can be compared.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -120,6 +121,7 @@ class Writer:
         self._connection, self._chat, self._seed, self.passage = connection, chat, seed, passage
         self._sentences = split_text(text)
         self._known: dict[tuple[str, bool], list[tuple[int, str]]] = {}
+        self._sound = False  # whether a sentence has tokens of whole characters only
         self.made = Questions()
         if not self._sentences:
             raise TBQError("the text has no sentences; name one that the model can read")
@@ -181,8 +183,17 @@ class Writer:
         return np.random.default_rng([self._seed, *key])
 
     def _sentences_from(self, start: int) -> Iterator[list[int]]:
-        for i in range(start, start + 100 * len(self._sentences)):
-            yield self._tokens(self._sentences[i % len(self._sentences)] + "\n")
+        """The tokens of sentences, from one on, endlessly.
+
+        Sentences with a token that is only a part of a character are left out: a grammar cannot force it.
+        """
+        for i in itertools.count(start):
+            if i == start + 2 * len(self._sentences) and not self._sound:
+                raise TBQError("every sentence of the text has characters of several tokens; name another text")
+            line = self._sentences[i % len(self._sentences)] + "\n"
+            if all(piece for _, piece in self._pieces(line)):
+                self._sound = True
+                yield self._tokens(line)
 
     def _text(
         self, random: np.random.Generator, size: int, facts: Sequence[tuple[float, str]], junk: int = 0
@@ -210,9 +221,8 @@ class Writer:
             tokens += body[at:place] + line
             at = place
         tokens += body[at:room]
-        extra = [token for sentence in self._sentences_from(start + len(self._sentences) // 2) for token in sentence][
-            :junk
-        ] if junk else []  # fmt: skip
+        others = itertools.chain.from_iterable(self._sentences_from(start + len(self._sentences) // 2))
+        extra = itertools.islice(others, junk)
         return Text(tuple(tokens), len(head), tuple(extra)), [place / max(1, room - FAR) for place in places]
 
     def _add(self, text: Text, group: int, questions: Sequence[dict[str, Any]], **common: Any) -> None:
