@@ -333,6 +333,17 @@ def test_refused_numbers(demo_model, bin_dir, value):
     assert "is not a number of rows" in done.stdout + done.stderr
 
 
+def test_log_of_caches_that_have_none(build_dir, bin_dir, tmp_path):
+    """Sparse attention, whose graphs read the cache themselves: said, where the cache has a tbq type."""
+    run(next(build_dir.rglob("bin/test-llama-archs")), "-o", tmp_path, "-a", "^deepseek32$")
+    model = next(tmp_path.glob("*.gguf"))
+    for k, expected in (("tbq4_0", 1), ("f16", 0)):
+        types = ("-ctk", k, "-ctv", k)
+        done = run(bin_dir / "llama-bench", "-m", model, "-p", 4, "-n", 0, "-r", 1, "-fa", 1, *types, "-v")
+        line = "no exact rows: graphs of this architecture read its cache in a way of their own"
+        assert done.stderr.count(line) == expected
+
+
 def test_log_and_memory(demo_model, bin_dir):
     """On by default for tbq types, in one line with the size; nothing is said of other types."""
     default = ("--cache-recent", RECENT, "--cache-first", FIRST)

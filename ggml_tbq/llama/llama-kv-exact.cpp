@@ -8,8 +8,13 @@
 #include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cache-dsa-iswa.h"
+#include "llama-kv-cache-dsa.h"
+#include "llama-kv-cache-dsv4.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
@@ -674,6 +679,26 @@ static std::vector<llama_kv_cache *> exact_caches(const llama_context & ctx) {
     return {};
 }
 
+// The keys of a cache of another class, or NULL: what it lacks is said where these are of a tbq type.
+static const llama_kv_cache * other_cache(llama_memory_i * memory) {
+    if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(memory)) {
+        return dsa->get_mla();
+    }
+    if (auto * dsa = dynamic_cast<llama_kv_cache_dsa_iswa *>(memory)) {
+        return dsa->get_dsa()->get_mla();
+    }
+    if (auto * dsv4 = dynamic_cast<llama_kv_cache_dsv4 *>(memory)) {
+        return dsv4->get_raw()->get_base();
+    }
+    if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(memory)) {
+        return msa->get_base();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+    return dynamic_cast<llama_kv_cache *>(memory); // DFlash
+}
+
 void llama_context::set_exact(uint32_t n_recent, uint32_t n_first) {
     const std::vector<llama_kv_cache *> caches = exact_caches(*this);
     if (memory) {
@@ -704,9 +729,12 @@ void llama_context::set_exact(uint32_t n_recent, uint32_t n_first) {
         sched_need_reserve = true;
         throw;
     }
-    if (wanted && n_layer == 0 && tbq) {
+    const llama_kv_cache * other = caches.empty() ? other_cache(memory.get()) : nullptr;
+    if (wanted && n_layer == 0 && (tbq || (other && llama_kv_exact::applies(*other)))) {
         LLAMA_LOG_INFO("%s: no exact rows: %s\n", "llama_set_cache_exact",
-                       cparams.flash_attn ? "the cache belongs to another context" : "flash attention is off");
+                       !cparams.flash_attn ? "flash attention is off"
+                       : tbq               ? "the cache belongs to another context"
+                                           : "graphs of this architecture read its cache in a way of their own");
     }
     if (n_layer > 0) {
         LLAMA_LOG_INFO(
