@@ -267,7 +267,10 @@ TBQ_OPS = (
     "MUL_MAT_ID",
     "FLASH_ATTN_EXT",
     "CENTER_FLASH_ATTN_EXT",
+    "EXACT_SET_ROWS",
 )
+# whose cases do not name the type
+EXACT_OPS = (("EXACT_CONCAT", "."), ("EXACT_CPY", "."))
 # what is fused with the SUB of the mean, and what the patches must leave as it is
 STOCK_OPS = (
     ("CENTER_SET_ROWS", "type=[qif]"),
@@ -278,7 +281,7 @@ STOCK_OPS = (
 
 
 @on_gpu
-@pytest.mark.parametrize("op, pattern", [*((op, "tbq") for op in TBQ_OPS), *STOCK_OPS])
+@pytest.mark.parametrize("op, pattern", [*((op, "tbq") for op in TBQ_OPS), *EXACT_OPS, *STOCK_OPS])
 def test_gpu_ops(programs, op, pattern):
     """llama.cpp's own comparison with the CPU."""
     out = run(programs / "test-backend-ops", "test", "-b", "CUDA0", "-o", op, "-p", pattern)
