@@ -53,7 +53,8 @@ LLAMA_API int32_t               llama_center_save(const struct llama_center * ce
 // similar lengths share a center (docs/design/centering.md).
 LLAMA_API uint32_t llama_cache_center_n_ctx(const struct llama_context * ctx);
 
-// What a center depends on, the model, this number and RoPE, as 32 hexadecimal digits in buf: a name for its file.
+// What a center depends on, the model with its adapters, this number and RoPE, as 32 hexadecimal digits in buf: a name
+// for its file.
 // own_rope: whether RoPE is as the model's file says; the name is then that of Python's center_of_model().
 // Negative if the keys of this context cannot be centered; buf then has the reason.
 LLAMA_API int32_t llama_cache_center_key(const struct llama_context * ctx, bool own_rope, char * buf, size_t n);
