@@ -1218,9 +1218,12 @@ EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the p
 
 
 def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
-    """The model is its own draft, with text that is longer than the exact rows."""
+    """The model is its own draft, with text that is longer than the exact rows.
+
+    docs/measurements/centering.md has figures; the bounds leave room for the noise of 300 tokens.
+    """
     text = python_text(tmp_path / "python").read_text()
-    prompts = [text[i : i + 2500] for i in range(20_000, 80_000, 12_000)]
+    prompts = [text[i : i + 1600] for i in range(20_000, 92_000, 9_000)]
 
     def acceptance(types):
         args = ("-md", demo_model, "--spec-type", "draft-simple", "--spec-draft-n-max", 4, "-c", 4096, *EXACT_ROWS)
@@ -1232,7 +1235,7 @@ def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
 
     found = {types: acceptance(types) for types in ("f16", "tbq4_0", "tbq2_0")}
     print(found)
-    assert found["tbq4_0"] >= 0.97 * found["f16"] and found["tbq2_0"] >= 0.9 * found["f16"], found
+    assert found["tbq4_0"] >= 0.94 * found["f16"] and found["tbq2_0"] >= 0.85 * found["f16"], found
 
 
 def test_the_choice_of_a_draft(bin_dir, plain, demo_model, tmp_path):
