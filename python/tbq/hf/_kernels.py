@@ -929,8 +929,8 @@ def attend(
         if SINKS:
             logit = tl.load(sinks + out_head, exists, 0.0).to(tl.float32)
             if MEAN and not SOFTCAP:
-                at = batch * q_batch + out_head.to(tl.int64) * q_head + out_token.to(tl.int64) * q_token
-                logit -= scale * mean_product(q, at, exists, k_mean + head * (K_BLOCKS * 64), K_BLOCKS, HALF, R)
+                of_query = batch * q_batch + out_head.to(tl.int64) * q_head + out_token.to(tl.int64) * q_token
+                logit -= scale * mean_product(q, of_query, exists, k_mean + head * (K_BLOCKS * 64), K_BLOCKS, HALF, R)
             logit *= LOG2E
         for block in range(V_BLOCKS):
             merge_block(first_part, to, exists, logit, v_tables, block, chunks, WIDTH, SINKS, R)
