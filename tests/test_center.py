@@ -1235,7 +1235,7 @@ def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
 
     found = {types: acceptance(types) for types in ("f16", "tbq4_0", "tbq2_0")}
     print(found)
-    assert found["tbq4_0"] >= 0.94 * found["f16"] and found["tbq2_0"] >= 0.85 * found["f16"], found
+    assert found["tbq4_0"] >= 0.94 * found["f16"] and found["tbq2_0"] >= 0.8 * found["f16"], found
 
 
 def test_the_choice_of_a_draft(bin_dir, plain, demo_model, tmp_path):
