@@ -46,7 +46,7 @@ def outputs(tmp_path_factory, demo_model):
 
 
 def test_pictures(outputs):
-    assert len(outputs[1]) == 3 and all(
+    assert len(outputs[1]) == 4 and all(
         picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in outputs[1]
     )
 
@@ -74,6 +74,13 @@ def test_cosines_and_answer(outputs):
     mean = [float(x) for x in re.findall(r"^tbq\d_0: mean cosine ([\d.]+)", outputs[0], re.M)]
     assert len(mean) == 3 and 0.9 < mean[0] < mean[1] < mean[2] < 1 and mean[2] > 0.99
     assert "Paris" in outputs[0] and re.search(r"^54\.2 MiB for 8192 tokens; f16 would take 180\.0$", outputs[0], re.M)
+
+
+def test_recall(outputs):
+    """f16 finds the number in every text, and four bits lose little."""
+    rows = re.findall(r"(?m)^\| (\S+) \| all \| 6 \| ([\d.]+) \|.*\| (-?[\d.]*) \| [^|]* \|$", outputs[0])
+    assert [row[0] for row in rows] == ["f16", "tbq4_0", "tbq2_0"]
+    assert float(rows[0][1]) == 100 and float(rows[1][2]) < 0.2
 
 
 def test_kept_without_outputs():

@@ -47,7 +47,8 @@ class Recall:
     @property
     def tasks(self) -> list[str]:
         """The tasks that have answers, in their order."""
-        return list(dict.fromkeys(question.task for question in self.questions.questions))
+        answered = set().union(*self.answers.values())
+        return list(dict.fromkeys(q.task for i, q in enumerate(self.questions.questions) if i in answered))
 
     def lengths(self, task: str) -> list[int]:
         """The lengths of a task."""
@@ -340,7 +341,8 @@ def needle_table(report: Recall) -> str:
     lines = ["| K / V | length | " + " | ".join(f"depth {depth:g}" for depth in depths) + " |"]
     lines.append("|---" * (2 + len(depths)) + "|")
     for types in report.answers:
-        for length, row in zip(report.lengths("needle"), _grid(report, types)):
+        grid = _grid(report, types)
+        for length, row in zip(report.lengths("needle"), [] if np.isnan(grid).all() else grid):
             cells = ["" if math.isnan(x) else f"{100 * x:.0f} %" for x in row]
             lines.append(f"| {types} | {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -448,13 +450,14 @@ def picture(report: Recall, title: str, format: str) -> bytes:
 
     needle = "needle" in report.tasks
     others = [task for task in report.tasks if task != "needle"]
-    columns = min(4, max(1, len(report.answers)))
-    rows = -(-len(report.answers) // columns) if needle else 0
+    shown = [types for types in report.answers if needle and not np.isnan(_grid(report, types)).all()]
+    columns = min(4, max(1, len(shown)))
+    rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * max(columns, 2), 2.7 * rows + 3.6 * bool(others) + 0.4), layout="constrained")
     figure.suptitle(title)
     parts = figure.subfigures(bool(needle) + bool(others) or 1, 1, squeeze=False)[:, 0]
     if needle:
-        _draw_needle(report, parts[0], rows, columns)
+        _draw_needle(report, parts[0], shown, rows, columns)
     if others:
         _draw_losses(report, parts[-1], others)
     file = io.BytesIO()
@@ -462,12 +465,12 @@ def picture(report: Recall, title: str, format: str) -> bytes:
     return file.getvalue()
 
 
-def _draw_needle(report: Recall, figure: Any, rows: int, columns: int) -> None:
+def _draw_needle(report: Recall, figure: Any, shown: Sequence[str], rows: int, columns: int) -> None:
     lengths, depths = report.lengths("needle"), _depths(report)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in panels.flat[len(report.answers) :]:
+    for axes in panels.flat[len(shown) :]:
         axes.set_visible(False)
-    for axes, types in zip(panels.flat, report.answers):
+    for axes, types in zip(panels.flat, shown):
         grid = _grid(report, types).T
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set(title=f"{types}: {100 * np.nanmean(grid):.0f} %")

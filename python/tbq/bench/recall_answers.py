@@ -73,6 +73,7 @@ class Respondent:
     def __init__(self, connection: Connection, chat: bool) -> None:
         self._connection, self._chat = connection, chat
         self._loaded: Text | None = None
+        self._shifted = False  # whether rows were encoded again, those before the shift as well
 
     def _complete(self, prompt: Sequence[int], n: int, **fields: Any) -> Any:
         body = {
@@ -92,16 +93,16 @@ class Respondent:
     def load(self, text: Text) -> None:
         """Evaluates a text, unless it was the last one.  Tokens that the cache has from another text are not again."""
         if self._loaded is not text:
-            self._complete(text.tokens, 0)
-            self._loaded = text
+            self._complete(text.tokens, 0, cache_prompt=not self._shifted)
+            self._loaded, self._shifted = text, False
 
     def _prepare(self, text: Text, question: Question) -> dict[str, Any]:
         """Brings a text into the cache on the path of a question.  Returns fields for the request that asks."""
         if question.path == "cold":
-            self._loaded = None
+            self._loaded, self._shifted = None, False
             return {"cache_prompt": False}
         if question.path == "shifted":
-            self._loaded = None
+            self._loaded, self._shifted = None, True
             longer = (*text.tokens[: text.head], *text.junk, *text.tokens[text.head :])
             self._complete(longer, 0, cache_prompt=False)
             return {"n_cache_reuse": len(text.junk)}

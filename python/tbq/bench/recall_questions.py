@@ -24,7 +24,7 @@ ASKED = 2  # of them, in `prefix`, where most questions need a text of their own
 LISTS, RECORDS = 3, 3  # lists that are asked for in a text of `json`, and records of a list
 PASSAGES = 4  # of a text of `copy`
 GIVEN = 16  # tokens of a passage that are given
-JUNK = 64  # tokens that are taken out at the start of a text to shift the rest of it
+JUNK = 256  # tokens that are taken out at the start of a text; a shorter shift hardly turns the channels with means
 
 #: Ways to a prefix in the cache, of `prefix`.
 PATHS = ("cold", "reused", "restored", "shifted")
