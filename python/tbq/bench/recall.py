@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tbq.bench.paired import bootstrap, mcnemar
-from tbq.bench.recall_answers import Answer, Respondent, cost, tokens_alike, uses_files
+from tbq.bench.recall_answers import Answer, Respondent, costs, tokens_alike, uses_files
 from tbq.bench.recall_questions import PATHS, TASKS, Connection, Question, Questions, Writer
 from tbq.errors import TBQError
 
@@ -196,7 +196,7 @@ def measure(
                         if pair == BASE:
                             writer = Writer(server, text, chat, seed, passage)
                             report.questions = _write(server, writer, tasks, lengths, depths, samples)
-                            bar.reset(total=len(types) * sum(map(cost, report.questions.questions)))
+                            bar.reset(total=len(types) * sum(costs(report.questions)))
                         _ask_all(report, pair, server, bar)
                 except TBQError as error:
                     if pair == BASE:
@@ -276,13 +276,13 @@ def _write(
 def _ask_all(report: Recall, types: str, server: Connection, bar: Any) -> None:
     respondent = Respondent(server, report.chat)
     answers = report.answers.setdefault(types, {})
-    for i, question in enumerate(report.questions.questions):
+    for i, (question, cost) in enumerate(zip(report.questions.questions, costs(report.questions))):
         bar.set_description(f"{types}, {question.task} {question.length}")
         try:
             answers[i] = respondent.ask(report.questions.texts[question.text], question)
         except OSError as error:
             raise TBQError(f"llama-server ended: {error}") from None
-        bar.update(cost(question))
+        bar.update(cost)
 
 
 # --- output -------------------------------------------------------------------------------------------------------

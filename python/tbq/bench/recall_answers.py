@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tbq.bench.recall_questions import GRAMMAR, Connection, Question, Text
+from tbq.bench.recall_questions import GRAMMAR, Connection, Question, Questions, Text
 from tbq.errors import TBQError
 
 LOWEST = -80.0  # nats; llama-server computes probabilities in float32, which end at -87
@@ -73,7 +73,7 @@ class Respondent:
     def __init__(self, connection: Connection, chat: bool) -> None:
         self._connection, self._chat = connection, chat
         self._loaded: Text | None = None
-        self._shifted = False  # whether rows were encoded again, those before the shift as well
+        self._shifted = False  # whether it got into the cache by a shift
 
     def _complete(self, prompt: Sequence[int], n: int, **fields: Any) -> Any:
         body = {
@@ -92,9 +92,21 @@ class Respondent:
 
     def load(self, text: Text) -> None:
         """Evaluates a text, unless it was the last one.  Tokens that the cache has from another text are not again."""
-        if self._loaded is not text:
+        if self._loaded is not text or self._shifted:
+            # a shift encodes all rows again, those before it as well, so none of them is used for another text
             self._complete(text.tokens, 0, cache_prompt=not self._shifted)
             self._loaded, self._shifted = text, False
+
+    def _load_shifted(self, text: Text) -> dict[str, Any]:
+        """Evaluates a text with tokens in it that the next request takes out, unless that has been done.
+
+        Returns the field for that request.
+        """
+        if self._loaded is not text or not self._shifted:
+            longer = (*text.tokens[: text.head], *text.junk, *text.tokens[text.head :])
+            self._complete(longer, 0, cache_prompt=False)
+            self._loaded, self._shifted = text, True
+        return {"n_cache_reuse": len(text.junk)}
 
     def _prepare(self, text: Text, question: Question) -> dict[str, Any]:
         """Brings a text into the cache on the path of a question.  Returns fields for the request that asks."""
@@ -102,10 +114,7 @@ class Respondent:
             self._loaded, self._shifted = None, False
             return {"cache_prompt": False}
         if question.path == "shifted":
-            self._loaded, self._shifted = None, True
-            longer = (*text.tokens[: text.head], *text.junk, *text.tokens[text.head :])
-            self._complete(longer, 0, cache_prompt=False)
-            return {"n_cache_reuse": len(text.junk)}
+            return self._load_shifted(text)
         self.load(text)
         if question.path == "restored":
             for action in ("save", "erase", "restore"):
@@ -173,11 +182,15 @@ class Respondent:
         }
 
 
-def cost(question: Question) -> int:
-    """About how long a question takes, in tokens of a prompt; a token that is generated takes as long as eight."""
-    text = 1 if question.path != "reused" else 0.25
-    generated = len(question.answer) * (4 if question.task == "json" else 1)
-    return int(text * question.length) + 8 * generated
+def costs(made: Questions) -> list[int]:
+    """About how long each question takes, in tokens of a prompt; a token that is generated takes as long as eight."""
+    found, before = [], None
+    for question in made.questions:
+        is_read = question.path == "cold" or (question.text, question.path == "shifted") != before
+        before = None if question.path == "cold" else (question.text, question.path == "shifted")
+        generated = len(question.answer) * (4 if question.task == "json" else 1)
+        found.append(is_read * len(made.texts[question.text].tokens) + len(question.prompt) + 8 * generated)
+    return found
 
 
 def uses_files(tasks: Sequence[str]) -> bool:
