@@ -470,6 +470,19 @@ def test_upstream_restore_into_a_fragmented_cache(build_dir, demo_model, tmp_pat
 # -- context shift ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("k", ["f16", "q8_0", "tbq4_0"])
+def test_latent_vectors_at_the_end_of_the_context(build_dir, bin_dir, tmp_path, k):
+    """RoPE turns the last channels of a latent vector, which a CPU cannot quantize alone: no shift, and no abort."""
+    run(next(build_dir.rglob("bin/test-llama-archs")), "-o", tmp_path, "-a", "^(deepseek2|deepseek32|mistral4)$")
+    models = sorted(tmp_path.glob("*.gguf"))
+    assert len(models) == 3
+    for model in models:
+        options = ("-p", "a", "-n", 330, "-c", 256, "--context-shift", "--ignore-eos", "-no-cnv", "--no-warmup")
+        done = run(bin_dir / "llama-completion", "-m", model, *options, *types(k, k), *THREADS, *GREEDY)
+        shifts = "KV cache shifting is not supported for this context" not in done.stdout + done.stderr
+        assert shifts == (k == "f16"), done.stderr[-1000:]
+
+
 def count_on(bin_dir, model, k, v, prompt=PROMPT):
     """Counts from 12 for longer than the context: the numbers written, and the log.
 
