@@ -561,13 +561,14 @@ def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
     assert moved["content"][:8] == fresh["content"][:8] == " 13, 14,"
 
 
-@pytest.mark.parametrize("k", ["f16", *TBQ])
-def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k):
-    """RoPE on the first 32 channels of 64: a block holds channels that turn and channels that stay.
+@pytest.mark.parametrize("head, rope", [(64, 32), (128, 64), (256, 96)])
+@pytest.mark.parametrize("k", ["f16", "q8_0", *TBQ])
+def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k, head, rope):
+    """RoPE on the first channels of a head: a block may hold channels that turn and channels that stay.
 
-    The unpatched view of 32 channels would be half a block.  Without the padding of the patch for K-shifts, every tbq
-    type aborts here.
+    The unpatched view of 32 channels would be half a block of a tbq type, and abort.  One of 64 channels of 128 has gaps
+    between its rows, and aborts with every quantized type.
     """
-    model = tiny_llama(tmp_path / "m.gguf", 64, arch="stablelm", rope=32)
+    model = tiny_llama(tmp_path / "m.gguf", head, embd=4 * head, arch="stablelm", rope=rope)
     _, text = count_on(bin_dir, model, k, "f16", prompt="abc")
     assert len(text) >= 300

@@ -932,7 +932,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
             }
 
             float s[NG][4];
-#pragma unroll
+#pragma unroll 1
             for (int half = 0; half < 2; half++) {
                 const char * const key  = key_of(g + 8 * half);
                 const char * const d[2] = { key_of(2 * t + 8 * half), key_of(2 * t + 1 + 8 * half) };
