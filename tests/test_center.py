@@ -358,7 +358,11 @@ def divergence(exact, other):
 @pytest.mark.parametrize("split", [96, 7, 1])
 @pytest.mark.parametrize("kind", WHOLE)
 def test_any_center_is_exact(kind, split, made, logits, tmp_path):
-    """All rows are read in 8 bits: a center, even a wrong one, changes the result by no more than they do."""
+    """A center, even a wrong one, leaves an error of the rows' bits.
+
+    With flash attention all rows are read in 8 bits.  Products of keys and queries read packed rows, so there the bound
+    is ten times what 4 bits lose.
+    """
     make, v, flash = WHOLE[kind]
     model, center = made(make, kind.split(",")[0] + make.__name__), tmp_path / "center.gguf"
     logits(model, measure=center)
@@ -371,9 +375,10 @@ def test_any_center_is_exact(kind, split, made, logits, tmp_path):
     whole, measured = error(), error(center=center)
     assert "keys are stored minus their means" in logits.log
     arbitrary = error(center=any_center(center, tmp_path / "any.gguf"))
+    print(kind, split, whole, measured, arbitrary)
     assert measured < whole and arbitrary < 10 * whole, (whole, measured, arbitrary)
     if flash:
-        assert whole < 1e-3  # 8 bits
+        assert max(whole, arbitrary) < 1e-3  # 8 bits
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -1220,7 +1225,7 @@ EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the p
 def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
     """The model is its own draft, with text that is longer than the exact rows.
 
-    docs/measurements/centering.md has figures; the bounds leave room for the noise of 300 tokens.
+    docs/measurements/centering.md has figures for these prompts: 0.988 of f16, and 0.942 without a center.
     """
     text = python_text(tmp_path / "python").read_text()
     prompts = [text[i : i + 1600] for i in range(20_000, 92_000, 9_000)]
@@ -1233,9 +1238,8 @@ def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
             assert (f"{CENTERED}" in server.log) == (types != "f16")
         return sum(each["draft_n_accepted"] for each in timings) / sum(each["draft_n"] for each in timings)
 
-    found = {types: acceptance(types) for types in ("f16", "tbq4_0", "tbq2_0")}
-    print(found)
-    assert found["tbq4_0"] >= 0.94 * found["f16"] and found["tbq2_0"] >= 0.8 * found["f16"], found
+    found = {types: acceptance(types) for types in ("f16", "tbq4_0")}
+    assert found["tbq4_0"] >= 0.965 * found["f16"], found
 
 
 def test_the_choice_of_a_draft(bin_dir, plain, demo_model, tmp_path):

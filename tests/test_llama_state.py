@@ -566,8 +566,8 @@ def test_cache_reuse_by_shifting(bin_dir, demo_model, tmp_path):
 def test_context_shift_of_a_part_of_the_head(bin_dir, tmp_path, k, head, rope):
     """RoPE on the first channels of a head: a block may hold channels that turn and channels that stay.
 
-    The unpatched view of 32 channels would be half a block of a tbq type, and abort.  One of 64 channels of 128 has gaps
-    between its rows, and aborts with every quantized type.
+    The unpatched view of 32 channels would be half a block of a tbq type, and abort.  One of 64 channels of 128 has
+    gaps between its rows, and aborts with every quantized type.
     """
     model = tiny_llama(tmp_path / "m.gguf", head, embd=4 * head, arch="stablelm", rope=rope)
     _, text = count_on(bin_dir, model, k, "f16", prompt="abc")

@@ -59,6 +59,18 @@ def test_bootstrap_draws_groups():
     assert all(map(math.isnan, paired.bootstrap([1.0, 2.0], [7, 7])[1:]))
 
 
+def test_bootstrap_of_few_groups_covers_what_it_says():
+    """The mean of four normal differences lies in the interval 95 times of 100; without the correction 80 times."""
+    random = np.random.default_rng(3)
+    trials = [paired.bootstrap(random.normal(size=4), range(4), seed)[1:] for seed in range(400)]
+    assert 0.92 <= np.mean([low <= 0 <= high for low, high in trials]) <= 0.985
+
+
+@pytest.mark.parametrize("freedom, quantile", [(2, 4.303), (3, 3.182), (9, 2.262), (30, 2.042)])
+def test_students_quantile(freedom, quantile):
+    assert paired._student(0.95, freedom) == pytest.approx(quantile, rel=0.01)
+
+
 @pytest.mark.parametrize("lost,won,p", [(0, 0, 1), (3, 3, 1), (10, 0, 2 / 1024), (2, 8, 2 * 56 / 1024), (1, 0, 1)])
 def test_mcnemar(lost, won, p):
     assert paired.mcnemar(lost, won) == pytest.approx(p)

@@ -169,7 +169,7 @@ void set_auto(const request & req, std::shared_ptr<llama_center> & data) {
 // False if a file does not fit.
 bool set_file(const request & req, const std::string & path, std::shared_ptr<llama_center> & data) {
     if (!data) {
-        // once: when a server wakes up the file may have changed, or be gone
+        // once for the main model: when a server wakes up the file may have changed, or be gone
         data.reset(llama_center_load(path.c_str()), llama_center_free);
     }
     try {

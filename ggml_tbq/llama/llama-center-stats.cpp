@@ -226,7 +226,7 @@ int32_t llama_cache_center_stats_save(const llama_cache_center_stats * stats, co
 
 // A change of the measurement, or of its text, increases it: centers that were kept are then not used any more.  Python
 // has the same number (calibrate.py).
-static constexpr uint32_t LLAMA_CENTER_METHOD = 2;
+static constexpr uint32_t LLAMA_CENTER_METHOD = 3;
 
 // tokens that RoPE is set up for
 static uint64_t rope_context(const llama_context & ctx) {

@@ -77,7 +77,8 @@ class OtherServer:
         data = None if body is None else json.dumps(body).encode()
         try:
             with self._opener.open(
-                urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+                urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}),
+                timeout=10 if path == "/health" else None,
             ) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:

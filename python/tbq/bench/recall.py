@@ -10,6 +10,7 @@ recall_questions.py has the questions, recall_answers.py how they are asked.
 
 import contextlib
 import dataclasses
+import http.client
 import io
 import json
 import math
@@ -72,7 +73,7 @@ class Comparison:
     fewer: tuple[float, float, float]  #: how much that is below f16's, and the ends of its 95 % interval
     lost: int  #: questions that f16 answers better
     won: int  #: questions that these types answer better
-    p: float  #: McNemar's exact test of lost and won
+    p: float  #: McNemar's exact test of lost and won, as if questions about one text were independent
     logprob: float  #: mean log-probability of a token of the right answer, nats
     loss: float  #: how much it is below f16's
     low: float  #: the loss's 95 % interval, a bootstrap over texts; NaN with a single text
@@ -202,6 +203,8 @@ def measure(
                     if pair == BASE:
                         raise
                     report.failures[pair] = str(error)
+                    answered = len(report.answers.get(pair, {}))
+                    bar.total -= sum(costs(report.questions)[answered:])
         report.complete = True
     return report
 
@@ -280,7 +283,7 @@ def _ask_all(report: Recall, types: str, server: Connection, bar: Any) -> None:
         bar.set_description(f"{types}, {question.task} {question.length}")
         try:
             answers[i] = respondent.ask(report.questions.texts[question.text], question)
-        except OSError as error:
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:  # also an answer that is cut off
             raise TBQError(f"llama-server ended: {error}") from None
         bar.update(cost)
 

@@ -139,10 +139,10 @@ class Respondent:
     def _check_cached(done: Any, text: Text, question: Question) -> None:
         cached, wanted = done["timings"]["cache_n"], 0 if question.path == "cold" else len(text.tokens)
         if cached < wanted or question.path == "cold" and cached:
-            raise TBQError(
-                f"llama-server took {cached} tokens from the cache instead of {wanted}; "
-                "a model with sliding windows needs --swa-full"
-            )
+            why = "; a model with sliding windows needs --swa-full"
+            if question.path == "shifted":
+                why = ": it cannot shift this cache, or the model has sliding windows and needs --swa-full"
+            raise TBQError(f"llama-server took {cached} tokens from the cache instead of {wanted}{why}")
 
     def _generate(self, text: Text, question: Question, **fields: Any) -> tuple[str, bool]:
         """What the model writes, and whether it ended by itself."""

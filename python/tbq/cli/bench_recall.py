@@ -83,6 +83,8 @@ def _run(args: argparse.Namespace) -> int:
     if not report.complete:
         done, asked = sum(map(len, report.answers.values())), len(report.questions.questions)
         count = asked * len(dict.fromkeys([BASE, *pairs]))
+        if report.failures:
+            print(f"tbq: {group_by_reason(report.failures)}", file=sys.stderr)
         print(f"tbq: interrupted after {done} of {count} answers", file=sys.stderr)
         return 130
     if report.failures:

@@ -18,7 +18,7 @@ from tbq._text import python_text
 from tbq.errors import TBQError
 
 #: A change of the measurement increases it.  The names of kept centers depend on it.
-_METHOD = "2"
+_METHOD = "3"
 #: The chunks of the text, the tokens of each, and the first keys of each that do not count: attention sinks, few and
 #: far from the others.
 _CHUNKS, _CHUNK, _SKIPPED = 8, 128, 8

@@ -45,7 +45,7 @@ from tbq.programs.process import Done, run
 
 #: A change of the measurement increases it.  The names of kept centers depend on it, so that old ones are not used.
 #: ggml_tbq/llama/llama-center-stats.cpp has the same number: without options for RoPE, --cache-center auto shares them.
-_METHOD = "2"
+_METHOD = "3"
 
 #: What follows the name of a center in the name of the file that says why there is none.  ".none" was its name while
 #: attention sinks, soft-caps and latent attention were reasons.
