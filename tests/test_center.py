@@ -375,10 +375,9 @@ def test_any_center_is_exact(kind, split, made, logits, tmp_path):
     whole, measured = error(), error(center=center)
     assert "keys are stored minus their means" in logits.log
     arbitrary = error(center=any_center(center, tmp_path / "any.gguf"))
-    print(kind, split, whole, measured, arbitrary)
     assert measured < whole and arbitrary < 10 * whole, (whole, measured, arbitrary)
     if flash:
-        assert max(whole, arbitrary) < 1e-3  # 8 bits
+        assert max(whole, arbitrary) < 2e-5  # 8 bits; measured: 6e-6
 
 
 @pytest.mark.parametrize("kind", WHOLE)
