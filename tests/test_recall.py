@@ -26,6 +26,13 @@ LENGTH = 768  # the shortest in which every task but copy and prefix fits
 SMALL = ("-t", "2", "--no-warmup")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def waiting_threads_sleep():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", ENV["OMP_WAIT_POLICY"])
+        yield
+
+
 def run(*arguments, **more):
     return subprocess.run(
         [sys.executable, "-m", "tbq", "bench", "recall", *map(str, arguments)],
