@@ -1218,13 +1218,13 @@ def test_an_adapter_that_changes_while_the_server_runs(bin_dir, plain, made, tmp
 # -- drafts ------------------------------------------------------------------------------------------------------------
 
 
-EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the programs
+EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the programs; a draft has twice as many
 
 
 def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
     """The model is its own draft, with text that is longer than the exact rows.
 
-    docs/measurements/centering.md has figures for these prompts: 0.988 of f16, and 0.942 without a center.
+    docs/measurements/centering.md has figures for these prompts: 1.01 and 0.91 of f16; 0.95 and 0.80 without a center.
     """
     text = python_text(tmp_path / "python").read_text()
     prompts = [text[i : i + 1600] for i in range(20_000, 92_000, 9_000)]
@@ -1237,8 +1237,8 @@ def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
             assert (f"{CENTERED}" in server.log) == (types != "f16")
         return sum(each["draft_n_accepted"] for each in timings) / sum(each["draft_n"] for each in timings)
 
-    found = {types: acceptance(types) for types in ("f16", "tbq4_0")}
-    assert found["tbq4_0"] >= 0.965 * found["f16"], found
+    found = {types: acceptance(types) for types in ("f16", "tbq4_0", "tbq2_0")}
+    assert found["tbq4_0"] >= 0.97 * found["f16"] and found["tbq2_0"] >= 0.85 * found["f16"], found
 
 
 def test_the_choice_of_a_draft(bin_dir, plain, demo_model, tmp_path):

@@ -271,11 +271,15 @@ def logits(**how):
     model.eval(model.tokenize(text)[:500])
     return model, np.array(model.scores[100:500], copy=True)
 
-exact = logits(kv="f16")[1]
+def log_softmax(x):
+    return x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None]
+
+exact = log_softmax(logits(kv="f16")[1])
 rows = {"recent": 0, "first": 0}
 centered, plain = logits(kv="tbq4_0", **rows), logits(kv="tbq4_0", center=False, **rows)
-errors = [float(np.square(x - exact).mean()) for x in (centered[1], plain[1])]
-assert errors[0] < 0.9 * errors[1], errors
+# the divergence; measured: 0.82 of the one without a center
+errors = [float((np.exp(exact) * (exact - log_softmax(x))).sum(1).mean()) for x in (centered[1], plain[1])]
+assert errors[0] < 0.92 * errors[1], errors
 assert centered[0].center.is_file() and plain[0].center is None
 state = centered[0].save_state()
 other = Llama(sys.argv[1], kv="tbq4_0", center=False, **common)

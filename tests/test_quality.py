@@ -2,6 +2,7 @@
 """`tbq bench quality`: real runs of llama-perplexity on the smallest text that gives results, 254 scores."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -192,14 +193,25 @@ def test_without_centering(demo_model):
     )
 
 
-def test_keys_that_cannot_be_centered(tmp_path):
-    """There is one warning, and the rows that the user named."""
+def test_keys_that_can_be_centered_in_tbq_types_only(tmp_path):
+    """A soft-cap of the logits: no row of centered q8_0 keys."""
     from test_plan import gemma2
 
-    done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,tbq4_0")
+    done = run("--model", gemma2(tmp_path / "model.gguf"), *SMALL, "--types", "f16,q8_0,tbq4_0")
     assert done.returncode == 0, done.stderr
-    assert [row[0] for row in rows(done.stdout)] == ["f16", "tbq4_0", "tbq4_0 exact"]
-    assert done.stderr.count("tbq: warning: no rows with centered keys: ") == 1 and "soft-cap" in done.stderr
+    found = [row[0] for row in rows(done.stdout)]
+    assert found == ["f16", "q8_0", "tbq4_0", "tbq4_0 centered", "tbq4_0 centered exact"]
+    assert "warning" not in done.stderr
+
+
+def test_keys_that_cannot_be_centered(tmp_path, capsys):
+    """The text for the means is too short: one warning, and the rows that the user named."""
+    model = read_model(tiny_llama(tmp_path / "tiny.gguf", 64), [])
+    plain = TypePair("tbq4_0", "tbq4_0")
+    pairs = [plain, dataclasses.replace(plain, centered=True)]
+    report = quality.measure(model, pairs, b"Hello, world. " * 200, context=256, chunks=1, center_text=b"a")
+    assert report.complete and list(report.scores) == [plain]
+    assert capsys.readouterr().err.count("tbq: warning: no rows with centered keys: ") == 1
 
 
 def test_text_of_the_user(demo_model, tmp_path):
