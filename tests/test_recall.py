@@ -355,19 +355,21 @@ def test_errors(demo_model, tmp_path, arguments, message):
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_needs_nothing_compiled(tmp_path):
-    """It can measure on a machine that has only the sources and a llama-server."""
+def test_sources_and_a_llama_server_are_enough(demo_model, bin_dir, tmp_path):
+    """bench/recall.py, with the package's compiled module out of reach."""
+    root = pathlib.Path(__file__).resolve().parents[1]
     script = """if True:
-        import sys, types
-        package = types.ModuleType("tbq")
-        package.__path__ = [sys.argv[1]]
-        sys.modules.update({"tbq": package, "tbq._ffi": None, "gguf": None})
-        from tbq.bench import recall
-        print(recall.other_server("llama-server", "model.gguf"))
+        import runpy, sys
+        sys.modules.update({"tbq._ffi": None, "gguf": None})
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
     """
-    where = pathlib.Path(tbq.__file__).parent
-    done = subprocess.run([sys.executable, "-c", script, str(where)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    small = ("--tasks", "names", "--types", "tbq4_0", "--lengths", "512", "--samples", "1", "--chat", "--", "-t", "2")
+    command = [sys.executable, "-c", script, root / "bench" / "recall.py", bin_dir / "llama-server", demo_model]
+    done = subprocess.run([*command, tmp_path / "out", *small], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "| tbq4_0 | 8 |" in done.stdout, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["complete"] and all(len(q["answers"]) == 2 for q in report["questions"])
 
 
 # --- a small fixed set ------------------------------------------------------------------------------------------------
