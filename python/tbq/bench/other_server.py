@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,6 +16,7 @@ from tbq.errors import TBQError
 from tbq.programs import output
 from tbq.programs.child import start_child
 from tbq.serving.address import free_port
+from tbq.serving.answer import read_json
 
 
 class OtherServer:
@@ -75,14 +75,5 @@ class OtherServer:
     def request(self, path: str, body: Any = None) -> Any:
         """The answer to GET, or with a body to POST, as decoded JSON; TBQError if the server refuses the request."""
         data = None if body is None else json.dumps(body).encode()
-        try:
-            with self._opener.open(
-                urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}),
-                timeout=10 if path == "/health" else None,
-            ) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise TBQError(
-                    f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}"
-                ) from None
+        question = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        return read_json(lambda: self._opener.open(question, timeout=10 if path == "/health" else None))

@@ -29,6 +29,7 @@ from tbq.programs.child import start_child
 from tbq.programs.options import check_files, check_tls, plan_arguments, positive_number, server_options
 from tbq.programs.paths import paths, program
 from tbq.serving.address import api_key, check_port, first_tcp_host, free_port, server_url
+from tbq.serving.answer import read_json
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -369,14 +370,7 @@ class Server:
         body: what json.dumps takes.  There is no timeout.
         Raises TBQError if the server refuses the request, OSError if the server has ended.
         """
-        try:
-            with self._open(path, body) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise TBQError(
-                    f"llama-server answered {error.code}: {error.read(1000).decode(errors='replace')}"
-                ) from None
+        return read_json(lambda: self._open(path, body))
 
     def cache(self) -> dict[str, Any]:
         """What the server logs about its cache with --verbosity 4: types, cells, MiB, and the MiB of an f16 cache.
