@@ -241,7 +241,13 @@ def _quantize_blocks(bits, kv, x, weight=None):
     if kv:
         kk[shaped] = _shape_noise_of(bits, safe, weight, z, inverse_rms, rms, qk, kk, index, shaped)
 
-    d = scale_of(rms * np.float32(0.125), qk, kk, one, kv) * np.where(huge, np.float32(2.0**100), np.float32(1))
+    d = scale_of(rms * np.float32(0.125), qk, kk, one, kv)
+    if kv and weight is not None:
+        # a key: d . <y, k> = <y, y>
+        product = (np.where(z < 0, -q, q) * np.array(LEVELS[bits], np.int64)[index]).sum(axis=1)
+        unbiased = rms * np.float32(0.125) * (np.float32(BLOCK * one) / np.maximum(product, 1).astype(np.float32))
+        d = np.where(shaped & (product > 0), unbiased, d)
+    d = d * np.where(huge, np.float32(2.0**100), np.float32(1))
     d = np.minimum(d, F16_MAX).astype(np.float16).view(np.uint16)
     index[~ordinary] = 0
     d[~ordinary] = np.where(finite[~ordinary], 0, F16_NAN)

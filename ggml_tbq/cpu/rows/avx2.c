@@ -167,6 +167,22 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
     }
 }
 
+TBQ_INLINE int32_t product(int bits, coords c, const uint8_t * index) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all));
+    __m256i       sum   = _mm256_setzero_si256();
+    for (int i = 0; i < 2; i++) {
+        const __m256i k    = _mm256_shuffle_epi8(table, _mm256_loadu_si256((const __m256i *) (index + 32 * i)));
+        const __m256i same = _mm256_sub_epi8(_mm256_xor_si256(k, c.negative[i]), c.negative[i]);
+        const __m256i low  = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(same));
+        const __m256i high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(same, 1));
+        sum                = _mm256_add_epi32(sum, _mm256_madd_epi16(c.q[2 * i], low));
+        sum                = _mm256_add_epi32(sum, _mm256_madd_epi16(c.q[2 * i + 1], high));
+    }
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    half         = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+
 static inline void transform(float * x) {
     __m256 v[8];
     for (int r = 0; r < 8; r++) {

@@ -168,6 +168,15 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
     _mm512_storeu_si512(index, _mm512_mask_blend_epi8(c.negative, i, _mm512_xor_si512(i, all)));
 }
 
+TBQ_INLINE int32_t product(int bits, coords c, const uint8_t * index) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) tbq_lookup_table(bits)->all));
+    const __m512i k     = _mm512_shuffle_epi8(table, _mm512_loadu_si512(index));
+    const __m512i same  = _mm512_mask_sub_epi8(k, c.negative, _mm512_setzero_si512(), k);
+    const __m512i k0    = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(same));
+    const __m512i k1    = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(same, 1));
+    return _mm512_reduce_add_epi32(add_products(_mm512_madd_epi16(c.q[0], k0), c.q[1], k1));
+}
+
 static inline void transform(float * x) {
     __m512 v[4];
     for (int r = 0; r < 4; r++) {

@@ -184,6 +184,19 @@ TBQ_INLINE void assign(int bits, coords c, const int16_t * thresholds, uint8_t *
     }
 }
 
+TBQ_INLINE int32_t product(int bits, coords c, const uint8_t * index) {
+    const int8x16_t table = vld1q_s8(tbq_lookup_table(bits)->all);
+    int32x4_t       sum   = vdupq_n_s32(0);
+    for (int r = 0; r < 8; r++) {
+        const int8x8_t  sign = vreinterpret_s8_u8(c.negative[r]);
+        const int8x8_t  k    = vqtbl1_s8(table, vld1_u8(index + 8 * r));
+        const int16x8_t same = vmovl_s8(vsub_s8(veor_s8(k, sign), sign));
+        sum                  = vmlal_s16(sum, vget_low_s16(c.q[r]), vget_low_s16(same));
+        sum                  = vmlal_high_s16(sum, c.q[r], same);
+    }
+    return vaddvq_s32(sum);
+}
+
 static inline void transform(float * x) {
     float32x4_t v[N_F32];
     for (int r = 0; r < N_F32; r++) {

@@ -100,6 +100,14 @@ static void values(int bits, const uint8_t * index, float * k) {
     }
 }
 
+static int32_t product(int bits, coords c, const uint8_t * index) {
+    int32_t sum = 0;
+    for (int i = 0; i < TBQ_BLOCK; i++) {
+        sum += (c.negative[i] ? -c.q[i] : c.q[i]) * tbq_codebook(bits)[index[i]];
+    }
+    return sum;
+}
+
 static void transform(float * v) {
     butterflies(v);
 }
