@@ -337,6 +337,17 @@ def test_gpu_center(programs):
 
 
 @on_gpu
+def test_gpu_logits(programs, request, tmp_path):
+    """Attention that sees more of a key than softmax does gets the mean: sinks, soft-caps, latent attention."""
+    models = os.environ.get("LOGITS_MODELS")
+    if not models:
+        models = tmp_path / "models"
+        run(sys.executable, CUDA / "logits.py", "--make", models)
+    source = os.environ.get("LLAMA_CPP_SOURCE") or request.getfixturevalue("build_dir") / "llama.cpp-src"
+    print(run(sys.executable, CUDA / "logits.py", models, programs, source))
+
+
+@on_gpu
 def test_gpu_hf():
     """The Triton kernels."""
     for package in ("torch", "transformers", "triton"):
