@@ -211,12 +211,14 @@ def scale_of(rms, qk, kk, one, kv):
     return rms * (qk.astype(np.float32) / (kk.astype(np.float32) * np.float32(one)))
 
 
-def _shape_noise_of(bits, x, weight, z, inverse_rms, rms, qk, kk, index, some):
+def _shape_noise_of(bits, x, weight, z, inverse_rms, rms, qk, kk, one, index, some):
     """shape_noise() of the blocks that some selects, in place; their <k, k>."""
     part = index[some]
     p = z[some] * inverse_rms[some, None]
     mean_square = rms[some] * rms[some] * np.float32(1 / BLOCK)
     d = qk[some].astype(np.float32) / kk[some].astype(np.float32)
+    if weight is not None:
+        d = np.float32(BLOCK * one * one) / qk[some].astype(np.float32)
     result = shape_noise(bits, x[some], None if weight is None else weight[some], p, mean_square, d, part)
     index[some] = part
     return result
@@ -239,7 +241,7 @@ def _quantize_blocks(bits, kv, x, weight=None):
     index = np.where(z < 0, half - 1 - m, half + m)
     shaped = ordinary & ~huge
     if kv:
-        kk[shaped] = _shape_noise_of(bits, safe, weight, z, inverse_rms, rms, qk, kk, index, shaped)
+        kk[shaped] = _shape_noise_of(bits, safe, weight, z, inverse_rms, rms, qk, kk, one, index, shaped)
 
     d = scale_of(rms * np.float32(0.125), qk, kk, one, kv)
     if kv and weight is not None:
