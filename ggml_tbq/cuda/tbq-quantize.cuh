@@ -57,6 +57,14 @@ static __device__ __forceinline__ uint32_t tbq_abs_max_16(const float (&x)[4]) {
     return largest;
 }
 
+static __device__ __forceinline__ int tbq_sum_16(int x) {
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+        x += __shfl_xor_sync(TBQ_WARP_ALL, x, h);
+    }
+    return x;
+}
+
 // The largest gain of the lanes of one parity, the first of equals.
 static __device__ __forceinline__ void tbq_first_largest(float & gain, int & at) {
 #pragma unroll
@@ -87,10 +95,16 @@ template <int H, int N> static __device__ __forceinline__ void tbq_share_out(int
 
 // --- a block ---------------------------------------------------------------------------------------------------
 
-// d that preserves the norm: d . |k| = |y|.  At most the largest half.
-static __device__ __forceinline__ float tbq_norm_scale(float rms, int kk, bool huge) {
-    const float norm = __fdiv_rn(__fmul_rn(__fmul_rn(rms, 0.125f), 8.0f), __fsqrt_rn((float) kk));
-    const float d    = __fmul_rn(norm, huge ? TBQ_HUGE_UNSCALE : 1.0f);
+// d, from the sums of q k and k k.  With qk > 0 it is unbiased, <y, d k> = <y, y>; qk is 0 where weights were not
+// measured.  Otherwise it preserves the norm, d . |k| = |y|.  At most the largest half.
+static __device__ __forceinline__ float tbq_final_scale(float rms, int qk, int kk, bool huge) {
+    const float unit = __fmul_rn(rms, 0.125f);
+    float       d;
+    if (qk > 0 && !huge) {
+        d = __fmul_rn(unit, __fdiv_rn(64.0f * TBQ_Q_ONE, (float) qk));
+    } else {
+        d = __fmul_rn(__fdiv_rn(__fmul_rn(unit, 8.0f), __fsqrt_rn((float) kk)), huge ? TBQ_HUGE_UNSCALE : 1.0f);
+    }
     return d < TBQ_F16_MAX ? d : TBQ_F16_MAX;
 }
 
@@ -373,21 +387,6 @@ static __device__ __forceinline__ void tbq_coordinate_descent_16(float (&g)[4], 
     __syncwarp(); // before the next block overwrites m
 }
 
-// The sum of k k.
-static __device__ __forceinline__ int tbq_level_squares_16(const int (&index)[4], const tbq_encoder_gaps * gaps) {
-    int total = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int level = (int) gaps->level[index[j]];
-        total += level * level;
-    }
-#pragma unroll
-    for (int h = 1; h < 16; h *= 2) {
-        total += __shfl_xor_sync(TBQ_WARP_ALL, total, h);
-    }
-    return total;
-}
-
 // x[j]: value l + 16 j.  weight: their weights in noise shaping, or null.  All lanes of the warp call this; write:
 // whether the block of this half-warp exists.  exact: the block of its exact row, or null; keep: whether there are any.
 template <int BITS>
@@ -412,6 +411,7 @@ tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, b
     for (int j = 0; j < 4; j++) {
         index[j] = tbq_level_index<BITS>(q[j], z[j], best);
         g[j]     = __fsub_rn(__fmul_rn(z[j], b.inverse), __fmul_rn(d, gaps->level[index[j]]));
+        q[j]     = z[j] < 0.0f ? -q[j] : q[j];
     }
     tbq_guess_weights(x, b.rms, w);
 #pragma unroll
@@ -420,7 +420,15 @@ tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, b
     }
     tbq_shaping_slopes(w, g, scratch, l);
     tbq_coordinate_descent_16(g, index, d, !b.huge && !b.zero && !b.bad, scratch, gaps, l);
-    const int kk = tbq_level_squares_16(index, gaps);
+    int qk = 0, kk = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int k = (int) gaps->level[index[j]];
+        qk += q[j] * k;
+        kk += k * k;
+    }
+    qk = weight ? tbq_sum_16(qk) : 0;
+    kk = tbq_sum_16(kk);
 
     if (b.zero || b.bad) {
 #pragma unroll
@@ -428,7 +436,7 @@ tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, b
             index[j] = 0;
         }
     }
-    const float scale = b.zero || b.bad ? 0.0f : tbq_norm_scale(b.rms, b.huge ? best.kk : kk, b.huge);
+    const float scale = b.zero || b.bad ? 0.0f : tbq_final_scale(b.rms, qk, b.huge ? best.kk : kk, b.huge);
     tbq_write_block<BITS>(index, b.bad ? TBQ_F16_NAN : __half_as_ushort(__float2half_rn(scale)), block, write, l);
 }
 
@@ -677,11 +685,8 @@ template <int BITS> static __device__ __forceinline__ tbq_scale tbq_try_two_scal
             s.qk += q * k;
             s.kk += k * k;
         }
-#pragma unroll
-        for (int h = 1; h < 16; h *= 2) {
-            s.qk += __shfl_xor_sync(TBQ_WARP_ALL, s.qk, h);
-            s.kk += __shfl_xor_sync(TBQ_WARP_ALL, s.kk, h);
-        }
+        s.qk              = tbq_sum_16(s.qk);
+        s.kk              = tbq_sum_16(s.kk);
         const bool better = s.number < N && s.better(best);
         best              = better ? s : best;
     }
@@ -777,7 +782,8 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     __shared__ float            z_all[64], w_all[64],
         m_all[64]; // rotated values; weights of noise shaping; row 0 of the error's matrix
     __shared__ int qk_of[8], kk_of[8], number_of[8]; // the scale of each half-warp
-    __shared__ int index_all[64], squares_of[2];     // indices; sums of k k over even and odd coordinates
+    __shared__ int index_all[64];                    // indices
+    __shared__ int product_of[2], squares_of[2];     // sums of q k and k k over even and odd coordinates
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -837,16 +843,21 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         const int index =
             tbq_coordinate_descent_32(m_all, gaps, c.slope, c.index, d, !b.huge && !b.zero && !b.bad, lane);
         index_all[2 * lane + warp] = b.zero || b.bad ? 0 : index;
-        const int level            = (int) gaps.level[index];
-        const int total            = __reduce_add_sync(TBQ_WARP_ALL, level * level);
+        const int   k              = (int) gaps.level[index];
+        const float y              = z_all[2 * lane + warp];
+        const int   q              = tbq_to_fixed(y, b.inverse, b.zero || b.bad);
+        const int   qk             = a.weight ? __reduce_add_sync(TBQ_WARP_ALL, (y < 0.0f ? -q : q) * k) : 0;
+        const int   kk             = __reduce_add_sync(TBQ_WARP_ALL, k * k);
         if (lane == 0) {
-            squares_of[warp] = total;
+            product_of[warp] = qk;
+            squares_of[warp] = kk;
         }
     }
     __syncthreads();
     if (warp == 0) {
         const int   kk = b.huge ? best.kk : squares_of[0] + squares_of[1];
-        const float d  = b.zero || b.bad ? 0.0f : tbq_norm_scale(b.rms, kk, b.huge);
+        const int   qk = product_of[0] + product_of[1];
+        const float d  = b.zero || b.bad ? 0.0f : tbq_final_scale(b.rms, qk, kk, b.huge);
         int         index[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {

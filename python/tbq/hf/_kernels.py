@@ -239,6 +239,10 @@ def encode_blocks(
     kk = tl.sum(k * k, axis=1)
 
     d = tl.div_rn(rms * 0.125 * 8.0, tl.sqrt_rn(kk.to(tl.float32))) * tl.where(huge, HUGE_UNSCALE, 1.0)
+    if WEIGHT:  # not biased, d <y, k> = <y, y>, instead of norm-preserving
+        qk = tl.sum(tl.where(z < 0, -q, q) * k, axis=1)
+        ratio = tl.div_rn(tl.full([N], 64.0 * Q_ONE, tl.float32), qk.to(tl.float32))
+        d = tl.where(huge | (qk <= 0), d, rms * 0.125 * ratio)
     d = tl.where(zero, 0.0, tl.where(d < F16_MAX, d, F16_MAX))
     half = tl.where(bad, F16_NAN, d.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32))
     index = tl.where((zero | bad)[:, None], 0, index)
