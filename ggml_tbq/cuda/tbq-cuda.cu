@@ -9,6 +9,7 @@
 #include "tbq-dequantize.cuh"
 #include "tbq-ggml.h"
 #include "tbq-matvec.cuh"
+#include "tbq-prompt-launch.cuh"
 #include "tbq-quantize.cuh"
 
 // Bits of an index, of a q8_0 or an f16 value; 0 for other types.
@@ -564,43 +565,29 @@ bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
            (!only_native(dst) && exact_supported(dst) && center_supported(dst));
 }
 
-// More columns than this are a prompt: converting the cache to f16 once takes less work than unpacking it for every 16.
+// More columns than this are a prompt: unpacking the cache once takes less work than unpacking it for every 16.
 #define TBQ_ATTENTION_MAX_COLUMNS 64
 
-bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
+static int64_t n_columns(const ggml_tensor * dst) {
+    return dst->src[0]->ne[1] * (dst->src[0]->ne[2] / dst->src[1]->ne[2]);
+}
+
+// What both kernels need.
+static bool native_supported(const ggml_tensor * dst) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
     const int64_t       d    = q->ne[0];
-    const int           cc   = ggml_cuda_info().devices[device].cc;
-#ifndef FLASH_ATTN_AVAILABLE
-    return false; // a prompt would have no kernel
-#endif
-    const int bits_k = kv_bits(k->type), bits_v = kv_bits(v->type);
-    if (bits_k == 0 || bits_v == 0 || (bits_k >= 8 && bits_v >= 8) || (d != 64 && d != 128 && d != 256) ||
-        v->ne[0] != d) {
+    if (!ggml_is_tbq(k->type) && !ggml_is_tbq(v->type)) {
         return false;
     }
-    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
-        return false;
-    }
-    // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
-    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
-        ggml_cuda_info().devices[device].smpbo) {
-        return false;
-    }
-    // limits of a grid
-    const int64_t n_columns = q->ne[1] * (q->ne[2] / k->ne[2]);
-    if (k->ne[1] == 0 || (n_columns + 7) / 8 * k->ne[2] > 65535 || q->ne[3] > 65535) {
-        return false;
-    }
-    if (q->ne[1] * (q->ne[2] / k->ne[2]) > TBQ_ATTENTION_MAX_COLUMNS && !only_native(dst)) {
+    if (kv_bits(k->type) == 0 || kv_bits(v->type) == 0 || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
         return false;
     }
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
-        !ggml_is_contiguous(dst) || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 ||
-        (mask && mask->ne[2] != 1) || !exact_supported(dst) || !center_supported(dst)) {
+        !ggml_is_contiguous(dst) || k->ne[1] == 0 || q->ne[3] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
+        q->ne[3] % k->ne[3] != 0 || (mask && mask->ne[2] != 1) || !exact_supported(dst) || !center_supported(dst)) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {
@@ -616,6 +603,60 @@ bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
         }
     }
     return true;
+}
+
+// By tbq-attention.cuh.
+static bool decode_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * k  = dst->src[1];
+    const int64_t       d  = dst->src[0]->ne[0];
+    const int           cc = ggml_cuda_info().devices[device].cc;
+    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
+    const int bits_k = kv_bits(k->type), bits_v = kv_bits(dst->src[2]->type);
+    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
+        ggml_cuda_info().devices[device].smpbo) {
+        return false;
+    }
+    // limits of a grid
+    return (n_columns(dst) + 7) / 8 * k->ne[2] <= 65535 &&
+           (n_columns(dst) <= TBQ_ATTENTION_MAX_COLUMNS || only_native(dst));
+}
+
+// Whether tbq-prompt.cu has kernels for this device.
+static bool has_prompt_kernels(int device) {
+    static const std::vector<bool> has = [] {
+        const int         current = ggml_cuda_get_device();
+        std::vector<bool> list(ggml_cuda_info().device_count);
+        for (size_t i = 0; i < list.size(); i++) {
+            ggml_cuda_set_device(i);
+            list[i] = tbq_prompt_compiled();
+        }
+        ggml_cuda_set_device(current);
+        return list;
+    }();
+    return has[device];
+}
+
+// By tbq-prompt.cuh.
+static bool prompt_supported(int device, const ggml_tensor * dst) {
+#ifndef GGML_TBQ_CUDA_PROMPT
+    return false;
+#endif
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    return n_columns(dst) > TBQ_ATTENTION_MAX_COLUMNS && ggml_is_tbq(k->type) && ggml_is_tbq(dst->src[2]->type) &&
+           has_prompt_kernels(device) && k->ne[1] <= tbq_prompt_max_kv(q->ne[0]) &&
+           n_columns(dst) <= TBQ_PROMPT_MAX_ROWS && (!dst->src[3] || dst->src[3]->ne[3] <= 65535) &&
+           k->nb[1] < TBQ_PROMPT_MAX_STRIDE && dst->src[2]->nb[1] < TBQ_PROMPT_MAX_STRIDE;
+}
+
+bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
+#ifndef FLASH_ATTN_AVAILABLE
+    return false; // a prompt would have no kernel
+#endif
+    return native_supported(dst) && (prompt_supported(device, dst) || decode_supported(device, dst));
 }
 
 // K or V of `dst` as f16 at `to`, with its exact rows at their cells, and with the mean that its rows lack.
@@ -705,7 +746,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
     const ggml_tensor * mean  = dst->src[8];
 
-    tbq_attention_args a = {};
+    tbq_prompt_args a = {};
     a.q                  = (const char *) q->data;
     a.k                  = (const char *) k->data;
     a.v                  = (const char *) v->data;
@@ -742,6 +783,15 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             a.exact_v     = (const char *) e->data;
             a.exact_v_nb1 = e->nb[1], a.exact_v_nb2 = e->nb[2], a.exact_v_nb3 = e->nb[3];
         }
+    }
+    if (prompt_supported(ctx.device, dst)) {
+        a.bits_k = kv_bits(k->type);
+        a.bits_v = kv_bits(v->type);
+        tbq_prompt_partition(a, q->ne[0], ggml_cuda_info().devices[ctx.device].nsm);
+        ggml_cuda_pool_alloc<char> memory(ctx.pool(), tbq_prompt_place(a, q->ne[0], nullptr));
+        tbq_prompt_place(a, q->ne[0], memory.ptr);
+        CUDA_CHECK(tbq_prompt_launch(a, q->ne[0], ctx.stream()));
+        return true;
     }
 #define TBQ_CASE(K, V) \
     case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;

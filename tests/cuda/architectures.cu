@@ -3,6 +3,7 @@
 #include "tbq-attention.cuh"
 #include "tbq-dequantize.cuh"
 #include "tbq-matvec.cuh"
+#include "tbq-prompt.cuh"
 #include "tbq-quantize.cuh"
 
 template __global__ void tbq_attention<128, 4, 4, 8, false>(const tbq_attention_args);
@@ -19,3 +20,8 @@ template __global__ void tbq_matvec<4, 1>(const tbq_matvec_args);
 template __global__ void tbq_quantize_rows<4, float>(const tbq_encode_args);
 template __global__ void tbq_quantize_pair<4, 3, true>(const tbq_encode_args, const tbq_rope_args,
                                                        const tbq_encode_args, int);
+// code for sm_90a, and nothing for the others
+template __global__ void tbq_prompt_map<128>(const __grid_constant__ tbq_prompt_args);
+template __global__ void tbq_prompt<64, TBQ_PROMPT_LAUNCH>(const __grid_constant__ tbq_prompt_args);
+template __global__ void tbq_prompt<128, TBQ_PROMPT_LAUNCH>(const __grid_constant__ tbq_prompt_args);
+template __global__ void tbq_prompt<256, TBQ_PROMPT_LAUNCH>(const __grid_constant__ tbq_prompt_args);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""build.py OUT [nvcc arguments]: compiles blocks.cu and attention.cu into the folder OUT, for this machine's GPU."""
+"""build.py OUT: compiles blocks.cu, attention.cu and prompt.cu into the folder OUT, for this machine's GPU."""
 
 import concurrent.futures
 import pathlib
@@ -10,7 +10,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 TBQ = HERE.parents[1] / "ggml_tbq"
 
 
-def build(out, arch="native", programs=("blocks", "attention")):
+def build(out, arch="native", programs=("blocks", "attention", "prompt")):
     out = pathlib.Path(out)
     # The reference that both compare with: tests/kernels' build has the flags of every instruction set.
     subprocess.run(["cmake", "-S", HERE.parent / "kernels", "-B", out / "cpu"], check=True, capture_output=True)
@@ -18,7 +18,9 @@ def build(out, arch="native", programs=("blocks", "attention")):
     library = next((out / "cpu").glob("libtbq*"))
 
     def nvcc(*arguments):
-        flags = ["-std=c++17", "-O3", f"-arch={arch}", "-use_fast_math", "--split-compile=0"]
+        # prompt.cu has no kernels for another GPU
+        target = "sm_90a" if HERE / "prompt.cu" in arguments else arch
+        flags = ["-std=c++17", "-O3", f"-arch={target}", "-use_fast_math", "--split-compile=0"]
         subprocess.run(["nvcc", *flags, "-I", TBQ / "include", "-I", TBQ / "cuda", *arguments], check=True)
 
     # Compiled side by side: a file for each head size, all kernels of which take minutes.
