@@ -193,7 +193,10 @@ struct tbq_scale {
         return mine > theirs || (mine == theirs && number < than.number);
     }
 
-    __device__ __forceinline__ float least_squares() const { return __fdiv_rn((float) qk, (float) kk); }
+    // What moves of noise shaping are judged by: least squares, or with measured weights the unbiased scale.
+    __device__ __forceinline__ float shaping(bool measured) const {
+        return measured ? __fdiv_rn(64.0f * TBQ_Q_ONE * TBQ_Q_ONE, (float) qk) : __fdiv_rn((float) qk, (float) kk);
+    }
 };
 
 // The best of what each of LANES neighboring lanes has.
@@ -404,7 +407,7 @@ tbq_quantize_block_16(const float (&x)[4], const float * weight, char * block, b
         q[j] = tbq_to_fixed(z[j], b.inverse, b.zero || b.bad);
     }
     const tbq_scale best = tbq_search_scale<BITS>(q, l);
-    const float     d    = best.least_squares();
+    const float     d    = best.shaping(weight);
     int             index[4];
     float           g[4], w[4];
 #pragma unroll
@@ -837,7 +840,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 
     if (warp < 2) {
         best                   = tbq_best_scale<8>({ qk_of[lane % 8], kk_of[lane % 8], number_of[lane % 8] });
-        const float          d = best.least_squares();
+        const float          d = best.shaping(a.weight);
         const tbq_coordinate c =
             tbq_first_levels<BITS>(z_all, w_all, gaps, best, d, b.inverse, b.zero || b.bad, lane, warp);
         const int index =

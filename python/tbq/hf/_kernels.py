@@ -225,7 +225,10 @@ def encode_blocks(
         w = tl.reshape(tl.join(w, w), [N, 64])
     m, _ = tl.split(tl.reshape(butterflies(w, N) * 0.015625, [N, 32, 2]))  # exactly 0 at odd places
     m0 = tl.sum(tl.where(tl.arange(0, 32)[None, :] == 0, m, 0.0), axis=1)
-    d = tl.div_rn(best_qk.to(tl.float32), best_kk.to(tl.float32))
+    if WEIGHT:  # moves are judged by the scale that is used
+        d = tl.div_rn(tl.full([N], 64.0 * Q_ONE * Q_ONE, tl.float32), best_qk.to(tl.float32))
+    else:
+        d = tl.div_rn(best_qk.to(tl.float32), best_kk.to(tl.float32))
     g = z * inverse[:, None] - d[:, None] * tl.load(tables + LEVELS + index)
     g = butterflies(butterflies(g, N) * w, N) * 0.015625
     g_even, g_odd = tl.split(tl.reshape(g, [N, 32, 2]))
