@@ -69,7 +69,7 @@ def test_compiles(tmp_path, arch):
     if f"sm_{arch.rstrip('a')}\n" not in known:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     kernels = compile_for(arch, tmp_path / "x.cubin")
-    assert len(kernels) == 20
+    assert len(kernels) == 22
     for name, (spill, registers) in kernels.items():
         # q8_0 keys: three words at most, also where their rows are read at the cells of exact ones; f16 values: one
         allowed = 12 if "Li128ELi8ELi4ELi8E" in name else 4 if "Li128ELi4ELi16ELi8E" in name else 0
@@ -263,6 +263,18 @@ def test_gpu_kernels_prompt(standalone):
     out = run(standalone / "prompt", "check", "270")
     print(out)
     assert "270 problems, 0 wrong" in out
+
+
+@on_gpu
+@needs_nvcc
+def test_gpu_kernels_attention_rows(standalone):
+    """The kernel for whole rows, which nothing calls yet."""
+    for how in ([], ["early"]):
+        out = run(standalone / "attention", "rows", *how, "check", "192", "3")
+        print(out)
+        assert "192 problems, 0 wrong" in out
+        if "; 0 launches" in out:
+            pytest.skip("it needs 227 KiB of shared memory: sm_90, sm_100")
 
 
 @on_gpu

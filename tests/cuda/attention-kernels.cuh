@@ -8,3 +8,6 @@
 void launch_64(int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream);
 void launch_128(int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream);
 void launch_256(int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream);
+
+// The kernel for whole rows, if it can do this; early: by programmatic launches.
+bool launch_rows(int d, int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream, bool early);

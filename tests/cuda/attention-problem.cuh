@@ -35,8 +35,8 @@ static const int PAIRS[][2] = { { 4, 4 }, { 3, 3 },  { 2, 2 },  { 4, 3 },  { 3, 
 // Those of prompts, in an order of their own.
 static const int PROMPT_PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, { 2, 4 },
                                        { 3, 2 }, { 4, 2 }, { 2, 3 }, { 3, 4 } };
-static const int N_ALL      = sizeof(PAIRS) / sizeof(PAIRS[0]);
-static const int N_PAIRS    = 10; // of these without exact rows
+static const int N_ALL             = sizeof(PAIRS) / sizeof(PAIRS[0]);
+static const int N_PAIRS           = 10; // of these without exact rows
 
 // Random blocks: any bytes decode to something; only the scales must be reasonable.
 static std::vector<char> random_rows(int bits, size_t n_blocks, std::mt19937 & rng) {
@@ -159,13 +159,16 @@ static std::vector<int> random_cells(int n_kv, int n_exact, std::mt19937 & rng) 
 using launch_function = std::function<void(int, int, int, const tbq_attention_args &, float *)>;
 
 // n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.  prompt:
-// many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.
+// many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what the kernel for
+// whole rows can do.
 static double check(const launch_function & launch, int index, std::mt19937 & rng, int n_exact = 0,
-                    bool centered = false, bool prompt = false) {
-    const int          n_pairs = prompt ? 9 : n_exact ? N_ALL : N_PAIRS;
-    const int * const  pair    = (prompt ? PROMPT_PAIRS : PAIRS)[index % n_pairs];
-    const int          d       = 64 << (index / n_pairs % 3);
-    auto               pick    = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
+                    bool centered = false, bool prompt = false, bool whole_rows = false) {
+    const int         n_pairs = prompt ? 9 : whole_rows ? 4 : n_exact ? N_ALL : N_PAIRS;
+    const int * const pair    = (prompt ? PROMPT_PAIRS : PAIRS)[index % n_pairs];
+    // whole rows: mostly of 128 channels, where there are more kernels
+    const int          d    = whole_rows ? std::vector<int>{ 64, 256, 128, 128, 128, 128, 128, 128 }[index / 4 % 8]
+                                         : 64 << (index / n_pairs % 3);
+    auto               pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
     a.n_head_kv     = pick({ 1, 2, 3, 4, 5, 8 });
     int gqa         = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
@@ -206,10 +209,23 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
         }
     }
 
+    if (whole_rows) { // masks of a multiple of 8 tokens
+        a.n_head_kv = d == 64 ? 8 : d == 256 ? 2 : pick({ 4, 8 });
+        a.n_head    = a.n_head_kv * gqa;
+        a.n_kv      = pick({ 8, 16, 24, 112, 256, 264, 520, 1016, 4096, 1, 5, 113, 1023, 8200 });
+        while (a.n_kv > 24 && (double) a.n_kv * a.n_head * a.n_q * a.n_seq > 300000) {
+            a.n_kv = a.n_kv / 2 / 8 * 8; // what the reference can do in time
+        }
+        if (a.n_kv % 8) { // without a mask
+            a.max_bias = 0;
+        }
+    }
+
     // The mean moves logits by about 5, and values that are keys are that mean and more.
-    const bool v_is_k      = centered && pair[0] == pair[1] && rng() % 2;
-    const bool heads_apart = rng() % 4 == 0;    // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
-    const int  more        = pick({ 0, 0, 3 }); // rows that the view leaves out
+    const bool v_is_k = centered && pair[0] == pair[1] && rng() % 2;
+    // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
+    const bool                      heads_apart = rng() % (whole_rows ? 16 : 4) == 0;
+    const int                       more        = pick({ 0, 0, 3 }); // rows that the view leaves out
     std::normal_distribution<float> normal;
     std::vector<float>              q((size_t) d * a.n_q * a.n_head * a.n_seq);
     for (float & x : q) {
@@ -274,13 +290,13 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
             }
         }
     }
-    const bool          masked = a.max_bias != 0 || rng() % 3 != 0;
+    const bool          masked = a.max_bias != 0 || (rng() % 3 != 0 && !(whole_rows && a.n_kv % 8));
     std::vector<__half> mask((size_t) a.n_kv * a.n_q * a.n_seq_mask);
-    const int kind = prompt ? rng() % 4 : 0;
+    const int           kind = prompt ? rng() % 4 : 0;
     for (size_t i = 0; i < mask.size(); i++) {
         const int token = i % a.n_kv, row = i / a.n_kv % a.n_q, past = a.n_kv - a.n_q + row;
-        const int hide  = i / a.n_kv % 3; // whole stretches, single tokens, nothing
-        float     x     = -(float) (rng() % 5);
+        const int hide = i / a.n_kv % 3; // whole stretches, single tokens, nothing
+        float     x    = -(float) (rng() % 5);
         if (kind == 1) { // causal
             x = token > past ? -INFINITY : 0;
         } else if (kind == 2) { // a window
@@ -420,8 +436,8 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
         std::printf(
             "problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d exact %d seq %d/%d mask %d kind %d bias %g cap %g sinks %d "
             "mean %d apart %d: relative squared error %.3g%s\n",
-            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked, kind,
-            a.max_bias, a.logit_softcap, with_sinks, mean.empty() ? 0 : 1 + a.mean_of_values, heads_apart, nmse,
+            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked,
+            kind, a.max_bias, a.logit_softcap, with_sinks, mean.empty() ? 0 : 1 + a.mean_of_values, heads_apart, nmse,
             repeats ? "" : ", differs when repeated");
         return 1;
     }

@@ -3,15 +3,27 @@
 //   attention check [problems] [seed]     exit status 1 if one is wrong
 //   attention exact [problems] [seed]     the same with exact rows
 //   attention center [problems] [seed]    the same with centered keys, half of them with exact rows
+//   attention rows check ...              with the kernel for whole rows (tbq-attention-rows.cuh), where it can
+//   attention rows early check ...        the same by programmatic launches
 //   attention bench                       the shapes in docs/measurements/cuda.md
 //   attention time exact                  a decode step with and without exact rows
 //   attention time center                 a decode step with and without a mean
+//   attention time rows                   that kernel's table in docs/measurements/cuda.md
+//   attention [rows] profile K V N_HEAD_KV GQA N_KV N_SEQ   one shape of 128 channels, for ncu
 #include "attention-kernels.cuh"
 #include "attention-problem.cuh"
 
 static cudaStream_t stream; // the default one, except where it is timed
 
+static bool rows_kernel;   // where it can: `attention rows ...`
+static bool early;         // programmatic launches of it
+static int  n_rows_kernel; // its launches
+
 static void launch_any(int d, int k, int v, const tbq_attention_args & a, float * partial) {
+    if (rows_kernel && launch_rows(d, k, v, a, partial, stream, early)) {
+        n_rows_kernel++;
+        return;
+    }
     (d == 64 ? launch_64 : d == 128 ? launch_128 : launch_256)(k, v, a, partial, stream);
 }
 
@@ -160,6 +172,146 @@ static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0, i
     return best * 1000 / layers;
 }
 
+// Microseconds of n_q rows of each of n_seq sequences; in a graph, with caches that the L2 cache does not hold.  Median
+// of the rounds.
+static double time_shape(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_seq, int n_q) {
+    tbq_attention_args a{};
+    a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_kv = n_kv;
+    a.n_seq = a.n_seq_kv = a.n_seq_mask = n_seq;
+    a.scale                             = 1.0f / std::sqrt((float) d);
+    a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * n_q;
+    a.k_nb2 = d / 64 * tbq_attention_block(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
+    a.v_nb2 = d / 64 * tbq_attention_block(v), a.v_nb1 = a.v_nb2 * n_head_kv, a.v_nb3 = a.v_nb1 * n_kv;
+    a.mask_nb1 = 2 * n_kv, a.mask_nb3 = a.mask_nb1 * n_q;
+    std::mt19937            rng(1);
+    const int               n_random = std::min(n_kv, 2048); // tokens, again and again
+    const std::vector<char> rows_k   = random_rows(k, (size_t) n_random * n_head_kv * d / 64, rng),
+                            rows_v   = random_rows(v, (size_t) n_random * n_head_kv * d / 64, rng);
+    const size_t bytes_k = rows_k.size() / n_random * n_kv * n_seq, bytes_v = rows_v.size() / n_random * n_kv * n_seq;
+    const int    layers = std::max<int>(3, std::min<size_t>(256, (200u << 20) / (bytes_k + bytes_v)));
+    device_array<char> k_dev(bytes_k * layers), v_dev(bytes_v * layers);
+    for (int i = 0; i < layers * n_seq * (n_kv / n_random); i++) {
+        if (i == 0) {
+            CHECK(cudaMemcpy(k_dev.p, rows_k.data(), rows_k.size(), cudaMemcpyHostToDevice));
+            CHECK(cudaMemcpy(v_dev.p, rows_v.data(), rows_v.size(), cudaMemcpyHostToDevice));
+            continue;
+        }
+        CHECK(cudaMemcpyAsync(k_dev.p + i * rows_k.size(), k_dev.p, rows_k.size(), cudaMemcpyDeviceToDevice));
+        CHECK(cudaMemcpyAsync(v_dev.p + i * rows_v.size(), v_dev.p, rows_v.size(), cudaMemcpyDeviceToDevice));
+    }
+    std::normal_distribution<float> normal;
+    std::vector<float>              q((size_t) d * a.n_head * n_q * n_seq);
+    for (float & x : q) {
+        x = normal(rng);
+    }
+    const std::vector<__half> mask((size_t) n_kv * n_q * n_seq, __float2half(0.0f));
+    device_array<float>       q_dev(q), dst(q.size()), partial((size_t) n_seq * n_q * a.n_head * 300 * (d + 2));
+    device_array<__half>      mask_dev(mask);
+    a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
+    cudaGraph_t     graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+    for (int i = 0; i < layers; i++) {
+        a.k = k_dev.p + i * bytes_k;
+        a.v = v_dev.p + i * bytes_v;
+        launch_any(d, k, v, a, partial.p);
+    }
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t from, to;
+    CHECK(cudaEventCreate(&from));
+    CHECK(cudaEventCreate(&to));
+    std::vector<float> times;
+    for (int r = 0; r < 23; r++) {
+        CHECK(cudaEventRecord(from, stream));
+        CHECK(cudaGraphLaunch(exec, stream));
+        CHECK(cudaEventRecord(to, stream));
+        CHECK(cudaEventSynchronize(to));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, from, to));
+        if (r >= 2) { // the first ones warm up
+            times.push_back(ms);
+        }
+    }
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(stream));
+    stream = nullptr;
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2] * 1000 / layers;
+}
+
+// GB/s, read and written, of a copy of a GiB.
+static double copy_speed() {
+    const size_t       bytes = 1ull << 30;
+    device_array<char> x(bytes), y(bytes);
+    cudaEvent_t        from, to;
+    CHECK(cudaEventCreate(&from));
+    CHECK(cudaEventCreate(&to));
+    float best = 1e9f, ms;
+    for (int i = 0; i < 8; i++) {
+        CHECK(cudaEventRecord(from));
+        CHECK(cudaMemcpyAsync(y.p, x.p, bytes, cudaMemcpyDeviceToDevice));
+        CHECK(cudaEventRecord(to));
+        CHECK(cudaEventSynchronize(to));
+        CHECK(cudaEventElapsedTime(&ms, from, to));
+        best = std::min(best, ms);
+    }
+    return 2 * bytes / (best * 1e6);
+}
+
+// Old and new in turn.
+static void time_rows() {
+    std::printf("copy: %.0f GB/s read and written\n", copy_speed());
+    static const struct {
+        int k, v, n_head_kv, gqa, n_kv, n_seq = 1, n_q = 1, d = 128;
+    } shapes[] = {
+        { 4, 4, 8, 4, 131072 },
+        { 4, 4, 8, 4, 32768 },
+        { 4, 4, 8, 4, 16384 },
+        { 4, 4, 8, 4, 8192 },
+        { 4, 4, 8, 4, 4096 },
+        { 4, 4, 8, 4, 256 },
+        { 3, 3, 8, 4, 131072 },
+        { 3, 3, 8, 4, 32768 },
+        { 2, 2, 8, 4, 131072 },
+        { 2, 2, 8, 4, 32768 },
+        { 4, 3, 8, 4, 131072 },
+        { 4, 4, 4, 8, 131072 },
+        { 4, 4, 4, 8, 32768 },
+        { 3, 3, 4, 8, 131072 },
+        { 4, 4, 8, 8, 131072, 1, 1, 64 },
+        { 4, 4, 8, 8, 32768, 1, 1, 64 },
+        { 4, 4, 2, 8, 131072, 1, 1, 256 },
+        { 4, 4, 2, 8, 32768, 1, 1, 256 },
+        { 4, 4, 8, 4, 8192, 8 },
+        { 4, 4, 8, 4, 8192, 32 },
+        { 4, 4, 8, 4, 8192, 64 },
+        { 4, 4, 8, 4, 131072, 1, 2 },
+        { 4, 4, 8, 4, 131072, 1, 4 },
+    };
+    for (const auto & s : shapes) {
+        const double bytes =
+            (double) (tbq_attention_block(s.k) + tbq_attention_block(s.v)) * s.d / 64 * s.n_head_kv * s.n_kv * s.n_seq;
+        double us[3];
+        n_rows_kernel = 0;
+        for (int kind = 0; kind < 3; kind++) {
+            rows_kernel = kind > 0, early = kind == 2;
+            us[kind] = time_shape(s.d, s.k, s.v, s.n_head_kv, s.gqa, s.n_kv, s.n_seq, s.n_q);
+        }
+        std::printf("%3d: %d/%d %dx%d %6d tokens x %2d, %d rows: old %8.2f", s.d, s.k, s.v, s.n_head_kv, s.gqa, s.n_kv,
+                    s.n_seq, s.n_q, us[0]);
+        if (n_rows_kernel) { // or the other one ran instead
+            std::printf("  new %8.2f (%.2f, %4.0f GB/s)  early %8.2f", us[1], us[0] / us[1], bytes / us[1] / 1000,
+                        us[2]);
+        }
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+}
+
 static void time_exact() {
     for (const int * pair : { PAIRS[0], PAIRS[1], PAIRS[3], PAIRS[6] }) {
         for (int n_used : { 16, 64, 128 }) {
@@ -200,6 +352,22 @@ static void time_center() {
 }
 
 int main(int argc, char ** argv) {
+    while (argc > 1 && (!std::strcmp(argv[1], "rows") || !std::strcmp(argv[1], "early"))) {
+        (argv[1][0] == 'r' ? rows_kernel : early) = true;
+        argv++, argc--;
+    }
+    if (argc == 8 && !std::strcmp(argv[1], "profile")) {
+        int x[6];
+        for (int i = 0; i < 6; i++) {
+            x[i] = std::atoi(argv[2 + i]);
+        }
+        std::printf("%.2f us\n", time_shape(128, x[0], x[1], x[2], x[3], x[4], x[5], 1));
+        return 0;
+    }
+    if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "rows")) {
+        time_rows();
+        return 0;
+    }
     if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "center")) {
         time_center();
         return 0;
@@ -251,11 +419,15 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < n; i++) {
         const int    sizes[] = { 1, 17, 149, 661 };
         const double e =
-            center ? check(launch_any, i / 2, rng, i % 2 ? 149 : 0, true) 
-                   : check(launch_any, i, rng, exact ? sizes[i / (3 * N_ALL) % 4] : 0);
+            center ? check(launch_any, i / 2, rng, i % 2 ? 149 : 0, true)
+                   : check(launch_any, i, rng, exact ? sizes[i / (3 * N_ALL) % 4] : 0, false, false, rows_kernel);
         bad += e == 1;
         most = e < 1 ? std::max(most, e) : most;
     }
-    std::printf("%d problems, %d wrong; relative squared error at most %.3g\n", n, bad, most);
+    std::printf("%d problems, %d wrong; relative squared error at most %.3g", n, bad, most);
+    if (rows_kernel) {
+        std::printf("; %d launches of the kernel for whole rows", n_rows_kernel);
+    }
+    std::printf("\n");
     return bad != 0;
 }

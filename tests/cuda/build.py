@@ -28,6 +28,7 @@ def build(out, arch="native", programs=("blocks", "attention", "prompt")):
     if "attention" in programs:
         kernels = HERE / "attention-kernels.cu"
         objects["attention"] += [(f"attention-{d}", kernels, f"-DHEAD_SIZE={d}") for d in (64, 128, 256)]
+        objects["attention"].append(("attention-rows", HERE / "attention-rows.cu"))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         every = [one for some in objects.values() for one in some]
         list(pool.map(lambda one: nvcc("-c", *one[1:], "-o", out / f"{one[0]}.o"), every))

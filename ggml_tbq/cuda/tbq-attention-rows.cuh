@@ -1,0 +1,860 @@
+// SPDX-License-Identifier: MIT
+// Attention in decode over whole rows of the cache: tbq-attention.cuh's problem where rows of all KV heads can be copied
+// at once.
+//
+// tbq-attention.cuh reads a head's slice of a row by itself: 68 bytes at any multiple of 4, so three sectors of 32, and
+// the L2 cache's requests are its limit.  Here a CTA has a range of tokens for all KV heads.  Rows come by bulk copies
+// (cp.async.bulk), which one thread starts, into a ring of stages; every sector is read once, in order, and copying
+// costs the other warps nothing.  Each of them has one KV head and 16 tokens of a stage.
+//
+// THE TILES, for lane 4 g + t of a warp
+//
+//     S^T = K . Q^T   m16n8k32, s8 . s8:  A = keys (rows g, g + 8), B = queries (column g)
+//     O^T = V^T . P^T m16n8k16, bf16:     A = values (rows = channels), B = weights (columns = queries)
+//
+// Keys are operand A, so half of A is not padding, and a lane has the logits of two tokens: two scales of keys, two of
+// values and two masks where queries as A need four.  `movmatrix` turns the weights into operand B.
+//
+// UNPACKING.  A table of 16 levels is two of 8, and a look-up in the wrong one gives a constant: 0 for entries that are
+// not negative, -1 for those that are.  For keys both look-ups are operands, and the tensor core adds them: the upper
+// table has levels + 1.  Nothing is biased.  The integer sum starts at the bits of 1.5 . 2^23, so it is a float, and one
+// fma takes that away and multiplies by the query's scale: the scale has 22 bits, so that the product is exact.
+//
+// BANKS.  Rows of 8 KV heads are 8 banks apart modulo 32, so that two rows of a tile meet in a bank.  Space after every
+// four rows would avoid it, but then a stage takes a copy for each four, and that cost more (docs/design/cuda.md).  Rows of
+// 4 are an odd number of units of 16 bytes: no conflicts.
+//
+// The launcher does not call this kernel yet: it is slower for few tokens, and knows neither exact rows nor means.  It
+// needs 227 KiB of shared memory, so sm_90 or sm_100.
+#pragma once
+
+#include "tbq-attention.cuh"
+
+#define TBQ_ROWS_MAX_STAGES 12
+
+constexpr __host__ __device__ int tbq_rows_warps(int d, int nc) {
+    return d == 256 ? 12 : nc == 8 ? 16 : 8;
+}
+
+constexpr __host__ __device__ int tbq_rows_threads(int d, int nc) {
+    return 32 * tbq_rows_warps(d, nc);
+}
+
+// H KV heads of D channels in a row.
+template <int D, int H, int BITS> struct tbq_rows_side {
+    static constexpr int BYTES = tbq_attention_block(BITS);
+    static constexpr int HEAD  = D / 64 * BYTES;
+    static constexpr int ROW   = H * HEAD;
+    static_assert(ROW % 16 == 0, "bulk copies");
+};
+
+template <int D, int H, int BITS_K, int BITS_V, int NC> struct tbq_rows_shape {
+    using side_k                = tbq_rows_side<D, H, BITS_K>;
+    using side_v                = tbq_rows_side<D, H, BITS_V>;
+    static constexpr int WARPS  = tbq_rows_warps(D, NC);
+    static constexpr int TOKENS = 16 * WARPS / H; // of a stage
+    static constexpr int AT_V   = TOKENS * side_k::ROW;
+    static constexpr int AT_M   = AT_V + TOKENS * side_v::ROW; // masks
+    static constexpr int STAGE  = AT_M + NC * TOKENS * 2;
+    static constexpr int Q8     = H * NC * D;
+    static constexpr int FIT    = (229000 - Q8) / STAGE; // 227 KiB less what is static
+    static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES;
+    static constexpr int LAG    = STAGES > 4 ? 2 : 1; // a stage is filled again when it was used that many stages ago
+    static constexpr int SMEM   = STAGES * STAGE + Q8;
+    static_assert(STAGE % 16 == 0 && WARPS % H == 0, "layout");
+    static_assert(WARPS * NC * tbq_attention_row(D) * 4 <= STAGES * STAGE, "the results take the place of the ring");
+};
+
+// Whether the kernel below can do it.  bits_k, bits_v: 2, 3, 4
+static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, int bits_k, int bits_v) {
+    auto side = [&](const char * p, long long nb1, long long nb2, long long nb3, int bits) {
+        const int head = d / 64 * tbq_attention_block(bits);
+        return bits < 8 && (size_t) p % 16 == 0 && nb2 == head && nb1 == (long long) head * a.n_head_kv &&
+               nb3 % 16 == 0;
+    };
+    const bool shape = d == 128  ? a.n_head_kv == 4 || a.n_head_kv == 8
+                       : d == 64 ? a.n_head_kv == 8
+                                 : a.n_head_kv == 2 && a.n_q * (a.n_head / a.n_head_kv) <= 8;
+    return shape && !a.cells && !a.mean && side(a.k, a.k_nb1, a.k_nb2, a.k_nb3, bits_k) &&
+           side(a.v, a.v_nb1, a.v_nb2, a.v_nb3, bits_v) &&
+           (!a.mask || (((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 16 == 0 && a.n_kv % 8 == 0));
+}
+
+// How the cache is split: one CTA a multiprocessor, and what a CTA's start costs is about four slices of 16 tokens.
+static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm) {
+    a.gqa               = a.n_head / a.n_head_kv;
+    a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
+    const int n_columns = a.n_q * a.gqa;
+    const int nc        = tbq_attention_columns(n_columns);
+    a.n_groups          = (n_columns + nc - 1) / nc;
+    a.kv_per_seq        = a.n_seq / a.n_seq_kv;
+    const int n_tiles   = a.n_groups * a.n_seq;
+    const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
+    long long best      = 0;
+    for (int n = 1; n <= n_slices && n <= n_sm; n++) {
+        const long long cost = ((long long) n_tiles * n + n_sm - 1) / n_sm * ((n_slices + n - 1) / n + 4);
+        if (n == 1 || cost < best) {
+            best               = cost;
+            a.slices_per_split = (n_slices + n - 1) / n;
+        }
+    }
+    a.n_split = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+}
+
+#ifdef __CUDACC__
+
+// --- instructions ----------------------------------------------------------------------------------------------------
+
+static __device__ __forceinline__ void tbq_barrier_init(uint32_t barrier, int n) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+
+static __device__ __forceinline__ void tbq_barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ void tbq_barrier_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void tbq_barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+static __device__ __forceinline__ void tbq_bulk_copy(uint32_t to, const void * from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// The compiler would compute x again for every use.
+static __device__ __forceinline__ void tbq_keep(int & x) {
+    asm volatile("" : "+r"(x));
+}
+
+// The 8 x 8 tile of halves of which a lane has two of row g, transposed.
+static __device__ __forceinline__ uint32_t tbq_transpose(uint32_t x) {
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
+// x >> 16, in the pipe of products: look-ups are at the limit of the other one.
+static __device__ __forceinline__ uint32_t tbq_high(uint32_t x) {
+    uint32_t r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0100), "r"(0));
+    return r;
+}
+
+// Two look-ups of which one is 0.
+static __device__ __forceinline__ uint32_t tbq_either(uint32_t x, uint32_t y, uint32_t one) {
+    uint32_t r;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(one), "r"(y));
+    return r;
+}
+
+// --- the tables ------------------------------------------------------------------------------------------------------
+
+// Word i of the table for keys: signed levels, and of the upper half of 16 levels + 1.
+template <int BITS> constexpr __host__ __device__ uint32_t tbq_rows_level_word(int i) {
+    constexpr int8_t levels[3][16] = { TBQ2_LEVELS, TBQ3_LEVELS, TBQ4_LEVELS };
+    uint32_t         word          = 0;
+    for (int n = 0; n < 4; n++) {
+        word |= (uint32_t) (uint8_t) (levels[BITS - 2][4 * i + n] + (BITS == 4 && i >= 2)) << 8 * n;
+    }
+    return word;
+}
+
+// Constants that the compiler must not know (tbq-block.cuh).
+#define TBQ_ROWS_N_HIDDEN 10
+template <int BITS_K, int BITS_V> static __device__ __forceinline__ uint32_t tbq_rows_hidden(int i) {
+    switch (i) {
+        case 0: return 0x43004300u;
+        case 1: return 1;
+        case 2: return tbq_rows_level_word<BITS_K>(0);
+        case 3: return tbq_rows_level_word<BITS_K>(BITS_K > 2 ? 1 : 0);
+        case 4: return tbq_rows_level_word<BITS_K>(BITS_K > 3 ? 2 : 0);
+        case 5: return tbq_rows_level_word<BITS_K>(BITS_K > 3 ? 3 : 0);
+        case 6: return tbq_level_word<BITS_V>(0);
+        case 7: return tbq_level_word<BITS_V>(BITS_V > 2 ? 1 : 0);
+        case 8: return tbq_level_word<BITS_V>(BITS_V > 3 ? 2 : 0);
+        default: return tbq_level_word<BITS_V>(BITS_V > 3 ? 3 : 0);
+    }
+}
+
+// The two halves of a nibble word, each in the low half of a register.  row: of this head, in shared memory; a multiple
+// of 4 bytes.
+template <int D, int BITS, int B>
+static __device__ __forceinline__ void tbq_rows_nibbles(const char * row, int w, uint32_t & lo, uint32_t & hi) {
+    constexpr int BYTES = tbq_attention_block(BITS);
+    constexpr int QS    = B * BYTES + TBQ_QS_OFFSET;
+    if constexpr (BITS == 4) {
+        if constexpr (D == 64 || QS % 4 != 0) { // two loads, as for a word across two; but these need no shift
+            lo = *(const uint16_t *) (row + QS + 4 * w);
+            hi = *(const uint16_t *) (row + QS + 4 * w + 2);
+        } else {
+            lo = *(const uint32_t *) (row + QS + 4 * w);
+            hi = tbq_high(lo);
+        }
+    }
+}
+
+// --- the kernel ------------------------------------------------------------------------------------------------------
+
+// grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
+template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE>
+__global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows(const tbq_attention_args a) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int NB     = D / 64;
+    constexpr int NG     = NC / 8;
+    using shape          = tbq_rows_shape<D, H, BITS_K, BITS_V, NC>;
+    using side_k         = typename shape::side_k;
+    using side_v         = typename shape::side_v;
+    constexpr int WARPS  = shape::WARPS;
+    constexpr int TOKENS = shape::TOKENS;
+    constexpr int STAGES = shape::STAGES;
+    constexpr int SLICE  = TBQ_ATTENTION_SLICE;
+    // Values go into the tensor core as 192 + level, and 192 times the sum of weights, which has a tile of its own, is taken
+    // away at the end.  It takes registers.
+    constexpr bool BIASED = D < 256;
+
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int g    = lane / 4;
+    const int t    = lane % 4;
+
+    const int gqa       = a.gqa;
+    const int n_columns = a.n_q * gqa;
+    const int first_col = blockIdx.y * NC;
+    const int seq       = blockIdx.z;
+    const int n_cols    = min(NC, n_columns - first_col);
+    auto      token_of  = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
+    auto      head_of   = [&](int head_kv, int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
+
+    extern __shared__ __align__(128) char shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+    __shared__ float                 q_scale[H][NC][NB];
+    __shared__ uint32_t              hidden[TBQ_ROWS_N_HIDDEN][4]; // a copy for each t, or they are uniform registers
+    __shared__ float                 max_of[WARPS][NC];
+    __shared__ float                 sum_of[WARPS][NC];
+    char * const   q8    = shared + STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
+    const uint32_t full  = (uint32_t) __cvta_generic_to_shared(barriers);
+    const uint32_t empty = full + 8 * STAGES;
+
+    const int first_token = blockIdx.x * a.slices_per_split * SLICE;
+    const int end_token   = min((int) (blockIdx.x + 1) * a.slices_per_split * SLICE, a.n_kv);
+    const int n_stages    = (end_token - first_token + TOKENS - 1) / TOKENS;
+    const int first_row   = token_of(first_col); // of queries, and so of masks
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            tbq_barrier_init(full + 8 * i, 1);
+            tbq_barrier_init(empty + 8 * i, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x < 4 * TBQ_ROWS_N_HIDDEN) {
+        hidden[threadIdx.x / 4][threadIdx.x % 4] = tbq_rows_hidden<BITS_K, BITS_V>(threadIdx.x / 4);
+    }
+    __syncthreads();
+    cudaGridDependencySynchronize();
+
+    // Starts the copies of stage i of this CTA; by one thread.
+    auto fill = [&](int i, int at) {
+        const int      seq_kv  = seq == 0 ? 0 : seq / a.kv_per_seq;
+        const int      from    = first_token + i * TOKENS;
+        const int      n       = min(TOKENS, end_token - from);
+        const int      n_masks = a.mask ? token_of(first_col + n_cols - 1) - first_row + 1 : 0;
+        const char *   k       = a.k + seq_kv * a.k_nb3 + (long long) from * side_k::ROW;
+        const char *   v       = a.v + seq_kv * a.v_nb3 + (long long) from * side_v::ROW;
+        const char *   mask    = a.mask + first_row * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3 + 2 * from;
+        const uint32_t stage   = (uint32_t) __cvta_generic_to_shared(shared) + at * shape::STAGE;
+        const uint32_t barrier = full + 8 * at;
+        tbq_barrier_expect(barrier, n * (side_k::ROW + side_v::ROW + 2 * n_masks));
+        tbq_bulk_copy(stage, k, n * side_k::ROW, barrier);
+        tbq_bulk_copy(stage + shape::AT_V, v, n * side_v::ROW, barrier);
+#pragma unroll 1
+        for (int j = 0; j < n_masks; j++) {
+            tbq_bulk_copy(stage + shape::AT_M + j * TOKENS * 2, mask + j * a.mask_nb1, 2 * n, barrier);
+        }
+    };
+    if (lane == 0) {
+        for (int i = warp; i < min(STAGES, n_stages); i += WARPS) {
+            fill(i, i);
+        }
+    }
+    __syncwarp();
+
+    // Queries: rotated, scaled, rounded to 8 bits.  While the first stages are on their way.
+    const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
+    auto        block_q  = [&](int i) -> const float * {
+        const int col = first_col + i / (H * NB);
+        return (const float *) (a.q + token_of(col) * a.q_nb1 + head_of(i / NB % H, col) * a.q_nb2 + seq * a.q_nb3) +
+               64 * (i % NB);
+    };
+    float q_lo = 0.0f, q_hi = 0.0f;
+    if (warp < n_cols * NB * H) {
+        q_lo = block_q(warp)[lane];
+        q_hi = block_q(warp)[lane + 32];
+    }
+#pragma unroll 1
+    for (int i = warp; i < NC * NB * H; i += WARPS) {
+        const int c    = i / (H * NB);
+        const int head = i / NB % H;
+        const int b    = i % NB;
+        char *    to   = q8 + (head * NC + c) * D + 64 * b + 2 * lane;
+        if (c >= n_cols) {
+            *(char2 *) to = make_char2(0, 0);
+            if (lane == 0) {
+                q_scale[head][c][b] = 0.0f;
+            }
+            continue;
+        }
+        float lo = q_lo, hi = q_hi;
+        if (i + WARPS < n_cols * NB * H) {
+            q_lo = block_q(i + WARPS)[lane];
+            q_hi = block_q(i + WARPS)[lane + 32];
+        }
+        tbq_rotate_warp(lo, hi, lane);
+        // as in tbq-attention.cuh
+        const uint32_t bits =
+            __reduce_max_sync(TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
+        const float inverse = bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f;
+        const float scale =
+            bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * q_factor;
+        *(char2 *) to =
+            make_char2((signed char) __float2int_rn(lo * inverse), (signed char) __float2int_rn(hi * inverse));
+        if (lane == 0) {
+            q_scale[head][c][b] = __uint_as_float(__float_as_uint(scale) & ~3u);
+        }
+    }
+    __syncthreads();
+
+    const int head = warp % H;
+    const int part = warp / H; // which 16 tokens of a stage
+
+    const uint32_t exponents = hidden[0][t], one = hidden[1][t];
+    const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
+    const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
+
+    // Where the sums of keys start: a float, and as two bfloat16 12582912 = 192 . 2^16 each, for the sums of weights.
+    constexpr uint32_t FLOAT_ZERO = 0x4B404B40;
+    uint32_t           qb[NG][NB][2][2];
+    float              dq[NG][2][NB], zero[NG][2][NB];
+    float              slope[NG][2];
+    float              m[NG][2], l[NG][2], limit[NG][2];
+    float              acc[NG][NB][4][4];
+    float              biases[NG][NB][4];
+    uint32_t           start[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int x = FLOAT_ZERO;
+        tbq_keep(x);
+        start[i] = x;
+    }
+#pragma unroll
+    for (int i = 0; i < NG * NB * 4; i++) {
+        biases[i / (NB * 4)][i / 4 % NB][i % 4] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+#pragma unroll
+        for (int i = 0; i < NB * 4; i++) {
+            const int b = i / 4, half = i / 2 % 2, r = i % 2;
+            qb[n][b][half][r] =
+                *(const uint32_t *) (q8 + (head * NC + 8 * n + g) * D + 64 * b + 8 * (t + 4 * half) + 4 * r);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int c = 8 * n + 2 * t + j;
+#pragma unroll
+            for (int b = 0; b < NB; b++) {
+                dq[n][j][b]   = q_scale[head][c][b];
+                zero[n][j][b] = -__uint_as_float(FLOAT_ZERO) * dq[n][j][b];
+            }
+            slope[n][j] =
+                tbq_alibi_slope(a.max_bias, head_of(head, min(first_col + c, n_columns - 1)), a.n_head) * TBQ_LOG2E;
+            m[n][j]     = -1e30f; // finite, so that a slice without a visible token takes exp2(-inf) = 0
+            limit[n][j] = -1e30f;
+            l[n][j]     = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < NB * 16; i++) {
+            acc[n][i / 16][i / 4 % 4][i % 4] = 0.0f;
+        }
+    }
+
+    int k_at = (part * SLICE + g) * side_k::ROW + head * side_k::HEAD; // of token g of A
+    int v_d  = shape::AT_V + (part * SLICE + g) * side_v::ROW + head * side_v::HEAD;
+    int v_at = shape::AT_V + (part * SLICE + 2 * t) * side_v::ROW + head * side_v::HEAD;
+    // rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+    auto v_token = [](int j) constexpr -> int { return (j / 2 * 8 + j % 2) * side_v::ROW; };
+    int  mask_at[NG][2];
+#pragma unroll
+    for (int i = 0; i < 2 * NG; i++) {
+        const int row = ONE ? 0 : token_of(min(first_col + i / 2 * 8 + 2 * t + i % 2, n_columns - 1)) - first_row;
+        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SLICE + g) * 2;
+        tbq_keep(mask_at[i / 2][i % 2]);
+    }
+    int k_words = k_at + (BITS_K == 4 ? 4 * t : 0); // words of a lane
+    v_at += BITS_V == 4 ? 4 * g : 0;
+    int end_of_loop = end_token, next_fill = warp + shape::LAG, all_stages = n_stages;
+    tbq_keep(k_at), tbq_keep(v_d), tbq_keep(v_at), tbq_keep(k_words);
+    tbq_keep(end_of_loop), tbq_keep(next_fill), tbq_keep(all_stages);
+
+    int      stage   = 0; // where it begins
+    uint32_t barrier = full;
+    uint32_t parity  = 0;
+    int      token   = first_token + part * SLICE;
+#pragma unroll 1
+    for (int i_stage = 0, at = 0; i_stage < all_stages; i_stage++) {
+        if (i_stage == next_fill) { // the warps in turn
+            const int used = i_stage - shape::LAG;
+            const int slot = at >= shape::LAG ? at - shape::LAG : at - shape::LAG + STAGES;
+            next_fill += WARPS;
+            if (lane == 0 && used + STAGES < n_stages) {
+                tbq_barrier_wait(empty + 8 * slot, at >= shape::LAG ? parity : parity ^ 1);
+                fill(used + STAGES, slot);
+            }
+            __syncwarp();
+        }
+        tbq_barrier_wait(barrier, parity);
+        do { // once
+            if (token >= end_of_loop) {
+                break;
+            }
+            // Masks as halves: of token g and of the one 8 further, of columns 2t, 2t + 1.
+            uint32_t mask[NG][2][2];
+            uint32_t some = 0;
+#pragma unroll
+            for (int i = 0; i < 4 * NG; i++) {
+                const int n = i / 4, j = i / 2 % 2, tok = i % 2;
+                if (ONE && (n > 0 || j > 0)) {
+                    mask[n][j][tok] = mask[0][0][tok];
+                    continue;
+                }
+                mask[n][j][tok] = a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 16 * tok) : 0;
+                some |= mask[n][j][tok];
+            }
+            const bool masked = __any_sync(TBQ_WARP_ALL, some != 0) || token + SLICE > a.n_kv;
+            if (masked) {
+                bool seen = false;
+#pragma unroll
+                for (int i = 0; i < 4 * NG; i++) {
+                    uint32_t & h = mask[i / 4][i / 2 % 2][i % 2];
+                    h            = token + g + 8 * (i % 2) >= a.n_kv ? 0xFC00 : h;
+                    seen |= h != 0xFC00;
+                }
+                if (!__any_sync(TBQ_WARP_ALL, seen)) {
+                    break;
+                }
+            }
+
+            // Logits: s[n][2 tok + j], query 8 n + 2 t + j
+            float s[NG][4];
+            {
+                const char * const k_rows[2] = { shared + stage + k_at, shared + stage + k_at + 8 * side_k::ROW };
+                const char * const k_qs[2]   = { shared + stage + k_words, shared + stage + k_words + 8 * side_k::ROW };
+                auto               block     = [&](auto index) {
+                    constexpr int b = decltype(index)::value;
+                    int           c[NG][4];
+#pragma unroll
+                    for (int i = 0; i < 4 * NG; i++) {
+                        c[i / 4][i % 4] = start[i % 4];
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t lo[2], hi[2];
+#pragma unroll
+                        for (int tok = 0; tok < 2; tok++) {
+                            if constexpr (BITS_K == 4) {
+                                tbq_rows_nibbles<D, BITS_K, b>(k_qs[tok], 4 * half, lo[tok], hi[tok]);
+                            } else {
+                                using reader      = tbq_cache_reader<D, BITS_K>;
+                                const uint32_t qs = reader::word(k_rows[tok] + 4 * t, b, TBQ_QS_OFFSET);
+                                const uint32_t qh =
+                                    BITS_K == 3 ? reader::word(k_rows[tok] + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
+                                lo[tok] = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
+                                hi[tok] = tbq_high(lo[tok]);
+                            }
+                        }
+                        const uint32_t x[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
+                                                tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
+#pragma unroll
+                        for (int n = 0; n < NG; n++) {
+                            tbq_mma_s8_s8_add(c[n], x, qb[n][b][half][0], qb[n][b][half][1]);
+                        }
+                        if constexpr (BITS_K == 4) {
+                            const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
+                            uint32_t       other_hi[2];
+#pragma unroll
+                            for (int tok = 0; tok < 2; tok++) {
+                                other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
+                            }
+                            const uint32_t y[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
+                                                    tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
+#pragma unroll
+                            for (int n = 0; n < NG; n++) {
+                                tbq_mma_s8_s8_add(c[n], y, qb[n][b][half][0], qb[n][b][half][1]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int tok = 0; tok < 2; tok++) {
+                        const float d = __half2float(*(const __half *) (k_rows[tok] + b * side_k::BYTES));
+#pragma unroll
+                        for (int i = 0; i < 2 * NG; i++) {
+                            const int   n = i / 2, j = i % 2;
+                            const float x = fmaf(__int_as_float(c[n][2 * tok + j]), dq[n][j][b], zero[n][j][b]);
+                            float &     y = s[n][2 * tok + j];
+                            y             = b == 0 ? x * d : fmaf(x, d, y);
+                        }
+                    }
+                };
+                block(std::integral_constant<int, 0>());
+                if constexpr (NB > 1) {
+                    block(std::integral_constant<int, 1>());
+                }
+                if constexpr (NB > 2) {
+                    block(std::integral_constant<int, 2>());
+                    block(std::integral_constant<int, 3>());
+                }
+            }
+
+            if (a.logit_softcap != 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4 * NG; i++) {
+                    s[i / 4][i % 4] = tbq_tanh(s[i / 4][i % 4]) * (a.logit_softcap * TBQ_LOG2E);
+                }
+            }
+            if (masked) {
+#pragma unroll
+                for (int i = 0; i < 4 * NG; i++) {
+                    const int      n = i / 4, j = i % 2, tok = i / 2 % 2;
+                    const uint32_t h = mask[n][j][tok];
+                    // selected, not added: a hidden key may be anything, NaN too
+                    s[n][i % 4] = h == 0xFC00
+                                      ? -INFINITY
+                                      : fmaf(__half2float(__ushort_as_half((uint16_t) h)), slope[n][j], s[n][i % 4]);
+                }
+            }
+
+            // The maximum follows only when it is out by 2^8.
+            bool grown = false;
+#pragma unroll
+            for (int i = 0; i < 2 * NG; i++) {
+                grown |= fmaxf(s[i / 2][i % 2], s[i / 2][2 + i % 2]) > limit[i / 2][i % 2];
+            }
+            if (__any_sync(TBQ_WARP_ALL, grown)) {
+#pragma unroll
+                for (int i = 0; i < 2 * NG; i++) {
+                    const int n = i / 2, j = i % 2;
+                    float     top = fmaxf(s[n][j], s[n][2 + j]);
+#pragma unroll
+                    for (int x = 4; x < 32; x *= 2) {
+                        top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, x));
+                    }
+                    top           = fmaxf(top, m[n][j]);
+                    const float f = tbq_exp2(m[n][j] - top);
+                    m[n][j]       = top;
+                    limit[n][j]   = top + 8.0f;
+                    l[n][j] *= f;
+#pragma unroll
+                    for (int k = 0; k < NB * 4; k++) {
+                        acc[n][k / 4][k % 4][j] *= f;
+                        acc[n][k / 4][k % 4][2 + j] *= f;
+                    }
+#pragma unroll
+                    for (int b = 0; BIASED && b < NB; b++) {
+                        biases[n][b][j] *= f;
+                        biases[n][b][2 + j] *= f;
+                    }
+                }
+            }
+            float p[NG][4];
+#pragma unroll
+            for (int i = 0; i < 4 * NG; i++) {
+                p[i / 4][i % 4] = tbq_exp2(s[i / 4][i % 4] - m[i / 4][i % 2]);
+                l[i / 4][i % 2] += p[i / 4][i % 4];
+            }
+
+            float d_v[NB][2];
+            float d_sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2 * NB; i++) {
+                d_v[i / 2][i % 2] = __half2float(
+                    *(const __half *) (shared + stage + v_d + i % 2 * 8 * side_v::ROW + i / 2 * side_v::BYTES));
+                d_sum += d_v[i / 2][i % 2];
+            }
+            // A hidden value may be NaN as well, and 0 . NaN is not 0.
+            const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
+
+            uint32_t pb[NB][NG][2];
+#pragma unroll
+            for (int i = 0; i < 2 * NG * NB; i++) {
+                const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
+                pb[b][n][tok] = tbq_pack_bf16(p[n][2 * tok] * d_v[b][tok], p[n][2 * tok + 1] * d_v[b][tok]);
+            }
+            if (any_nan) {
+#pragma unroll
+                for (int i = 0; i < 2 * NG * NB; i++) {
+                    const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
+                    pb[b][n][tok] &=
+                        (p[n][2 * tok] == 0.0f ? 0u : 0xFFFFu) | (p[n][2 * tok + 1] == 0.0f ? 0u : 0xFFFF0000u);
+                }
+            }
+
+            auto value_block = [&](auto index) {
+                constexpr int b = decltype(index)::value;
+#pragma unroll
+                for (int i = 0; i < 2 * NG; i++) {
+                    pb[b][i / 2][i % 2] = tbq_transpose(pb[b][i / 2][i % 2]);
+                }
+                if constexpr (BIASED) {
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_bf16(biases[n][b], start, pb[b][n][0], pb[b][n][1]);
+                    }
+                }
+                uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    uint32_t           x[2]; // as in tbq-attention.cuh
+                    const char * const row[2] = { shared + stage + v_at + v_token(2 * pair),
+                                                  shared + stage + v_at + v_token(2 * pair + 1) };
+                    if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
+                        const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                        const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                        x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
+                        x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
+                    } else {
+                        using reader = tbq_cache_reader<D, BITS_V>;
+                        uint32_t word[2];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const uint32_t qh =
+                                BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
+                            word[j] = tbq_nibbles<BITS_V>(
+                                reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
+                        }
+                        x[0] = tbq_prmt(word[0], word[1], 0x5140);
+                        x[1] = tbq_prmt(word[0], word[1], 0x7362);
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
+                        if constexpr (BITS_V == 4) {
+                            const uint32_t other = x[h] ^ 0x88888888u;
+                            lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
+                            lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
+                        }
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
+                            const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
+
+                            va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
+                            va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4 * NG; i++) {
+                    tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[b][i / 4][0], pb[b][i / 4][1]);
+                }
+            };
+            value_block(std::integral_constant<int, 0>());
+            if constexpr (NB > 1) {
+                value_block(std::integral_constant<int, 1>());
+            }
+            if constexpr (NB > 2) {
+                value_block(std::integral_constant<int, 2>());
+                value_block(std::integral_constant<int, 3>());
+            }
+        } while (false);
+        __syncwarp();
+        if (lane == 0) {
+            tbq_barrier_arrive(barrier + 8 * STAGES);
+        }
+        token += TOKENS;
+        stage += shape::STAGE;
+        barrier += 8;
+        if (++at == STAGES) {
+            at      = 0;
+            stage   = 0;
+            barrier = full;
+            parity ^= 1;
+        }
+    }
+
+    // One result of the warps of a head.
+#pragma unroll
+    for (int i = 0; i < 2 * NG; i++) {
+        const int n = i / 2, j = i % 2;
+#pragma unroll
+        for (int x = 4; x < 32; x *= 2) {
+            l[n][j] += __shfl_xor_sync(TBQ_WARP_ALL, l[n][j], x);
+        }
+        if (g == 0) {
+            max_of[warp][8 * n + 2 * t + j] = m[n][j];
+            sum_of[warp][8 * n + 2 * t + j] = l[n][j];
+        }
+    }
+    __syncthreads(); // the ring is free now
+    constexpr int ROW  = tbq_attention_row(D);
+    float * const sums = (float *) shared + warp * NC * ROW;
+#pragma unroll
+    for (int n = 0; n < NG; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < NB * 2; i++) {
+                const float (&x)[4][4] = acc[n][i / 2];
+                const int   r          = i % 2 * 2 + j;
+                const float bias       = BIASED ? biases[n][i / 2][j] * 0x1p-16f : 0.0f;
+                *(float4 *) (sums + (8 * n + 2 * t + j) * ROW + i / 2 * 64 + i % 2 * 32 + 4 * g) =
+                    make_float4(x[0][r] - bias, x[1][r] - bias, x[2][r] - bias, x[3][r] - bias);
+            }
+        }
+    }
+    __syncthreads();
+    cudaTriggerProgrammaticLaunchCompletion();
+
+#pragma unroll 1
+    for (int i = warp; i < n_cols * H; i += WARPS) {
+        constexpr int PARTS   = WARPS / H;
+        const int     head_kv = i % H;
+        const int     c       = i / H;
+        float         row_max = -1e30f;
+        float         row_sum = 0.0f;
+#pragma unroll
+        for (int x = 0; x < PARTS; x++) {
+            row_max = fmaxf(row_max, max_of[x * H + head_kv][c]);
+        }
+        float factor[PARTS];
+#pragma unroll
+        for (int x = 0; x < PARTS; x++) {
+            factor[x] = tbq_exp2(max_of[x * H + head_kv][c] - row_max);
+            row_sum += sum_of[x * H + head_kv][c] * factor[x];
+        }
+        const int       col  = first_col + c;
+        const int       head = head_of(head_kv, col);
+        const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
+        const long long at   = row * a.n_split + blockIdx.x;
+        float * const   here = (float *) shared + (head_kv * NC + c) * ROW; // nobody else reads it any more
+#pragma unroll
+        for (int e = 4 * lane; e < D; e += 128) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int x = 0; x < PARTS; x++) {
+                const float  f = factor[x];
+                const float4 y = *(const float4 *) ((const float *) shared + ((x * H + head_kv) * NC + c) * ROW + e);
+                sum            = make_float4(sum.x + y.x * f, sum.y + y.y * f, sum.z + y.z * f, sum.w + y.w * f);
+            }
+            // sums of all rows and splits, then maxima and sums of weights
+            *(float4 *) ((a.n_split == 1 ? here : a.partial + at * D) + e) = sum;
+        }
+        if (a.n_split == 1) {
+            __syncwarp();
+#pragma unroll 1
+            for (int b = 0; b < NB; b++) {
+                tbq_attention_store<true>(a.dst + row * D, here, row_max, row_sum, a.sinks ? a.sinks + head : nullptr,
+                                          nullptr, b, lane);
+            }
+        } else if (lane == 0) {
+            float2 * const ml = (float2 *) (a.partial + (long long) a.n_seq * a.n_q * a.n_head * a.n_split * D);
+            ml[at]            = make_float2(row_max, row_sum);
+        }
+    }
+#else
+    __trap();
+#endif
+}
+
+// Merges the splits of a row.  grid: (rows); block: 512
+#define TBQ_ROWS_COMBINE 512
+template <int D> __global__ void __launch_bounds__(TBQ_ROWS_COMBINE, 1)
+    tbq_attention_rows_combine(const tbq_attention_args a) {
+    constexpr int   LANES  = D / 4; // of a split
+    constexpr int   GROUPS = TBQ_ROWS_COMBINE / LANES;
+    const int       lane   = threadIdx.x % 32;
+    const int       warp   = threadIdx.x / 32;
+    const int       at     = threadIdx.x % LANES;
+    const int       group  = threadIdx.x / LANES;
+    const long long row    = blockIdx.x;
+    __shared__ __align__(16) float sums[GROUPS][D];
+    __shared__ float               sum_of[GROUPS], max_of[GROUPS];
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    const float4 * const splits = (const float4 *) a.partial + row * a.n_split * LANES;
+    const float2 * const ml =
+        (const float2 *) (a.partial + (long long) a.n_seq * a.n_q * a.n_head * a.n_split * D) + row * a.n_split;
+
+    // As many splits at once as a multiprocessor has, so that there is one trip to memory.
+    constexpr int AT_ONCE = 9 * (D > 128 ? 2 : 1);
+    float         m = -1e30f, l = 0.0f;
+    float4        sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    for (int first = group; first < a.n_split; first += AT_ONCE * GROUPS) {
+        float2 x[AT_ONCE];
+        float4 y[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int  i    = first + u * GROUPS;
+            const bool some = i < a.n_split;
+            x[u]            = some ? ml[i] : make_float2(-1e30f, 0.0f);
+            y[u]            = some ? splits[i * LANES + at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+        float top = m;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            top = fmaxf(top, x[u].x);
+        }
+        const float f = tbq_exp2(m - top);
+        m             = top;
+        l *= f;
+        sum = make_float4(sum.x * f, sum.y * f, sum.z * f, sum.w * f);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const float w = tbq_exp2(x[u].x - top);
+            l += x[u].y * w;
+            sum = make_float4(sum.x + y[u].x * w, sum.y + y[u].y * w, sum.z + y[u].z * w, sum.w + y[u].w * w);
+        }
+    }
+    *(float4 *) &sums[group][4 * at] = sum;
+    if (at == 0) {
+        max_of[group] = m;
+        sum_of[group] = l;
+    }
+    __syncthreads();
+    if (warp >= D / 64) {
+        return;
+    }
+    // block `warp` of the row, in the order of tbq_attention_store
+    float row_max = -1e30f, row_sum = 0.0f, lo = 0.0f, hi = 0.0f;
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+        row_max = fmaxf(row_max, max_of[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+        const float w = tbq_exp2(max_of[i] - row_max);
+        row_sum += sum_of[i] * w;
+        lo += sums[i][64 * warp + lane] * w;
+        hi += sums[i][64 * warp + lane + 32] * w;
+    }
+    sums[0][64 * warp + lane]      = lo; // only this lane reads it
+    sums[0][64 * warp + lane + 32] = hi;
+    const int head                 = blockIdx.x % a.n_head; // of 32 bits: no call
+    tbq_attention_store<true>(a.dst + row * D, sums[0], row_max, row_sum, a.sinks ? a.sinks + head : nullptr, nullptr,
+                              warp, lane);
+}
+
+#endif // __CUDACC__
