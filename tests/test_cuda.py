@@ -246,7 +246,9 @@ def test_gpu_kernels_attention(standalone):
 
 
 def has_compute_capability(wanted):
-    done = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return wanted in done.stdout.split()
 
 

@@ -747,14 +747,14 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * mean  = dst->src[8];
 
     tbq_prompt_args a = {};
-    a.q                  = (const char *) q->data;
-    a.k                  = (const char *) k->data;
-    a.v                  = (const char *) v->data;
-    a.mask               = mask ? (const char *) mask->data : nullptr;
-    a.sinks              = sinks ? (const float *) sinks->data : nullptr;
-    a.mean               = mean ? (const float *) mean->data : nullptr;
-    a.mean_of_values     = tbq_ggml_flash_attn_ext_center_values(dst);
-    a.dst                = (float *) dst->data;
+    a.q               = (const char *) q->data;
+    a.k               = (const char *) k->data;
+    a.v               = (const char *) v->data;
+    a.mask            = mask ? (const char *) mask->data : nullptr;
+    a.sinks           = sinks ? (const float *) sinks->data : nullptr;
+    a.mean            = mean ? (const float *) mean->data : nullptr;
+    a.mean_of_values  = tbq_ggml_flash_attn_ext_center_values(dst);
+    a.dst             = (float *) dst->data;
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));

@@ -76,7 +76,7 @@ static inline void tbq_prompt_partition(tbq_prompt_args & a, int d, int n_sm) {
     a.n_tiles     = (a.n_kv + tbq_prompt_keys(d) - 1) / tbq_prompt_keys(d);
     // The time of a call in tiles: rounds of CTAs, each of which takes 3 beside its tiles; a merge writes and reads the
     // sums, 6 MB in the time of a tile.
-    const long long n    = (long long) (a.n_row_tiles + TBQ_PROMPT_GROUPS - 1) / TBQ_PROMPT_GROUPS * a.n_head_kv * a.n_seq;
+    const long long n = (long long) (a.n_row_tiles + TBQ_PROMPT_GROUPS - 1) / TBQ_PROMPT_GROUPS * a.n_head_kv * a.n_seq;
     double          best = 0;
     a.n_split            = 1;
     for (int s = 1; s <= 32 && (s == 1 || (a.n_tiles / s >= 8 && n * s <= 4LL * n_sm)); s++) {

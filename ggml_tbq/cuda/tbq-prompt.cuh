@@ -64,8 +64,9 @@ template <int D> __global__ void __launch_bounds__(128) tbq_prompt_map(const __g
     visible = __any_sync(TBQ_WARP_ALL, visible);
     biased  = __any_sync(TBQ_WARP_ALL, biased);
     if (lane == 0) {
-        a.map[((long long) blockIdx.z * a.n_row_tiles + blockIdx.y) * a.n_tiles + tile] =
-            !visible ? TBQ_PROMPT_HIDDEN : biased ? TBQ_PROMPT_MIXED : TBQ_PROMPT_VISIBLE;
+        a.map[((long long) blockIdx.z * a.n_row_tiles + blockIdx.y) * a.n_tiles + tile] = !visible ? TBQ_PROMPT_HIDDEN
+                                                                                          : biased ? TBQ_PROMPT_MIXED
+                                                                                                   : TBQ_PROMPT_VISIBLE;
     }
 #endif
 }
@@ -104,7 +105,8 @@ template <int D> struct tbq_prompt_cta {
     char *     packed;
     uint32_t   barriers;
     uint32_t * words;
-    uint16_t * list; // of the tiles that some row sees.  Bits 14, 15: the warpgroup needs the mask, or the end of the cache
+    uint16_t *
+        list; // of the tiles that some row sees.  Bits 14, 15: the warpgroup needs the mask, or the end of the cache
 
     int head_kv, seq, seq_kv, row0, split;
 
@@ -121,7 +123,7 @@ template <int D> struct tbq_prompt_cta {
         head_kv     = blockIdx.x % a.n_head_kv;
         split       = i % a.n_split;
         row0 = ((int) gridDim.x / (a.n_head_kv * a.n_split) - 1 - i / a.n_split) * TBQ_PROMPT_GROUPS * TBQ_PROMPT_ROWS;
-        seq    = blockIdx.y;
+        seq  = blockIdx.y;
         seq_kv = seq / a.kv_per_seq;
     }
 
@@ -234,7 +236,8 @@ static __device__ __forceinline__ void tbq_prompt_unpack(const char * from, char
         const uint32_t d2     = tbq_prmt(w[first], w[first], high ? 0x3232 : 0x1010);
         const half2    d      = *(const half2 *) &d2;
         auto           word   = [&](int i) { // of the block, behind its scale
-            return b == 1 ? w[first + 1 + i] : __funnelshift_rc(w[first + i], w[first + i + 1], PIECE == 1 && odd ? 32 : 16);
+            return b == 1 ? w[first + 1 + i]
+                          : __funnelshift_rc(w[first + i], w[first + i + 1], PIECE == 1 && odd ? 32 : 16);
         };
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -275,11 +278,11 @@ struct tbq_prompt_side {
 static __device__ __forceinline__ tbq_prompt_side tbq_prompt_side_of(const tbq_prompt_args & a, int side, int head_kv,
                                                                      int seq_kv) {
     tbq_prompt_side s;
-    s.rows  = side ? a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3;
-    s.nb1   = (int) (side ? a.v_nb1 : a.k_nb1);
-    s.bits  = side ? a.bits_v : a.bits_k;
-    s.exact = side ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3
-                   : a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3;
+    s.rows      = side ? a.v + head_kv * a.v_nb2 + seq_kv * a.v_nb3 : a.k + head_kv * a.k_nb2 + seq_kv * a.k_nb3;
+    s.nb1       = (int) (side ? a.v_nb1 : a.k_nb1);
+    s.bits      = side ? a.bits_v : a.bits_k;
+    s.exact     = side ? a.exact_v + head_kv * a.exact_v_nb2 + seq_kv * a.exact_v_nb3
+                       : a.exact_k + head_kv * a.exact_k_nb2 + seq_kv * a.exact_k_nb3;
     s.exact_nb1 = side ? a.exact_v_nb1 : a.exact_k_nb1;
     return s;
 }
@@ -390,7 +393,8 @@ static __device__ __forceinline__ void tbq_prompt_producer(const tbq_prompt_args
             __syncwarp();
             tbq_mbarrier_wait(cta.barriers + TBQ_EMPTY_K + 16 * side + 8 * stage, parity);
 
-            char * const tile = cta.tiles + (2 * side + stage) * shape::TILE + piece * (2 * shape::KEYS * 128) + row0 * 128;
+            char * const tile =
+                cta.tiles + (2 * side + stage) * shape::TILE + piece * (2 * shape::KEYS * 128) + row0 * 128;
             if (~listed) {
                 const bool         words = s.nb1 % 16;
                 const char * const from  = row_of(s) + (words ? lane * s.nb1 : 0);
@@ -424,7 +428,8 @@ static __device__ __forceinline__ void tbq_prompt_producer(const tbq_prompt_args
                 const int cell = cta.tile_of(first + i) * shape::KEYS + row0 + lane;
                 const int slot = listed >> lane & 1 ? a.slots[(long long) cta.seq_kv * a.n_kv + cell] : 0;
                 __syncwarp();
-                tbq_prompt_exact<D>(s.exact + piece * (2 * sizeof(block_tbq8_0)), s.exact_nb1, listed, slot, tile, lane);
+                tbq_prompt_exact<D>(s.exact + piece * (2 * sizeof(block_tbq8_0)), s.exact_nb1, listed, slot, tile,
+                                    lane);
             }
             tbq_fence_products();
             __syncwarp();
@@ -492,8 +497,8 @@ template <int N> static __device__ __forceinline__ bool tbq_prompt_softmax(float
         most[0] = fmaxf(most[0], fmaxf(s[j], s[j + 1]));
         most[1] = fmaxf(most[1], fmaxf(s[j + 2], s[j + 3]));
     }
-    const bool moved = __any_sync(TBQ_WARP_ALL, most[0] > x.max[0] + TBQ_PROMPT_LAG ||
-                                                    most[1] > x.max[1] + TBQ_PROMPT_LAG);
+    const bool moved =
+        __any_sync(TBQ_WARP_ALL, most[0] > x.max[0] + TBQ_PROMPT_LAG || most[1] > x.max[1] + TBQ_PROMPT_LAG);
     if (moved) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -525,9 +530,9 @@ static __device__ __forceinline__ void tbq_prompt_consumer(const tbq_prompt_args
     constexpr int NB = D / 64, KEYS = shape::KEYS;
     const int     warp = __shfl_sync(TBQ_WARP_ALL, threadIdx.x % 128 / 32, 0), lane = threadIdx.x % 32;
     const int     g = lane / 4, t = lane % 4;
-    const int     row0   = cta.row0 + group * TBQ_PROMPT_ROWS + 16 * warp; // of this warp
-    const int     n_rows = a.n_q * a.gqa;
-    char * const  query  = cta.queries + group * shape::QUERIES;
+    const int     row0     = cta.row0 + group * TBQ_PROMPT_ROWS + 16 * warp; // of this warp
+    const int     n_rows   = a.n_q * a.gqa;
+    char * const  query    = cta.queries + group * shape::QUERIES;
     auto          token_of = [&](int row) { return row / a.gqa; };
     auto          head_of  = [&](int row) { return cta.head_kv * a.gqa + row % a.gqa; };
 
@@ -540,17 +545,17 @@ static __device__ __forceinline__ void tbq_prompt_consumer(const tbq_prompt_args
         x.fall[i]     = 1.0f;
         x.center[i]   = 0.0f;
         x.slope[i]    = tbq_alibi_slope(a.max_bias, head_of(row), a.n_head) * TBQ_LOG2E;
-        x.mask[i] =
-            a.mask ? a.mask + token_of(row) * a.mask_nb1 + cta.seq % a.n_seq_mask * a.mask_nb3 : nullptr;
+        x.mask[i]     = a.mask ? a.mask + token_of(row) * a.mask_nb1 + cta.seq % a.n_seq_mask * a.mask_nb3 : nullptr;
     }
 
     // Queries: rotated, times the scale, for powers of two or for the soft-cap.
     const float factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
 #pragma unroll 4
     for (int i = 0; i < 16; i++) {
-        const int     row  = min(row0 + i, n_rows - 1);
-        const float * from = (const float *) (a.q + token_of(row) * a.q_nb1 + head_of(row) * a.q_nb2 + cta.seq * a.q_nb3);
-        float         center = 0.0f;
+        const int     row = min(row0 + i, n_rows - 1);
+        const float * from =
+            (const float *) (a.q + token_of(row) * a.q_nb1 + head_of(row) * a.q_nb2 + cta.seq * a.q_nb3);
+        float center = 0.0f;
 #pragma unroll
         for (int b = 0; b < NB; b++) {
             float lo = from[64 * b + lane] * factor, hi = from[64 * b + lane + 32] * factor;
@@ -584,7 +589,7 @@ static __device__ __forceinline__ void tbq_prompt_consumer(const tbq_prompt_args
     const uint64_t q_tile = tbq_tile(tbq_tile_format(16, 1024), tbq_smem(query));
     const uint64_t k_tile = tbq_tile(tbq_tile_format(16, 1024), tbq_smem(cta.tiles));
     const uint64_t v_tile = tbq_tile(tbq_tile_format(KEYS * 128, 1024), tbq_smem(cta.tiles) + 2 * shape::TILE);
-    auto           wait   = [&](int which, int i) { tbq_mbarrier_wait(cta.barriers + which + 8 * (i & 1), i >> 1 & 1); };
+    auto           wait = [&](int which, int i) { tbq_mbarrier_wait(cta.barriers + which + 8 * (i & 1), i >> 1 & 1); };
     auto           release = [&](int which, int i) {
         if (lane == 0) {
             tbq_mbarrier_arrive(cta.barriers + which + 8 * (i & 1));
@@ -685,8 +690,8 @@ static __device__ __forceinline__ void tbq_prompt_consumer(const tbq_prompt_args
         const float * mean = a.mean_of_values ? a.mean + cta.head_kv * D + 64 * b : nullptr;
 #pragma unroll 2
         for (int i = 0; i < 16; i++) {
-            const float2 y   = *(const float2 *) (out + i * 64 + (2 * lane ^ (i & 7) << 3));
-            float        lo  = y.x, hi = y.y;
+            const float2 y  = *(const float2 *) (out + i * 64 + (2 * lane ^ (i & 7) << 3));
+            float        lo = y.x, hi = y.y;
             const float  of_mean = __shfl_sync(TBQ_WARP_ALL, i < 8 ? share[0] : share[1], i % 8 * 4);
             const float  max     = __shfl_sync(TBQ_WARP_ALL, i < 8 ? x.max[0] : x.max[1], i % 8 * 4);
             const int    row     = row0 + i;

@@ -47,14 +47,14 @@ template <int N> static __device__ __forceinline__ void tbq_pin(float (&d)[N]) {
 }
 
 // The registers of a result, as operands of an instruction, and their names.
-#define TBQ_F8(i)                                                                                             \
+#define TBQ_F8(i)                                                                                               \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define TBQ_F32(i) TBQ_F8(i), TBQ_F8(i + 8), TBQ_F8(i + 16), TBQ_F8(i + 24)
 #define TBQ_NAMES_32                                                    \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
     "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TBQ_NAMES_64                                                                       \
+#define TBQ_NAMES_64                                                                                  \
     TBQ_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define TBQ_NAMES_128                                                                                     \
@@ -65,10 +65,10 @@ template <int N> static __device__ __forceinline__ void tbq_pin(float (&d)[N]) {
                  "%125, %126, %127"
 
 // d = a . b^T + (add ? d : 0), 64 x N x 16 halves: a and b are tiles whose rows lie along the sum.  d has N / 2 registers.
-#define TBQ_WGMMA_SCORES(N, NAMES, A, B, ADD, ...)                                                                 \
+#define TBQ_WGMMA_SCORES(N, NAMES, A, B, ADD, ...)                                                                \
     static __device__ __forceinline__ void tbq_wgmma_scores(float (&d)[N / 2], uint64_t a, uint64_t b, int add) { \
         asm volatile("{.reg .pred p; setp.ne.b32 p, %" ADD ", 0;\n"                                               \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" NAMES "}, %" A ", %" B             \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" NAMES "}, %" A ", %" B            \
                      ", p, 1, 1, 0, 0;}"                                                                          \
                      : __VA_ARGS__                                                                                \
                      : "l"(a), "l"(b), "r"(add));                                                                 \
@@ -77,14 +77,13 @@ TBQ_WGMMA_SCORES(64, TBQ_NAMES_32, "32", "33", "34", TBQ_F32(0))
 TBQ_WGMMA_SCORES(128, TBQ_NAMES_64, "64", "65", "66", TBQ_F32(0), TBQ_F32(32))
 
 // d += a . b: a in registers, and the rows of the tile b lie across the sum.
-#define TBQ_WGMMA_VALUES(N, NAMES, A0, A1, A2, A3, B, ...)                                                        \
-    static __device__ __forceinline__ void tbq_wgmma_values(float (&d)[N / 2], const uint32_t (&a)[4],           \
-                                                            uint64_t b) {                                        \
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;\n"                                                     \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" NAMES "}, {%" A0 ", %" A1 ", %" A2 \
-                     ", %" A3 "}, %" B ", p, 1, 1, 1;}"                                                          \
-                     : __VA_ARGS__                                                                               \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+#define TBQ_WGMMA_VALUES(N, NAMES, A0, A1, A2, A3, B, ...)                                                           \
+    static __device__ __forceinline__ void tbq_wgmma_values(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
+        asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;\n"                                                         \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" NAMES "}, {%" A0 ", %" A1 ", %" A2   \
+                     ", %" A3 "}, %" B ", p, 1, 1, 1;}"                                                              \
+                     : __VA_ARGS__                                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
     }
 TBQ_WGMMA_VALUES(64, TBQ_NAMES_32, "32", "33", "34", "35", "36", TBQ_F32(0))
 TBQ_WGMMA_VALUES(128, TBQ_NAMES_64, "64", "65", "66", "67", "68", TBQ_F32(0), TBQ_F32(32))
@@ -107,13 +106,12 @@ static __device__ __forceinline__ void tbq_mbarrier_arrive(uint32_t barrier) {
 
 static __device__ __forceinline__ bool tbq_mbarrier_try(uint32_t barrier, int parity) {
     uint32_t done;
-    asm volatile(
-        "{.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
     return done;
 }
 

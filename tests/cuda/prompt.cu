@@ -50,7 +50,8 @@ static const variant VARIANTS[] = {
     { "two",
       { tbq_prompt_run<64, 2, 192, 64>, tbq_prompt_run<128, 2, 192, 64>, tbq_prompt_run<256, TBQ_PROMPT_LAUNCH> } },
     { "two56",
-      { tbq_prompt_run<64, TBQ_PROMPT_LAUNCH>, tbq_prompt_run<128, 2, 200, 56>, tbq_prompt_run<256, TBQ_PROMPT_LAUNCH> } },
+      { tbq_prompt_run<64, TBQ_PROMPT_LAUNCH>, tbq_prompt_run<128, 2, 200, 56>,
+        tbq_prompt_run<256, TBQ_PROMPT_LAUNCH> } },
     { "decode", { nullptr, run_decode, nullptr } },
 #endif
 };
@@ -108,7 +109,8 @@ __global__ void causal_mask(half * mask, int n_q, int n_kv) {
 
 // The median time of a prompt whose tokens are the last of the cache.  Layers in turn, so that the L2 cache does not hold
 // what a call reads.  n_exact: the newest rows, and 4 of the first.
-static void time_one(int n_q, int n_kv, int d, int k, int v, int n_head_kv, int gqa, int n_exact, const variant & variant) {
+static void time_one(int n_q, int n_kv, int d, int k, int v, int n_head_kv, int gqa, int n_exact,
+                     const variant & variant) {
     tbq_attention_args base{};
     base.n_head_kv = n_head_kv, base.n_head = n_head_kv * gqa, base.n_q = n_q;
     base.n_seq = base.n_seq_kv = base.n_seq_mask = 1, base.n_kv = n_kv;
@@ -120,8 +122,8 @@ static void time_one(int n_q, int n_kv, int d, int k, int v, int n_head_kv, int 
     std::mt19937            rng(1);
     const std::vector<char> rows_k = random_rows(k, (size_t) n_kv * n_head_kv * d / 64, rng),
                             rows_v = random_rows(v, (size_t) n_kv * n_head_kv * d / 64, rng);
-    const size_t nk = rows_k.size(), nv = rows_v.size();
-    const int    layers = (int) std::max<size_t>(1, std::min<size_t>(48, (size_t) 120000000 / (nk + nv)));
+    const size_t            nk = rows_k.size(), nv = rows_v.size();
+    const int               layers = (int) std::max<size_t>(1, std::min<size_t>(48, (size_t) 120000000 / (nk + nv)));
     std::normal_distribution<float> normal;
     std::vector<float>              q((size_t) d * n_q * base.n_head), some(65536);
     for (float & x : some) {
@@ -183,16 +185,18 @@ static void time_one(int n_q, int n_kv, int d, int k, int v, int n_head_kv, int 
     std::sort(times.begin(), times.end());
     const float  ms   = times[times.size() / 2];
     const double flop = 4.0 * n_q * n_kv * d * base.n_head;
-    std::printf("%-5s D %3d, %d/%d bits, %2d x %2d heads, %4d rows, %6d tokens, %4d exact, %2d splits: %8.3f ms (%.3f to "
-                "%.3f), %6.1f TFLOP/s, %zu bytes\n",
-                variant.name, d, k, v, n_head_kv, gqa, n_q, n_kv, n_exact, a.n_split, ms, times.front(), times.back(),
-                flop / ms / 1e9, memory.n);
+    std::printf(
+        "%-5s D %3d, %d/%d bits, %2d x %2d heads, %4d rows, %6d tokens, %4d exact, %2d splits: %8.3f ms (%.3f to "
+        "%.3f), %6.1f TFLOP/s, %zu bytes\n",
+        variant.name, d, k, v, n_head_kv, gqa, n_q, n_kv, n_exact, a.n_split, ms, times.front(), times.back(),
+        flop / ms / 1e9, memory.n);
 }
 
 int main(int argc, char ** argv) {
     int major = 0, minor = 0;
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess || major != 9 || minor != 0) {
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess || major != 9 ||
+        minor != 0) {
         std::fprintf(stderr, "these kernels need compute capability 9.0\n");
         return 3;
     }
