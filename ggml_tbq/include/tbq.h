@@ -184,7 +184,8 @@ TBQ_API tbq_status tbq_quantize_kv_f16(tbq_type type, const uint16_t * src, void
 // The same for src - mean, with measured weights for the squared error in each channel; blocks decode to src - mean.
 // mean: n floats, or NULL for zeros.  weight: n floats above 0 with weight[c] == weight[c ^ 1], of any scale within a
 // block, or NULL: weights from src, as in tbq_quantize_kv.  Both belong to a layer of a model
-// (docs/design/centering.md).
+// (docs/design/centering.md).  With weights, which are those of keys, the scale is unbiased, <y, d k> = <y, y>, instead
+// of preserving the norm.
 TBQ_API tbq_status tbq_quantize_kv_centered(tbq_type type, const float * src, const float * mean, const float * weight,
                                             void * dst, int64_t n);
 
