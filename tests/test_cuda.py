@@ -92,6 +92,45 @@ def test_standalone_programs_compile(tmp_path):
     assert (done.returncode == 0) == bool(has_gpu()) and ("0 differences" in done.stdout) == bool(has_gpu())
 
 
+@needs_nvcc
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
+def test_encoder_on_a_cpu(tmp_path):
+    """The CUDA encoders write the reference's bytes, and the program notices where they do not."""
+    subprocess.run(["cmake", "-S", CUDA.parent / "kernels", "-B", tmp_path / "cpu"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path / "cpu", "--target", "tbq"], check=True, capture_output=True)
+    def differences(cuda, blocks):
+        program = tmp_path / "encoder"
+        folders = (CUDA, TBQ / "include", TBQ / "cpu", cuda, TBQ / "cuda")
+        subprocess.run(
+            [
+                *("nvcc", "-std=c++17", "-O1", "-cudart", "none"),  # which only gives its headers to the C++ compiler
+                *("-Xcompiler", "-ffp-contract=off,-fno-strict-aliasing"),
+                *(part for folder in folders for part in ("-I", folder)),
+                CUDA / "encoder_on_cpu.cpp",
+                next((tmp_path / "cpu").glob("libtbq*")),
+                *("-o", program),
+            ],
+            check=True,
+        )
+        done = subprocess.run([program, str(blocks)], capture_output=True, text=True)
+        count = int(re.fullmatch(r"(\d+) differences", done.stdout.splitlines()[-1])[1])
+        assert (done.returncode == 0) == (count == 0)
+        return count, done.stdout
+
+    count, out = differences(TBQ / "cuda", 40)
+    assert count == 0, out
+    for right, wrong in (
+        ("64.0f * TBQ_Q_ONE, (float) qk", "63.0f * TBQ_Q_ONE, (float) qk"),
+        ("y < 0.0f ? -q : q", "q"),
+    ):
+        source = (TBQ / "cuda" / "tbq-quantize.cuh").read_text()
+        assert right in source
+        changed = tmp_path / "changed"
+        changed.mkdir(exist_ok=True)
+        (changed / "tbq-quantize.cuh").write_text(source.replace(right, wrong))
+        assert differences(changed, 8)[0] > 0, wrong
+
+
 def test_a_model_of_random_weights_without_the_package(tmp_path):
     """The GPU checks make one on machines that have gguf and NumPy, but no compiled module."""
     run(sys.executable, CUDA / "shape_model.py", tmp_path / "tiny.gguf", 2, 512, 8, 2, 64, 512)
