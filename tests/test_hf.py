@@ -1438,6 +1438,11 @@ def test_divergence_is_that_of_llama_cpp(demo, llama_cpp_divergence):
             assert perplexity(ours) == pytest.approx(theirs[bits]["ppl"], rel=0.1)
 
 
+# A model's sink is its first key.  An error in that one is the same for every query, so by its luck alone a cache that
+# packs it can be better or worse by half.
+FIRST_ROWS = {"recent": 0, "first": 4}
+
+
 def test_exact_rows_and_centers_of_the_demo_model(demo):
     """Fed 16 tokens at a time: of a long prompt nothing would be packed for itself."""
     _, tokenizer, model = demo
@@ -1454,8 +1459,8 @@ def test_exact_rows_and_centers_of_the_demo_model(demo):
     kld = {
         name: float((base.exp() * (base - scores(TBQCache(model.config, 3, 3, **options)))).sum(-1).mean())
         for name, options in {
-            "packed": NO_ROWS,
-            "centered": {"center": center, **NO_ROWS},
+            "packed": FIRST_ROWS,
+            "centered": {"center": center, **FIRST_ROWS},
             "exact rows": {},
             "both": {"center": center},
         }.items()
@@ -1524,7 +1529,7 @@ def test_sinks_and_soft_caps_on_real_weights(demo, change):
         for bits in (4, 3, 2):
             kld = []
             for means in (False, center):
-                cache = TBQCache(model.config, bits, None, center=means, **NO_ROWS)
+                cache = TBQCache(model.config, bits, None, center=means, **FIRST_ROWS)
                 got = forward(model, ids, cache, "tbq")[:, 128:].double().log_softmax(-1)
                 kld.append(float((base.exp() * (base - got)).sum(-1).mean()))
             print(f"{change}, {bits} bits: {kld[0]:.4f} whole, {kld[1]:.4f} centered, {kld[1] / kld[0]:.2f}")
