@@ -1224,8 +1224,8 @@ EXACT_ROWS = ("--cache-recent", 128, "--cache-first", 4)  # the default of the p
 def test_a_draft_is_accepted_as_with_f16(bin_dir, plain, demo_model, tmp_path):
     """The model is its own draft, with text that is longer than the exact rows.
 
-    docs/measurements/centering.md has figures for these prompts: tbq2_0 0.85 to 0.91 of f16, with an error of 0.02 for so
-    few tokens; not centered 0.80.
+    docs/measurements/centering.md has figures for these prompts: tbq2_0 has 0.85 to 0.91 of f16, with an error of 0.02
+    for so few tokens; not centered 0.80.
     """
     text = python_text(tmp_path / "python").read_text()
     prompts = [text[i : i + 1600] for i in range(20_000, 92_000, 9_000)]

@@ -98,6 +98,7 @@ def test_encoder_on_a_cpu(tmp_path):
     """The CUDA encoders write the reference's bytes, and the program notices where they do not."""
     subprocess.run(["cmake", "-S", CUDA.parent / "kernels", "-B", tmp_path / "cpu"], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path / "cpu", "--target", "tbq"], check=True, capture_output=True)
+
     def differences(cuda, blocks):
         program = tmp_path / "encoder"
         folders = (CUDA, TBQ / "include", TBQ / "cpu", cuda, TBQ / "cuda")

@@ -565,7 +565,8 @@ bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
            (!only_native(dst) && exact_supported(dst) && center_supported(dst));
 }
 
-// More columns than this are a prompt: unpacking the cache once takes less work than unpacking it for every 16.
+// More columns than this are a prompt: converting or unpacking the cache once takes less work than unpacking it for every
+// 16.
 #define TBQ_ATTENTION_MAX_COLUMNS 64
 
 static int64_t n_columns(const ggml_tensor * dst) {
@@ -624,14 +625,17 @@ static bool decode_supported(int device, const ggml_tensor * dst) {
            (n_columns(dst) <= TBQ_ATTENTION_MAX_COLUMNS || only_native(dst));
 }
 
-// Whether tbq-prompt.cu has kernels for this device.
+#ifdef GGML_TBQ_CUDA_PROMPT
+// Whether tbq-prompt.cu has kernels for this device.  Only devices that could have them are touched.
 static bool has_prompt_kernels(int device) {
     static const std::vector<bool> has = [] {
         const int         current = ggml_cuda_get_device();
         std::vector<bool> list(ggml_cuda_info().device_count);
         for (size_t i = 0; i < list.size(); i++) {
-            ggml_cuda_set_device(i);
-            list[i] = tbq_prompt_compiled();
+            if (ggml_cuda_info().devices[i].cc == GGML_CUDA_CC_HOPPER) {
+                ggml_cuda_set_device(i);
+                list[i] = tbq_prompt_compiled();
+            }
         }
         ggml_cuda_set_device(current);
         return list;
@@ -641,9 +645,6 @@ static bool has_prompt_kernels(int device) {
 
 // By tbq-prompt.cuh.
 static bool prompt_supported(int device, const ggml_tensor * dst) {
-#ifndef GGML_TBQ_CUDA_PROMPT
-    return false;
-#endif
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     return n_columns(dst) > TBQ_ATTENTION_MAX_COLUMNS && ggml_is_tbq(k->type) && ggml_is_tbq(dst->src[2]->type) &&
@@ -651,6 +652,11 @@ static bool prompt_supported(int device, const ggml_tensor * dst) {
            n_columns(dst) <= TBQ_PROMPT_MAX_ROWS && (!dst->src[3] || dst->src[3]->ne[3] <= 65535) &&
            k->nb[1] < TBQ_PROMPT_MAX_STRIDE && dst->src[2]->nb[1] < TBQ_PROMPT_MAX_STRIDE;
 }
+#else
+static bool prompt_supported(int, const ggml_tensor *) {
+    return false;
+}
+#endif
 
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
@@ -784,6 +790,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             a.exact_v_nb1 = e->nb[1], a.exact_v_nb2 = e->nb[2], a.exact_v_nb3 = e->nb[3];
         }
     }
+#ifdef GGML_TBQ_CUDA_PROMPT
     if (prompt_supported(ctx.device, dst)) {
         a.bits_k = kv_bits(k->type);
         a.bits_v = kv_bits(v->type);
@@ -793,6 +800,7 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         CUDA_CHECK(tbq_prompt_launch(a, q->ne[0], ctx.stream()));
         return true;
     }
+#endif
 #define TBQ_CASE(K, V) \
     case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
     switch (100 * kv_bits(k->type) + kv_bits(v->type)) {

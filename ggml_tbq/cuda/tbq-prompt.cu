@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels of tbq-prompt.cuh.  tbq.cmake has this file compiled for sm_90a, too.
+// The kernels of tbq-prompt.cuh.  tbq.cmake has this file compiled for sm_90a, too, where the option asks for them.
+#ifdef GGML_TBQ_CUDA_PROMPT
 #include "tbq-prompt.cuh"
 
 bool tbq_prompt_compiled() {
@@ -27,3 +28,4 @@ cudaError_t tbq_prompt_launch(const tbq_prompt_args & a, int d, cudaStream_t str
         default: return cudaErrorInvalidValue;
     }
 }
+#endif

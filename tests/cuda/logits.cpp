@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
-#include <vector>
 
 static const int N = 96;
 
@@ -57,12 +56,11 @@ int main(int argc, char ** argv) {
     check(!std::strcmp(argv[8], "none") || !llama_set_cache_center(context, argv[8]), "the center");
     check(!llama_set_cache_exact(context, std::atoi(argv[6]), 0), "exact rows");
 
-    const int          n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
-    const int          split   = std::atoi(argv[7]);
-    std::mt19937       rng(7);
-    std::FILE * const  out   = std::fopen(argv[9], "wb");
-    llama_batch        batch = llama_batch_init(N, 0, 1);
-    std::vector<float> rows;
+    const int         n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    const int         split   = std::atoi(argv[7]);
+    std::mt19937      rng(7);
+    std::FILE * const out   = std::fopen(argv[9], "wb");
+    llama_batch       batch = llama_batch_init(N, 0, 1);
     check(out != nullptr, "writing");
     for (int first = 0; first < N; first += split) {
         batch.n_tokens = first + split < N ? split : N - first;

@@ -17,6 +17,7 @@ of 2e-5 or more, or if a measured one does not take away half of the divergence.
 import argparse
 import concurrent.futures
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -64,7 +65,8 @@ class Logits:
         )
 
     def __call__(self, model, device, k="f16", v="f16", flash=True, recent=0, split=96, center=None):
-        out = tempfile.mkstemp(dir=self.work)[1]
+        descriptor, out = tempfile.mkstemp(dir=self.work)
+        os.close(descriptor)
         asked = (model, device, k, v, int(flash), recent, split, center or "none", out)
         done = subprocess.run([self.program, *map(str, asked)], capture_output=True, text=True, errors="replace")
         if done.returncode:
