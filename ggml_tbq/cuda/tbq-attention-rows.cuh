@@ -82,12 +82,7 @@ static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, i
 
 // How the cache is split: one CTA a multiprocessor, and what a CTA's start costs is about four slices of 16 tokens.
 static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm) {
-    a.gqa               = a.n_head / a.n_head_kv;
-    a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
-    const int n_columns = a.n_q * a.gqa;
-    const int nc        = tbq_attention_columns(n_columns);
-    a.n_groups          = (n_columns + nc - 1) / nc;
-    a.kv_per_seq        = a.n_seq / a.n_seq_kv;
+    tbq_attention_group(a);
     const int n_tiles   = a.n_groups * a.n_seq;
     const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
     long long best      = 0;

@@ -167,16 +167,21 @@ static inline int tbq_attention_columns(int n_columns) {
     return n_columns <= 8 ? 8 : 16;
 }
 
-// How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at
-// least two slices.  A few exact rows are not a reason for another split: an empty cache would need the second kernel,
-// which merges.  n_resident: CTAs that run at the same time.
-static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
+// How the queries are grouped: by KV head, in tiles of columns.
+static inline void tbq_attention_group(tbq_attention_args & a) {
     a.gqa               = a.n_head / a.n_head_kv;
     a.gqa_magic         = a.gqa == 1 ? 0 : (unsigned) ((1ull << 32) / a.gqa + 1);
     const int n_columns = a.n_q * a.gqa;
     const int nc        = tbq_attention_columns(n_columns);
     a.n_groups          = (n_columns + nc - 1) / nc;
     a.kv_per_seq        = a.n_seq / a.n_seq_kv;
+}
+
+// How the cache is split: into enough splits that every multiprocessor holds as many CTAs as fit, and each warp has at
+// least two slices.  A few exact rows are not a reason for another split: an empty cache would need the second kernel,
+// which merges.  n_resident: CTAs that run at the same time.
+static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
+    tbq_attention_group(a);
     const int n_tiles   = a.n_groups * a.n_head_kv * a.n_seq;
     const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
     const int n_exact   = a.cells ? (a.n_exact + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE : 0;
