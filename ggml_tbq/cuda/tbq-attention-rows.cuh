@@ -83,9 +83,9 @@ static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, i
 // How the cache is split: one CTA a multiprocessor, and what a CTA's start costs is about four slices of 16 tokens.
 static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm) {
     tbq_attention_group(a);
-    const int n_tiles   = a.n_groups * a.n_seq;
-    const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
-    long long best      = 0;
+    const int n_tiles  = a.n_groups * a.n_seq;
+    const int n_slices = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
+    long long best     = 0;
     for (int n = 1; n <= n_slices && n <= n_sm; n++) {
         const long long cost = ((long long) n_tiles * n + n_sm - 1) / n_sm * ((n_slices + n - 1) / n + 4);
         if (n == 1 || cost < best) {

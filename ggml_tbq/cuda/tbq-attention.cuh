@@ -182,17 +182,17 @@ static inline void tbq_attention_group(tbq_attention_args & a) {
 // which merges.  n_resident: CTAs that run at the same time.
 static inline void tbq_attention_partition(tbq_attention_args & a, int n_resident) {
     tbq_attention_group(a);
-    const int n_tiles   = a.n_groups * a.n_head_kv * a.n_seq;
-    const int n_slices  = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
-    const int n_exact   = a.cells ? (a.n_exact + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE : 0;
-    const int n_most    = n_slices > n_exact ? n_slices : n_exact;
-    const int useful    = (n_most + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
-    int       n_split   = n_resident / n_tiles;
-    n_split             = n_split < useful ? n_split : useful;
-    n_split             = n_split > 1 ? n_split : 1;
-    a.slices_per_split  = (n_slices + n_split - 1) / n_split;
-    a.n_split           = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
-    a.exact_per_split   = (n_exact + a.n_split - 1) / a.n_split;
+    const int n_tiles  = a.n_groups * a.n_head_kv * a.n_seq;
+    const int n_slices = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
+    const int n_exact  = a.cells ? (a.n_exact + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE : 0;
+    const int n_most   = n_slices > n_exact ? n_slices : n_exact;
+    const int useful   = (n_most + 2 * TBQ_ATTENTION_WARPS - 1) / (2 * TBQ_ATTENTION_WARPS);
+    int       n_split  = n_resident / n_tiles;
+    n_split            = n_split < useful ? n_split : useful;
+    n_split            = n_split > 1 ? n_split : 1;
+    a.slices_per_split = (n_slices + n_split - 1) / n_split;
+    a.n_split          = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+    a.exact_per_split  = (n_exact + a.n_split - 1) / a.n_split;
 }
 
 // Sets how many of a warp's slices of exact rows the kernel copies to shared memory when it begins, and returns the
