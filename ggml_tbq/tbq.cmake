@@ -61,37 +61,32 @@ function(tbq_add_sources target)
     endif()
 endfunction()
 
-option(GGML_TBQ_CUDA_PROMPT "attention of prompts on an H100 or H200 unpacks tiles instead of converting the cache" OFF)
-
 # tbq_add_ggml(target): the kernels, and what connects them with ggml's tables.  The patched ggml calls this for ggml-base,
 # so that every backend and every variant of the CPU backend shares one copy.
 function(tbq_add_ggml target)
     tbq_add_sources(${target})
     target_sources(${target} PRIVATE "${TBQ_SOURCE_DIR}/ggml/tbq-ggml.c")
     target_include_directories(${target} PUBLIC "$<BUILD_INTERFACE:${TBQ_SOURCE_DIR}/ggml>")
-    if(GGML_TBQ_CUDA_PROMPT)
-        # when the patched ggml has added its CUDA backend, which compiles cuda/*.cu
-        cmake_language(DEFER CALL tbq_compile_for_sm_90a)
-    endif()
+    # when the patched ggml has added its CUDA backend, which compiles cuda/*.cu
+    cmake_language(DEFER CALL tbq_compile_for_sm_90a)
 endfunction()
 
 # Attention of prompts needs instructions that only code for sm_90a has: that one file is compiled for it, too, where the
-# backend is compiled for an H100 or H200.  Other files, and other architectures, stay as they are.
+# backend is compiled for an H100 or H200 by nvcc 12.0 or later.  Other files, and other architectures, stay as they are.
 function(tbq_compile_for_sm_90a)
     if(NOT TARGET ggml-cuda)
         return()
     endif()
-    target_compile_definitions(ggml-cuda PRIVATE GGML_TBQ_CUDA_PROMPT)
     get_target_property(folder ggml-cuda SOURCE_DIR)
     get_directory_property(compiler DIRECTORY "${folder}" DEFINITION CMAKE_CUDA_COMPILER_ID)
     get_directory_property(version DIRECTORY "${folder}" DEFINITION CMAKE_CUDA_COMPILER_VERSION)
     get_target_property(architectures ggml-cuda CUDA_ARCHITECTURES)
     if(compiler STREQUAL "NVIDIA" AND version VERSION_GREATER_EQUAL 12.0 AND
             "${architectures}" MATCHES "(^|;)(90(-real|-virtual)?|all|all-major|native)(;|$)")
+        target_compile_definitions(ggml-cuda PRIVATE GGML_TBQ_CUDA_PROMPT)
         set_source_files_properties("${TBQ_SOURCE_DIR}/cuda/tbq-prompt.cu" DIRECTORY "${folder}"
             PROPERTIES COMPILE_OPTIONS "--generate-code=arch=compute_90a,code=sm_90a")
-    elseif(NOT "${architectures}" MATCHES "90a")
-        message(WARNING "GGML_TBQ_CUDA_PROMPT does nothing: it needs nvcc 12.0 and 90 in CMAKE_CUDA_ARCHITECTURES, "
-            "not ${compiler} ${version} and ${architectures}")
+    elseif("${architectures}" MATCHES "90a")
+        target_compile_definitions(ggml-cuda PRIVATE GGML_TBQ_CUDA_PROMPT)
     endif()
 endfunction()

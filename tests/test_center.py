@@ -235,6 +235,17 @@ def test_shift_of_quantized_keys(made, logits, tmp_path):
         assert centered < plain
 
 
+@pytest.mark.parametrize("type_k", ["tbq4_0", "tbq3_0", "tbq2_0"])
+@pytest.mark.parametrize("centered", [False, True])
+def test_keys_that_stay_are_not_written_again(type_k, centered, made, logits, tmp_path):
+    """Two of 96 tokens move, so at most two rows of each layer change."""
+    model, center = made(biased, "K biases"), tmp_path / "center.gguf"
+    logits(model, measure=center)
+    changed = logits(model, type_k=type_k, center=center if centered else None, wander=4)
+    layers, row = 2, {"tbq4_0": 34, "tbq3_0": 26, "tbq2_0": 18}[type_k]
+    assert 0 < len(changed) <= layers * 2 * row
+
+
 @pytest.mark.parametrize("unified", [True, False])
 def test_sequences(unified, made, logits, tmp_path):
     model, center = made(biased, "K biases"), tmp_path / "center.gguf"

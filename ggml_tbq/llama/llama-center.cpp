@@ -248,6 +248,83 @@ ggml_tensor * llama_kv_center_layer::set_rows(ggml_context * ctx, ggml_tensor * 
     return res;
 }
 
+// --- K-shift --------------------------------------------------------------------------------------------------------
+
+class llama_kv_shift_input : public llm_graph_input_i {
+public:
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_UNUSED(ubatch);
+        ggml_backend_tensor_set(shift.by, by.data(), 0, ggml_nbytes(shift.by));
+        ggml_backend_tensor_set(shift.rows, rows.data(), 0, ggml_nbytes(shift.rows));
+    }
+
+    const std::vector<llama_kv_cells> * v_cells = nullptr; // of the cache
+    llama_kv_shift                      shift;
+    std::vector<int32_t>                by, rows;
+};
+
+llama_kv_shift llama_kv_center_layer::shift(llm_graph_result * res, const std::vector<llama_kv_cells> & v_cells,
+                                            const ggml_tensor * k, ggml_tensor * by) {
+    if (!ggml_is_tbq(k->type)) {
+        return { by, nullptr };
+    }
+    for (const auto & input : res->inputs) { // the layers share it
+        const auto * inp = dynamic_cast<llama_kv_shift_input *>(input.get());
+        if (inp && inp->v_cells == &v_cells) {
+            return inp->shift;
+        }
+    }
+    auto inp     = std::make_unique<llama_kv_shift_input>();
+    inp->v_cells = &v_cells;
+    for (size_t s = 0, first = 0; s < v_cells.size(); first += v_cells[s++].size()) {
+        for (uint32_t i = 0; i < v_cells[s].size(); ++i) {
+            if (!v_cells[s].is_empty(i) && v_cells[s].get_shift(i) != 0) {
+                inp->rows.push_back((int32_t) (first + i));
+                inp->by.push_back(v_cells[s].get_shift(i));
+            }
+        }
+    }
+    if (inp->rows.empty()) { // all that moved was removed since: a tensor needs a row, and an empty graph is not run
+        inp->rows = inp->by = { 0 };
+    }
+    inp->shift = { ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->by.size()),
+                   ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->rows.size()) };
+    ggml_set_input(inp->shift.by);
+    ggml_set_input(inp->shift.rows);
+    return static_cast<llama_kv_shift_input *>(res->add_input(std::move(inp)))->shift;
+}
+
+// the heads k as rows
+static ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * k) {
+    const int64_t n = k->ne[0] * k->ne[1];
+    return k->view_src && n == k->view_src->ne[0] ? ggml_reshape_2d(ctx, k->view_src, n, k->ne[2])
+                                                  : ggml_view_2d(ctx, k, n, k->ne[2], k->nb[2], 0);
+}
+
+ggml_tensor * llama_kv_center_layer::load(ggml_context * ctx, ggml_tensor * k, const llama_kv_shift & shift) const {
+    if (!shift.rows) {
+        return add(ctx, ggml_cast(ctx, k, GGML_TYPE_F32));
+    }
+    ggml_tensor * rows = ggml_get_rows(ctx, rows_of(ctx, k), shift.rows);
+    return add(ctx, ggml_reshape_3d(ctx, rows, k->ne[0], k->ne[1], rows->ne[1]));
+}
+
+ggml_tensor * llama_kv_center_layer::store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * moved,
+                                           const llama_kv_shift & shift) const {
+    if (!shift.rows) {
+        return ggml_cpy(ctx, subtract(ctx, moved), k);
+    }
+    moved             = ggml_reshape_2d(ctx, moved, moved->ne[0] * moved->ne[1], moved->ne[2]);
+    ggml_tensor * res = set_rows(ctx, rows_of(ctx, k), moved, shift.rows);
+    if (mean && moved->ne[0] < mean->ne[0]) { // the channels that RoPE turns, of one head
+        res->src[3] = ggml_view_1d(ctx, mean, moved->ne[0], n_embd_nope * sizeof(float));
+        res->src[4] = weight ? ggml_view_1d(ctx, weight, moved->ne[0], n_embd_nope * sizeof(float)) : nullptr;
+    }
+    return res;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+
 void llama_kv_center_layer::attend(ggml_tensor * fa, bool values) const {
     if (heads) {
         tbq_ggml_flash_attn_ext_center(fa, heads, values);
