@@ -3,8 +3,8 @@
 
 SPEC has these keys. model. center: a file, or null. measure: a file to write the means to, or null. type_k, type_v.
 recent: rows that are kept in 8 bits as well. tokens. split: decode so many tokens at a time. sequences, unified.
-shift: drop the first tokens and move the others forward before the last batch. wander: instead of
-that, move the last two tokens forth and back so often; OUT is then which bytes of the state have changed. context: fields of
+shift: drop the first tokens and move the others forward before the last batch. wander: instead of that, move the last
+two tokens forth and back so often; OUT is then which bytes of the state have changed. context: fields of
 llama_context_params. load: "relative" for a path whose folder is left afterwards, "stream" for a FILE that is closed.
 gone: remove the model's file when it is loaded.
 
@@ -117,6 +117,8 @@ step = spec.get("split", n)
 first = np.concatenate([decode(tokens[i : min(n, i + step)], i) for i in range(0, n, step)])
 memory = api.llama_get_memory(context)
 start = n
+
+
 def state():
     data = np.zeros(api.llama_state_seq_get_size(context, 0), np.uint8)
     assert api.llama_state_seq_get_data(context, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(data), 0)

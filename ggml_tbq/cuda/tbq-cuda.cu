@@ -565,8 +565,8 @@ bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
            (!only_native(dst) && exact_supported(dst) && center_supported(dst));
 }
 
-// More columns than this are a prompt: converting or unpacking the cache once takes less work than unpacking it for every
-// 16.
+// More columns than this are a prompt where the cache is converted: converting it once takes less work than unpacking it
+// for every 16.
 #define TBQ_ATTENTION_MAX_COLUMNS 64
 
 static int64_t n_columns(const ggml_tensor * dst) {
@@ -606,25 +606,6 @@ static bool native_supported(const ggml_tensor * dst) {
     return true;
 }
 
-// By tbq-attention.cuh.
-static bool decode_supported(int device, const ggml_tensor * dst) {
-    const ggml_tensor * k  = dst->src[1];
-    const int64_t       d  = dst->src[0]->ne[0];
-    const int           cc = ggml_cuda_info().devices[device].cc;
-    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
-        return false;
-    }
-    // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
-    const int bits_k = kv_bits(k->type), bits_v = kv_bits(dst->src[2]->type);
-    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
-        ggml_cuda_info().devices[device].smpbo) {
-        return false;
-    }
-    // limits of a grid
-    return (n_columns(dst) + 7) / 8 * k->ne[2] <= 65535 &&
-           (n_columns(dst) <= TBQ_ATTENTION_MAX_COLUMNS || only_native(dst));
-}
-
 #ifdef GGML_TBQ_CUDA_PROMPT
 // Whether tbq-prompt.cu has kernels for this device.  Only devices that could have them are touched.
 static bool has_prompt_kernels(int device) {
@@ -643,20 +624,55 @@ static bool has_prompt_kernels(int device) {
     return has[device];
 }
 
+// A tile of its kernels has 64 columns, however few there are; those of decode take as long for each 16 columns, and start
+// faster (docs/design/cuda.md).
+static bool prompt_faster(const ggml_tensor * dst) {
+    const ggml_tensor * k = dst->src[1];
+    return n_columns(dst) > 32 && n_columns(dst) * k->ne[1] * k->ne[2] * dst->src[0]->ne[3] > 1 << 22;
+}
+
 // By tbq-prompt.cuh.
 static bool prompt_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
-    return n_columns(dst) > TBQ_ATTENTION_MAX_COLUMNS && ggml_is_tbq(k->type) && ggml_is_tbq(dst->src[2]->type) &&
-           has_prompt_kernels(device) && k->ne[1] <= tbq_prompt_max_kv(q->ne[0]) &&
-           n_columns(dst) <= TBQ_PROMPT_MAX_ROWS && (!dst->src[3] || dst->src[3]->ne[3] <= 65535) &&
-           k->nb[1] < TBQ_PROMPT_MAX_STRIDE && dst->src[2]->nb[1] < TBQ_PROMPT_MAX_STRIDE;
+    return prompt_faster(dst) && ggml_is_tbq(k->type) && ggml_is_tbq(dst->src[2]->type) && has_prompt_kernels(device) &&
+           k->ne[1] <= tbq_prompt_max_kv(q->ne[0]) && n_columns(dst) <= TBQ_PROMPT_MAX_ROWS &&
+           (!dst->src[3] || dst->src[3]->ne[3] <= 65535) && k->nb[1] < TBQ_PROMPT_MAX_STRIDE &&
+           dst->src[2]->nb[1] < TBQ_PROMPT_MAX_STRIDE;
 }
 #else
+static bool has_prompt_kernels(int) {
+    return false;
+}
+
+static bool prompt_faster(const ggml_tensor *) {
+    return false;
+}
+
 static bool prompt_supported(int, const ggml_tensor *) {
     return false;
 }
 #endif
+
+// By tbq-attention.cuh.
+static bool decode_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * k  = dst->src[1];
+    const int64_t       d  = dst->src[0]->ne[0];
+    const int           cc = ggml_cuda_info().devices[device].cc;
+    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    // some pairs at head size 256 do not fit into the 99 KiB of sm_86, sm_89 and sm_120
+    const int bits_k = kv_bits(k->type), bits_v = kv_bits(dst->src[2]->type);
+    if ((size_t) tbq_attention_smem(d, bits_k, bits_v, 16) + tbq_attention_static_smem(d, bits_k, 16) >
+        ggml_cuda_info().devices[device].smpbo) {
+        return false;
+    }
+    // limits of a grid
+    return (n_columns(dst) + 7) / 8 * k->ne[2] <= 65535 &&
+           (n_columns(dst) <= TBQ_ATTENTION_MAX_COLUMNS || only_native(dst) ||
+            (has_prompt_kernels(device) && !prompt_faster(dst)));
+}
 
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE

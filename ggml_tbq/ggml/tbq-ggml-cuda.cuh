@@ -62,10 +62,10 @@ to_bf16_nc_cuda_t tbq_cuda_to_bf16_nc(ggml_type type);
 to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 
 // Attention from packed blocks, head sizes 64, 128 and 256: up to 64 columns (query heads of one KV head times tokens; any
-// number if nothing else has a kernel), K and V both tbq, or one of them q8_0 or f16, sm_80 and later; in a build
-// with GGML_TBQ_CUDA_PROMPT more columns, K and V both tbq, on compute capability 9.0.  Everything else converts to f16 and takes the backend's own kernels.  Both ways
-// read exact rows (tbq_ggml_flash_attn_ext_exact) and take centered keys as whole (tbq_ggml_flash_attn_ext_center); where
-// neither can, the node is not supported.
+// number if nothing else has a kernel), K and V both tbq, or one of them q8_0 or f16, sm_80 and later; on compute
+// capability 9.0 any number, K and V both tbq, if the build is for it.  Everything else converts to f16 and takes the
+// backend's own kernels.  Both ways read exact rows (tbq_ggml_flash_attn_ext_exact) and take centered keys as whole
+// (tbq_ggml_flash_attn_ext_center); where neither can, the node is not supported.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // whether those kernels work for it
 

@@ -50,10 +50,10 @@ struct llama_kv_center_layer {
     // A K-shift of the heads k, a view of a cache.  A row of a tbq type that moves is read, turned, and written as a new
     // key is, with the means and the weights; a row that stays is left alone.  Keys of other types are all written again,
     // as upstream does.
-    static llama_kv_shift shift(llm_graph_result * res, const std::vector<llama_kv_cells> & v_cells, const ggml_tensor * k,
-                                ggml_tensor * by);
+    static llama_kv_shift shift(llm_graph_result * res, const std::vector<llama_kv_cells> & v_cells,
+                                const ggml_tensor * k, ggml_tensor * by);
     ggml_tensor *         load(ggml_context * ctx, ggml_tensor * k, const llama_kv_shift & shift) const; // f32
-    ggml_tensor *         store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * moved, const llama_kv_shift & shift) const;
+    ggml_tensor * store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * moved, const llama_kv_shift & shift) const;
 
     // Where the result of attention depends on the means (sinks, soft-caps, values that are channels of the keys):
     // FLASH_ATTN_EXT gets them, and without flash attention the logits get back what the means took from them.
