@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels. Without a GPU: that they compile for every architecture, as they should, and that a machine without
 nvcc is told so. With one, the tests marked gpu: everything that docs/measurements/cuda.md claims but the speed, which
-bench/cuda.sh measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of
+bench/cuda.py measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of
 it."""
 
 import os
@@ -136,6 +136,16 @@ def test_a_model_of_random_weights_without_the_package(tmp_path):
     """The GPU checks make one on machines that have gguf and NumPy, but no compiled module."""
     run(sys.executable, CUDA / "shape_model.py", tmp_path / "tiny.gguf", 2, 512, 8, 2, 64, 512)
     assert (tmp_path / "tiny.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_speed_table(bin_dir, tmp_path):
+    """bench/cuda.py on this machine's CPU, with a model that it need not write."""
+    run(sys.executable, CUDA / "shape_model.py", tmp_path / "7b.gguf", 1, 256, 4, 2, 64, 256)
+    what = ("--models", "7b", "--types", "f16,tbq4_0/tbq3_0", "--depths", "0,64", "--tokens", "2", "--folder", tmp_path)
+    number, ratio = r"\d+\.\d( ± \d+\.\d)?", r" \(\d+\.\d{3}\)"
+    out = run(sys.executable, ROOT / "bench" / "cuda.py", bin_dir, *what, "--only", "decode")
+    for name in ("tg2 @ 0", "tg2 @ 64"):
+        assert re.search(rf"^\| 7b \| {name} \| {number} \| {number}{ratio} \|$", out, re.M), out
 
 
 def test_few_instance_files():

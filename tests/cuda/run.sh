@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # What a GPU must show:  tests/cuda/run.sh BIN [check|kernels|ops|splits|center|logits|hf|speed]
 #
-# The checks are the tests of tests/test_cuda.py that have the marker gpu; speed is bench/cuda.sh; without a part, both.
+# The checks are the tests of tests/test_cuda.py that have the marker gpu; speed is bench/cuda.py; without a part, both.
 #
 # BIN: the folder with llama-bench, llama-perplexity, llama-cache-center and test-backend-ops of a build with CUDA
 # (`make cuda`, then `make test TESTS=tests/test_cuda.py` builds the latter into build/cp*/bin).
@@ -32,6 +32,6 @@ if [ -n "$tests" ]; then
         tests/test_cuda.py || failed=1
 fi
 if [ "$what" = all ] || [ "$what" = speed ]; then
-    bench/cuda.sh "$bin" || failed=1
+    "$python" bench/cuda.py "$bin" || failed=1
 fi
 exit $failed

@@ -93,7 +93,7 @@ class Respondent:
     def load(self, text: Text) -> None:
         """Evaluates a text, unless it was the last one.  Tokens that the cache has from another text are not again."""
         if self._loaded is not text or self._shifted:
-            # a shift encodes all rows again, those before it as well, so none of them is used for another text
+            # with llama.cpp's own types a shift encodes all rows again, so none of them is used for another text
             self._complete(text.tokens, 0, cache_prompt=not self._shifted)
             self._loaded, self._shifted = text, False
 
