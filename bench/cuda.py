@@ -25,8 +25,8 @@ MODELS = {
     "1b-head256": (16, 2048, 16, 2, 256, 8192),
     "1b-head64": (16, 2048, 64, 8, 64, 8192),
 }
-#: sequences x tokens of each, and whether they share one cache
-BATCHES = ((8, 8192, False), (32, 8192, False), (64, 8192, False), (8, 32768, False), (8, 8192, True), (32, 8192, True))
+#: sequences x tokens of each; u: they share one cache (--kv-unified)
+BATCHES = "8x8192,32x8192,64x8192,8x32768,8x8192u,32x8192u"
 
 
 def run(command):
@@ -76,8 +76,9 @@ def measure(bin, model, path, table, args):
             if found[what]:
                 table.add(model, f"{what}{args.tokens if what == 'tg' else 2048} @ {depth}", found[what])
     if "batched" in args.only and model == "7b":
-        for n, length, unified in BATCHES:
-            found = {}
+        for batch in args.batches.split(","):
+            unified, found = batch.endswith("u"), {}
+            n, length = map(int, batch.rstrip("u").split("x"))
             for pair in table.pairs:
                 size = n * (length + 64)
                 more = ["-c", size, "-npp", length, "-ntg", args.tokens, "-npl", n, "-fa", "on", *["-kvu"] * unified]
@@ -97,6 +98,7 @@ def main():
     )
     parser.add_argument("--only", default="decode,prompt,batched")
     parser.add_argument("--depths", default="0,32768,131072")
+    parser.add_argument("--batches", default=BATCHES, help="sequences x tokens; u: in one cache")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--ubatch", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=2)
