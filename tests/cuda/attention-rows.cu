@@ -74,6 +74,7 @@ bool launch_rows(int d, int k, int v, const tbq_attention_args & a, float * part
         case 303: launch_pair<3, 3>(d, a, partial, stream, early); return true;
         case 202: launch_pair<2, 2>(d, a, partial, stream, early); return true;
         case 403: launch_pair<4, 3>(d, a, partial, stream, early); return true;
+        case 302: launch_pair<3, 2>(d, a, partial, stream, early); return true;
         default: return false;
     }
 }
