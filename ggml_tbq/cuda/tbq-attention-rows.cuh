@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     auto      token_of  = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
     auto      head_of   = [&](int head_kv, int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
-    extern __shared__ __align__(128) char shared[];
+    TBQ_DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     __shared__ float                 q_scale[H][NC][NB];
     __shared__ float                 q_center[H][NC][NB];          // as in tbq-attention.cuh
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     __shared__ float                 max_of[WARPS][NC];
     __shared__ float                 sum_of[WARPS][NC];
     char * const   q8    = shared + STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
-    const uint32_t full  = (uint32_t) __cvta_generic_to_shared(barriers);
+    const uint32_t full  = tbq_smem(barriers);
     const uint32_t empty = full + 8 * STAGES;
 
     const int first_token = blockIdx.x * a.slices_per_split * SLICE;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
             tbq_mbarrier_init(full + 8 * i, a.cells ? 2 : 1);
             tbq_mbarrier_init(empty + 8 * i, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        tbq_mbarrier_init_done();
     }
     if (threadIdx.x < 4 * STAGES) { // without a list it stays so
         *(uint32_t *) (shared + threadIdx.x / 4 * shape::STAGE + shape::AT_L + threadIdx.x % 4 * 4) = 0;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         const char *   k       = a.k + seq_kv * a.k_nb3 + (long long) from * side_k::ROW;
         const char *   v       = a.v + seq_kv * a.v_nb3 + (long long) from * side_v::ROW;
         const char *   mask    = a.mask + first_row * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3 + 2 * from;
-        const uint32_t stage   = (uint32_t) __cvta_generic_to_shared(shared) + at * shape::STAGE;
+        const uint32_t stage   = tbq_smem(shared) + at * shape::STAGE;
         const uint32_t barrier = full + 8 * at;
         tbq_mbarrier_expect(barrier, n * (side_k::ROW + side_v::ROW + 2 * n_masks));
         tbq_bulk_copy(stage, k, n * side_k::ROW, barrier);

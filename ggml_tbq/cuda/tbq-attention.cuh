@@ -446,10 +446,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     auto token_of = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
     auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
-    extern __shared__ __align__(16) char smem[];
-    constexpr int                        QROW = tbq_attention_query(D, BITS_K);
-    constexpr int                        NS   = BITS_K == 8 ? 2 : 1; // scales of a query for 64 channels
-    __shared__ __align__(16) int8_t q8[NC][QROW];                    // in the order in which operand A takes them
+    TBQ_DYNAMIC_SHARED(smem);
+    constexpr int QROW = tbq_attention_query(D, BITS_K);
+    constexpr int NS   = BITS_K == 8 ? 2 : 1;     // scales of a query for 64 channels
+    __shared__ __align__(16) int8_t q8[NC][QROW]; // in the order in which operand A takes them
     __shared__ float                q_scale[NC][NB * NS];
     __shared__ int                  q_sum[NC][NB];
     __shared__ float                q_center[NC][NB]; // q.c by blocks, then all of it in the first; in units of logits
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
 
     // A ring of this warp alone.
     char * const   ring      = smem + warp * STAGES * STAGE;
-    const uint32_t ring_addr = (uint32_t) __cvta_generic_to_shared(ring);
+    const uint32_t ring_addr = tbq_smem(ring);
 
     const int n_slices = (a.n_kv + SLICE - 1) / SLICE;
     const int first    = blockIdx.x * a.slices_per_split + warp;
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         for (int i = 0; i < a.exact_staged; i++) {
             const int      slice = exact_first + i * WARPS;
             const int      rows  = slice < exact_end ? min(a.n_exact - slice * SLICE, SLICE) : 0;
-            const uint32_t to    = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE);
+            const uint32_t to    = tbq_smem(exact_rows + i * EXACT_STAGE);
             int            row = lane / PIECES, piece = lane % PIECES;
 #pragma unroll 1
             while (row < rows) {

@@ -10,6 +10,9 @@
 
 #define TBQ_WARP_ALL 0xFFFFFFFFu
 
+// The shared memory whose size the launch gives.
+#define TBQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+
 // --- bytes, and numbers ----------------------------------------------------------------------------------------------
 
 // The instruction itself: __byte_perm masks the selector first, with a second one.
@@ -203,6 +206,11 @@ static __device__ __forceinline__ uint32_t tbq_smem(const void * p) {
 
 static __device__ __forceinline__ void tbq_mbarrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// After the last of them, by the same thread.
+static __device__ __forceinline__ void tbq_mbarrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 static __device__ __forceinline__ void tbq_mbarrier_arrive(uint32_t barrier) {
