@@ -34,12 +34,24 @@
 
 #define TBQ_ROWS_MAX_STAGES 12
 
-constexpr __host__ __device__ int tbq_rows_warps(int d, int nc) {
-    return d == 256 ? 12 : nc == 8 ? 16 : 8;
+// Forms of the kernel, to compare them; the launcher takes TBQ_ROWS_FORM.
+enum {
+    TBQ_ROWS_IN_ORDER   = 1,  // one thread starts the first copies, in order
+    TBQ_ROWS_TWO_RINGS  = 2,  // two groups of warps, each with a ring of its own
+    TBQ_ROWS_TWO_SLICES = 4,  // half as many warps, with two slices of 16 tokens at once
+    TBQ_ROWS_NO_COMPUTE = 16, // only copies and barriers
+    TBQ_ROWS_NO_COPIES  = 32, // no stage is filled a second time
+};
+#ifndef TBQ_ROWS_FORM
+#define TBQ_ROWS_FORM 0
+#endif
+
+constexpr __host__ __device__ int tbq_rows_warps(int d, int nc, int form) {
+    return (d == 256 ? 12 : nc == 8 ? 16 : 8) / (form & TBQ_ROWS_TWO_SLICES ? 2 : 1);
 }
 
-constexpr __host__ __device__ int tbq_rows_threads(int d, int nc) {
-    return 32 * tbq_rows_warps(d, nc);
+constexpr __host__ __device__ int tbq_rows_threads(int d, int nc, int form = TBQ_ROWS_FORM) {
+    return 32 * tbq_rows_warps(d, nc, form);
 }
 
 // H KV heads of D channels in a row.
@@ -50,22 +62,25 @@ template <int D, int H, int BITS> struct tbq_rows_side {
     static_assert(ROW % 16 == 0, "bulk copies");
 };
 
-template <int D, int H, int BITS_K, int BITS_V, int NC> struct tbq_rows_shape {
+template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = TBQ_ROWS_FORM> struct tbq_rows_shape {
     using side_k                = tbq_rows_side<D, H, BITS_K>;
     using side_v                = tbq_rows_side<D, H, BITS_V>;
-    static constexpr int WARPS  = tbq_rows_warps(D, NC);
-    static constexpr int TOKENS = 16 * WARPS / H; // of a stage
+    static constexpr int WARPS  = tbq_rows_warps(D, NC, FORM);
+    static constexpr int RINGS  = FORM & TBQ_ROWS_TWO_RINGS ? 2 : 1;
+    static constexpr int GROUP  = WARPS / RINGS;                            // warps of a ring
+    static constexpr int SLICES = FORM & TBQ_ROWS_TWO_SLICES ? 2 : 1;       // of 16 tokens, of a warp at once
+    static constexpr int TOKENS = TBQ_ATTENTION_SLICE * SLICES * GROUP / H; // of a stage
     static constexpr int AT_V   = TOKENS * side_k::ROW;
     static constexpr int AT_M   = AT_V + TOKENS * side_v::ROW; // masks
     static constexpr int AT_L   = AT_M + NC * TOKENS * 2;      // words of the list's map
     static constexpr int STAGE  = AT_L + 16;
     static constexpr int Q8     = H * NC * D;
-    static constexpr int FIT    = (229000 - Q8) / STAGE; // 227 KiB less what is static
-    static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES;
+    static constexpr int FIT    = (229000 - Q8) / STAGE / RINGS;                         // 227 KiB less what is static
+    static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES; // of a ring
     static constexpr int LAG    = STAGES > 4 ? 2 : 1; // a stage is filled again when it was used that many stages ago
-    static constexpr int SMEM   = STAGES * STAGE + Q8;
-    static_assert(STAGE % 16 == 0 && WARPS % H == 0 && TOKENS <= 4 * 32, "layout");
-    static_assert(WARPS * NC * tbq_attention_row(D) * 4 <= STAGES * STAGE, "the results take the place of the ring");
+    static constexpr int SMEM   = RINGS * STAGES * STAGE + Q8;
+    static_assert(STAGE % 16 == 0 && GROUP % H == 0 && TOKENS <= 4 * 32, "layout");
+    static_assert(WARPS * NC * tbq_attention_row(D) * 4 <= SMEM - Q8, "the results take the place of the rings");
 };
 
 // Whether the kernel below can do it.  bits_k, bits_v: 2, 3, 4
@@ -164,19 +179,23 @@ static __device__ __forceinline__ void tbq_rows_nibbles(const char * row, int w,
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 // grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
-template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE>
-__global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows(const tbq_attention_args a) {
+template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE, int FORM = TBQ_ROWS_FORM>
+__global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attention_rows(const tbq_attention_args a) {
 #ifdef TBQ_ROWS_ARCH
     constexpr int NB     = D / 64;
     constexpr int NG     = NC / 8;
-    using shape          = tbq_rows_shape<D, H, BITS_K, BITS_V, NC>;
+    using shape          = tbq_rows_shape<D, H, BITS_K, BITS_V, NC, FORM>;
     using side_k         = typename shape::side_k;
     using side_v         = typename shape::side_v;
     constexpr int WARPS  = shape::WARPS;
     constexpr int TOKENS = shape::TOKENS;
     constexpr int STAGES = shape::STAGES;
+    constexpr int RINGS  = shape::RINGS;
+    constexpr int GROUP  = shape::GROUP;
+    constexpr int SLICES = shape::SLICES;
     constexpr int SLICE  = TBQ_ATTENTION_SLICE;
-    constexpr int PARTS  = WARPS / H; // warps of a head
+    constexpr int SPAN   = SLICES * SLICE; // tokens of a warp at once
+    constexpr int PARTS  = WARPS / H;      // warps of a head
     constexpr int EXACT  = (int) sizeof(block_tbq8_0);
     // Values go into the tensor core as 192 + level, and 192 times the sum of weights, which has a tile of its own, is taken
     // away at the end.  It takes registers.
@@ -196,29 +215,32 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     auto      head_of   = [&](int head_kv, int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
     TBQ_DYNAMIC_SHARED(shared);
-    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+    __shared__ __align__(8) uint64_t barriers[2 * RINGS * STAGES];
     __shared__ float                 q_scale[H][NC][NB];
     __shared__ float                 q_center[H][NC][NB];          // as in tbq-attention.cuh
     __shared__ uint32_t              hidden[TBQ_ROWS_N_HIDDEN][4]; // a copy for each t, or they are uniform registers
     __shared__ float                 max_of[WARPS][NC];
     __shared__ float                 sum_of[WARPS][NC];
-    char * const   q8    = shared + STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
+    char * const q8 = shared + RINGS * STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
     const uint32_t full  = tbq_smem(barriers);
-    const uint32_t empty = full + 8 * STAGES;
+    const uint32_t empty = full + 8 * RINGS * STAGES;
 
     const int first_token = blockIdx.x * a.slices_per_split * SLICE;
     const int end_token   = min((int) (blockIdx.x + 1) * a.slices_per_split * SLICE, a.n_kv);
-    const int n_stages    = (end_token - first_token + TOKENS - 1) / TOKENS;
-    const int first_row   = token_of(first_col); // of queries, and so of masks
+    const int ring        = RINGS == 1 ? 0 : warp / GROUP;
+    const int in_group    = warp % GROUP;
+    // of this ring: they take turns
+    const int n_stages  = ((end_token - first_token + TOKENS - 1) / TOKENS + RINGS - 1 - ring) / RINGS;
+    const int first_row = token_of(first_col); // of queries, and so of masks
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < RINGS * STAGES; i++) {
             tbq_mbarrier_init(full + 8 * i, a.cells ? 2 : 1);
-            tbq_mbarrier_init(empty + 8 * i, WARPS);
+            tbq_mbarrier_init(empty + 8 * i, GROUP);
         }
         tbq_mbarrier_init_done();
     }
-    if (threadIdx.x < 4 * STAGES) { // without a list it stays so
+    if (threadIdx.x < 4 * RINGS * STAGES) { // without a list it stays so
         *(uint32_t *) (shared + threadIdx.x / 4 * shape::STAGE + shape::AT_L + threadIdx.x % 4 * 4) = 0;
     }
     if (threadIdx.x < 4 * TBQ_ROWS_N_HIDDEN) {
@@ -226,50 +248,54 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     }
     __syncthreads();
 
-    // Exact rows: slices of 16, in turn by split and then by the parts of a split, so that the rows of a sequence, which
-    // are neighbors in the list, are spread.  Lane 4 g + t has the cells of rows g and g + 8.
+    // Exact rows: slices, in turn by split and then by the warps of a head in it, so that the rows of a sequence, which
+    // are neighbors in the list, are spread.
     const int          head           = warp % H;
-    const int          part           = warp / H; // which 16 tokens of a stage
+    const int          part           = in_group / H; // which tokens of a stage
     const int          seq_kv         = seq == 0 ? 0 : seq / a.kv_per_seq;
-    const int          n_exact_slices = a.cells ? (a.n_exact + SLICE - 1) / SLICE : 0;
+    const int          n_exact_slices = a.cells ? (a.n_exact + SPAN - 1) / SPAN : 0;
     const int          exact_step     = gridDim.x * PARTS;
-    const int          exact_first    = blockIdx.x + gridDim.x * part;
+    const int          exact_first    = blockIdx.x + gridDim.x * (warp / H);
     const int * const  cells          = a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32);
     const char * const exact_k        = a.exact_k + seq_kv * a.exact_k_nb3;
     const char * const exact_v        = a.exact_v + seq_kv * a.exact_v_nb3;
-    auto               cell_of        = [&](int slice, int tok) -> int {
-        const int slot = slice * SLICE + g + 8 * tok;
-        return slice < n_exact_slices && slot < a.n_exact ? cells[slot] : -1;
+    int                cell_ahead[2 * SLICES]; // of rows g + 8 i
+    auto               load_cells = [&](int slice) {
+#pragma unroll
+        for (int i = 0; i < 2 * SLICES; i++) {
+            const int slot = slice * SPAN + g + 8 * i;
+            cell_ahead[i]  = slice < n_exact_slices && slot < a.n_exact ? cells[slot] : -1;
+        }
     };
-    int cell_ahead[2] = { cell_of(exact_first, 0), cell_of(exact_first, 1) };
+    load_cells(exact_first);
 
     // The list is an input of the graph; the rest may be of the kernel before this.
     cudaGridDependencySynchronize();
 
     // Rows of all heads of a slice, to the L2 cache.
     auto prefetch_exact = [&](int slice) {
-        const int n = min(a.n_exact - slice * SLICE, SLICE);
+        const int n = min(a.n_exact - slice * SPAN, SPAN);
         if (a.exact_k_nb1 == H * NB * EXACT && (size_t) exact_k % 16 == 0) {
-            tbq_bulk_prefetch(exact_k + (long long) slice * SLICE * (H * NB * EXACT), n * (H * NB * EXACT));
+            tbq_bulk_prefetch(exact_k + (long long) slice * SPAN * (H * NB * EXACT), n * (H * NB * EXACT));
         }
         if (a.exact_v_nb1 == H * NB * EXACT && (size_t) exact_v % 16 == 0) {
-            tbq_bulk_prefetch(exact_v + (long long) slice * SLICE * (H * NB * EXACT), n * (H * NB * EXACT));
+            tbq_bulk_prefetch(exact_v + (long long) slice * SPAN * (H * NB * EXACT), n * (H * NB * EXACT));
         }
     };
     if (lane == 0 && head == 0 && exact_first < n_exact_slices) {
         prefetch_exact(exact_first);
     }
 
-    // Starts the copies of stage i of this CTA; by one thread.
+    // Starts the copies of stage i of this ring; by one thread.
     auto fill = [&](int i, int at) {
-        const int      from    = first_token + i * TOKENS;
+        const int      from    = first_token + (i * RINGS + ring) * TOKENS;
         const int      n       = min(TOKENS, end_token - from);
         const int      n_masks = a.mask ? token_of(first_col + n_cols - 1) - first_row + 1 : 0;
         const char *   k       = a.k + seq_kv * a.k_nb3 + (long long) from * side_k::ROW;
         const char *   v       = a.v + seq_kv * a.v_nb3 + (long long) from * side_v::ROW;
         const char *   mask    = a.mask + first_row * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3 + 2 * from;
-        const uint32_t stage   = tbq_smem(shared) + at * shape::STAGE;
-        const uint32_t barrier = full + 8 * at;
+        const uint32_t stage   = tbq_smem(shared) + (ring * STAGES + at) * shape::STAGE;
+        const uint32_t barrier = full + 8 * (ring * STAGES + at);
         tbq_mbarrier_expect(barrier, n * (side_k::ROW + side_v::ROW + 2 * n_masks));
         tbq_bulk_copy(stage, k, n * side_k::ROW, barrier);
         tbq_bulk_copy(stage + shape::AT_V, v, n * side_v::ROW, barrier);
@@ -286,14 +312,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
             tbq_mbarrier_arrive_copied(barrier);
         }
     };
-    if (lane == 0) {
-        for (int i = warp; i < min(STAGES, n_stages); i += WARPS) {
-            fill(i, i);
-        }
-    }
-    __syncwarp();
-
-    // Queries: rotated, scaled, rounded to 8 bits.  While the first stages are on their way.
+    // Queries: rotated, scaled, rounded to 8 bits.  They are on their way before the first stages, and wait for nothing.
     const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
     auto        block_q  = [&](int i) -> const float * {
         const int col = first_col + i / (H * NB);
@@ -305,6 +324,14 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         q_lo = block_q(warp)[lane];
         q_hi = block_q(warp)[lane + 32];
     }
+    if (lane == 0) {
+        constexpr bool IN_ORDER = FORM & TBQ_ROWS_IN_ORDER;
+#pragma unroll 1
+        for (int i = in_group; i < (IN_ORDER && in_group ? 0 : min(STAGES, n_stages)); i += IN_ORDER ? 1 : GROUP) {
+            fill(i, i);
+        }
+    }
+    __syncwarp();
 #pragma unroll 1
     for (int i = warp; i < NC * NB * H; i += WARPS) {
         const int c    = i / (H * NB);
@@ -401,39 +428,50 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         return sum;
     };
 
-    // Logits s of a slice (s[n][2 tok + j]: query 8 n + 2 t + j, token g + 8 tok) to weights.
-    auto softmax = [&](bool packed, float (&s)[NG][4], const uint32_t (&mask)[NG][2][2], bool masked) {
+    // Logits of slices (s[u][n][2 tok + j]: query 8 n + 2 t + j, token 16 u + 8 tok + g) to weights.
+    using logits   = float[SLICES][NG][4];
+    using masks    = uint32_t[SLICES][NG][2][2];
+    using scales   = float[SLICES][NB][2];
+    using operands = uint32_t[SLICES][NB][NG][2];
+    auto softmax   = [&](bool packed, logits & s, const masks & mask, bool masked) {
         if (a.logit_softcap != 0.0f) {
 #pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                const float center = center_of(head, 8 * (i / 4) + 2 * t + i % 2);
-                s[i / 4][i % 4]    = tbq_tanh(s[i / 4][i % 4] + center) * (a.logit_softcap * TBQ_LOG2E);
+            for (int i = 0; i < 4 * NG * SLICES; i++) {
+                float & x = s[i / 4 / NG][i / 4 % NG][i % 4];
+                x = tbq_tanh(x + center_of(head, 8 * (i / 4 % NG) + 2 * t + i % 2)) * (a.logit_softcap * TBQ_LOG2E);
             }
         }
         if (masked) {
 #pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                const int      n = i / 4, j = i % 2, tok = i / 2 % 2;
-                const uint32_t h = mask[n][j][tok];
+            for (int i = 0; i < 4 * NG * SLICES; i++) {
+                const int      u = i / 4 / NG, n = i / 4 % NG, j = i % 2, tok = i / 2 % 2;
+                const uint32_t h = mask[u][n][j][tok];
+                float &        x = s[u][n][i % 4];
                 // selected, not added: a hidden key may be anything, NaN too
-                s[n][i % 4] = h == 0xFC00
-                                  ? -INFINITY
-                                  : fmaf(__half2float(__ushort_as_half((uint16_t) h)), slope[n][j], s[n][i % 4]);
+                x = h == 0xFC00 ? -INFINITY : fmaf(__half2float(__ushort_as_half((uint16_t) h)), slope[n][j], x);
             }
         }
 
         // The maximum follows only when it is out by 2^8.
+        auto top_of = [&](int n, int j) -> float {
+            float top = fmaxf(s[0][n][j], s[0][n][2 + j]);
+#pragma unroll
+            for (int u = 1; u < SLICES; u++) {
+                top = fmaxf(top, fmaxf(s[u][n][j], s[u][n][2 + j]));
+            }
+            return top;
+        };
         bool grown = false;
 #pragma unroll
         for (int i = 0; i < 2 * NG; i++) {
             const float most = D < 256 ? limit[i / 2][i % 2] : m[i / 2][i % 2] + 8.0f; // a register less
-            grown |= fmaxf(s[i / 2][i % 2], s[i / 2][2 + i % 2]) > most;
+            grown |= top_of(i / 2, i % 2) > most;
         }
         if (__any_sync(TBQ_WARP_ALL, grown)) {
 #pragma unroll
             for (int i = 0; i < 2 * NG; i++) {
                 const int n = i / 2, j = i % 2;
-                float     top = fmaxf(s[n][j], s[n][2 + j]);
+                float     top = top_of(n, j);
 #pragma unroll
                 for (int x = 4; x < 32; x *= 2) {
                     top = fmaxf(top, __shfl_xor_sync(TBQ_WARP_ALL, top, x));
@@ -456,33 +494,33 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4 * NG; i++) {
-            s[i / 4][i % 4] = tbq_exp2(s[i / 4][i % 4] - m[i / 4][i % 2]);
-            l[i / 4][i % 2] += s[i / 4][i % 4];
+        for (int i = 0; i < 4 * NG * SLICES; i++) {
+            float & x = s[i / 4 / NG][i / 4 % NG][i % 4];
+            x         = tbq_exp2(x - m[i / 4 % NG][i % 2]);
+            l[i / 4 % NG][i % 2] += x;
         }
     };
 
     // Weights times the scales of values; d_sum: the sum of these.
-    auto weigh = [&](const float (&p)[NG][4], const float (&d_v)[NB][2], float d_sum, uint32_t (&pb)[NB][NG][2]) {
+    auto weigh = [&](const logits & p, const scales & d_v, float d_sum, operands & pb) {
         // A hidden value may be NaN as well, and 0 . NaN is not 0.
         const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
-
 #pragma unroll
-        for (int i = 0; i < 2 * NG * NB; i++) {
-            const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
-            pb[b][n][tok] = tbq_pack_bf16(p[n][2 * tok] * d_v[b][tok], p[n][2 * tok + 1] * d_v[b][tok]);
+        for (int i = 0; i < 2 * NG * NB * SLICES; i++) {
+            const int u = i / (2 * NG * NB), b = i / (2 * NG) % NB, n = i / 2 % NG, tok = i % 2;
+            pb[u][b][n][tok] = tbq_pack_bf16(p[u][n][2 * tok] * d_v[u][b][tok], p[u][n][2 * tok + 1] * d_v[u][b][tok]);
         }
         if (any_nan) {
 #pragma unroll
-            for (int i = 0; i < 2 * NG * NB; i++) {
-                const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
-                pb[b][n][tok] &=
-                    (p[n][2 * tok] == 0.0f ? 0u : 0xFFFFu) | (p[n][2 * tok + 1] == 0.0f ? 0u : 0xFFFF0000u);
+            for (int i = 0; i < 2 * NG * NB * SLICES; i++) {
+                const int u = i / (2 * NG * NB), b = i / (2 * NG) % NB, n = i / 2 % NG, tok = i % 2;
+                pb[u][b][n][tok] &=
+                    (p[u][n][2 * tok] == 0.0f ? 0u : 0xFFFFu) | (p[u][n][2 * tok + 1] == 0.0f ? 0u : 0xFFFF0000u);
             }
         }
     };
 
-    // The tiles of block b for operand B, and their sums.
+    // Weights as operand B.
     auto transpose = [&](uint32_t (&pb)[NG][2]) {
 #pragma unroll
         for (int i = 0; i < 2 * NG; i++) {
@@ -492,22 +530,22 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
 
 #pragma unroll 1
     for (int slice = exact_first; slice < n_exact_slices; slice += exact_step) {
-        uint32_t mask[NG][2][2];
-        bool     seen = false;
+        masks mask;
+        bool  seen = false;
 #pragma unroll
-        for (int i = 0; i < 4 * NG; i++) {
-            const int n = i / 4, j = i / 2 % 2, tok = i % 2;
+        for (int i = 0; i < 4 * NG * SLICES; i++) {
+            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
             if (ONE && (n > 0 || j > 0)) {
-                mask[n][j][tok] = mask[0][0][tok];
+                mask[u][n][j][tok] = mask[u][0][0][tok];
                 continue;
             }
-            const int        col = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
-            const uint16_t * row = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
-            mask[n][j][tok]      = cell_ahead[tok] < 0 ? 0xFC00 : a.mask ? row[cell_ahead[tok]] : 0; // -inf
-            seen |= mask[n][j][tok] != 0xFC00;
+            const int        cell = cell_ahead[2 * u + tok];
+            const int        col  = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
+            const uint16_t * row  = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+            mask[u][n][j][tok]    = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
+            seen |= mask[u][n][j][tok] != 0xFC00;
         }
-        cell_ahead[0] = cell_of(slice + exact_step, 0);
-        cell_ahead[1] = cell_of(slice + exact_step, 1);
+        load_cells(slice + exact_step);
         if (!__any_sync(TBQ_WARP_ALL, seen)) {
             continue; // hidden from all columns, as those of other sequences
         }
@@ -516,26 +554,27 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         }
 
         // rows past the last are hidden
-        const int          last   = a.n_exact - 1 - slice * SLICE;
-        const char * const keys   = exact_k + head * a.exact_k_nb2 + slice * SLICE * a.exact_k_nb1;
-        const char * const values = exact_v + head * a.exact_v_nb2 + slice * SLICE * a.exact_v_nb1;
+        const int          last   = a.n_exact - 1 - slice * SPAN;
+        const char * const keys   = exact_k + head * a.exact_k_nb2 + slice * SPAN * a.exact_k_nb1;
+        const char * const values = exact_v + head * a.exact_v_nb2 + slice * SPAN * a.exact_v_nb1;
         auto key_of   = [&](int row, int b) { return keys + (min(row, last) * (int) a.exact_k_nb1 + EXACT * b); };
         auto value_of = [&](int row, int b) { return values + (min(row, last) * (int) a.exact_v_nb1 + EXACT * b); };
 
-        float s[NG][4];
+        logits s;
 #pragma unroll
-        for (int b = 0; b < NB; b++) {
-            int c[NG][4];
+        for (int i = 0; i < NB * SLICES; i++) {
+            const int b = i % NB, u = i / NB, row = SLICE * u + g;
+            int       c[NG][4];
 #pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                c[i / 4][i % 4] = start[i % 4];
+            for (int x = 0; x < 4 * NG; x++) {
+                c[x / 4][x % 4] = start[x % 4];
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t x[4];
 #pragma unroll
                 for (int tok = 0; tok < 2; tok++) {
-                    const uint32_t * qs = (const uint32_t *) (key_of(g + 8 * tok, b) + TBQ8_QS_OFFSET) + t + 4 * half;
+                    const uint32_t * qs = (const uint32_t *) (key_of(row + 8 * tok, b) + TBQ8_QS_OFFSET) + t + 4 * half;
                     tbq_exact_levels(qs[0], qs[8], x[tok], x[2 + tok]);
                 }
 #pragma unroll
@@ -545,27 +584,29 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
             }
 #pragma unroll
             for (int tok = 0; tok < 2; tok++) {
-                add_logits(s, c, b, tok, *(const float *) key_of(g + 8 * tok, b));
+                add_logits(s[u], c, b, tok, *(const float *) key_of(row + 8 * tok, b));
             }
         }
         softmax(false, s, mask, true);
 
-        float d_v[NB][2];
-        float d_sum = 0.0f;
+        scales d_v;
+        float  d_sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 2 * NB; i++) {
-            d_v[i / 2][i % 2] = *(const float *) value_of(g + i % 2 * 8, i / 2);
-            d_sum += d_v[i / 2][i % 2];
+        for (int i = 0; i < 2 * NB * SLICES; i++) {
+            const int b = i / 2 % NB, u = i / 2 / NB;
+            d_v[u][b][i % 2] = *(const float *) value_of(SLICE * u + g + i % 2 * 8, b);
+            d_sum += d_v[u][b][i % 2];
         }
-        uint32_t pb[NB][NG][2];
+        operands pb;
         weigh(s, d_v, d_sum, pb);
 #pragma unroll
-        for (int b = 0; b < NB; b++) {
-            transpose(pb[b]);
+        for (int x = 0; x < NB * SLICES; x++) {
+            const int b = x % NB, u = x / NB;
+            transpose(pb[u][b]);
             uint32_t word[2][4]; // of rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const char * const qs = value_of(2 * t + i % 2 + i / 2 % 2 * 8, b) + TBQ8_QS_OFFSET;
+                const char * const qs = value_of(SLICE * u + 2 * t + i % 2 + i / 2 % 2 * 8, b) + TBQ8_QS_OFFSET;
                 word[i / 4][i % 4]    = *(const uint32_t *) (qs + 32 * (i / 4) + 4 * g);
             }
 #pragma unroll
@@ -577,7 +618,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
                 }
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_bf16(acc[n][b][i], va, pb[b][n][0], pb[b][n][1]);
+                    tbq_mma_bf16(acc[n][b][i], va, pb[u][b][n][0], pb[u][b][n][1]);
                 }
             }
         }
@@ -591,71 +632,76 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     const uint32_t exponents = hidden[0][t], one = hidden[1][t];
     const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
     const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
-    int            k_at = (part * SLICE + g) * side_k::ROW + head * side_k::HEAD; // of token g of A
-    int            v_d  = shape::AT_V + (part * SLICE + g) * side_v::ROW + head * side_v::HEAD;
-    int            v_at = shape::AT_V + (part * SLICE + 2 * t) * side_v::ROW + head * side_v::HEAD;
+    int            k_at = (part * SPAN + g) * side_k::ROW + head * side_k::HEAD; // of token g of A
+    int            v_d  = shape::AT_V + (part * SPAN + g) * side_v::ROW + head * side_v::HEAD;
+    int            v_at = shape::AT_V + (part * SPAN + 2 * t) * side_v::ROW + head * side_v::HEAD;
     // rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
     auto v_token = [](int j) constexpr -> int { return (j / 2 * 8 + j % 2) * side_v::ROW; };
     int  mask_at[NG][2];
 #pragma unroll
     for (int i = 0; i < 2 * NG; i++) {
         const int row = ONE ? 0 : token_of(min(first_col + i / 2 * 8 + 2 * t + i % 2, n_columns - 1)) - first_row;
-        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SLICE + g) * 2;
+        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SPAN + g) * 2;
         tbq_keep(mask_at[i / 2][i % 2]);
     }
-    int listed_at = shape::AT_L + 2 * part;
+    int listed_at = shape::AT_L + part * SPAN / 8;
     tbq_keep(listed_at);
     int k_words = k_at + (BITS_K == 4 ? 4 * t : 0); // words of a lane
     v_at += BITS_V == 4 ? 4 * g : 0;
-    int end_of_loop = end_token, next_fill = warp + shape::LAG, all_stages = n_stages;
+    int end_of_loop = end_token, next_fill = in_group + shape::LAG, all_stages = n_stages;
     tbq_keep(k_at), tbq_keep(v_d), tbq_keep(v_at), tbq_keep(k_words);
     tbq_keep(end_of_loop), tbq_keep(next_fill), tbq_keep(all_stages);
 
-    int      stage   = 0; // where it begins
-    uint32_t barrier = full;
-    uint32_t parity  = 0;
-    int      token   = first_token + part * SLICE;
+    const int      ring_stage   = ring * STAGES * shape::STAGE; // where it begins
+    const uint32_t ring_barrier = full + 8 * ring * STAGES;
+    int            stage        = ring_stage;
+    uint32_t       barrier      = ring_barrier;
+    uint32_t       parity       = 0;
+    int            token        = first_token + ring * TOKENS + part * SPAN;
 #pragma unroll 1
     for (int i_stage = 0, at = 0; i_stage < all_stages; i_stage++) {
         if (i_stage == next_fill) { // the warps in turn
             const int used = i_stage - shape::LAG;
             const int slot = at >= shape::LAG ? at - shape::LAG : at - shape::LAG + STAGES;
-            next_fill += WARPS;
-            if (lane == 0 && used + STAGES < n_stages) {
-                tbq_mbarrier_wait(empty + 8 * slot, at >= shape::LAG ? parity : parity ^ 1);
+            next_fill += GROUP;
+            if (lane == 0 && used + STAGES < n_stages && !(FORM & TBQ_ROWS_NO_COPIES)) {
+                tbq_mbarrier_wait(empty + 8 * (ring * STAGES + slot), at >= shape::LAG ? parity : parity ^ 1);
                 fill(used + STAGES, slot);
             }
             __syncwarp();
         }
-        tbq_mbarrier_wait(barrier, parity);
+        if (!(FORM & TBQ_ROWS_NO_COPIES) || i_stage < STAGES) {
+            tbq_mbarrier_wait(barrier, parity);
+        }
         do { // once
-            if (token >= end_of_loop) {
+            if (token >= end_of_loop || (FORM & TBQ_ROWS_NO_COMPUTE)) {
                 break;
             }
             // Masks as halves: of token g and of the one 8 further, of columns 2t, 2t + 1.
-            uint32_t mask[NG][2][2];
+            masks    mask;
             uint32_t some = 0;
 #pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                const int n = i / 4, j = i / 2 % 2, tok = i % 2;
+            for (int i = 0; i < 4 * NG * SLICES; i++) {
+                const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
                 if (ONE && (n > 0 || j > 0)) {
-                    mask[n][j][tok] = mask[0][0][tok];
+                    mask[u][n][j][tok] = mask[u][0][0][tok];
                     continue;
                 }
-                mask[n][j][tok] = a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 16 * tok) : 0;
-                some |= mask[n][j][tok];
+                mask[u][n][j][tok] =
+                    a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 32 * u + 16 * tok) : 0;
+                some |= mask[u][n][j][tok];
             }
             // The list has a row's bit: another row stands for it.
-            const uint32_t listed =
-                *(const uint16_t *) (shared + stage + listed_at + (TOKENS < 32 ? token / 8 & 2 : 0));
-            const bool masked = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SLICE > a.n_kv;
+            const char * const map    = shared + stage + listed_at + (TOKENS < 32 ? token / 8 & 2 : 0);
+            const uint32_t     listed = SLICES == 2 ? *(const uint32_t *) map : *(const uint16_t *) map;
+            const bool         masked = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SPAN > a.n_kv;
             if (masked) {
                 bool seen = false;
 #pragma unroll
-                for (int i = 0; i < 4 * NG; i++) {
-                    const int  row = g + 8 * (i % 2);
-                    uint32_t & h   = mask[i / 4][i / 2 % 2][i % 2];
-                    h              = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
+                for (int i = 0; i < 4 * NG * SLICES; i++) {
+                    const int  u = i / 4 / NG, row = SLICE * u + g + 8 * (i % 2);
+                    uint32_t & h = mask[u][i / 4 % NG][i / 2 % 2][i % 2];
+                    h            = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
                     seen |= h != 0xFC00;
                 }
                 if (!__any_sync(TBQ_WARP_ALL, seen)) {
@@ -663,137 +709,143 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
                 }
             }
 
-            // Logits: s[n][2 tok + j], query 8 n + 2 t + j
-            float s[NG][4];
-            {
-                const char * const k_rows[2] = { shared + stage + k_at, shared + stage + k_at + 8 * side_k::ROW };
-                const char * const k_qs[2]   = { shared + stage + k_words, shared + stage + k_words + 8 * side_k::ROW };
-                auto               block     = [&](auto index) {
-                    constexpr int b = decltype(index)::value;
-                    int           c[NG][4];
+            logits s;
+            auto   block = [&](auto index) {
+                constexpr int b = decltype(index)::value;
+                int           c[SLICES][NG][4];
 #pragma unroll
-                    for (int i = 0; i < 4 * NG; i++) {
-                        c[i / 4][i % 4] = start[i % 4];
-                    }
+                for (int i = 0; i < 4 * NG * SLICES; i++) {
+                    c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+                }
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        uint32_t lo[2], hi[2];
-#pragma unroll
-                        for (int tok = 0; tok < 2; tok++) {
-                            if constexpr (BITS_K == 4) {
-                                tbq_rows_nibbles<D, BITS_K, b>(k_qs[tok], 4 * half, lo[tok], hi[tok]);
-                            } else {
-                                using reader      = tbq_cache_reader<D, BITS_K>;
-                                const uint32_t qs = reader::word(k_rows[tok] + 4 * t, b, TBQ_QS_OFFSET);
-                                const uint32_t qh =
-                                    BITS_K == 3 ? reader::word(k_rows[tok] + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
-                                lo[tok] = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
-                                hi[tok] = tbq_high(lo[tok]);
-                            }
-                        }
-                        const uint32_t x[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
-                                                tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
-#pragma unroll
-                        for (int n = 0; n < NG; n++) {
-                            tbq_mma_s8_s8_add(c[n], x, qb[n][b][half][0], qb[n][b][half][1]);
-                        }
-                        if constexpr (BITS_K == 4) {
-                            const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
-                            uint32_t       other_hi[2];
-#pragma unroll
-                            for (int tok = 0; tok < 2; tok++) {
-                                other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
-                            }
-                            const uint32_t y[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
-                                                    tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
-#pragma unroll
-                            for (int n = 0; n < NG; n++) {
-                                tbq_mma_s8_s8_add(c[n], y, qb[n][b][half][0], qb[n][b][half][1]);
-                            }
-                        }
-                    }
+                for (int x = 0; x < 2 * SLICES; x++) {
+                    const int half = x / SLICES, u = x % SLICES;
+                    uint32_t  lo[2], hi[2];
 #pragma unroll
                     for (int tok = 0; tok < 2; tok++) {
-                        add_logits(s, c, b, tok, __half2float(*(const __half *) (k_rows[tok] + b * side_k::BYTES)));
+                        const int row = (SLICE * u + 8 * tok) * side_k::ROW;
+                        if constexpr (BITS_K == 4) {
+                            tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
+                        } else {
+                            using reader           = tbq_cache_reader<D, BITS_K>;
+                            const char * const key = shared + stage + k_at + row;
+                            const uint32_t     qs  = reader::word(key + 4 * t, b, TBQ_QS_OFFSET);
+                            const uint32_t     qh = BITS_K == 3 ? reader::word(key + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
+                            lo[tok]               = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
+                            hi[tok]               = tbq_high(lo[tok]);
+                        }
                     }
-                };
-                block(std::integral_constant<int, 0>());
-                if constexpr (NB > 1) {
-                    block(std::integral_constant<int, 1>());
+                    const uint32_t x0[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
+                                             tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
+                    }
+                    if constexpr (BITS_K == 4) {
+                        const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
+                        uint32_t       other_hi[2];
+#pragma unroll
+                        for (int tok = 0; tok < 2; tok++) {
+                            other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
+                        }
+                        const uint32_t x1[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
+                                                 tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
+#pragma unroll
+                        for (int n = 0; n < NG; n++) {
+                            tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
+                        }
+                    }
                 }
-                if constexpr (NB > 2) {
-                    block(std::integral_constant<int, 2>());
-                    block(std::integral_constant<int, 3>());
+#pragma unroll
+                for (int i = 0; i < 2 * SLICES; i++) {
+                    const char * const key =
+                        shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
+                    add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
                 }
+            };
+            block(std::integral_constant<int, 0>());
+            if constexpr (NB > 1) {
+                block(std::integral_constant<int, 1>());
+            }
+            if constexpr (NB > 2) {
+                block(std::integral_constant<int, 2>());
+                block(std::integral_constant<int, 3>());
             }
 
             softmax(true, s, mask, masked);
 
-            float d_v[NB][2];
-            float d_sum = 0.0f;
+            scales d_v;
+            float  d_sum = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 2 * NB; i++) {
-                d_v[i / 2][i % 2] = __half2float(
-                    *(const __half *) (shared + stage + v_d + i % 2 * 8 * side_v::ROW + i / 2 * side_v::BYTES));
-                d_sum += d_v[i / 2][i % 2];
+            for (int i = 0; i < 2 * NB * SLICES; i++) {
+                const int b = i / 2 % NB, u = i / 2 / NB;
+                d_v[u][b][i % 2] = __half2float(*(
+                    const __half *) (shared + stage + v_d + (SLICE * u + i % 2 * 8) * side_v::ROW + b * side_v::BYTES));
+                d_sum += d_v[u][b][i % 2];
             }
-            uint32_t pb[NB][NG][2];
+            operands pb;
             weigh(s, d_v, d_sum, pb);
 
             auto value_block = [&](auto index) {
                 constexpr int b = decltype(index)::value;
-                transpose(pb[b]);
-                if constexpr (BIASED) {
 #pragma unroll
-                    for (int n = 0; n < NG; n++) {
-                        tbq_mma_bf16(biases[n][b], start, pb[b][n][0], pb[b][n][1]);
-                    }
-                }
-                uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+                for (int u = 0; u < SLICES; u++) {
+                    transpose(pb[u][b]);
+                    if constexpr (BIASED) {
 #pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    uint32_t           x[2]; // as in tbq-attention.cuh
-                    const char * const row[2] = { shared + stage + v_at + v_token(2 * pair),
-                                                  shared + stage + v_at + v_token(2 * pair + 1) };
-                    if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
-                        const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                        const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                        x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
-                        x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
-                    } else {
-                        using reader = tbq_cache_reader<D, BITS_V>;
-                        uint32_t word[2];
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const uint32_t qh =
-                                BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
-                            word[j] = tbq_nibbles<BITS_V>(
-                                reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
+                        for (int n = 0; n < NG; n++) {
+                            tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
                         }
-                        x[0] = tbq_prmt(word[0], word[1], 0x5140);
-                        x[1] = tbq_prmt(word[0], word[1], 0x7362);
                     }
+                    uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
-                        if constexpr (BITS_V == 4) {
-                            const uint32_t other = x[h] ^ 0x88888888u;
-                            lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
-                            lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
+                    for (int pair = 0; pair < 2; pair++) {
+                        uint32_t           x[2]; // as in tbq-attention.cuh
+                        const char * const row[2] = {
+                            shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
+                            shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair + 1)
+                        };
+                        if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
+                            const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                            const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                            x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
+                            x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
+                        } else {
+                            using reader = tbq_cache_reader<D, BITS_V>;
+                            uint32_t word[2];
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+                                const uint32_t qh =
+                                    BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
+                                word[j] = tbq_nibbles<BITS_V>(
+                                    reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh,
+                                    g);
+                            }
+                            x[0] = tbq_prmt(word[0], word[1], 0x5140);
+                            x[1] = tbq_prmt(word[0], word[1], 0x7362);
                         }
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
-                            const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
+                        for (int h = 0; h < 2; h++) {
+                            uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
+                            if constexpr (BITS_V == 4) {
+                                const uint32_t other = x[h] ^ 0x88888888u;
+                                lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
+                                lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
+                            }
+#pragma unroll
+                            for (int i = 0; i < 2; i++) {
+                                const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
+                                const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
 
-                            va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
-                            va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
+                                va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
+                                va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
+                            }
                         }
                     }
-                }
 #pragma unroll
-                for (int i = 0; i < 4 * NG; i++) {
-                    tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[b][i / 4][0], pb[b][i / 4][1]);
+                    for (int i = 0; i < 4 * NG; i++) {
+                        tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
+                    }
                 }
             };
             value_block(std::integral_constant<int, 0>());
@@ -807,15 +859,15 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         } while (false);
         __syncwarp();
         if (lane == 0) {
-            tbq_mbarrier_arrive(barrier + 8 * STAGES);
+            tbq_mbarrier_arrive(barrier + 8 * RINGS * STAGES);
         }
-        token += TOKENS;
+        token += RINGS * TOKENS;
         stage += shape::STAGE;
         barrier += 8;
         if (++at == STAGES) {
             at      = 0;
-            stage   = 0;
-            barrier = full;
+            stage   = ring_stage;
+            barrier = ring_barrier;
             parity ^= 1;
         }
     }
