@@ -39,6 +39,7 @@ enum {
     TBQ_ROWS_IN_ORDER   = 1,  // one thread starts the first copies, in order
     TBQ_ROWS_TWO_RINGS  = 2,  // two groups of warps, each with a ring of its own
     TBQ_ROWS_TWO_SLICES = 4,  // half as many warps, with two slices of 16 tokens at once
+    TBQ_ROWS_CLUSTERS   = 8,  // CTAs of a cluster make one result
     TBQ_ROWS_NO_COMPUTE = 16, // only copies and barriers
     TBQ_ROWS_NO_COPIES  = 32, // no stage is filled a second time
 };
@@ -80,7 +81,7 @@ template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = TBQ_ROWS_FORM
     static constexpr int LAG    = STAGES > 4 ? 2 : 1; // a stage is filled again when it was used that many stages ago
     static constexpr int SMEM   = RINGS * STAGES * STAGE + Q8;
     static_assert(STAGE % 16 == 0 && GROUP % H == 0 && TOKENS <= 4 * 32, "layout");
-    static_assert(WARPS * NC * tbq_attention_row(D) * 4 <= SMEM - Q8, "the results take the place of the rings");
+    static_assert(WARPS * (NC + 1) * tbq_attention_row(D) * 4 <= SMEM - Q8, "the results take the place of the rings");
 };
 
 // Whether the kernel below can do it.  bits_k, bits_v: 2, 3, 4
@@ -107,20 +108,22 @@ static inline bool tbq_attention_rows_faster(const tbq_attention_args & a, int d
 
 // How the cache is split: one CTA a multiprocessor, and what a CTA's start costs is about four slices of 16 tokens.  A
 // split begins with a word of the list's map, which is two slices.
-static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm) {
+// cluster: CTAs that make one result.
+static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm, int cluster = 1) {
     tbq_attention_group(a);
     const int n_tiles  = a.n_groups * a.n_seq;
     const int n_slices = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
     long long best     = 0;
-    for (int n = 1; n <= n_slices && n <= n_sm; n++) {
+    for (int n = cluster; n == cluster || (n <= n_slices && n <= n_sm); n += cluster) {
         const long long cost = ((long long) n_tiles * n + n_sm - 1) / n_sm * ((n_slices + n - 1) / n + 4);
-        if (n == 1 || cost < best) {
+        if (n == cluster || cost < best) {
             best               = cost;
             a.slices_per_split = (n_slices + n - 1) / n;
         }
     }
     a.slices_per_split += a.slices_per_split % 2;
-    a.n_split = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+    const int n_ctas = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
+    a.n_split        = (n_ctas + cluster - 1) / cluster;
 }
 
 #ifdef __CUDACC__
@@ -902,42 +905,74 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             }
         }
     }
-    __syncthreads();
+    const int rank    = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_rank() : 0;
+    const int n_ranks = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_size() : 1;
+    if (FORM & TBQ_ROWS_CLUSTERS) {
+        tbq_cluster_sync();
+    } else {
+        __syncthreads();
+    }
     cudaTriggerProgrammaticLaunchCompletion();
 
+    // Each row by a warp.  Lane x has what part x, of all CTAs, has to be multiplied with.
+    static_assert(4 * PARTS <= 32, "lanes");
+    float * const here = (float *) shared + (WARPS * NC + warp) * ROW;
 #pragma unroll 1
-    for (int i = warp; i < n_cols * H; i += WARPS) {
+    for (int i = rank + n_ranks * warp; i < n_cols * H; i += n_ranks * WARPS) {
         const int head_kv = i % H;
         const int c       = i / H;
-        float     row_max = -1e30f;
-        float     row_sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < PARTS; x++) {
-            row_max = fmaxf(row_max, max_of[x * H + head_kv][c]);
+        const int n_parts = n_ranks * PARTS;
+        auto      place   = [&](const float * p, int x) -> uint32_t { // of part x
+            return tbq_cluster_map(tbq_smem(p), x / PARTS);
+        };
+        float top = -1e30f, sum_here = 0.0f;
+        if (lane < n_parts) {
+            const int w = lane % PARTS * H + head_kv;
+            top         = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load(place(&max_of[w][c], lane)) : max_of[w][c];
+            sum_here    = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load(place(&sum_of[w][c], lane)) : sum_of[w][c];
         }
-        float factor[PARTS];
+        float row_max = top;
 #pragma unroll
-        for (int x = 0; x < PARTS; x++) {
-            factor[x] = tbq_exp2(max_of[x * H + head_kv][c] - row_max);
-            row_sum += sum_of[x * H + head_kv][c] * factor[x];
+        for (int x = 1; x < 32; x *= 2) {
+            row_max = fmaxf(row_max, __shfl_xor_sync(TBQ_WARP_ALL, row_max, x));
         }
-        const int col  = first_col + c;
-        const int head = head_of(head_kv, col);
-        row_max += a.logit_softcap == 0.0f ? center_of(head_kv, c) : 0.0f;
+        const float factor  = tbq_exp2(top - row_max);
+        float       row_sum = sum_here * factor;
+#pragma unroll
+        for (int x = 1; x < 32; x *= 2) {
+            row_sum += __shfl_xor_sync(TBQ_WARP_ALL, row_sum, x);
+        }
+        const int       col  = first_col + c;
+        const int       head = head_of(head_kv, col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
-        const long long at   = row * a.n_split + blockIdx.x;
-        float * const   here = (float *) shared + (head_kv * NC + c) * ROW; // nobody else reads it any more
+        const long long at   = row * a.n_split + blockIdx.x / n_ranks;
+        row_max += a.logit_softcap == 0.0f ? center_of(head_kv, c) : 0.0f;
+        float4 sum[D / 128 + (D < 128)];
 #pragma unroll
-        for (int e = 4 * lane; e < D; e += 128) {
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (float4 & y : sum) {
+            y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+#pragma unroll 4
+        for (int x = 0; x < n_parts; x++) {
+            const float f = __shfl_sync(TBQ_WARP_ALL, factor, x);
 #pragma unroll
-            for (int x = 0; x < PARTS; x++) {
-                const float  f = factor[x];
-                const float4 y = *(const float4 *) ((const float *) shared + ((x * H + head_kv) * NC + c) * ROW + e);
-                sum            = make_float4(sum.x + y.x * f, sum.y + y.y * f, sum.z + y.z * f, sum.w + y.w * f);
+            for (int e = 0; e < D; e += 128) {
+                if (D < 128 && lane >= D / 4) {
+                    break;
+                }
+                const float * p = (const float *) shared + ((x % PARTS * H + head_kv) * NC + c) * ROW + e + 4 * lane;
+                const float4  y = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load4(place(p, x)) : *(const float4 *) p;
+                float4 &      z = sum[e / 128];
+                z               = make_float4(z.x + y.x * f, z.y + y.y * f, z.z + y.z * f, z.w + y.w * f);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < D; e += 128) {
+            if (D < 128 && lane >= D / 4) {
+                break;
             }
             // sums of all rows and splits, then maxima and sums of weights
-            *(float4 *) ((a.n_split == 1 ? here : a.partial + at * D) + e) = sum;
+            *(float4 *) ((a.n_split == 1 ? here : a.partial + at * D) + e + 4 * lane) = sum[e / 128];
         }
         if (a.n_split == 1) {
             __syncwarp();
@@ -946,10 +981,14 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
                 tbq_attention_store<true>(a.dst + row * D, here, row_max, row_sum, a.sinks ? a.sinks + head : nullptr,
                                           a.mean_of_values ? a.mean + head_kv * D : nullptr, b, lane);
             }
+            __syncwarp();
         } else if (lane == 0) {
             float2 * const ml = (float2 *) (a.partial + (long long) a.n_seq * a.n_q * a.n_head * a.n_split * D);
             ml[at]            = make_float2(row_max, row_sum);
         }
+    }
+    if (FORM & TBQ_ROWS_CLUSTERS) {
+        tbq_cluster_sync(); // others read this memory
     }
 #else
     __trap();
