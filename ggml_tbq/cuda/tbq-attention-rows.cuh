@@ -36,12 +36,14 @@
 
 // Forms of the kernel, to compare them; the launcher takes TBQ_ROWS_FORM.
 enum {
-    TBQ_ROWS_IN_ORDER   = 1,  // one thread starts the first copies, in order
-    TBQ_ROWS_TWO_RINGS  = 2,  // two groups of warps, each with a ring of its own
-    TBQ_ROWS_TWO_SLICES = 4,  // half as many warps, with two slices of 16 tokens at once
-    TBQ_ROWS_CLUSTERS   = 8,  // CTAs of a cluster make one result
-    TBQ_ROWS_NO_COMPUTE = 16, // only copies and barriers
-    TBQ_ROWS_NO_COPIES  = 32, // no stage is filled a second time
+    TBQ_ROWS_IN_ORDER   = 1,   // one thread starts the first copies, in order
+    TBQ_ROWS_TWO_RINGS  = 2,   // two groups of warps, each with a ring of its own
+    TBQ_ROWS_TWO_SLICES = 4,   // half as many warps, with two slices of 16 tokens at once
+    TBQ_ROWS_CLUSTERS   = 8,   // CTAs of a cluster make one result
+    TBQ_ROWS_NO_COMPUTE = 16,  // only copies and barriers
+    TBQ_ROWS_NO_COPIES  = 32,  // no stage is filled a second time
+    TBQ_ROWS_SPREAD     = 64,  // values without conflicts of banks
+    TBQ_ROWS_AHEAD      = 128, // logits of the next stage before the values of this one
 };
 #ifndef TBQ_ROWS_FORM
 #define TBQ_ROWS_FORM 0
@@ -635,16 +637,20 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     const uint32_t exponents = hidden[0][t], one = hidden[1][t];
     const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
     const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
-    int            k_at = (part * SPAN + g) * side_k::ROW + head * side_k::HEAD; // of token g of A
-    int            v_d  = shape::AT_V + (part * SPAN + g) * side_v::ROW + head * side_v::HEAD;
-    int            v_at = shape::AT_V + (part * SPAN + 2 * t) * side_v::ROW + head * side_v::HEAD;
-    // rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
-    auto v_token = [](int j) constexpr -> int { return (j / 2 * 8 + j % 2) * side_v::ROW; };
+    // Which of 8 tokens row r of a tile is.  Where rows of the cache are 8 banks apart modulo 32, every load of values takes
+    // tokens beside each other, so that they are in different banks.
+    constexpr bool SPREAD = (FORM & TBQ_ROWS_SPREAD) && side_v::ROW % 128 == 32;
+    const int      own    = SPREAD ? g % 2 * 4 + g / 2 : g;
+    int            k_at   = (part * SPAN + own) * side_k::ROW + head * side_k::HEAD; // of token g of A
+    int            v_d    = shape::AT_V + (part * SPAN + own) * side_v::ROW + head * side_v::HEAD;
+    int            v_at   = shape::AT_V + (part * SPAN + (SPREAD ? t : 2 * t)) * side_v::ROW + head * side_v::HEAD;
+    // rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a tile
+    auto v_token = [](int j) constexpr -> int { return (j / 2 * 8 + j % 2 * (SPREAD ? 4 : 1)) * side_v::ROW; };
     int  mask_at[NG][2];
 #pragma unroll
     for (int i = 0; i < 2 * NG; i++) {
         const int row = ONE ? 0 : token_of(min(first_col + i / 2 * 8 + 2 * t + i % 2, n_columns - 1)) - first_row;
-        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SPAN + g) * 2;
+        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SPAN + own) * 2;
         tbq_keep(mask_at[i / 2][i % 2]);
     }
     int listed_at = shape::AT_L + part * SPAN / 8;
@@ -655,14 +661,203 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     tbq_keep(k_at), tbq_keep(v_d), tbq_keep(v_at), tbq_keep(k_words);
     tbq_keep(end_of_loop), tbq_keep(next_fill), tbq_keep(all_stages);
 
+    // Masks of a stage, and whether there are any (masked).  False: every token is hidden from all columns.
+    auto load_masks = [&](int stage, int token, masks & mask, bool & masked) -> bool {
+        // Masks as halves: of token g and of the one 8 further, of columns 2t, 2t + 1.
+        uint32_t some = 0;
+#pragma unroll
+        for (int i = 0; i < 4 * NG * SLICES; i++) {
+            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
+            if (ONE && (n > 0 || j > 0)) {
+                mask[u][n][j][tok] = mask[u][0][0][tok];
+                continue;
+            }
+            mask[u][n][j][tok] = a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 32 * u + 16 * tok) : 0;
+            some |= mask[u][n][j][tok];
+        }
+        // The list has a row's bit: another row stands for it.
+        const char * const map    = shared + stage + listed_at + (TOKENS < 32 ? token / 8 & 2 : 0);
+        const uint32_t     listed = SLICES == 2 ? *(const uint32_t *) map : *(const uint16_t *) map;
+        masked                    = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SPAN > a.n_kv;
+        if (masked) {
+            bool seen = false;
+#pragma unroll
+            for (int i = 0; i < 4 * NG * SLICES; i++) {
+                const int  u = i / 4 / NG, row = SLICE * u + own + 8 * (i % 2);
+                uint32_t & h = mask[u][i / 4 % NG][i / 2 % 2][i % 2];
+                h            = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
+                seen |= h != 0xFC00;
+            }
+            return __any_sync(TBQ_WARP_ALL, seen);
+        }
+        return true;
+    };
+
+    auto logits_of = [&](int stage, logits & s) {
+        auto block = [&](auto index) {
+            constexpr int b = decltype(index)::value;
+            int           c[SLICES][NG][4];
+#pragma unroll
+            for (int i = 0; i < 4 * NG * SLICES; i++) {
+                c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+            }
+#pragma unroll
+            for (int x = 0; x < 2 * SLICES; x++) {
+                const int half = x / SLICES, u = x % SLICES;
+                uint32_t  lo[2], hi[2];
+#pragma unroll
+                for (int tok = 0; tok < 2; tok++) {
+                    const int row = (SLICE * u + 8 * tok) * side_k::ROW;
+                    if constexpr (BITS_K == 4) {
+                        tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
+                    } else {
+                        using reader           = tbq_cache_reader<D, BITS_K>;
+                        const char * const key = shared + stage + k_at + row;
+                        const uint32_t     qs  = reader::word(key + 4 * t, b, TBQ_QS_OFFSET);
+                        const uint32_t     qh  = BITS_K == 3 ? reader::word(key + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
+                        lo[tok]                = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
+                        hi[tok]                = tbq_high(lo[tok]);
+                    }
+                }
+                const uint32_t x0[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
+                                         tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
+#pragma unroll
+                for (int n = 0; n < NG; n++) {
+                    tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
+                }
+                if constexpr (BITS_K == 4) {
+                    const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
+                    uint32_t       other_hi[2];
+#pragma unroll
+                    for (int tok = 0; tok < 2; tok++) {
+                        other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
+                    }
+                    const uint32_t x1[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
+                                             tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * SLICES; i++) {
+                const char * const key =
+                    shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
+                add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
+            }
+        };
+        block(std::integral_constant<int, 0>());
+        if constexpr (NB > 1) {
+            block(std::integral_constant<int, 1>());
+        }
+        if constexpr (NB > 2) {
+            block(std::integral_constant<int, 2>());
+            block(std::integral_constant<int, 3>());
+        }
+    };
+
+    auto weights_of = [&](int stage, const logits & s, operands & pb) {
+        scales d_v;
+        float  d_sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * NB * SLICES; i++) {
+            const int b = i / 2 % NB, u = i / 2 / NB;
+            d_v[u][b][i % 2] = __half2float(
+                *(const __half *) (shared + stage + v_d + (SLICE * u + i % 2 * 8) * side_v::ROW + b * side_v::BYTES));
+            d_sum += d_v[u][b][i % 2];
+        }
+        weigh(s, d_v, d_sum, pb);
+    };
+
+    auto add_values = [&](int stage, operands & pb) {
+        auto value_block = [&](auto index) {
+            constexpr int b = decltype(index)::value;
+#pragma unroll
+            for (int u = 0; u < SLICES; u++) {
+                transpose(pb[u][b]);
+                if constexpr (BIASED) {
+#pragma unroll
+                    for (int n = 0; n < NG; n++) {
+                        tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
+                    }
+                }
+                uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    uint32_t           x[2]; // as in tbq-attention.cuh
+                    const char * const row[2] = { shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
+                                                  shared + stage + v_at + u * SLICE * side_v::ROW +
+                                                      v_token(2 * pair + 1) };
+                    if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
+                        const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                        const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                        x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
+                        x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
+                    } else {
+                        using reader = tbq_cache_reader<D, BITS_V>;
+                        uint32_t word[2];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const uint32_t qh =
+                                BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
+                            word[j] = tbq_nibbles<BITS_V>(
+                                reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
+                        }
+                        x[0] = tbq_prmt(word[0], word[1], 0x5140);
+                        x[1] = tbq_prmt(word[0], word[1], 0x7362);
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
+                        if constexpr (BITS_V == 4) {
+                            const uint32_t other = x[h] ^ 0x88888888u;
+                            lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
+                            lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
+                        }
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
+                            const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
+
+                            va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
+                            va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4 * NG; i++) {
+                    tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
+                }
+            }
+        };
+        value_block(std::integral_constant<int, 0>());
+        if constexpr (NB > 1) {
+            value_block(std::integral_constant<int, 1>());
+        }
+        if constexpr (NB > 2) {
+            value_block(std::integral_constant<int, 2>());
+            value_block(std::integral_constant<int, 3>());
+        }
+    };
+
     const int      ring_stage   = ring * STAGES * shape::STAGE; // where it begins
     const uint32_t ring_barrier = full + 8 * ring * STAGES;
     int            stage        = ring_stage;
     uint32_t       barrier      = ring_barrier;
     uint32_t       parity       = 0;
     int            token        = first_token + ring * TOKENS + part * SPAN;
+    int            last_stage   = ring_stage; // whose values are not added yet
+    uint32_t       last_barrier = ring_barrier;
+    bool           last         = false;
+    operands       last_pb;
+    constexpr bool AHEAD = FORM & TBQ_ROWS_AHEAD;
+#pragma unroll
+    for (int i = 0; AHEAD && i < SLICES * NB * NG * 2; i++) {
+        last_pb[i / (NB * NG * 2)][i / (NG * 2) % NB][i / 2 % NG][i % 2] = 0;
+    }
 #pragma unroll 1
-    for (int i_stage = 0, at = 0; i_stage < all_stages; i_stage++) {
+    for (int i_stage = 0, at = 0; i_stage < all_stages + AHEAD; i_stage++) {
         if (i_stage == next_fill) { // the warps in turn
             const int used = i_stage - shape::LAG;
             const int slot = at >= shape::LAG ? at - shape::LAG : at - shape::LAG + STAGES;
@@ -673,196 +868,51 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             }
             __syncwarp();
         }
-        if (!(FORM & TBQ_ROWS_NO_COPIES) || i_stage < STAGES) {
+        if ((!AHEAD || i_stage < all_stages) && (!(FORM & TBQ_ROWS_NO_COPIES) || i_stage < STAGES)) {
             tbq_mbarrier_wait(barrier, parity);
         }
-        do { // once
-            if (token >= end_of_loop || (FORM & TBQ_ROWS_NO_COMPUTE)) {
-                break;
-            }
-            // Masks as halves: of token g and of the one 8 further, of columns 2t, 2t + 1.
-            masks    mask;
-            uint32_t some = 0;
-#pragma unroll
-            for (int i = 0; i < 4 * NG * SLICES; i++) {
-                const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
-                if (ONE && (n > 0 || j > 0)) {
-                    mask[u][n][j][tok] = mask[u][0][0][tok];
-                    continue;
-                }
-                mask[u][n][j][tok] =
-                    a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 32 * u + 16 * tok) : 0;
-                some |= mask[u][n][j][tok];
-            }
-            // The list has a row's bit: another row stands for it.
-            const char * const map    = shared + stage + listed_at + (TOKENS < 32 ? token / 8 & 2 : 0);
-            const uint32_t     listed = SLICES == 2 ? *(const uint32_t *) map : *(const uint16_t *) map;
-            const bool         masked = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SPAN > a.n_kv;
-            if (masked) {
-                bool seen = false;
-#pragma unroll
-                for (int i = 0; i < 4 * NG * SLICES; i++) {
-                    const int  u = i / 4 / NG, row = SLICE * u + g + 8 * (i % 2);
-                    uint32_t & h = mask[u][i / 4 % NG][i / 2 % 2][i % 2];
-                    h            = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
-                    seen |= h != 0xFC00;
-                }
-                if (!__any_sync(TBQ_WARP_ALL, seen)) {
-                    break;
-                }
-            }
-
+        masks mask;
+        bool  masked = false;
+        bool  some   = token < end_of_loop && !(FORM & TBQ_ROWS_NO_COMPUTE);
+        if (some) {
+            some = load_masks(stage, token, mask, masked);
+        }
+        if constexpr (AHEAD) {
+            // Two chains in one piece of code.  What is hidden, or not there, is multiplied with 0 or not used.
             logits s;
-            auto   block = [&](auto index) {
-                constexpr int b = decltype(index)::value;
-                int           c[SLICES][NG][4];
+            if (some || last) {
+                logits_of(stage, s);
+                add_values(last_stage, last_pb);
+            }
+            __syncwarp();
+            if (lane == 0 && i_stage > 0) {
+                tbq_mbarrier_arrive(last_barrier + 8 * RINGS * STAGES);
+            }
+            last = some;
+            if (some) {
+                softmax(true, s, mask, masked);
+                weights_of(stage, s, last_pb);
+            } else {
 #pragma unroll
-                for (int i = 0; i < 4 * NG * SLICES; i++) {
-                    c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+                for (int i = 0; i < SLICES * NB * NG * 2; i++) {
+                    last_pb[i / (NB * NG * 2)][i / (NG * 2) % NB][i / 2 % NG][i % 2] = 0;
                 }
-#pragma unroll
-                for (int x = 0; x < 2 * SLICES; x++) {
-                    const int half = x / SLICES, u = x % SLICES;
-                    uint32_t  lo[2], hi[2];
-#pragma unroll
-                    for (int tok = 0; tok < 2; tok++) {
-                        const int row = (SLICE * u + 8 * tok) * side_k::ROW;
-                        if constexpr (BITS_K == 4) {
-                            tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
-                        } else {
-                            using reader           = tbq_cache_reader<D, BITS_K>;
-                            const char * const key = shared + stage + k_at + row;
-                            const uint32_t     qs  = reader::word(key + 4 * t, b, TBQ_QS_OFFSET);
-                            const uint32_t     qh = BITS_K == 3 ? reader::word(key + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
-                            lo[tok]               = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
-                            hi[tok]               = tbq_high(lo[tok]);
-                        }
-                    }
-                    const uint32_t x0[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
-                                             tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
-#pragma unroll
-                    for (int n = 0; n < NG; n++) {
-                        tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
-                    }
-                    if constexpr (BITS_K == 4) {
-                        const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
-                        uint32_t       other_hi[2];
-#pragma unroll
-                        for (int tok = 0; tok < 2; tok++) {
-                            other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
-                        }
-                        const uint32_t x1[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
-                                                 tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
-#pragma unroll
-                        for (int n = 0; n < NG; n++) {
-                            tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
-                        }
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < 2 * SLICES; i++) {
-                    const char * const key =
-                        shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
-                    add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
-                }
-            };
-            block(std::integral_constant<int, 0>());
-            if constexpr (NB > 1) {
-                block(std::integral_constant<int, 1>());
             }
-            if constexpr (NB > 2) {
-                block(std::integral_constant<int, 2>());
-                block(std::integral_constant<int, 3>());
+            last_stage   = stage;
+            last_barrier = barrier;
+        } else {
+            if (some) {
+                logits   s;
+                operands pb;
+                logits_of(stage, s);
+                softmax(true, s, mask, masked);
+                weights_of(stage, s, pb);
+                add_values(stage, pb);
             }
-
-            softmax(true, s, mask, masked);
-
-            scales d_v;
-            float  d_sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 2 * NB * SLICES; i++) {
-                const int b = i / 2 % NB, u = i / 2 / NB;
-                d_v[u][b][i % 2] = __half2float(*(
-                    const __half *) (shared + stage + v_d + (SLICE * u + i % 2 * 8) * side_v::ROW + b * side_v::BYTES));
-                d_sum += d_v[u][b][i % 2];
+            __syncwarp();
+            if (lane == 0) {
+                tbq_mbarrier_arrive(barrier + 8 * RINGS * STAGES);
             }
-            operands pb;
-            weigh(s, d_v, d_sum, pb);
-
-            auto value_block = [&](auto index) {
-                constexpr int b = decltype(index)::value;
-#pragma unroll
-                for (int u = 0; u < SLICES; u++) {
-                    transpose(pb[u][b]);
-                    if constexpr (BIASED) {
-#pragma unroll
-                        for (int n = 0; n < NG; n++) {
-                            tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
-                        }
-                    }
-                    uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
-#pragma unroll
-                    for (int pair = 0; pair < 2; pair++) {
-                        uint32_t           x[2]; // as in tbq-attention.cuh
-                        const char * const row[2] = {
-                            shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
-                            shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair + 1)
-                        };
-                        if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
-                            const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                            const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                            x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
-                            x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
-                        } else {
-                            using reader = tbq_cache_reader<D, BITS_V>;
-                            uint32_t word[2];
-#pragma unroll
-                            for (int j = 0; j < 2; j++) {
-                                const uint32_t qh =
-                                    BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
-                                word[j] = tbq_nibbles<BITS_V>(
-                                    reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh,
-                                    g);
-                            }
-                            x[0] = tbq_prmt(word[0], word[1], 0x5140);
-                            x[1] = tbq_prmt(word[0], word[1], 0x7362);
-                        }
-#pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
-                            if constexpr (BITS_V == 4) {
-                                const uint32_t other = x[h] ^ 0x88888888u;
-                                lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
-                                lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
-                            }
-#pragma unroll
-                            for (int i = 0; i < 2; i++) {
-                                const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
-                                const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
-
-                                va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
-                                va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
-                            }
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4 * NG; i++) {
-                        tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
-                    }
-                }
-            };
-            value_block(std::integral_constant<int, 0>());
-            if constexpr (NB > 1) {
-                value_block(std::integral_constant<int, 1>());
-            }
-            if constexpr (NB > 2) {
-                value_block(std::integral_constant<int, 2>());
-                value_block(std::integral_constant<int, 3>());
-            }
-        } while (false);
-        __syncwarp();
-        if (lane == 0) {
-            tbq_mbarrier_arrive(barrier + 8 * RINGS * STAGES);
         }
         token += RINGS * TOKENS;
         stage += shape::STAGE;
