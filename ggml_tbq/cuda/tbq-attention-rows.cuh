@@ -181,6 +181,18 @@ static __device__ __forceinline__ void tbq_rows_nibbles(const char * row, int w,
     }
 }
 
+// f of each block of 64 channels, whose number is a constant.
+template <int NB, typename function> static __device__ __forceinline__ void tbq_rows_blocks(function f) {
+    f(std::integral_constant<int, 0>());
+    if constexpr (NB > 1) {
+        f(std::integral_constant<int, 1>());
+    }
+    if constexpr (NB > 2) {
+        f(std::integral_constant<int, 2>());
+        f(std::integral_constant<int, 3>());
+    }
+}
+
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 // grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
@@ -693,67 +705,58 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         return true;
     };
 
-    auto logits_of = [&](int stage, logits & s) {
-        auto block = [&](auto index) {
-            constexpr int b = decltype(index)::value;
-            int           c[SLICES][NG][4];
+    // Of block b of 64 channels.
+    auto logits_of = [&](auto index, int stage, logits & s) {
+        constexpr int b = decltype(index)::value;
+        int           c[SLICES][NG][4];
 #pragma unroll
-            for (int i = 0; i < 4 * NG * SLICES; i++) {
-                c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+        for (int i = 0; i < 4 * NG * SLICES; i++) {
+            c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+        }
+#pragma unroll
+        for (int x = 0; x < 2 * SLICES; x++) {
+            const int half = x / SLICES, u = x % SLICES;
+            uint32_t  lo[2], hi[2];
+#pragma unroll
+            for (int tok = 0; tok < 2; tok++) {
+                const int row = (SLICE * u + 8 * tok) * side_k::ROW;
+                if constexpr (BITS_K == 4) {
+                    tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
+                } else {
+                    using reader           = tbq_cache_reader<D, BITS_K>;
+                    const char * const key = shared + stage + k_at + row;
+                    const uint32_t     qs  = reader::word(key + 4 * t, b, TBQ_QS_OFFSET);
+                    const uint32_t     qh  = BITS_K == 3 ? reader::word(key + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
+                    lo[tok]                = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
+                    hi[tok]                = tbq_high(lo[tok]);
+                }
             }
+            const uint32_t x0[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]), tbq_prmt(kt0, kt1, hi[0]),
+                                     tbq_prmt(kt0, kt1, hi[1]) };
 #pragma unroll
-            for (int x = 0; x < 2 * SLICES; x++) {
-                const int half = x / SLICES, u = x % SLICES;
-                uint32_t  lo[2], hi[2];
+            for (int n = 0; n < NG; n++) {
+                tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
+            }
+            if constexpr (BITS_K == 4) {
+                const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
+                uint32_t       other_hi[2];
 #pragma unroll
                 for (int tok = 0; tok < 2; tok++) {
-                    const int row = (SLICE * u + 8 * tok) * side_k::ROW;
-                    if constexpr (BITS_K == 4) {
-                        tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
-                    } else {
-                        using reader           = tbq_cache_reader<D, BITS_K>;
-                        const char * const key = shared + stage + k_at + row;
-                        const uint32_t     qs  = reader::word(key + 4 * t, b, TBQ_QS_OFFSET);
-                        const uint32_t     qh  = BITS_K == 3 ? reader::word(key + 4 * (t % 2), b, TBQ_QH_OFFSET) : 0;
-                        lo[tok]                = tbq_nibbles<BITS_K>(qs, qh, t + 4 * half);
-                        hi[tok]                = tbq_high(lo[tok]);
-                    }
+                    other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
                 }
-                const uint32_t x0[4] = { tbq_prmt(kt0, kt1, lo[0]), tbq_prmt(kt0, kt1, lo[1]),
-                                         tbq_prmt(kt0, kt1, hi[0]), tbq_prmt(kt0, kt1, hi[1]) };
+                const uint32_t x1[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
+                                         tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
-                }
-                if constexpr (BITS_K == 4) {
-                    const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
-                    uint32_t       other_hi[2];
-#pragma unroll
-                    for (int tok = 0; tok < 2; tok++) {
-                        other_hi[tok] = D == 64 || b % 2 == 0 ? hi[tok] ^ 0x88888888u : tbq_high(other[tok]);
-                    }
-                    const uint32_t x1[4] = { tbq_prmt(kt2, kt3, other[0]), tbq_prmt(kt2, kt3, other[1]),
-                                             tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
-#pragma unroll
-                    for (int n = 0; n < NG; n++) {
-                        tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
-                    }
+                    tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
                 }
             }
-#pragma unroll
-            for (int i = 0; i < 2 * SLICES; i++) {
-                const char * const key =
-                    shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
-                add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
-            }
-        };
-        block(std::integral_constant<int, 0>());
-        if constexpr (NB > 1) {
-            block(std::integral_constant<int, 1>());
         }
-        if constexpr (NB > 2) {
-            block(std::integral_constant<int, 2>());
-            block(std::integral_constant<int, 3>());
+#pragma unroll
+        for (int i = 0; i < 2 * SLICES; i++) {
+            const char * const key =
+                shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
+            add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
         }
     };
 
@@ -770,74 +773,62 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         weigh(s, d_v, d_sum, pb);
     };
 
-    auto add_values = [&](int stage, operands & pb) {
-        auto value_block = [&](auto index) {
-            constexpr int b = decltype(index)::value;
+    auto add_values = [&](auto index, int stage, operands & pb) {
+        constexpr int b = decltype(index)::value;
 #pragma unroll
-            for (int u = 0; u < SLICES; u++) {
-                transpose(pb[u][b]);
-                if constexpr (BIASED) {
+        for (int u = 0; u < SLICES; u++) {
+            transpose(pb[u][b]);
+            if constexpr (BIASED) {
 #pragma unroll
-                    for (int n = 0; n < NG; n++) {
-                        tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
-                    }
-                }
-                uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    uint32_t           x[2]; // as in tbq-attention.cuh
-                    const char * const row[2] = { shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
-                                                  shared + stage + v_at + u * SLICE * side_v::ROW +
-                                                      v_token(2 * pair + 1) };
-                    if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
-                        const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                        const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                        x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
-                        x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
-                    } else {
-                        using reader = tbq_cache_reader<D, BITS_V>;
-                        uint32_t word[2];
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const uint32_t qh =
-                                BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
-                            word[j] = tbq_nibbles<BITS_V>(
-                                reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
-                        }
-                        x[0] = tbq_prmt(word[0], word[1], 0x5140);
-                        x[1] = tbq_prmt(word[0], word[1], 0x7362);
-                    }
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
-                        if constexpr (BITS_V == 4) {
-                            const uint32_t other = x[h] ^ 0x88888888u;
-                            lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
-                            lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
-                        }
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
-                            const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
-
-                            va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
-                            va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
-                        }
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < 4 * NG; i++) {
-                    tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
+                for (int n = 0; n < NG; n++) {
+                    tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
                 }
             }
-        };
-        value_block(std::integral_constant<int, 0>());
-        if constexpr (NB > 1) {
-            value_block(std::integral_constant<int, 1>());
-        }
-        if constexpr (NB > 2) {
-            value_block(std::integral_constant<int, 2>());
-            value_block(std::integral_constant<int, 3>());
+            uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                uint32_t           x[2]; // as in tbq-attention.cuh
+                const char * const row[2] = { shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
+                                              shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair + 1) };
+                if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
+                    const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                    const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                    x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
+                    x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
+                } else {
+                    using reader = tbq_cache_reader<D, BITS_V>;
+                    uint32_t word[2];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const uint32_t qh = BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
+                        word[j]           = tbq_nibbles<BITS_V>(
+                            reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
+                    }
+                    x[0] = tbq_prmt(word[0], word[1], 0x5140);
+                    x[1] = tbq_prmt(word[0], word[1], 0x7362);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
+                    if constexpr (BITS_V == 4) {
+                        const uint32_t other = x[h] ^ 0x88888888u;
+                        lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
+                        lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
+                        const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
+
+                        va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
+                        va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4 * NG; i++) {
+                tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
+            }
         }
     };
 
@@ -881,8 +872,10 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             // Two chains in one piece of code.  What is hidden, or not there, is multiplied with 0 or not used.
             logits s;
             if (some || last) {
-                logits_of(stage, s);
-                add_values(last_stage, last_pb);
+                tbq_rows_blocks<NB>([&](auto b) {
+                    logits_of(b, stage, s);
+                    add_values(b, last_stage, last_pb);
+                });
             }
             __syncwarp();
             if (lane == 0 && i_stage > 0) {
@@ -904,10 +897,10 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             if (some) {
                 logits   s;
                 operands pb;
-                logits_of(stage, s);
+                tbq_rows_blocks<NB>([&](auto b) { logits_of(b, stage, s); });
                 softmax(true, s, mask, masked);
                 weights_of(stage, s, pb);
-                add_values(stage, pb);
+                tbq_rows_blocks<NB>([&](auto b) { add_values(b, stage, pb); });
             }
             __syncwarp();
             if (lane == 0) {

@@ -59,19 +59,19 @@ static void launch_shape(tbq_attention_args a, float * partial, cudaStream_t str
 }
 
 // The forms that can be chosen: for one query row, some pairs.
-#define FORMS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(9) X(13) X(17) X(33) X(21) X(37)
+#define FORMS(X) X(0) X(1) X(3) X(5) X(9) X(13) X(65) X(69) X(193) X(197) X(205) X(17) X(33) X(21) X(37) X(101)
 
 template <int D, int K, int V, int H>
 static bool launch_form(const tbq_attention_args & a, float * p, cudaStream_t s, const rows_options & o) {
     constexpr bool SOME = K == V && (K == 4 || (K == 3 && D == 128 && H == 8));
     if constexpr (SOME) {
         switch (o.form) {
-#define FORM_CASE(F)                                          \
-    case F:                                                   \
-        if constexpr (F < 16 || (D == 128 && H == 8)) {       \
-            launch_shape<D, K, V, 8, H, true, F>(a, p, s, o); \
-            return true;                                      \
-        }                                                     \
+#define FORM_CASE(F)                                                                               \
+    case F:                                                                                        \
+        if constexpr (!(F & (TBQ_ROWS_NO_COMPUTE | TBQ_ROWS_NO_COPIES)) || (D == 128 && H == 8)) { \
+            launch_shape<D, K, V, 8, H, true, F>(a, p, s, o);                                      \
+            return true;                                                                           \
+        }                                                                                          \
         return false;
             FORMS(FORM_CASE)
             default: return false;
