@@ -17,15 +17,21 @@
 //
 // UNPACKING.  A table of 16 levels is two of 8, and a look-up in the wrong one gives a constant: 0 for entries that are
 // not negative, -1 for those that are.  For keys both look-ups are operands, and the tensor core adds them: the upper
-// table has levels + 1.  Nothing is biased.  The integer sum starts at the bits of 1.5 . 2^23, so it is a float, and one
-// fma takes that away and multiplies by the query's scale: the scale has 22 bits, so that the product is exact.
+// table has levels + 1.  Nothing is biased.  The integer sum starts at the bits of a float of about 1.5 . 2^23, so it is a
+// float, and one fma takes that away and multiplies by the query's scale; what it loses is less than one unit of the sum.
 //
 // BANKS.  Rows of 8 KV heads are 8 banks apart modulo 32, so that two rows of a tile meet in a bank.  Space after every
 // four rows would avoid it, but then a stage takes a copy for each four, and that cost more (docs/design/cuda.md).  Rows of
 // 4 are an odd number of units of 16 bytes: no conflicts.
 //
-// The launcher does not call this kernel yet: it is slower for few tokens, and knows neither exact rows nor means.  It
-// needs 227 KiB of shared memory, so sm_90 or sm_100.
+// EXACT ROWS (tbq-attention.cuh) are few, so every CTA takes a share of their slices before its own, while its first stages
+// are on their way.  They come from global memory, through the L2 cache, to which they are copied when the kernel begins.
+// The list's map is a part of each stage, so the loop hides a row for a load and an instruction.  Without a list the same
+// code reads a map of zeros: a template argument would have doubled the kernels and saved 9 of 370 instructions.
+//
+// MEANS of keys: as in tbq-attention.cuh, but a column's d is added when its result is written.
+//
+// It needs 227 KiB of shared memory, so sm_90 or sm_100, and is slower for few tokens (tbq_attention_rows_faster).
 #pragma once
 
 #include "tbq-attention.cuh"
@@ -49,11 +55,16 @@ enum {
 #define TBQ_ROWS_FORM 0
 #endif
 
+// With 16 columns there are half as many warps already, each of which has as many registers.
+constexpr __host__ __device__ int tbq_rows_form(int nc) {
+    return nc == 8 ? TBQ_ROWS_FORM : TBQ_ROWS_FORM & ~(TBQ_ROWS_TWO_RINGS | TBQ_ROWS_TWO_SLICES);
+}
+
 constexpr __host__ __device__ int tbq_rows_warps(int d, int nc, int form) {
     return (d == 256 ? 12 : nc == 8 ? 16 : 8) / (form & TBQ_ROWS_TWO_SLICES ? 2 : 1);
 }
 
-constexpr __host__ __device__ int tbq_rows_threads(int d, int nc, int form = TBQ_ROWS_FORM) {
+constexpr __host__ __device__ int tbq_rows_threads(int d, int nc, int form) {
     return 32 * tbq_rows_warps(d, nc, form);
 }
 
@@ -65,7 +76,7 @@ template <int D, int H, int BITS> struct tbq_rows_side {
     static_assert(ROW % 16 == 0, "bulk copies");
 };
 
-template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = TBQ_ROWS_FORM> struct tbq_rows_shape {
+template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = tbq_rows_form(NC)> struct tbq_rows_shape {
     using side_k                = tbq_rows_side<D, H, BITS_K>;
     using side_v                = tbq_rows_side<D, H, BITS_V>;
     static constexpr int WARPS  = tbq_rows_warps(D, NC, FORM);
@@ -78,7 +89,7 @@ template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = TBQ_ROWS_FORM
     static constexpr int AT_L   = AT_M + NC * TOKENS * 2;      // words of the list's map
     static constexpr int STAGE  = AT_L + 16;
     static constexpr int Q8     = H * NC * D;
-    static constexpr int FIT    = (229000 - Q8) / STAGE / RINGS;                         // 227 KiB less what is static
+    static constexpr int FIT    = (228800 - Q8) / STAGE / RINGS;                         // 227 KiB less what is static
     static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES; // of a ring
     static constexpr int LAG    = STAGES > 4 ? 2 : 1; // a stage is filled again when it was used that many stages ago
     static constexpr int SMEM   = RINGS * STAGES * STAGE + Q8;
@@ -196,7 +207,7 @@ template <int NB, typename function> static __device__ __forceinline__ void tbq_
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 // grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
-template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE, int FORM = TBQ_ROWS_FORM>
+template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE, int FORM = tbq_rows_form(NC)>
 __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attention_rows(const tbq_attention_args a) {
 #ifdef TBQ_ROWS_ARCH
     constexpr int NB     = D / 64;
@@ -375,7 +386,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         *(char2 *) to =
             make_char2((signed char) __float2int_rn(lo * inverse), (signed char) __float2int_rn(hi * inverse));
         if (lane == 0) {
-            q_scale[head][c][b]  = __uint_as_float(__float_as_uint(scale) & ~3u);
+            q_scale[head][c][b]  = scale;
             q_center[head][c][b] = center;
         }
     }

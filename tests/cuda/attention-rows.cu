@@ -86,14 +86,14 @@ static bool launch_heads(const tbq_attention_args & a, float * p, cudaStream_t s
     if (o.form >= 0) {
         return few && a.n_q == 1 && launch_form<D, K, V, H>(a, p, s, o);
     }
-    constexpr int FORM = TBQ_ROWS_FORM;
     if constexpr (D < 256) {
         if (!few) {
-            launch_shape<D, K, V, 16, H, false, FORM>(a, p, s, o);
+            launch_shape<D, K, V, 16, H, false, tbq_rows_form(16)>(a, p, s, o);
             return true;
         }
     }
-    (a.n_q == 1 ? launch_shape<D, K, V, 8, H, true, FORM> : launch_shape<D, K, V, 8, H, false, FORM>) (a, p, s, o);
+    (a.n_q == 1 ? launch_shape<D, K, V, 8, H, true, tbq_rows_form(8)>
+                : launch_shape<D, K, V, 8, H, false, tbq_rows_form(8)>) (a, p, s, o);
     return true;
 }
 

@@ -50,7 +50,7 @@ static void run_grid(on_cpu::index grid, int threads, const std::function<void()
 
 template <int D, int K, int V, int NC, int H, bool ONE> static void launch_shape(tbq_attention_args a,
                                                                                  float *            partial) {
-    constexpr int FORM = TBQ_ROWS_FORM & (NC == 16 ? TBQ_ROWS_IN_ORDER : ~0); // the other forms have 8 columns
+    constexpr int FORM = tbq_rows_form(NC);
     static_assert(tbq_rows_shape<D, H, K, V, NC, FORM>::SMEM <= (int) sizeof(on_cpu::shared), "memory");
     tbq_attention_rows_partition(a, n_sm);
     a.partial = partial;
