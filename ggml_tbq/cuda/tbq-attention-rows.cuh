@@ -314,6 +314,26 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         prefetch_exact(exact_first);
     }
 
+    // Masks of the slice whose cells those are, as halves: of rows g + 8 tok, of columns 2t, 2t + 1.
+    using masks = uint32_t[SLICES][NG][2][2];
+    masks exact_mask;
+    auto  load_exact_masks = [&]() {
+#pragma unroll
+        for (int i = 0; i < 4 * NG * SLICES; i++) {
+            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
+            if (ONE && (n > 0 || j > 0)) {
+                exact_mask[u][n][j][tok] = exact_mask[u][0][0][tok];
+                continue;
+            }
+            const int        cell    = cell_ahead[2 * u + tok];
+            const int        col     = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
+            const uint16_t * row     = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+            exact_mask[u][n][j][tok] = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
+        }
+    };
+    load_exact_masks();
+    load_cells(exact_first + exact_step);
+
     // Starts the copies of stage i of this ring; by one thread.
     auto fill = [&](int i, int at) {
         const int      from    = first_token + (i * RINGS + ring) * TOKENS;
@@ -458,7 +478,6 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
 
     // Logits of slices (s[u][n][2 tok + j]: query 8 n + 2 t + j, token 16 u + 8 tok + g) to weights.
     using logits   = float[SLICES][NG][4];
-    using masks    = uint32_t[SLICES][NG][2][2];
     using scales   = float[SLICES][NB][2];
     using operands = uint32_t[SLICES][NB][NG][2];
     auto softmax   = [&](bool packed, logits & s, const masks & mask, bool masked) {
@@ -492,7 +511,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         bool grown = false;
 #pragma unroll
         for (int i = 0; i < 2 * NG; i++) {
-            const float most = D < 256 ? limit[i / 2][i % 2] : m[i / 2][i % 2] + 8.0f; // a register less
+            const float most = D < 256 && ONE ? limit[i / 2][i % 2] : m[i / 2][i % 2] + 8.0f; // a register less
             grown |= top_of(i / 2, i % 2) > most;
         }
         if (__any_sync(TBQ_WARP_ALL, grown)) {
@@ -562,18 +581,12 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         bool  seen = false;
 #pragma unroll
         for (int i = 0; i < 4 * NG * SLICES; i++) {
-            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
-            if (ONE && (n > 0 || j > 0)) {
-                mask[u][n][j][tok] = mask[u][0][0][tok];
-                continue;
-            }
-            const int        cell = cell_ahead[2 * u + tok];
-            const int        col  = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
-            const uint16_t * row  = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
-            mask[u][n][j][tok]    = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
-            seen |= mask[u][n][j][tok] != 0xFC00;
+            const uint32_t h                               = exact_mask[i / 4 / NG][i / 4 % NG][i / 2 % 2][i % 2];
+            mask[i / 4 / NG][i / 4 % NG][i / 2 % 2][i % 2] = h;
+            seen |= h != 0xFC00;
         }
-        load_cells(slice + exact_step);
+        load_exact_masks();
+        load_cells(slice + 2 * exact_step);
         if (!__any_sync(TBQ_WARP_ALL, seen)) {
             continue; // hidden from all columns, as those of other sequences
         }
