@@ -45,7 +45,7 @@ enum {
     TBQ_ROWS_IN_ORDER   = 1,   // one thread starts the first copies, in order
     TBQ_ROWS_TWO_RINGS  = 2,   // two groups of warps, each with a ring of its own
     TBQ_ROWS_TWO_SLICES = 4,   // half as many warps, with two slices of 16 tokens at once
-    TBQ_ROWS_CLUSTERS   = 8,   // CTAs of a cluster make one result
+    TBQ_ROWS_CLUSTERS   = 8,   // CTAs of a cluster make one result; the launcher knows none
     TBQ_ROWS_NO_COMPUTE = 16,  // only copies and barriers
     TBQ_ROWS_NO_COPIES  = 32,  // no stage is filled a second time
     TBQ_ROWS_SPREAD     = 64,  // values without conflicts of banks
