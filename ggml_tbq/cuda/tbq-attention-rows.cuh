@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Attention in decode over whole rows of the cache: tbq-attention.cuh's problem where rows of all KV heads can be copied
-// at once.
+// Attention in decode over whole rows of the cache: tbq-attention.cuh's problem where rows of all KV heads can be
+// copied at once.
 //
 // tbq-attention.cuh reads a head's slice of a row by itself: 68 bytes at any multiple of 4, so three sectors of 32, and
 // the L2 cache's requests are its limit.  Here a CTA has a range of tokens for all KV heads.  Rows come by bulk copies
@@ -17,17 +17,19 @@
 //
 // UNPACKING.  A table of 16 levels is two of 8, and a look-up in the wrong one gives a constant: 0 for entries that are
 // not negative, -1 for those that are.  For keys both look-ups are operands, and the tensor core adds them: the upper
-// table has levels + 1.  Nothing is biased.  The integer sum starts at the bits of a float of about 1.5 . 2^23, so it is a
-// float, and one fma takes that away and multiplies by the query's scale; what it loses is less than one unit of the sum.
+// table has levels + 1.  Nothing is biased.  The integer sum starts at the bits of a float of about 1.5 . 2^23, so it
+// is a float, and one fma takes that away and multiplies by the query's scale; what it loses is less than one unit of
+// the sum.
 //
 // BANKS.  Rows of 8 KV heads are 8 banks apart modulo 32, so that two rows of a tile meet in a bank.  Space after every
-// four rows would avoid it, but then a stage takes a copy for each four, and that cost more (docs/design/cuda.md).  Rows of
-// 4 are an odd number of units of 16 bytes: no conflicts.
+// four rows would avoid it, but then a stage takes a copy for each four, and that cost more (docs/design/cuda.md).
+// Rows of 4 are an odd number of units of 16 bytes: no conflicts.
 //
-// EXACT ROWS (tbq-attention.cuh) are few, so every CTA takes a share of their slices before its own, while its first stages
-// are on their way.  They come from global memory, through the L2 cache, to which they are copied when the kernel begins.
-// The list's map is a part of each stage, so the loop hides a row for a load and an instruction.  Without a list the same
-// code reads a map of zeros: a template argument would have doubled the kernels and saved 9 of 370 instructions.
+// EXACT ROWS (tbq-attention.cuh) are few, so every CTA takes a share of their slices before its own, while its first
+// stages are on their way.  They come from global memory, through the L2 cache, to which they are copied when the
+// kernel begins.  The list's map is a part of each stage, so the loop hides a row for a load and an instruction.
+// Without a list the same code reads a map of zeros: a template argument would have doubled the kernels and saved 9 of
+// 370 instructions.
 //
 // MEANS of keys: as in tbq-attention.cuh, but a column's d is added when its result is written.
 //
@@ -146,7 +148,7 @@ static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm
 #define TBQ_ROWS_ARCH
 #endif
 
-// --- the tables ------------------------------------------------------------------------------------------------------
+// --- the tables -----------------------------------------------------------------------------------------------------
 
 // Word i of the table for keys: signed levels, and of the upper half of 16 levels + 1.
 template <int BITS> constexpr __host__ __device__ uint32_t tbq_rows_level_word(int i) {
@@ -204,7 +206,7 @@ template <int NB, typename function> static __device__ __forceinline__ void tbq_
     }
 }
 
-// --- the kernel ------------------------------------------------------------------------------------------------------
+// --- the kernel -----------------------------------------------------------------------------------------------------
 
 // grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
 template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE, int FORM = tbq_rows_form(NC)>
@@ -225,8 +227,8 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     constexpr int SPAN   = SLICES * SLICE; // tokens of a warp at once
     constexpr int PARTS  = WARPS / H;      // warps of a head
     constexpr int EXACT  = (int) sizeof(block_tbq8_0);
-    // Values go into the tensor core as 192 + level, and 192 times the sum of weights, which has a tile of its own, is taken
-    // away at the end.  It takes registers.
+    // Values go into the tensor core as 192 + level, and 192 times the sum of weights, which has a tile of its own, is
+    // taken away at the end.  It takes registers.
     constexpr bool BIASED = D < 256;
 
     const int lane = threadIdx.x % 32;
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     auto      token_of  = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
     auto      head_of   = [&](int head_kv, int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
-    TBQ_DYNAMIC_SHARED(shared);
+    TBQ_DYNAMIC_SHARED(shared, 128);
     __shared__ __align__(8) uint64_t barriers[2 * RINGS * STAGES];
     __shared__ float                 q_scale[H][NC][NB];
     __shared__ float                 q_center[H][NC][NB];          // as in tbq-attention.cuh
@@ -360,7 +362,8 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             tbq_mbarrier_arrive_copied(barrier);
         }
     };
-    // Queries: rotated, scaled, rounded to 8 bits.  They are on their way before the first stages, and wait for nothing.
+    // Queries: rotated, scaled, rounded to 8 bits.  They are on their way before the first stages, and wait for
+    // nothing.
     const float q_factor = a.logit_softcap == 0.0f ? a.scale * TBQ_LOG2E : a.scale / a.logit_softcap;
     auto        block_q  = [&](int i) -> const float * {
         const int col = first_col + i / (H * NB);
@@ -673,8 +676,8 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     const uint32_t exponents = hidden[0][t], one = hidden[1][t];
     const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
     const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
-    // Which of 8 tokens row r of a tile is.  Where rows of the cache are 8 banks apart modulo 32, every load of values takes
-    // tokens beside each other, so that they are in different banks.
+    // Which of 8 tokens row r of a tile is.  Where rows of the cache are 8 banks apart modulo 32, every load of values
+    // takes tokens beside each other, so that they are in different banks.
     constexpr bool SPREAD = (FORM & TBQ_ROWS_SPREAD) && side_v::ROW % 128 == 32;
     const int      own    = SPREAD ? g % 2 * 4 + g / 2 : g;
     int            k_at   = (part * SPAN + own) * side_k::ROW + head * side_k::HEAD; // of token g of A

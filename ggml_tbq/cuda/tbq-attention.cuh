@@ -446,7 +446,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     auto token_of = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
     auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
-    TBQ_DYNAMIC_SHARED(smem);
+    TBQ_DYNAMIC_SHARED(smem, 16);
     constexpr int QROW = tbq_attention_query(D, BITS_K);
     constexpr int NS   = BITS_K == 8 ? 2 : 1;     // scales of a query for 64 channels
     __shared__ __align__(16) int8_t q8[NC][QROW]; // in the order in which operand A takes them

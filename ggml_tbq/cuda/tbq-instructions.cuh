@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Instructions that CUDA C++ has no functions for.  Nothing else of the kernels is PTX, but for those of sm_90a
-// (tbq-wgmma.cuh): so a CPU can run the kernels lane by lane, with functions of its own in the place of these (tests/cuda).
+// (tbq-wgmma.cuh): so a CPU can run the kernels lane by lane, with functions of its own in the place of these
+// (tests/cuda).
 #ifndef TBQ_INSTRUCTIONS
 #define TBQ_INSTRUCTIONS
 
@@ -11,9 +12,11 @@
 #define TBQ_WARP_ALL 0xFFFFFFFFu
 
 // The shared memory whose size the launch gives.
-#define TBQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+#define TBQ_DYNAMIC_SHARED(name, alignment) \
+    extern __shared__ __align__(alignment)  \
+    char              name[]
 
-// --- bytes, and numbers ----------------------------------------------------------------------------------------------
+// --- bytes, and numbers ---------------------------------------------------------------------------------------------
 
 // The instruction itself: __byte_perm masks the selector first, with a second one.
 static __device__ __forceinline__ uint32_t tbq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
@@ -82,7 +85,7 @@ static __device__ __forceinline__ uint32_t tbq_pack_bf16(float lo, float hi) {
     return r;
 }
 
-// --- the tensor core ---------------------------------------------------------------------------------------------------
+// --- the tensor core ------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                                      const int (&c)[4]) {
@@ -154,7 +157,7 @@ static __device__ __forceinline__ uint32_t tbq_transpose(uint32_t x) {
     return r;
 }
 
-// --- copies to shared memory ---------------------------------------------------------------------------------------------
+// --- copies to shared memory ----------------------------------------------------------------------------------------
 
 // Without a branch: every lane of the warp comes here with its own answer.
 static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
@@ -239,7 +242,7 @@ static __device__ __forceinline__ float4 tbq_cluster_load4(uint32_t mapped) {
     return x;
 }
 
-// --- barriers in shared memory -------------------------------------------------------------------------------------------
+// --- barriers in shared memory --------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_smem(const void * p) {
     return (uint32_t) __cvta_generic_to_shared(p);

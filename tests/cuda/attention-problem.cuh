@@ -159,9 +159,9 @@ static std::vector<int> random_cells(int n_kv, int n_exact, std::mt19937 & rng) 
 // D, the pair, the arguments, and memory for the results of 300 splits.
 using launch_function = std::function<void(int, int, int, const tbq_attention_args &, float *)>;
 
-// n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.  prompt:
-// many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what the kernel for
-// whole rows can do.
+// n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.
+// prompt: many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what
+// the kernel for whole rows can do.
 static double check(const launch_function & launch, int index, std::mt19937 & rng, int n_exact = 0,
                     bool centered = false, bool prompt = false, bool whole_rows = false) {
     const int         n_pairs = prompt ? 9 : whole_rows ? N_ROWS_PAIRS : n_exact ? N_ALL : N_PAIRS;

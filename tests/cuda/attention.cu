@@ -181,8 +181,8 @@ struct shape {
     bool unified = false; // all sequences in one cache of n_seq . n_kv tokens, as query rows of which each sees its own
 };
 
-// Microseconds of n_q rows of each of n_seq sequences of n_kv tokens; in a graph, with caches that the L2 cache does not
-// hold.  n_exact: exact rows of each sequence, the first four and the newest; 0: no list.  Median of the rounds.
+// Microseconds of n_q rows of each of n_seq sequences of n_kv tokens; in a graph, with caches that the L2 cache does
+// not hold.  n_exact: exact rows of each sequence, the first four and the newest; 0: no list.  Median of the rounds.
 static double time_shape(const shape & s, int n_exact) {
     const int          d = s.d, k = s.k, v = s.v, n_stream = s.unified ? 1 : s.n_seq;
     tbq_attention_args a{};

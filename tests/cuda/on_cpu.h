@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Runs a CTA of up to 512 threads of CUDA code on a CPU, so that tests without a GPU run the code that a GPU runs.
 //
-// A thread is a fiber (ucontext).  The fibers run in turn, and change where threads wait for each other: in __syncthreads
-// and in the functions that exchange values within a warp.  All lanes of a warp must come to the same one, else the
-// program ends, as it does if all wait.  Arithmetic is IEEE, and numbers below 2^-126 are kept; llama.cpp compiles for
-// CUDA with these flushed to zero.  Instructions that are PTX on a GPU (tbq-instructions.cuh) are functions here, products
-// of the tensor core too.  A bulk copy first fills its place with NaN, and is done when somebody waits for its barrier.
+// A thread is a fiber (ucontext).  The fibers run in turn, and change where threads wait for each other: in
+// __syncthreads and in the functions that exchange values within a warp.  All lanes of a warp must come to the same
+// one, else the program ends, as it does if all wait.  Arithmetic is IEEE, and numbers below 2^-126 are kept; llama.cpp
+// compiles for CUDA with these flushed to zero.  Instructions that are PTX on a GPU (tbq-instructions.cuh) are
+// functions here, products of the tensor core too.  A bulk copy first fills its place with NaN, and is done when
+// somebody waits for its barrier.
 //
 // Addresses in shared memory have 32 bits, so a program that has them is linked with -no-pie.
 //
@@ -341,7 +342,7 @@ inline float bf16(uint32_t pair, int i) {
 }
 } // namespace on_cpu
 
-#define TBQ_DYNAMIC_SHARED(name) char * const name = on_cpu::shared
+#define TBQ_DYNAMIC_SHARED(name, alignment) char * const name = on_cpu::shared
 
 inline uint32_t tbq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes  = (uint64_t) b << 32 | a;
@@ -383,7 +384,8 @@ inline uint32_t tbq_bf16_bytes(uint32_t x) {
     return tbq_pack_bf16((float) (int8_t) x, (float) (int8_t) (x >> 16));
 }
 
-// m16n8k32.  A, row r: lane 4 (r % 8) + k % 16 / 4, register r / 8 + 2 (k / 16); B, column c: lane 4 c + k % 16 / 4, k / 16
+// m16n8k32.  A, row r: lane 4 (r % 8) + k % 16 / 4, register r / 8 + 2 (k / 16).
+//            B, column c: lane 4 c + k % 16 / 4, register k / 16.
 template <typename b_t>
 void mma_bytes(int operation, int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
     uint32_t all[32][6];
