@@ -52,7 +52,7 @@ static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_a
     const size_t               bytes = tbq_attention_partial_bytes(a, D);
     a.partial                        = bytes ? (float *) partial.alloc(bytes) : nullptr;
 
-    const dim3 grid(a.n_split, a.n_groups, a.n_seq), block(tbq_rows_threads(D, NC, tbq_rows_form(NC)));
+    const dim3 grid(a.n_split, a.n_groups, a.n_seq), block(tbq_rows_threads(D, NC));
     ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, block, shape::SMEM, ctx.stream()), a);
     CUDA_CHECK(cudaGetLastError());
     if (a.n_split > 1) {

@@ -21,9 +21,14 @@
 // is a float, and one fma takes that away and multiplies by the query's scale; what it loses is less than one unit of
 // the sum.
 //
-// BANKS.  Rows of 8 KV heads are 8 banks apart modulo 32, so that two rows of a tile meet in a bank.  Space after every
-// four rows would avoid it, but then a stage takes a copy for each four, and that cost more (docs/design/cuda.md).
-// Rows of 4 are an odd number of units of 16 bytes: no conflicts.
+// BANKS.  Rows of 8 KV heads of 128 are 8 banks apart modulo 32: four rows beside each other are in different banks, and
+// eight are not.  Space after every four would avoid it, but then a stage takes a copy for each four, and that cost more
+// (docs/design/cuda.md).  A load of values takes four rows only, and which row of a tile a token is does not matter as
+// long as keys, weights and values agree: so tokens are permuted, and these four are neighbors.  Loads of keys take
+// eight rows and have two-way conflicts.  Other rows are an odd number of units of 16 bytes: no conflicts.
+//
+// LAUNCHES.  The launcher takes programmatic ones where the backend allows them (ggml_cuda_kernel_launch): 1 to 3 % less
+// time.
 //
 // EXACT ROWS (tbq-attention.cuh) are few, so every CTA takes a share of their slices before its own, while its first
 // stages are on their way.  They come from global memory, through the L2 cache, to which they are copied when the
@@ -42,32 +47,13 @@
 
 #define TBQ_ROWS_MAX_STAGES 12
 
-// Forms of the kernel, to compare them; the launcher takes TBQ_ROWS_FORM.
-enum {
-    TBQ_ROWS_IN_ORDER   = 1,   // one thread starts the first copies, in order
-    TBQ_ROWS_TWO_RINGS  = 2,   // two groups of warps, each with a ring of its own
-    TBQ_ROWS_TWO_SLICES = 4,   // half as many warps, with two slices of 16 tokens at once
-    TBQ_ROWS_CLUSTERS   = 8,   // CTAs of a cluster make one result; the launcher knows none
-    TBQ_ROWS_NO_COMPUTE = 16,  // only copies and barriers
-    TBQ_ROWS_NO_COPIES  = 32,  // no stage is filled a second time
-    TBQ_ROWS_SPREAD     = 64,  // values without conflicts of banks
-    TBQ_ROWS_AHEAD      = 128, // logits of the next stage before the values of this one
-};
-#ifndef TBQ_ROWS_FORM
-#define TBQ_ROWS_FORM 0
-#endif
-
-// With 16 columns there are half as many warps already, each of which has as many registers.
-constexpr __host__ __device__ int tbq_rows_form(int nc) {
-    return nc == 8 ? TBQ_ROWS_FORM : TBQ_ROWS_FORM & ~(TBQ_ROWS_TWO_RINGS | TBQ_ROWS_TWO_SLICES);
+// With 16 columns there are half as many warps, each of which has twice as many registers.
+constexpr __host__ __device__ int tbq_rows_warps(int d, int nc) {
+    return d == 256 ? 12 : nc == 8 ? 16 : 8;
 }
 
-constexpr __host__ __device__ int tbq_rows_warps(int d, int nc, int form) {
-    return (d == 256 ? 12 : nc == 8 ? 16 : 8) / (form & TBQ_ROWS_TWO_SLICES ? 2 : 1);
-}
-
-constexpr __host__ __device__ int tbq_rows_threads(int d, int nc, int form) {
-    return 32 * tbq_rows_warps(d, nc, form);
+constexpr __host__ __device__ int tbq_rows_threads(int d, int nc) {
+    return 32 * tbq_rows_warps(d, nc);
 }
 
 // H KV heads of D channels in a row.
@@ -78,25 +64,22 @@ template <int D, int H, int BITS> struct tbq_rows_side {
     static_assert(ROW % 16 == 0, "bulk copies");
 };
 
-template <int D, int H, int BITS_K, int BITS_V, int NC, int FORM = tbq_rows_form(NC)> struct tbq_rows_shape {
+template <int D, int H, int BITS_K, int BITS_V, int NC> struct tbq_rows_shape {
     using side_k                = tbq_rows_side<D, H, BITS_K>;
     using side_v                = tbq_rows_side<D, H, BITS_V>;
-    static constexpr int WARPS  = tbq_rows_warps(D, NC, FORM);
-    static constexpr int RINGS  = FORM & TBQ_ROWS_TWO_RINGS ? 2 : 1;
-    static constexpr int GROUP  = WARPS / RINGS;                            // warps of a ring
-    static constexpr int SLICES = FORM & TBQ_ROWS_TWO_SLICES ? 2 : 1;       // of 16 tokens, of a warp at once
-    static constexpr int TOKENS = TBQ_ATTENTION_SLICE * SLICES * GROUP / H; // of a stage
+    static constexpr int WARPS  = tbq_rows_warps(D, NC);
+    static constexpr int TOKENS = TBQ_ATTENTION_SLICE * WARPS / H; // of a stage
     static constexpr int AT_V   = TOKENS * side_k::ROW;
     static constexpr int AT_M   = AT_V + TOKENS * side_v::ROW; // masks
     static constexpr int AT_L   = AT_M + NC * TOKENS * 2;      // words of the list's map
     static constexpr int STAGE  = AT_L + 16;
     static constexpr int Q8     = H * NC * D;
-    static constexpr int FIT    = (228800 - Q8) / STAGE / RINGS;                         // 227 KiB less what is static
-    static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES; // of a ring
+    static constexpr int FIT    = (228800 - Q8) / STAGE; // 227 KiB less what is static
+    static constexpr int STAGES = FIT < TBQ_ROWS_MAX_STAGES ? FIT : TBQ_ROWS_MAX_STAGES;
     static constexpr int LAG    = STAGES > 4 ? 2 : 1; // a stage is filled again when it was used that many stages ago
-    static constexpr int SMEM   = RINGS * STAGES * STAGE + Q8;
-    static_assert(STAGE % 16 == 0 && GROUP % H == 0 && TOKENS <= 4 * 32, "layout");
-    static_assert(WARPS * (NC + 1) * tbq_attention_row(D) * 4 <= SMEM - Q8, "the results take the place of the rings");
+    static constexpr int SMEM   = STAGES * STAGE + Q8;
+    static_assert(STAGE % 16 == 0 && WARPS % H == 0 && TOKENS <= 4 * 32, "layout");
+    static_assert(WARPS * (NC + 1) * tbq_attention_row(D) * 4 <= SMEM - Q8, "the results take the place of the ring");
 };
 
 // Whether the kernel below can do it.  bits_k, bits_v: 2, 3, 4
@@ -113,32 +96,37 @@ static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, i
            (!a.mask || (((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 16 == 0 && a.n_kv % 8 == 0));
 }
 
-// Whether the kernel below is the faster one, by the values of K that are read, on an H200 (docs/measurements/cuda.md):
-// 8192 tokens of 8 KV heads of 128 with four bits, and more with fewer, whose unpacking takes as long for fewer bytes.
+// Whether the kernel below is the faster one, with exact rows on an H200: the tokens of all sequences from which it lost
+// nothing there (docs/measurements/cuda.md).  What was not timed has the number of a shape that is harder for it.
 static inline bool tbq_attention_rows_faster(const tbq_attention_args & a, int d, int bits_k, int bits_v) {
-    const long long values = (long long) a.n_kv * a.n_seq * a.n_head_kv * d;
-    const int       tokens = bits_k == 4 && bits_v == 4 ? 8192 : bits_k == 3 || bits_v == 3 ? 65536 : 32768;
-    return values >= tokens * 8ll * 128;
+    // Fewer bits take as long to unpack for fewer bytes, but two take less than three.
+    int tokens = bits_k == 4 ? 8192 : bits_k == 2 && bits_v == 2 ? 16384 : 65536;
+    if (a.n_head_kv * d < 1024) { // rows of half as many bytes
+        tokens = bits_k == 4 ? 16384 : d == 128 ? 32768 : 65536;
+    }
+    if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 16) { // half as many warps
+        tokens = bits_k == 4 ? 65536 : 131072;
+    }
+    // many short sequences were slower, too
+    return a.n_kv >= 8192 && (long long) a.n_kv * a.n_seq >= tokens;
 }
 
 // How the cache is split: one CTA a multiprocessor, and what a CTA's start costs is about four slices of 16 tokens.  A
 // split begins with a word of the list's map, which is two slices.
-// cluster: CTAs that make one result.
-static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm, int cluster = 1) {
+static inline void tbq_attention_rows_partition(tbq_attention_args & a, int n_sm) {
     tbq_attention_group(a);
     const int n_tiles  = a.n_groups * a.n_seq;
     const int n_slices = (a.n_kv + TBQ_ATTENTION_SLICE - 1) / TBQ_ATTENTION_SLICE;
     long long best     = 0;
-    for (int n = cluster; n == cluster || (n <= n_slices && n <= n_sm); n += cluster) {
+    for (int n = 1; n == 1 || (n <= n_slices && n <= n_sm); n++) {
         const long long cost = ((long long) n_tiles * n + n_sm - 1) / n_sm * ((n_slices + n - 1) / n + 4);
-        if (n == cluster || cost < best) {
+        if (n == 1 || cost < best) {
             best               = cost;
             a.slices_per_split = (n_slices + n - 1) / n;
         }
     }
     a.slices_per_split += a.slices_per_split % 2;
-    const int n_ctas = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
-    a.n_split        = (n_ctas + cluster - 1) / cluster;
+    a.n_split = (n_slices + a.slices_per_split - 1) / a.slices_per_split;
 }
 
 #ifdef __CUDACC__
@@ -209,23 +197,19 @@ template <int NB, typename function> static __device__ __forceinline__ void tbq_
 // --- the kernel -----------------------------------------------------------------------------------------------------
 
 // grid: (splits, tiles of columns, sequences).  ONE: one query row, so that all columns have one mask.
-template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE, int FORM = tbq_rows_form(NC)>
-__global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attention_rows(const tbq_attention_args a) {
+template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE>
+__global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows(const tbq_attention_args a) {
 #ifdef TBQ_ROWS_ARCH
     constexpr int NB     = D / 64;
     constexpr int NG     = NC / 8;
-    using shape          = tbq_rows_shape<D, H, BITS_K, BITS_V, NC, FORM>;
+    using shape          = tbq_rows_shape<D, H, BITS_K, BITS_V, NC>;
     using side_k         = typename shape::side_k;
     using side_v         = typename shape::side_v;
     constexpr int WARPS  = shape::WARPS;
     constexpr int TOKENS = shape::TOKENS;
     constexpr int STAGES = shape::STAGES;
-    constexpr int RINGS  = shape::RINGS;
-    constexpr int GROUP  = shape::GROUP;
-    constexpr int SLICES = shape::SLICES;
     constexpr int SLICE  = TBQ_ATTENTION_SLICE;
-    constexpr int SPAN   = SLICES * SLICE; // tokens of a warp at once
-    constexpr int PARTS  = WARPS / H;      // warps of a head
+    constexpr int PARTS  = WARPS / H; // warps of a head
     constexpr int EXACT  = (int) sizeof(block_tbq8_0);
     // Values go into the tensor core as 192 + level, and 192 times the sum of weights, which has a tile of its own, is
     // taken away at the end.  It takes registers.
@@ -245,32 +229,29 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     auto      head_of   = [&](int head_kv, int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
     TBQ_DYNAMIC_SHARED(shared, 128);
-    __shared__ __align__(8) uint64_t barriers[2 * RINGS * STAGES];
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     __shared__ float                 q_scale[H][NC][NB];
     __shared__ float                 q_center[H][NC][NB];          // as in tbq-attention.cuh
     __shared__ uint32_t              hidden[TBQ_ROWS_N_HIDDEN][4]; // a copy for each t, or they are uniform registers
     __shared__ float                 max_of[WARPS][NC];
     __shared__ float                 sum_of[WARPS][NC];
-    char * const q8 = shared + RINGS * STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
+    char * const   q8    = shared + STAGES * shape::STAGE; // [H][NC][D], in the order in which operand B takes them
     const uint32_t full  = tbq_smem(barriers);
-    const uint32_t empty = full + 8 * RINGS * STAGES;
+    const uint32_t empty = full + 8 * STAGES;
 
     const int first_token = blockIdx.x * a.slices_per_split * SLICE;
     const int end_token   = min((int) (blockIdx.x + 1) * a.slices_per_split * SLICE, a.n_kv);
-    const int ring        = RINGS == 1 ? 0 : warp / GROUP;
-    const int in_group    = warp % GROUP;
-    // of this ring: they take turns
-    const int n_stages  = ((end_token - first_token + TOKENS - 1) / TOKENS + RINGS - 1 - ring) / RINGS;
-    const int first_row = token_of(first_col); // of queries, and so of masks
+    const int n_stages    = (end_token - first_token + TOKENS - 1) / TOKENS;
+    const int first_row   = token_of(first_col); // of queries, and so of masks
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < RINGS * STAGES; i++) {
+        for (int i = 0; i < STAGES; i++) {
             tbq_mbarrier_init(full + 8 * i, a.cells ? 2 : 1);
-            tbq_mbarrier_init(empty + 8 * i, GROUP);
+            tbq_mbarrier_init(empty + 8 * i, WARPS);
         }
         tbq_mbarrier_init_done();
     }
-    if (threadIdx.x < 4 * RINGS * STAGES) { // without a list it stays so
+    if (threadIdx.x < 4 * STAGES) { // without a list it stays so
         *(uint32_t *) (shared + threadIdx.x / 4 * shape::STAGE + shape::AT_L + threadIdx.x % 4 * 4) = 0;
     }
     if (threadIdx.x < 4 * TBQ_ROWS_N_HIDDEN) {
@@ -281,19 +262,19 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     // Exact rows: slices, in turn by split and then by the warps of a head in it, so that the rows of a sequence, which
     // are neighbors in the list, are spread.
     const int          head           = warp % H;
-    const int          part           = in_group / H; // which tokens of a stage
+    const int          part           = warp / H; // which tokens of a stage
     const int          seq_kv         = seq == 0 ? 0 : seq / a.kv_per_seq;
-    const int          n_exact_slices = a.cells ? (a.n_exact + SPAN - 1) / SPAN : 0;
+    const int          n_exact_slices = a.cells ? (a.n_exact + SLICE - 1) / SLICE : 0;
     const int          exact_step     = gridDim.x * PARTS;
-    const int          exact_first    = blockIdx.x + gridDim.x * (warp / H);
+    const int          exact_first    = blockIdx.x + gridDim.x * part;
     const int * const  cells          = a.cells + (long long) seq_kv * (a.n_exact + (a.n_kv + 31) / 32);
     const char * const exact_k        = a.exact_k + seq_kv * a.exact_k_nb3;
     const char * const exact_v        = a.exact_v + seq_kv * a.exact_v_nb3;
-    int                cell_ahead[2 * SLICES]; // of rows g + 8 i
+    int                cell_ahead[2]; // of rows g + 8 i
     auto               load_cells = [&](int slice) {
 #pragma unroll
-        for (int i = 0; i < 2 * SLICES; i++) {
-            const int slot = slice * SPAN + g + 8 * i;
+        for (int i = 0; i < 2; i++) {
+            const int slot = slice * SLICE + g + 8 * i;
             cell_ahead[i]  = slice < n_exact_slices && slot < a.n_exact ? cells[slot] : -1;
         }
     };
@@ -304,12 +285,12 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
 
     // Rows of all heads of a slice, to the L2 cache.
     auto prefetch_exact = [&](int slice) {
-        const int n = min(a.n_exact - slice * SPAN, SPAN);
+        const int n = min(a.n_exact - slice * SLICE, SLICE);
         if (a.exact_k_nb1 == H * NB * EXACT && (size_t) exact_k % 16 == 0) {
-            tbq_bulk_prefetch(exact_k + (long long) slice * SPAN * (H * NB * EXACT), n * (H * NB * EXACT));
+            tbq_bulk_prefetch(exact_k + (long long) slice * SLICE * (H * NB * EXACT), n * (H * NB * EXACT));
         }
         if (a.exact_v_nb1 == H * NB * EXACT && (size_t) exact_v % 16 == 0) {
-            tbq_bulk_prefetch(exact_v + (long long) slice * SPAN * (H * NB * EXACT), n * (H * NB * EXACT));
+            tbq_bulk_prefetch(exact_v + (long long) slice * SLICE * (H * NB * EXACT), n * (H * NB * EXACT));
         }
     };
     if (lane == 0 && head == 0 && exact_first < n_exact_slices) {
@@ -317,35 +298,35 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     }
 
     // Masks of the slice whose cells those are, as halves: of rows g + 8 tok, of columns 2t, 2t + 1.
-    using masks = uint32_t[SLICES][NG][2][2];
+    using masks = uint32_t[NG][2][2];
     masks exact_mask;
     auto  load_exact_masks = [&]() {
 #pragma unroll
-        for (int i = 0; i < 4 * NG * SLICES; i++) {
-            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
+        for (int i = 0; i < 4 * NG; i++) {
+            const int n = i / 4, j = i / 2 % 2, tok = i % 2;
             if (ONE && (n > 0 || j > 0)) {
-                exact_mask[u][n][j][tok] = exact_mask[u][0][0][tok];
+                exact_mask[n][j][tok] = exact_mask[0][0][tok];
                 continue;
             }
-            const int        cell    = cell_ahead[2 * u + tok];
-            const int        col     = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
-            const uint16_t * row     = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
-            exact_mask[u][n][j][tok] = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
+            const int        cell = cell_ahead[tok];
+            const int        col  = ONE ? 0 : token_of(min(first_col + 8 * n + 2 * t + j, n_columns - 1));
+            const uint16_t * row  = (const uint16_t *) (a.mask + col * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3);
+            exact_mask[n][j][tok] = cell < 0 ? 0xFC00 : a.mask ? row[cell] : 0; // -inf
         }
     };
     load_exact_masks();
     load_cells(exact_first + exact_step);
 
-    // Starts the copies of stage i of this ring; by one thread.
+    // Starts the copies of stage i, to place `at` of the ring; by one thread.
     auto fill = [&](int i, int at) {
-        const int      from    = first_token + (i * RINGS + ring) * TOKENS;
+        const int      from    = first_token + i * TOKENS;
         const int      n       = min(TOKENS, end_token - from);
         const int      n_masks = a.mask ? token_of(first_col + n_cols - 1) - first_row + 1 : 0;
         const char *   k       = a.k + seq_kv * a.k_nb3 + (long long) from * side_k::ROW;
         const char *   v       = a.v + seq_kv * a.v_nb3 + (long long) from * side_v::ROW;
         const char *   mask    = a.mask + first_row * a.mask_nb1 + seq % a.n_seq_mask * a.mask_nb3 + 2 * from;
-        const uint32_t stage   = tbq_smem(shared) + (ring * STAGES + at) * shape::STAGE;
-        const uint32_t barrier = full + 8 * (ring * STAGES + at);
+        const uint32_t stage   = tbq_smem(shared) + at * shape::STAGE;
+        const uint32_t barrier = full + 8 * at;
         tbq_mbarrier_expect(barrier, n * (side_k::ROW + side_v::ROW + 2 * n_masks));
         tbq_bulk_copy(stage, k, n * side_k::ROW, barrier);
         tbq_bulk_copy(stage + shape::AT_V, v, n * side_v::ROW, barrier);
@@ -375,10 +356,9 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         q_lo = block_q(warp)[lane];
         q_hi = block_q(warp)[lane + 32];
     }
-    if (lane == 0) {
-        constexpr bool IN_ORDER = FORM & TBQ_ROWS_IN_ORDER;
+    if (threadIdx.x == 0) { // in order, so that the stage that is awaited first comes first
 #pragma unroll 1
-        for (int i = in_group; i < (IN_ORDER && in_group ? 0 : min(STAGES, n_stages)); i += IN_ORDER ? 1 : GROUP) {
+        for (int i = 0; i < min(STAGES, n_stages); i++) {
             fill(i, i);
         }
     }
@@ -479,39 +459,32 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         return sum;
     };
 
-    // Logits of slices (s[u][n][2 tok + j]: query 8 n + 2 t + j, token 16 u + 8 tok + g) to weights.
-    using logits   = float[SLICES][NG][4];
-    using scales   = float[SLICES][NB][2];
-    using operands = uint32_t[SLICES][NB][NG][2];
+    // Logits of a slice (s[n][2 tok + j]: query 8 n + 2 t + j, row 8 tok + g of the tile) to weights.
+    using logits   = float[NG][4];
+    using scales   = float[NB][2];
+    using operands = uint32_t[NB][NG][2];
     auto softmax   = [&](bool packed, logits & s, const masks & mask, bool masked) {
         if (a.logit_softcap != 0.0f) {
 #pragma unroll
-            for (int i = 0; i < 4 * NG * SLICES; i++) {
-                float & x = s[i / 4 / NG][i / 4 % NG][i % 4];
-                x = tbq_tanh(x + center_of(head, 8 * (i / 4 % NG) + 2 * t + i % 2)) * (a.logit_softcap * TBQ_LOG2E);
+            for (int i = 0; i < 4 * NG; i++) {
+                float & x = s[i / 4][i % 4];
+                x         = tbq_tanh(x + center_of(head, 8 * (i / 4) + 2 * t + i % 2)) * (a.logit_softcap * TBQ_LOG2E);
             }
         }
         if (masked) {
 #pragma unroll
-            for (int i = 0; i < 4 * NG * SLICES; i++) {
-                const int      u = i / 4 / NG, n = i / 4 % NG, j = i % 2, tok = i / 2 % 2;
-                const uint32_t h = mask[u][n][j][tok];
-                float &        x = s[u][n][i % 4];
+            for (int i = 0; i < 4 * NG; i++) {
+                const int      n = i / 4, j = i % 2, tok = i / 2 % 2;
+                const uint32_t h = mask[n][j][tok];
+                float &        x = s[n][i % 4];
                 // selected, not added: a hidden key may be anything, NaN too
                 x = h == 0xFC00 ? -INFINITY : fmaf(__half2float(__ushort_as_half((uint16_t) h)), slope[n][j], x);
             }
         }
 
         // The maximum follows only when it is out by 2^8.
-        auto top_of = [&](int n, int j) -> float {
-            float top = fmaxf(s[0][n][j], s[0][n][2 + j]);
-#pragma unroll
-            for (int u = 1; u < SLICES; u++) {
-                top = fmaxf(top, fmaxf(s[u][n][j], s[u][n][2 + j]));
-            }
-            return top;
-        };
-        bool grown = false;
+        auto top_of = [&](int n, int j) -> float { return fmaxf(s[n][j], s[n][2 + j]); };
+        bool grown  = false;
 #pragma unroll
         for (int i = 0; i < 2 * NG; i++) {
             const float most = D < 256 && ONE ? limit[i / 2][i % 2] : m[i / 2][i % 2] + 8.0f; // a register less
@@ -544,10 +517,10 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4 * NG * SLICES; i++) {
-            float & x = s[i / 4 / NG][i / 4 % NG][i % 4];
-            x         = tbq_exp2(x - m[i / 4 % NG][i % 2]);
-            l[i / 4 % NG][i % 2] += x;
+        for (int i = 0; i < 4 * NG; i++) {
+            float & x = s[i / 4][i % 4];
+            x         = tbq_exp2(x - m[i / 4][i % 2]);
+            l[i / 4][i % 2] += x;
         }
     };
 
@@ -556,16 +529,16 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         // A hidden value may be NaN as well, and 0 . NaN is not 0.
         const bool any_nan = __any_sync(TBQ_WARP_ALL, !(fabsf(d_sum) <= FLT_MAX));
 #pragma unroll
-        for (int i = 0; i < 2 * NG * NB * SLICES; i++) {
-            const int u = i / (2 * NG * NB), b = i / (2 * NG) % NB, n = i / 2 % NG, tok = i % 2;
-            pb[u][b][n][tok] = tbq_pack_bf16(p[u][n][2 * tok] * d_v[u][b][tok], p[u][n][2 * tok + 1] * d_v[u][b][tok]);
+        for (int i = 0; i < 2 * NG * NB; i++) {
+            const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
+            pb[b][n][tok] = tbq_pack_bf16(p[n][2 * tok] * d_v[b][tok], p[n][2 * tok + 1] * d_v[b][tok]);
         }
         if (any_nan) {
 #pragma unroll
-            for (int i = 0; i < 2 * NG * NB * SLICES; i++) {
-                const int u = i / (2 * NG * NB), b = i / (2 * NG) % NB, n = i / 2 % NG, tok = i % 2;
-                pb[u][b][n][tok] &=
-                    (p[u][n][2 * tok] == 0.0f ? 0u : 0xFFFFu) | (p[u][n][2 * tok + 1] == 0.0f ? 0u : 0xFFFF0000u);
+            for (int i = 0; i < 2 * NG * NB; i++) {
+                const int b = i / (2 * NG), n = i / 2 % NG, tok = i % 2;
+                pb[b][n][tok] &=
+                    (p[n][2 * tok] == 0.0f ? 0u : 0xFFFFu) | (p[n][2 * tok + 1] == 0.0f ? 0u : 0xFFFF0000u);
             }
         }
     };
@@ -583,9 +556,9 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         masks mask;
         bool  seen = false;
 #pragma unroll
-        for (int i = 0; i < 4 * NG * SLICES; i++) {
-            const uint32_t h                               = exact_mask[i / 4 / NG][i / 4 % NG][i / 2 % 2][i % 2];
-            mask[i / 4 / NG][i / 4 % NG][i / 2 % 2][i % 2] = h;
+        for (int i = 0; i < 4 * NG; i++) {
+            const uint32_t h              = exact_mask[i / 4][i / 2 % 2][i % 2];
+            mask[i / 4][i / 2 % 2][i % 2] = h;
             seen |= h != 0xFC00;
         }
         load_exact_masks();
@@ -598,17 +571,16 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         }
 
         // rows past the last are hidden
-        const int          last   = a.n_exact - 1 - slice * SPAN;
-        const char * const keys   = exact_k + head * a.exact_k_nb2 + slice * SPAN * a.exact_k_nb1;
-        const char * const values = exact_v + head * a.exact_v_nb2 + slice * SPAN * a.exact_v_nb1;
+        const int          last   = a.n_exact - 1 - slice * SLICE;
+        const char * const keys   = exact_k + head * a.exact_k_nb2 + slice * SLICE * a.exact_k_nb1;
+        const char * const values = exact_v + head * a.exact_v_nb2 + slice * SLICE * a.exact_v_nb1;
         auto key_of   = [&](int row, int b) { return keys + (min(row, last) * (int) a.exact_k_nb1 + EXACT * b); };
         auto value_of = [&](int row, int b) { return values + (min(row, last) * (int) a.exact_v_nb1 + EXACT * b); };
 
         logits s;
 #pragma unroll
-        for (int i = 0; i < NB * SLICES; i++) {
-            const int b = i % NB, u = i / NB, row = SLICE * u + g;
-            int       c[NG][4];
+        for (int b = 0; b < NB; b++) {
+            int c[NG][4];
 #pragma unroll
             for (int x = 0; x < 4 * NG; x++) {
                 c[x / 4][x % 4] = start[x % 4];
@@ -618,7 +590,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
                 uint32_t x[4];
 #pragma unroll
                 for (int tok = 0; tok < 2; tok++) {
-                    const uint32_t * qs = (const uint32_t *) (key_of(row + 8 * tok, b) + TBQ8_QS_OFFSET) + t + 4 * half;
+                    const uint32_t * qs = (const uint32_t *) (key_of(g + 8 * tok, b) + TBQ8_QS_OFFSET) + t + 4 * half;
                     tbq_exact_levels(qs[0], qs[8], x[tok], x[2 + tok]);
                 }
 #pragma unroll
@@ -628,7 +600,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             }
 #pragma unroll
             for (int tok = 0; tok < 2; tok++) {
-                add_logits(s[u], c, b, tok, *(const float *) key_of(row + 8 * tok, b));
+                add_logits(s, c, b, tok, *(const float *) key_of(g + 8 * tok, b));
             }
         }
         softmax(false, s, mask, true);
@@ -636,21 +608,19 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         scales d_v;
         float  d_sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 2 * NB * SLICES; i++) {
-            const int b = i / 2 % NB, u = i / 2 / NB;
-            d_v[u][b][i % 2] = *(const float *) value_of(SLICE * u + g + i % 2 * 8, b);
-            d_sum += d_v[u][b][i % 2];
+        for (int i = 0; i < 2 * NB; i++) {
+            d_v[i / 2][i % 2] = *(const float *) value_of(g + i % 2 * 8, i / 2);
+            d_sum += d_v[i / 2][i % 2];
         }
         operands pb;
         weigh(s, d_v, d_sum, pb);
 #pragma unroll
-        for (int x = 0; x < NB * SLICES; x++) {
-            const int b = x % NB, u = x / NB;
-            transpose(pb[u][b]);
+        for (int b = 0; b < NB; b++) {
+            transpose(pb[b]);
             uint32_t word[2][4]; // of rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const char * const qs = value_of(SLICE * u + 2 * t + i % 2 + i / 2 % 2 * 8, b) + TBQ8_QS_OFFSET;
+                const char * const qs = value_of(2 * t + i % 2 + i / 2 % 2 * 8, b) + TBQ8_QS_OFFSET;
                 word[i / 4][i % 4]    = *(const uint32_t *) (qs + 32 * (i / 4) + 4 * g);
             }
 #pragma unroll
@@ -662,7 +632,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
                 }
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_bf16(acc[n][b][i], va, pb[u][b][n][0], pb[u][b][n][1]);
+                    tbq_mma_bf16(acc[n][b][i], va, pb[b][n][0], pb[b][n][1]);
                 }
             }
         }
@@ -676,55 +646,55 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     const uint32_t exponents = hidden[0][t], one = hidden[1][t];
     const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
     const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
-    // Which of 8 tokens row r of a tile is.  Where rows of the cache are 8 banks apart modulo 32, every load of values
-    // takes tokens beside each other, so that they are in different banks.
-    constexpr bool SPREAD = (FORM & TBQ_ROWS_SPREAD) && side_v::ROW % 128 == 32;
+    // Where rows of the cache are 8 banks apart modulo 32, tokens are permuted (BANKS above).  own: the token, of 8, that
+    // is row g of a tile.
+    constexpr bool SPREAD = side_v::ROW % 128 == 32;
     const int      own    = SPREAD ? g % 2 * 4 + g / 2 : g;
-    int            k_at   = (part * SPAN + own) * side_k::ROW + head * side_k::HEAD; // of token g of A
-    int            v_d    = shape::AT_V + (part * SPAN + own) * side_v::ROW + head * side_v::HEAD;
-    int            v_at   = shape::AT_V + (part * SPAN + (SPREAD ? t : 2 * t)) * side_v::ROW + head * side_v::HEAD;
+    int            k_at   = (part * SLICE + own) * side_k::ROW + head * side_k::HEAD; // of row g of A
+    int            v_d    = shape::AT_V + (part * SLICE + own) * side_v::ROW + head * side_v::HEAD;
+    int            v_at   = shape::AT_V + (part * SLICE + (SPREAD ? t : 2 * t)) * side_v::ROW + head * side_v::HEAD;
     // rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a tile
     auto v_token = [](int j) constexpr -> int { return (j / 2 * 8 + j % 2 * (SPREAD ? 4 : 1)) * side_v::ROW; };
     int  mask_at[NG][2];
 #pragma unroll
     for (int i = 0; i < 2 * NG; i++) {
         const int row = ONE ? 0 : token_of(min(first_col + i / 2 * 8 + 2 * t + i % 2, n_columns - 1)) - first_row;
-        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SPAN + own) * 2;
+        mask_at[i / 2][i % 2] = shape::AT_M + (row * TOKENS + part * SLICE + own) * 2;
         tbq_keep(mask_at[i / 2][i % 2]);
     }
-    int listed_at = shape::AT_L + part * SPAN / 8;
+    int listed_at = shape::AT_L + part * SLICE / 8;
     tbq_keep(listed_at);
     int k_words = k_at + (BITS_K == 4 ? 4 * t : 0); // words of a lane
     v_at += BITS_V == 4 ? 4 * g : 0;
-    int end_of_loop = end_token, next_fill = in_group + shape::LAG, all_stages = n_stages;
+    int end_of_loop = end_token, next_fill = warp + shape::LAG, all_stages = n_stages;
     tbq_keep(k_at), tbq_keep(v_d), tbq_keep(v_at), tbq_keep(k_words);
     tbq_keep(end_of_loop), tbq_keep(next_fill), tbq_keep(all_stages);
 
     // Masks of a stage, and whether there are any (masked).  False: every token is hidden from all columns.
     auto load_masks = [&](int stage, int token, masks & mask, bool & masked) -> bool {
-        // Masks as halves: of token g and of the one 8 further, of columns 2t, 2t + 1.
+        // Masks as halves: of rows g and g + 8 of the tile, of columns 2t, 2t + 1.
         uint32_t some = 0;
 #pragma unroll
-        for (int i = 0; i < 4 * NG * SLICES; i++) {
-            const int u = i / 4 / NG, n = i / 4 % NG, j = i / 2 % 2, tok = i % 2;
+        for (int i = 0; i < 4 * NG; i++) {
+            const int n = i / 4, j = i / 2 % 2, tok = i % 2;
             if (ONE && (n > 0 || j > 0)) {
-                mask[u][n][j][tok] = mask[u][0][0][tok];
+                mask[n][j][tok] = mask[0][0][tok];
                 continue;
             }
-            mask[u][n][j][tok] = a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 32 * u + 16 * tok) : 0;
-            some |= mask[u][n][j][tok];
+            mask[n][j][tok] = a.mask ? *(const uint16_t *) (shared + stage + mask_at[n][j] + 16 * tok) : 0;
+            some |= mask[n][j][tok];
         }
         // The list has a row's bit: another row stands for it.
         const char * const map    = shared + stage + listed_at + (TOKENS < 32 ? token / 8 & 2 : 0);
-        const uint32_t     listed = SLICES == 2 ? *(const uint32_t *) map : *(const uint16_t *) map;
-        masked                    = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SPAN > a.n_kv;
+        const uint32_t     listed = *(const uint16_t *) map;
+        masked                    = __any_sync(TBQ_WARP_ALL, (some | listed) != 0) || token + SLICE > a.n_kv;
         if (masked) {
             bool seen = false;
 #pragma unroll
-            for (int i = 0; i < 4 * NG * SLICES; i++) {
-                const int  u = i / 4 / NG, row = SLICE * u + own + 8 * (i % 2);
-                uint32_t & h = mask[u][i / 4 % NG][i / 2 % 2][i % 2];
-                h            = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
+            for (int i = 0; i < 4 * NG; i++) {
+                const int  row = own + 8 * (i % 2);
+                uint32_t & h   = mask[i / 4][i / 2 % 2][i % 2];
+                h              = token + row >= a.n_kv || listed >> row & 1 ? 0xFC00 : h;
                 seen |= h != 0xFC00;
             }
             return __any_sync(TBQ_WARP_ALL, seen);
@@ -735,18 +705,17 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
     // Of block b of 64 channels.
     auto logits_of = [&](auto index, int stage, logits & s) {
         constexpr int b = decltype(index)::value;
-        int           c[SLICES][NG][4];
+        int           c[NG][4];
 #pragma unroll
-        for (int i = 0; i < 4 * NG * SLICES; i++) {
-            c[i / 4 / NG][i / 4 % NG][i % 4] = start[i % 4];
+        for (int i = 0; i < 4 * NG; i++) {
+            c[i / 4][i % 4] = start[i % 4];
         }
 #pragma unroll
-        for (int x = 0; x < 2 * SLICES; x++) {
-            const int half = x / SLICES, u = x % SLICES;
-            uint32_t  lo[2], hi[2];
+        for (int half = 0; half < 2; half++) {
+            uint32_t lo[2], hi[2];
 #pragma unroll
             for (int tok = 0; tok < 2; tok++) {
-                const int row = (SLICE * u + 8 * tok) * side_k::ROW;
+                const int row = 8 * tok * side_k::ROW;
                 if constexpr (BITS_K == 4) {
                     tbq_rows_nibbles<D, BITS_K, b>(shared + stage + k_words + row, 4 * half, lo[tok], hi[tok]);
                 } else {
@@ -762,7 +731,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
                                      tbq_prmt(kt0, kt1, hi[1]) };
 #pragma unroll
             for (int n = 0; n < NG; n++) {
-                tbq_mma_s8_s8_add(c[u][n], x0, qb[n][b][half][0], qb[n][b][half][1]);
+                tbq_mma_s8_s8_add(c[n], x0, qb[n][b][half][0], qb[n][b][half][1]);
             }
             if constexpr (BITS_K == 4) {
                 const uint32_t other[2] = { lo[0] ^ 0x88888888u, lo[1] ^ 0x88888888u };
@@ -775,15 +744,14 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
                                          tbq_prmt(kt2, kt3, other_hi[0]), tbq_prmt(kt2, kt3, other_hi[1]) };
 #pragma unroll
                 for (int n = 0; n < NG; n++) {
-                    tbq_mma_s8_s8_add(c[u][n], x1, qb[n][b][half][0], qb[n][b][half][1]);
+                    tbq_mma_s8_s8_add(c[n], x1, qb[n][b][half][0], qb[n][b][half][1]);
                 }
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2 * SLICES; i++) {
-            const char * const key =
-                shared + stage + k_at + (SLICE * (i / 2) + 8 * (i % 2)) * side_k::ROW + b * side_k::BYTES;
-            add_logits(s[i / 2], c[i / 2], b, i % 2, __half2float(*(const __half *) key));
+        for (int tok = 0; tok < 2; tok++) {
+            const char * const key = shared + stage + k_at + 8 * tok * side_k::ROW + b * side_k::BYTES;
+            add_logits(s, c, b, tok, __half2float(*(const __half *) key));
         }
     };
 
@@ -791,156 +759,109 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         scales d_v;
         float  d_sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 2 * NB * SLICES; i++) {
-            const int b = i / 2 % NB, u = i / 2 / NB;
-            d_v[u][b][i % 2] = __half2float(
-                *(const __half *) (shared + stage + v_d + (SLICE * u + i % 2 * 8) * side_v::ROW + b * side_v::BYTES));
-            d_sum += d_v[u][b][i % 2];
+        for (int i = 0; i < 2 * NB; i++) {
+            const int b = i / 2, tok = i % 2;
+            d_v[b][tok] =
+                __half2float(*(const __half *) (shared + stage + v_d + 8 * tok * side_v::ROW + b * side_v::BYTES));
+            d_sum += d_v[b][tok];
         }
         weigh(s, d_v, d_sum, pb);
     };
 
     auto add_values = [&](auto index, int stage, operands & pb) {
         constexpr int b = decltype(index)::value;
+        transpose(pb[b]);
+        if constexpr (BIASED) {
 #pragma unroll
-        for (int u = 0; u < SLICES; u++) {
-            transpose(pb[u][b]);
-            if constexpr (BIASED) {
-#pragma unroll
-                for (int n = 0; n < NG; n++) {
-                    tbq_mma_bf16(biases[n][b], start, pb[u][b][n][0], pb[u][b][n][1]);
-                }
+            for (int n = 0; n < NG; n++) {
+                tbq_mma_bf16(biases[n][b], start, pb[b][n][0], pb[b][n][1]);
             }
-            uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
+        }
+        uint32_t va[4][4]; // tile i: channels 4g + i (registers 0, 2) and 4g + 32 + i (1, 3)
 #pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                uint32_t           x[2]; // as in tbq-attention.cuh
-                const char * const row[2] = { shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair),
-                                              shared + stage + v_at + u * SLICE * side_v::ROW + v_token(2 * pair + 1) };
-                if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
-                    const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                    const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
-                    x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
-                    x[1] = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
-                } else {
-                    using reader = tbq_cache_reader<D, BITS_V>;
-                    uint32_t word[2];
+        for (int pair = 0; pair < 2; pair++) {
+            uint32_t           x[2]; // as in tbq-attention.cuh
+            const char * const row[2] = { shared + stage + v_at + v_token(2 * pair),
+                                          shared + stage + v_at + v_token(2 * pair + 1) };
+            if constexpr (BITS_V == 4 && (D == 64 || b % 2 == 0)) {
+                const char * const qs0 = row[0] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                const char * const qs1 = row[1] + b * side_v::BYTES + TBQ_QS_OFFSET;
+                x[0]                   = tbq_prmt(*(const uint16_t *) qs0, *(const uint16_t *) qs1, 0x5140);
+                x[1]                   = tbq_prmt(*(const uint16_t *) (qs0 + 2), *(const uint16_t *) (qs1 + 2), 0x5140);
+            } else {
+                using reader = tbq_cache_reader<D, BITS_V>;
+                uint32_t word[2];
 #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const uint32_t qh = BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
-                        word[j]           = tbq_nibbles<BITS_V>(
-                            reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
-                    }
-                    x[0] = tbq_prmt(word[0], word[1], 0x5140);
-                    x[1] = tbq_prmt(word[0], word[1], 0x7362);
+                for (int j = 0; j < 2; j++) {
+                    const uint32_t qh = BITS_V == 3 ? reader::word(row[j] + reader::qh_at(g), b, TBQ_QH_OFFSET) : 0;
+                    word[j]           = tbq_nibbles<BITS_V>(
+                        reader::word(row[j] + (BITS_V == 4 ? 0 : reader::qs_at(g)), b, TBQ_QS_OFFSET), qh, g);
+                }
+                x[0] = tbq_prmt(word[0], word[1], 0x5140);
+                x[1] = tbq_prmt(word[0], word[1], 0x7362);
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
+                if constexpr (BITS_V == 4) {
+                    const uint32_t other = x[h] ^ 0x88888888u;
+                    lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
+                    lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
                 }
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    uint32_t lv[2] = { tbq_prmt(vt0, vt1, x[h]), tbq_prmt(vt0, vt1, tbq_high(x[h])) };
-                    if constexpr (BITS_V == 4) {
-                        const uint32_t other = x[h] ^ 0x88888888u;
-                        lv[0]                = tbq_either(lv[0], tbq_prmt(vt2, vt3, other), one);
-                        lv[1]                = tbq_either(lv[1], tbq_prmt(vt2, vt3, tbq_high(other)), one);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
-                        const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t x0 = (lv[i] & 0x00FF00FFu) | exponents;
+                    const uint32_t x1 = tbq_prmt(lv[i], exponents, 0x5351);
 
-                        va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
-                        va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
-                    }
+                    va[2 * h + i][2 * pair + 0] = BIASED ? x0 : tbq_bf16_levels(x0);
+                    va[2 * h + i][2 * pair + 1] = BIASED ? x1 : tbq_bf16_levels(x1);
                 }
             }
+        }
 #pragma unroll
-            for (int i = 0; i < 4 * NG; i++) {
-                tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[u][b][i / 4][0], pb[u][b][i / 4][1]);
-            }
+        for (int i = 0; i < 4 * NG; i++) {
+            tbq_mma_bf16(acc[i / 4][b][i % 4], va[i % 4], pb[b][i / 4][0], pb[b][i / 4][1]);
         }
     };
 
-    const int      ring_stage   = ring * STAGES * shape::STAGE; // where it begins
-    const uint32_t ring_barrier = full + 8 * ring * STAGES;
-    int            stage        = ring_stage;
-    uint32_t       barrier      = ring_barrier;
-    uint32_t       parity       = 0;
-    int            token        = first_token + ring * TOKENS + part * SPAN;
-    int            last_stage   = ring_stage; // whose values are not added yet
-    uint32_t       last_barrier = ring_barrier;
-    bool           last         = false;
-    operands       last_pb;
-    constexpr bool AHEAD = FORM & TBQ_ROWS_AHEAD;
-#pragma unroll
-    for (int i = 0; AHEAD && i < SLICES * NB * NG * 2; i++) {
-        last_pb[i / (NB * NG * 2)][i / (NG * 2) % NB][i / 2 % NG][i % 2] = 0;
-    }
+    int      stage   = 0; // where it begins
+    uint32_t barrier = full;
+    uint32_t parity  = 0;
+    int      token   = first_token + part * SLICE;
 #pragma unroll 1
-    for (int i_stage = 0, at = 0; i_stage < all_stages + AHEAD; i_stage++) {
+    for (int i_stage = 0, at = 0; i_stage < all_stages; i_stage++) {
         if (i_stage == next_fill) { // the warps in turn
             const int used = i_stage - shape::LAG;
             const int slot = at >= shape::LAG ? at - shape::LAG : at - shape::LAG + STAGES;
-            next_fill += GROUP;
-            if (lane == 0 && used + STAGES < n_stages && !(FORM & TBQ_ROWS_NO_COPIES)) {
-                tbq_mbarrier_wait(empty + 8 * (ring * STAGES + slot), at >= shape::LAG ? parity : parity ^ 1);
+            next_fill += WARPS;
+            if (lane == 0 && used + STAGES < n_stages) {
+                tbq_mbarrier_wait(empty + 8 * slot, at >= shape::LAG ? parity : parity ^ 1);
                 fill(used + STAGES, slot);
             }
             __syncwarp();
         }
-        if ((!AHEAD || i_stage < all_stages) && (!(FORM & TBQ_ROWS_NO_COPIES) || i_stage < STAGES)) {
-            tbq_mbarrier_wait(barrier, parity);
-        }
+        tbq_mbarrier_wait(barrier, parity);
         masks mask;
         bool  masked = false;
-        bool  some   = token < end_of_loop && !(FORM & TBQ_ROWS_NO_COMPUTE);
-        if (some) {
-            some = load_masks(stage, token, mask, masked);
+        if (token < end_of_loop && load_masks(stage, token, mask, masked)) {
+            logits   s;
+            operands pb;
+            tbq_rows_blocks<NB>([&](auto b) { logits_of(b, stage, s); });
+            softmax(true, s, mask, masked);
+            weights_of(stage, s, pb);
+            tbq_rows_blocks<NB>([&](auto b) { add_values(b, stage, pb); });
         }
-        if constexpr (AHEAD) {
-            // Two chains in one piece of code.  What is hidden, or not there, is multiplied with 0 or not used.
-            logits s;
-            if (some || last) {
-                tbq_rows_blocks<NB>([&](auto b) {
-                    logits_of(b, stage, s);
-                    add_values(b, last_stage, last_pb);
-                });
-            }
-            __syncwarp();
-            if (lane == 0 && i_stage > 0) {
-                tbq_mbarrier_arrive(last_barrier + 8 * RINGS * STAGES);
-            }
-            last = some;
-            if (some) {
-                softmax(true, s, mask, masked);
-                weights_of(stage, s, last_pb);
-            } else {
-#pragma unroll
-                for (int i = 0; i < SLICES * NB * NG * 2; i++) {
-                    last_pb[i / (NB * NG * 2)][i / (NG * 2) % NB][i / 2 % NG][i % 2] = 0;
-                }
-            }
-            last_stage   = stage;
-            last_barrier = barrier;
-        } else {
-            if (some) {
-                logits   s;
-                operands pb;
-                tbq_rows_blocks<NB>([&](auto b) { logits_of(b, stage, s); });
-                softmax(true, s, mask, masked);
-                weights_of(stage, s, pb);
-                tbq_rows_blocks<NB>([&](auto b) { add_values(b, stage, pb); });
-            }
-            __syncwarp();
-            if (lane == 0) {
-                tbq_mbarrier_arrive(barrier + 8 * RINGS * STAGES);
-            }
+        __syncwarp();
+        if (lane == 0) {
+            tbq_mbarrier_arrive(barrier + 8 * STAGES);
         }
-        token += RINGS * TOKENS;
+        token += TOKENS;
         stage += shape::STAGE;
         barrier += 8;
         if (++at == STAGES) {
             at      = 0;
-            stage   = ring_stage;
-            barrier = ring_barrier;
+            stage   = 0;
+            barrier = full;
             parity ^= 1;
         }
     }
@@ -975,31 +896,19 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             }
         }
     }
-    const int rank    = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_rank() : 0;
-    const int n_ranks = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_size() : 1;
-    if (FORM & TBQ_ROWS_CLUSTERS) {
-        tbq_cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
     cudaTriggerProgrammaticLaunchCompletion();
 
-    // Each row by a warp.  Lane x has what part x, of all CTAs, has to be multiplied with.
-    static_assert(4 * PARTS <= 32, "lanes");
+    // Each row by a warp.  Lane x has what part x has to be multiplied with.
     float * const here = (float *) shared + (WARPS * NC + warp) * ROW;
 #pragma unroll 1
-    for (int i = rank + n_ranks * warp; i < n_cols * H; i += n_ranks * WARPS) {
+    for (int i = warp; i < n_cols * H; i += WARPS) {
         const int head_kv = i % H;
         const int c       = i / H;
-        const int n_parts = n_ranks * PARTS;
-        auto      place   = [&](const float * p, int x) -> uint32_t { // of part x
-            return tbq_cluster_map(tbq_smem(p), x / PARTS);
-        };
-        float top = -1e30f, sum_here = 0.0f;
-        if (lane < n_parts) {
-            const int w = lane % PARTS * H + head_kv;
-            top         = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load(place(&max_of[w][c], lane)) : max_of[w][c];
-            sum_here    = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load(place(&sum_of[w][c], lane)) : sum_of[w][c];
+        float     top = -1e30f, sum_here = 0.0f;
+        if (lane < PARTS) {
+            top      = max_of[lane * H + head_kv][c];
+            sum_here = sum_of[lane * H + head_kv][c];
         }
         float row_max = top;
 #pragma unroll
@@ -1015,7 +924,7 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
         const int       col  = first_col + c;
         const int       head = head_of(head_kv, col);
         const long long row  = ((long long) seq * a.n_q + token_of(col)) * a.n_head + head;
-        const long long at   = row * a.n_split + blockIdx.x / n_ranks;
+        const long long at   = row * a.n_split + blockIdx.x;
         row_max += a.logit_softcap == 0.0f ? center_of(head_kv, c) : 0.0f;
         float4 sum[D / 128 + (D < 128)];
 #pragma unroll
@@ -1023,15 +932,15 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
 #pragma unroll 4
-        for (int x = 0; x < n_parts; x++) {
+        for (int x = 0; x < PARTS; x++) {
             const float f = __shfl_sync(TBQ_WARP_ALL, factor, x);
 #pragma unroll
             for (int e = 0; e < D; e += 128) {
                 if (D < 128 && lane >= D / 4) {
                     break;
                 }
-                const float * p = (const float *) shared + ((x % PARTS * H + head_kv) * NC + c) * ROW + e + 4 * lane;
-                const float4  y = FORM & TBQ_ROWS_CLUSTERS ? tbq_cluster_load4(place(p, x)) : *(const float4 *) p;
+                const float * p = (const float *) shared + ((x * H + head_kv) * NC + c) * ROW + e + 4 * lane;
+                const float4  y = *(const float4 *) p;
                 float4 &      z = sum[e / 128];
                 z               = make_float4(z.x + y.x * f, z.y + y.y * f, z.z + y.z * f, z.w + y.w * f);
             }
@@ -1056,9 +965,6 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC, FORM), 1) tbq_attentio
             float2 * const ml = (float2 *) (a.partial + (long long) a.n_seq * a.n_q * a.n_head * a.n_split * D);
             ml[at]            = make_float2(row_max, row_sum);
         }
-    }
-    if (FORM & TBQ_ROWS_CLUSTERS) {
-        tbq_cluster_sync(); // others read this memory
     }
 #else
     __trap();

@@ -201,47 +201,6 @@ static __device__ __forceinline__ void tbq_bulk_prefetch(const void * from, int 
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-// --- clusters: CTAs that read each other's shared memory (sm_90 and later) ------------------------------------------
-
-static __device__ __forceinline__ int tbq_cluster_rank() {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return (int) r;
-}
-
-static __device__ __forceinline__ int tbq_cluster_size() {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return (int) r;
-}
-
-// All threads of all CTAs; what they wrote before is seen after.
-static __device__ __forceinline__ void tbq_cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same place of shared memory in the CTA of that rank.
-static __device__ __forceinline__ uint32_t tbq_cluster_map(uint32_t smem, int rank) {
-    uint32_t r;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(smem), "r"(rank));
-    return r;
-}
-
-static __device__ __forceinline__ float tbq_cluster_load(uint32_t mapped) {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(mapped) : "memory");
-    return x;
-}
-
-static __device__ __forceinline__ float4 tbq_cluster_load4(uint32_t mapped) {
-    float4 x;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(mapped)
-                 : "memory");
-    return x;
-}
-
 // --- barriers in shared memory --------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_smem(const void * p) {

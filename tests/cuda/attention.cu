@@ -9,9 +9,7 @@
 //   attention bench                       the shapes in docs/measurements/cuda.md
 //   attention time exact                  a decode step with and without exact rows
 //   attention time center                 a decode step with and without a mean
-//   attention rows form N [cluster N] ... one of its forms (tbq-attention-rows.cuh)
 //   attention time rows                   that kernel's table in docs/measurements/cuda.md
-//   attention time forms                  its forms
 //   attention [rows] profile K V N_HEAD_KV GQA N_KV N_SEQ   one shape of 128 channels, for ncu
 #include "attention-kernels.cuh"
 #include "attention-problem.cuh"
@@ -20,11 +18,10 @@ static cudaStream_t stream; // the default one, except where it is timed
 
 static bool rows_kernel;   // where it can: `attention rows ...`
 static int  n_rows_kernel; // its launches
-
-static rows_options rows_how;
+static bool rows_early;    // by programmatic launches
 
 static void launch_any(int d, int k, int v, const tbq_attention_args & a, float * partial) {
-    if (rows_kernel && launch_rows(d, k, v, a, partial, stream, rows_how)) {
+    if (rows_kernel && launch_rows(d, k, v, a, partial, stream, rows_early)) {
         n_rows_kernel++;
         return;
     }
@@ -365,7 +362,7 @@ static void time_rows() {
             double us[3];
             n_rows_kernel = 0;
             for (int kind = 0; kind < 3; kind++) {
-                rows_kernel = kind > 0, rows_how.early = kind == 2;
+                rows_kernel = kind > 0, rows_early = kind == 2;
                 us[kind] = time_shape(s, n_exact);
             }
             std::printf(" | %s %8.2f", n_exact ? "149 exact" : "no list", us[0]);
@@ -375,71 +372,6 @@ static void time_rows() {
             }
         }
         std::printf("\n");
-        std::fflush(stdout);
-    }
-    std::printf("done\n");
-}
-
-// The forms of the kernel for whole rows in turn, with a list.
-static void time_forms() {
-    static const shape shapes[] = {
-        { 4, 4, 8, 4, 131072 },
-        { 4, 4, 8, 4, 32768 },
-        { 4, 4, 8, 4, 16384 },
-        { 4, 4, 8, 4, 8192 },
-        { 4, 4, 8, 4, 4096 },
-        { 4, 4, 8, 4, 256 },
-        { 4, 4, 8, 4, 8192, 32 },
-        { 3, 3, 8, 4, 131072 },
-        { 3, 3, 8, 4, 32768 },
-        { 3, 3, 8, 4, 8192 },
-        { 4, 4, 4, 8, 131072 },
-        { 4, 4, 4, 8, 32768 },
-        { 4, 4, 8, 8, 131072, 1, 1, 64 },
-        { 4, 4, 8, 8, 32768, 1, 1, 64 },
-        { 4, 4, 2, 8, 131072, 1, 1, 256 },
-        { 4, 4, 2, 8, 32768, 1, 1, 256 },
-    };
-    static const struct {
-        const char * name;
-        rows_options how;
-    } forms[] = {
-        { "0 as it was", { true, 0 } },
-        { "1 in order", { true, 1 } },
-        { "3 in order, two rings", { true, 3 } },
-        { "5 in order, two slices", { true, 5 } },
-        { "65 in order, spread", { true, 65 } },
-        { "69 in order, spread, two slices", { true, 69 } },
-        { "193 in order, spread, ahead", { true, 193 } },
-        { "197 in order, spread, ahead, two slices", { true, 197 } },
-        { "9 in order, clusters of 2", { true, 9, 2 } },
-        { "9 in order, clusters of 4", { true, 9, 4 } },
-        { "9 in order, clusters of 8", { true, 9, 8 } },
-        { "13 in order, two slices, clusters of 2", { true, 13, 2 } },
-        { "13 in order, two slices, clusters of 4", { true, 13, 4 } },
-        { "13 in order, two slices, clusters of 8", { true, 13, 8 } },
-        { "205 in order, spread, ahead, two slices, clusters of 4", { true, 205, 4 } },
-        { "17 only copies, in order", { true, 17 } },
-        { "33 no copies, in order", { true, 33 } },
-        { "21 only copies, two slices, in order", { true, 21 } },
-        { "37 no copies, two slices, in order", { true, 37 } },
-        { "101 no copies, two slices, in order, spread", { true, 101 } },
-        { "5 not early", { false, 5 } },
-    };
-    std::printf("microseconds, 149 exact rows\n");
-    for (const auto & s : shapes) {
-        std::printf("%d/%d %dx%d, %3d, %6d tokens x %2d:\n", s.k, s.v, s.n_head_kv, s.gqa, s.d, s.n_kv, s.n_seq);
-        rows_kernel = false;
-        std::printf("  %8.2f tbq-attention.cuh\n", time_shape(s, 149));
-        rows_kernel = true;
-        for (const auto & form : forms) {
-            rows_how        = form.how;
-            n_rows_kernel   = 0;
-            const double us = time_shape(s, 149);
-            if (n_rows_kernel) {
-                std::printf("  %8.2f form %s\n", us, form.name);
-            }
-        }
         std::fflush(stdout);
     }
     std::printf("done\n");
@@ -486,12 +418,8 @@ static void time_center() {
 
 int main(int argc, char ** argv) {
     while (argc > 1 && (!std::strcmp(argv[1], "rows") || !std::strcmp(argv[1], "early"))) {
-        (argv[1][0] == 'r' ? rows_kernel : rows_how.early) = true;
+        (argv[1][0] == 'r' ? rows_kernel : rows_early) = true;
         argv++, argc--;
-    }
-    while (argc > 2 && (!std::strcmp(argv[1], "form") || !std::strcmp(argv[1], "cluster"))) {
-        (argv[1][0] == 'f' ? rows_how.form : rows_how.cluster) = std::atoi(argv[2]);
-        argv += 2, argc -= 2;
     }
     if (argc == 8 && !std::strcmp(argv[1], "profile")) {
         int x[6];
@@ -503,10 +431,6 @@ int main(int argc, char ** argv) {
     }
     if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "rows")) {
         time_rows();
-        return 0;
-    }
-    if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "forms")) {
-        time_forms();
         return 0;
     }
     if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "center")) {

@@ -50,12 +50,11 @@ static void run_grid(on_cpu::index grid, int threads, const std::function<void()
 
 template <int D, int K, int V, int NC, int H, bool ONE> static void launch_shape(tbq_attention_args a,
                                                                                  float *            partial) {
-    constexpr int FORM = tbq_rows_form(NC);
-    static_assert(tbq_rows_shape<D, H, K, V, NC, FORM>::SMEM <= (int) sizeof(on_cpu::shared), "memory");
+    static_assert(tbq_rows_shape<D, H, K, V, NC>::SMEM <= (int) sizeof(on_cpu::shared), "memory");
     tbq_attention_rows_partition(a, n_sm);
     a.partial = partial;
-    run_grid({ (unsigned) a.n_split, (unsigned) a.n_groups, (unsigned) a.n_seq }, tbq_rows_threads(D, NC, FORM),
-             [&] { tbq_attention_rows<D, K, V, NC, H, ONE, FORM>(a); });
+    run_grid({ (unsigned) a.n_split, (unsigned) a.n_groups, (unsigned) a.n_seq }, tbq_rows_threads(D, NC),
+             [&] { tbq_attention_rows<D, K, V, NC, H, ONE>(a); });
     if (a.n_split > 1) {
         run_grid({ (unsigned) (a.n_seq * a.n_q * a.n_head), 1, 1 }, TBQ_ROWS_COMBINE,
                  [&] { tbq_attention_rows_combine<D>(a); });

@@ -484,31 +484,6 @@ inline uint32_t tbq_smem(const void * p) {
     return (uint32_t) (size_t) p;
 }
 
-// clusters of one CTA
-inline int tbq_cluster_rank() {
-    return 0;
-}
-
-inline int tbq_cluster_size() {
-    return 1;
-}
-
-inline void tbq_cluster_sync() {
-    __syncthreads();
-}
-
-inline uint32_t tbq_cluster_map(uint32_t smem, int) {
-    return smem;
-}
-
-inline float tbq_cluster_load(uint32_t mapped) {
-    return *(const float *) on_cpu::at(mapped);
-}
-
-inline float4 tbq_cluster_load4(uint32_t mapped) {
-    return *(const float4 *) on_cpu::at(mapped);
-}
-
 inline void tbq_mbarrier_init(uint32_t barrier, int count) {
     on_cpu::barrier_at(barrier) = { (uint8_t) count, (uint8_t) count, 0, 0, 0 };
 }
