@@ -340,11 +340,17 @@ def test_gpu_kernels_prompt(standalone):
 @on_gpu
 @needs_nvcc
 def test_gpu_kernels_attention_rows(standalone):
-    """The kernel for whole rows, which nothing calls yet."""
-    for how in ([], ["early"]):
-        out = run(standalone / "attention", "rows", *how, "check", "192", "3")
+    """The kernel for whole rows, which the launcher calls for long contexts: the same problems."""
+    for how in (
+        ("check", "192"),
+        ("exact", "120"),
+        ("center", "100"),
+        ("early", "check", "60"),
+        ("early", "exact", "60"),
+    ):
+        out = run(standalone / "attention", "rows", *how, "3")
         print(out)
-        assert "192 problems, 0 wrong" in out
+        assert f"{how[-1]} problems, 0 wrong" in out
         if "; 0 launches" in out:
             pytest.skip("it needs 227 KiB of shared memory: sm_90, sm_100")
 
