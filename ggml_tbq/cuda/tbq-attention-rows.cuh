@@ -21,14 +21,13 @@
 // is a float, and one fma takes that away and multiplies by the query's scale; what it loses is less than one unit of
 // the sum.
 //
-// BANKS.  Rows of 8 KV heads of 128 are 8 banks apart modulo 32: four rows beside each other are in different banks, and
-// eight are not.  Space after every four would avoid it, but then a stage takes a copy for each four, and that cost more
+// BANKS.  Rows of 8 KV heads of 128 are 8 banks apart modulo 32: four neighbors are in different banks, eight are not.
+// Space after every four would avoid it, but then a stage takes a copy for each four, and that cost more
 // (docs/design/cuda.md).  A load of values takes four rows only, and which row of a tile a token is does not matter as
 // long as keys, weights and values agree: so tokens are permuted, and these four are neighbors.  Loads of keys take
 // eight rows and have two-way conflicts.  Other rows are an odd number of units of 16 bytes: no conflicts.
 //
-// LAUNCHES.  The launcher takes programmatic ones where the backend allows them (ggml_cuda_kernel_launch): 1 to 4 % less
-// time for most shapes.
+// LAUNCHES.  The launcher takes programmatic ones where the backend allows them (ggml_cuda_kernel_launch).
 //
 // EXACT ROWS (tbq-attention.cuh) are few, so every CTA takes a share of their slices before its own, while its first
 // stages are on their way.  They come from global memory, through the L2 cache, to which they are copied when the
@@ -96,8 +95,8 @@ static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, i
            (!a.mask || (((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 16 == 0 && a.n_kv % 8 == 0));
 }
 
-// Whether the kernel below is the faster one, with exact rows on an H200: the tokens of all sequences from which it lost
-// nothing there (docs/measurements/cuda.md).  What was not timed has the number of a shape that is harder for it.
+// Whether the kernel below is the faster one: the tokens of all sequences from which it lost nothing on an H200, with
+// exact rows (docs/measurements/cuda.md).  What was not timed has the number of a shape that is harder for it.
 static inline bool tbq_attention_rows_faster(const tbq_attention_args & a, int d, int bits_k, int bits_v) {
     // Fewer bits take as long to unpack for fewer bytes, but two take less than three.
     int tokens = bits_k == 4 ? 8192 : bits_k == 2 && bits_v == 2 ? 16384 : 65536;
@@ -646,8 +645,8 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
     const uint32_t exponents = hidden[0][t], one = hidden[1][t];
     const uint32_t kt0 = hidden[2][t], kt1 = hidden[3][t], kt2 = hidden[4][t], kt3 = hidden[5][t];
     const uint32_t vt0 = hidden[6][t], vt1 = hidden[7][t], vt2 = hidden[8][t], vt3 = hidden[9][t];
-    // Where rows of the cache are 8 banks apart modulo 32, tokens are permuted (BANKS above).  own: the token, of 8, that
-    // is row g of a tile.
+    // Where rows of the cache are 8 banks apart modulo 32, tokens are permuted (BANKS above).  own: the token, of 8,
+    // that is row g of a tile.
     constexpr bool SPREAD = side_v::ROW % 128 == 32;
     const int      own    = SPREAD ? g % 2 * 4 + g / 2 : g;
     int            k_at   = (part * SLICE + own) * side_k::ROW + head * side_k::HEAD; // of row g of A
