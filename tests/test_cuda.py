@@ -92,28 +92,36 @@ def test_standalone_programs_compile(tmp_path):
     assert (done.returncode == 0) == bool(has_gpu()) and ("0 differences" in done.stdout) == bool(has_gpu())
 
 
+def run_on_a_cpu(name, tmp_path, cuda, *arguments):
+    """Compiles NAME_on_cpu.cpp with the kernels in the folder `cuda`, else with ours, and runs it."""
+    if not (tmp_path / "cpu").exists():
+        subprocess.run(
+            ["cmake", "-S", CUDA.parent / "kernels", "-B", tmp_path / "cpu"], check=True, capture_output=True
+        )
+        subprocess.run(["cmake", "--build", tmp_path / "cpu", "--target", "tbq"], check=True, capture_output=True)
+    program = tmp_path / name
+    folders = (CUDA, TBQ / "include", TBQ / "cpu", cuda, TBQ / "cuda")
+    subprocess.run(
+        [
+            *("nvcc", "-std=c++17", "-O1", "-cudart", "none"),  # which only gives its headers to the C++ compiler
+            *("-Xcompiler", "-ffp-contract=off,-fno-strict-aliasing,-fno-pie,-no-pie"),
+            *(part for folder in folders for part in ("-I", folder)),
+            CUDA / f"{name}_on_cpu.cpp",
+            next((tmp_path / "cpu").glob("libtbq*")),
+            *("-o", program),
+        ],
+        check=True,
+    )
+    return subprocess.run([program, *arguments], capture_output=True, text=True)
+
+
 @needs_nvcc
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
 def test_encoder_on_a_cpu(tmp_path):
     """The CUDA encoders write the reference's bytes, and the program notices where they do not."""
-    subprocess.run(["cmake", "-S", CUDA.parent / "kernels", "-B", tmp_path / "cpu"], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path / "cpu", "--target", "tbq"], check=True, capture_output=True)
 
     def differences(cuda, blocks):
-        program = tmp_path / "encoder"
-        folders = (CUDA, TBQ / "include", TBQ / "cpu", cuda, TBQ / "cuda")
-        subprocess.run(
-            [
-                *("nvcc", "-std=c++17", "-O1", "-cudart", "none"),  # which only gives its headers to the C++ compiler
-                *("-Xcompiler", "-ffp-contract=off,-fno-strict-aliasing"),
-                *(part for folder in folders for part in ("-I", folder)),
-                CUDA / "encoder_on_cpu.cpp",
-                next((tmp_path / "cpu").glob("libtbq*")),
-                *("-o", program),
-            ],
-            check=True,
-        )
-        done = subprocess.run([program, str(blocks)], capture_output=True, text=True)
+        done = run_on_a_cpu("encoder", tmp_path, cuda, str(blocks))
         count = int(re.fullmatch(r"(\d+) differences", done.stdout.splitlines()[-1])[1])
         assert (done.returncode == 0) == (count == 0)
         return count, done.stdout
@@ -130,6 +138,28 @@ def test_encoder_on_a_cpu(tmp_path):
         changed.mkdir(exist_ok=True)
         (changed / "tbq-quantize.cuh").write_text(source.replace(right, wrong))
         assert differences(changed, 8)[0] > 0, wrong
+
+
+@needs_nvcc
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
+def test_attention_on_a_cpu(tmp_path):
+    """Attention over whole rows is right, and the program notices where it is not."""
+
+    def wrong(cuda, *arguments):
+        done = run_on_a_cpu("attention", tmp_path, cuda, *arguments)
+        count = re.match(r"[1-9]\d* problems, (\d+) wrong", done.stdout.splitlines()[-1])
+        assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout
+        return int(count[1])
+
+    assert wrong(TBQ / "cuda", "exact", "10") == 0
+    assert subprocess.run([tmp_path / "attention", "center", "15"]).returncode == 0
+    source = (TBQ / "cuda" / "tbq-attention-rows.cuh").read_text()
+    right = "listed >> row & 1"  # without it a row of the list counts twice
+    assert right in source
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "tbq-attention-rows.cuh").write_text(source.replace(right, "false"))
+    assert wrong(changed, "exact", "10") > 0
 
 
 def test_a_model_of_random_weights_without_the_package(tmp_path):
@@ -320,11 +350,17 @@ def test_gpu_kernels_prompt(standalone):
 @on_gpu
 @needs_nvcc
 def test_gpu_kernels_attention_rows(standalone):
-    """The kernel for whole rows, which nothing calls yet."""
-    for how in ([], ["early"]):
-        out = run(standalone / "attention", "rows", *how, "check", "192", "3")
+    """The kernel for whole rows, which the launcher calls for long contexts: the same problems."""
+    for how in (
+        ("check", "192"),
+        ("exact", "120"),
+        ("center", "100"),
+        ("early", "check", "60"),
+        ("early", "exact", "60"),
+    ):
+        out = run(standalone / "attention", "rows", *how, "3")
         print(out)
-        assert "192 problems, 0 wrong" in out
+        assert f"{how[-1]} problems, 0 wrong" in out
         if "; 0 launches" in out:
             pytest.skip("it needs 227 KiB of shared memory: sm_90, sm_100")
 

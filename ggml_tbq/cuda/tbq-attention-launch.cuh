@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Launches the attention kernel.  The files tbq-attention-K-V.cu instantiate this for the types of K and V.
+// Launches the attention kernels.  The files tbq-attention-K-V.cu instantiate this for the types of K and V.
 #pragma once
 
 #include "ggml-cuda/common.cuh"
+#include "tbq-attention-rows.cuh"
 #include "tbq-attention.cuh"
 
 template <int D, int BITS_K, int BITS_V, int NC, bool EXACT>
@@ -40,8 +41,68 @@ static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attenti
     }
 }
 
+template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE>
+static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
+    using shape         = tbq_rows_shape<D, H, BITS_K, BITS_V, NC>;
+    auto * const kernel = tbq_attention_rows<D, BITS_K, BITS_V, NC, H, ONE>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SMEM));
+    tbq_attention_rows_partition(a, ggml_cuda_info().devices[ctx.device].nsm);
+
+    ggml_cuda_pool_alloc<char> partial(ctx.pool());
+    const size_t               bytes = tbq_attention_partial_bytes(a, D);
+    a.partial                        = bytes ? (float *) partial.alloc(bytes) : nullptr;
+
+    const dim3 grid(a.n_split, a.n_groups, a.n_seq), block(tbq_rows_threads(D, NC));
+    ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, block, shape::SMEM, ctx.stream()), a);
+    CUDA_CHECK(cudaGetLastError());
+    if (a.n_split > 1) {
+        const dim3 rows(a.n_seq * a.n_q * a.n_head);
+        ggml_cuda_kernel_launch(tbq_attention_rows_combine<D>,
+                                ggml_cuda_kernel_launch_params(rows, dim3(TBQ_ROWS_COMBINE), 0, ctx.stream()), a);
+        CUDA_CHECK(cudaGetLastError());
+    }
+}
+
+template <int D, int BITS_K, int BITS_V, int H>
+static void tbq_attention_rows_launch_heads(ggml_backend_cuda_context & ctx, const tbq_attention_args & a) {
+    if constexpr (D < 256) { // there one tile of columns (tbq_attention_rows_can)
+        if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 16) {
+            tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 16, H, false>(ctx, a);
+            return;
+        }
+    }
+    (a.n_q == 1 ? tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 8, H, true>
+                : tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 8, H, false>) (ctx, a);
+}
+
+// False: the other kernel is faster, or this one is not for this device or shape.
+template <int D, int BITS_K, int BITS_V>
+static bool tbq_attention_rows_launch(ggml_backend_cuda_context & ctx, const tbq_attention_args & a) {
+    if constexpr (BITS_K < 8 && BITS_V < 8) {
+        const auto & info = ggml_cuda_info().devices[ctx.device];
+        if (info.cc < GGML_CUDA_CC_HOPPER || info.cc >= GGML_CUDA_CC_BLACKWELL ||
+            ggml_cuda_highest_compiled_arch(info.cc) < GGML_CUDA_CC_HOPPER || info.smpbo < 227 * 1024 ||
+            !tbq_attention_rows_can(a, D, BITS_K, BITS_V) || !tbq_attention_rows_faster(a, D, BITS_K, BITS_V)) {
+            return false;
+        }
+        if constexpr (D == 64) {
+            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 8>(ctx, a);
+        } else if constexpr (D == 256) {
+            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 2>(ctx, a);
+        } else {
+            (a.n_head_kv == 8 ? tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 8>
+                              : tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 4>) (ctx, a);
+        }
+        return true;
+    }
+    return false;
+}
+
 template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_backend_cuda_context & ctx,
                                                                           const tbq_attention_args &  a) {
+    if (tbq_attention_rows_launch<D, BITS_K, BITS_V>(ctx, a)) {
+        return;
+    }
     const bool few = tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8;
     if (a.cells) {
         (few ? tbq_attention_launch_nc<D, BITS_K, BITS_V, 8, true>

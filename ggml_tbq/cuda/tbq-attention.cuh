@@ -223,152 +223,28 @@ static inline size_t tbq_attention_partial_bytes(const tbq_attention_args & a, i
 
 #define TBQ_LOG2E 1.4426950408889634f
 
-// --- instructions ----------------------------------------------------------------------------------------------------
-
-// Without a branch: every lane of the warp comes here with its own answer.
-static __device__ __forceinline__ void tbq_cp_async_16_if(uint32_t on, uint32_t smem, const void * global) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16;}" ::"r"(on),
-                 "r"(smem), "l"(global));
-#else
-    (void) on, (void) smem, (void) global;
-#endif
-}
-
-// N: 4, 8 or 16
-template <int N> static __device__ __forceinline__ void tbq_cp_async(uint32_t smem, const void * global) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(global), "n"(N));
-#else
-    (void) smem, (void) global;
-#endif
-}
-
-static __device__ __forceinline__ void tbq_cp_async_commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;");
-#endif
-}
-
-template <int N> static __device__ __forceinline__ void tbq_cp_async_wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(N));
-#endif
-}
-
-static __device__ __forceinline__ void tbq_mma_s8_u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                                     const int (&c)[4]) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-#endif
-}
-
-static __device__ __forceinline__ void tbq_mma_s8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                                     int c) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
-#endif
-}
-
-// d += a . b
-static __device__ __forceinline__ void tbq_mma_s8_s8_add(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                         uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-static __device__ __forceinline__ void tbq_mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-// Four tiles of 8 x 8 halves; lanes 8 i .. 8 i + 7 give the addresses of the rows of tile i.
-static __device__ __forceinline__ void tbq_ldmatrix(uint32_t (&r)[4], const void * row) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t) __cvta_generic_to_shared(row))
-                 : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void tbq_ldmatrix_transposed(uint32_t (&r)[4], const void * row) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t) __cvta_generic_to_shared(row))
-                 : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void tbq_mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-// Bytes level + 64 under the exponent of 128 are bfloat16 192 + level; both are exact.
-static __device__ __forceinline__ uint32_t tbq_bf16_levels(uint32_t biased) {
-    uint32_t r;
-#if __CUDA_ARCH__ >= 800
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(biased), "r"(0x3F803F80u), "r"(0xC340C340u)); // 1, -192
-#else
-    r = biased;
-#endif
-    return r;
-}
-
-// Signed bytes in the low halves of both words: the lower 7 bits under the exponent of 128, less 128 or 256 as the top
-// bit says.
-static __device__ __forceinline__ uint32_t tbq_bf16_bytes(uint32_t x) {
-    uint32_t r;
-#if __CUDA_ARCH__ >= 800
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-        : "=r"(r)
-        : "r"((x & 0x007F007Fu) | 0x43004300u), "r"(0x3F803F80u), "r"((x & 0x00800080u) | 0xC300C300u));
-#else
-    r = x;
-#endif
-    return r;
-}
+// --- numbers ---------------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t tbq_pack_f16(float lo, float hi) {
     const half2 x = __floats2half2_rn(lo, hi);
     return *(const uint32_t *) &x;
 }
 
-static __device__ __forceinline__ uint32_t tbq_pack_bf16(float lo, float hi) {
-    uint32_t r;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-#else
-    r = __float_as_uint(lo) ^ __float_as_uint(hi);
-#endif
-    return r;
+// Byte i of two words, signed.
+static __device__ __forceinline__ uint32_t tbq_bf16_pair(uint32_t lo, uint32_t hi, int i) {
+    return tbq_bf16_bytes(tbq_prmt(lo, hi, 0x4400 + 0x1111 * i));
+}
+
+// Nibble words w and w + 8 of 64 bytes, in the order of a packed key's levels: channels i and i + 32 beside each other.
+static __device__ __forceinline__ void tbq_exact_levels(uint32_t w0, uint32_t w8, uint32_t & lo, uint32_t & hi) {
+    lo = tbq_prmt(w0, w8, 0x5140);
+    hi = tbq_prmt(w0, w8, 0x7362);
 }
 
 // A word at an even address.
 static __device__ __forceinline__ uint32_t tbq_load_word(const char * p) {
     const uint16_t * halves = (const uint16_t *) p;
     return halves[0] | (uint32_t) halves[1] << 16;
-}
-
-static __device__ __forceinline__ float tbq_exp2(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
 }
 
 static __device__ __forceinline__ float tbq_tanh(float x) {
@@ -384,6 +260,32 @@ static __device__ __forceinline__ float tbq_alibi_slope(float max_bias, int head
     const float m0     = exp2f(-max_bias / n_log2);
     const float m1     = exp2f(-max_bias / 2.0f / n_log2);
     return head < n_log2 ? powf(m0, head + 1) : powf(m1, 2 * (head - n_log2) + 1);
+}
+
+// --- queries ---------------------------------------------------------------------------------------------------------
+
+// A query in 8 bits, blocks of which have a scale.  From the bits of the block's largest value, without its sign: so
+// floats order, and a NaN or Inf is above all and does not vanish in the rounding.
+static __device__ __forceinline__ uint32_t tbq_query_bits(float x) {
+    return __float_as_uint(x) & 0x7FFFFFFFu;
+}
+
+static __device__ __forceinline__ float tbq_query_inverse(uint32_t bits) {
+    return bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f;
+}
+
+static __device__ __forceinline__ float tbq_query_scale(uint32_t bits, float factor) {
+    return bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * factor;
+}
+
+// q.c of a block, in every lane, before its rotation.
+static __device__ __forceinline__ float tbq_query_center(float lo, float hi, const float * mean, int lane) {
+    float center = lo * mean[lane] + hi * mean[lane + 32];
+#pragma unroll
+    for (int x = 16; x > 0; x /= 2) {
+        center += __shfl_xor_sync(TBQ_WARP_ALL, center, x);
+    }
+    return center;
 }
 
 // --- the cache in shared memory ----------------------------------------------------------------------------------
@@ -544,10 +446,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     auto token_of = [&](int col) -> int { return a.gqa_magic ? __umulhi(col, a.gqa_magic) : col; };
     auto head_of  = [&](int col) -> int { return head_kv * gqa + col - token_of(col) * gqa; };
 
-    extern __shared__ __align__(16) char smem[];
-    constexpr int                        QROW = tbq_attention_query(D, BITS_K);
-    constexpr int                        NS   = BITS_K == 8 ? 2 : 1; // scales of a query for 64 channels
-    __shared__ __align__(16) int8_t q8[NC][QROW];                    // in the order in which operand A takes them
+    TBQ_DYNAMIC_SHARED(smem, 16);
+    constexpr int QROW = tbq_attention_query(D, BITS_K);
+    constexpr int NS   = BITS_K == 8 ? 2 : 1;     // scales of a query for 64 channels
+    __shared__ __align__(16) int8_t q8[NC][QROW]; // in the order in which operand A takes them
     __shared__ float                q_scale[NC][NB * NS];
     __shared__ int                  q_sum[NC][NB];
     __shared__ float                q_center[NC][NB]; // q.c by blocks, then all of it in the first; in units of logits
@@ -558,7 +460,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
 
     // A ring of this warp alone.
     char * const   ring      = smem + warp * STAGES * STAGE;
-    const uint32_t ring_addr = (uint32_t) __cvta_generic_to_shared(ring);
+    const uint32_t ring_addr = tbq_smem(ring);
 
     const int n_slices = (a.n_kv + SLICE - 1) / SLICE;
     const int first    = blockIdx.x * a.slices_per_split + warp;
@@ -639,7 +541,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         for (int i = 0; i < a.exact_staged; i++) {
             const int      slice = exact_first + i * WARPS;
             const int      rows  = slice < exact_end ? min(a.n_exact - slice * SLICE, SLICE) : 0;
-            const uint32_t to    = (uint32_t) __cvta_generic_to_shared(exact_rows + i * EXACT_STAGE);
+            const uint32_t to    = tbq_smem(exact_rows + i * EXACT_STAGE);
             int            row = lane / PIECES, piece = lane % PIECES;
 #pragma unroll 1
             while (row < rows) {
@@ -713,45 +615,32 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         float center = 0.0f;
         if constexpr (BITS_K < 8) {
             if (a.mean) {
-                const float * mean = a.mean + head_kv * D + 64 * b;
-                center             = lo * mean[lane] + hi * mean[lane + 32];
-#pragma unroll
-                for (int x = 16; x > 0; x /= 2) {
-                    center += __shfl_xor_sync(TBQ_WARP_ALL, center, x);
-                }
+                center = tbq_query_center(lo, hi, a.mean + head_kv * D + 64 * b, lane);
             }
             tbq_rotate_warp(lo, hi, lane);
         }
-        // without their signs, floats order like their bits; a NaN or Inf is above all and must not vanish in the
-        // rounding
-        uint32_t bits_lo = __float_as_uint(lo) & 0x7FFFFFFFu, bits_hi = __float_as_uint(hi) & 0x7FFFFFFFu;
+        uint32_t bits_lo = tbq_query_bits(lo), bits_hi = tbq_query_bits(hi);
         if constexpr (NS == 1) {
             bits_lo = bits_hi = __reduce_max_sync(TBQ_WARP_ALL, max(bits_lo, bits_hi));
         } else {
             bits_lo = __reduce_max_sync(TBQ_WARP_ALL, bits_lo);
             bits_hi = __reduce_max_sync(TBQ_WARP_ALL, bits_hi);
         }
-        auto inverse = [](uint32_t bits) {
-            return bits > 0 && bits < 0x7F800000u ? 127.0f / __uint_as_float(bits) : 0.0f;
-        };
-        auto scale = [&](uint32_t bits) {
-            return bits >= 0x7F800000u ? __int_as_float(0x7FC00000) : __uint_as_float(bits) / 127.0f * q_factor;
-        };
-        const float inverse_lo = inverse(bits_lo);
+        const float inverse_lo = tbq_query_inverse(bits_lo);
         const int   qlo        = __float2int_rn(lo * inverse_lo);
-        const int   qhi        = __float2int_rn(hi * (NS == 1 ? inverse_lo : inverse(bits_hi)));
+        const int   qhi        = __float2int_rn(hi * (NS == 1 ? inverse_lo : tbq_query_inverse(bits_hi)));
         if constexpr (BITS_K == 8) {
             q8[c][64 * b + lane]      = (int8_t) qlo;
             q8[c][64 * b + lane + 32] = (int8_t) qhi;
             if (lane < 2) {
-                q_scale[c][2 * b + lane] = scale(lane == 0 ? bits_lo : bits_hi);
+                q_scale[c][2 * b + lane] = tbq_query_scale(lane == 0 ? bits_lo : bits_hi, q_factor);
             }
         } else {
             // word 2 w + h: channels 4w + 2h, 4w + 2h + 32, 4w + 2h + 1, 4w + 2h + 33
             *(char2 *) &q8[c][64 * b + 2 * lane] = make_char2((signed char) qlo, (signed char) qhi);
             const int sum                        = __reduce_add_sync(TBQ_WARP_ALL, qlo + qhi);
             if (lane == 0) {
-                q_scale[c][b]  = scale(bits_lo);
+                q_scale[c][b]  = tbq_query_scale(bits_lo, q_factor);
                 q_sum[c][b]    = sum;
                 q_center[c][b] = center * q_factor;
             }
@@ -975,14 +864,14 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                                 tbq_mma_s8_s8(c[h], qa[b][h], tbq_load_word(qs), tbq_load_word(qs + 16), FLOAT_ZERO);
                             }
                         } else {
-                            // in the order of a packed key's nibbles: channels i and i + 32 beside each other
                             const uint32_t * const qs =
                                 (const uint32_t *) (key + sizeof(block_tbq8_0) * b + TBQ8_QS_OFFSET) + t;
                             const uint32_t w[4] = { qs[0], qs[8], qs[4], qs[12] };
-                            tbq_mma_s8_s8(c[0], qa[b][0], tbq_prmt(w[0], w[1], 0x5140), tbq_prmt(w[0], w[1], 0x7362),
-                                          FLOAT_ZERO);
-                            tbq_mma_s8_s8_add(c[0], qa[b][1], tbq_prmt(w[2], w[3], 0x5140),
-                                              tbq_prmt(w[2], w[3], 0x7362));
+                            uint32_t       lo, hi;
+                            tbq_exact_levels(w[0], w[1], lo, hi);
+                            tbq_mma_s8_s8(c[0], qa[b][0], lo, hi, FLOAT_ZERO);
+                            tbq_exact_levels(w[2], w[3], lo, hi);
+                            tbq_mma_s8_s8_add(c[0], qa[b][1], lo, hi);
                         }
 #pragma unroll
                         for (int h = 0; h < NS; h++) {
@@ -1076,8 +965,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                         for (int r = 0; r < 4; r++) {
                             const int h    = BITS_V == 8 ? i / 2 : r % 2;
                             const int byte = BITS_V == 8 ? i % 2 * 2 + r % 2 : i;
-                            va[r]          = tbq_bf16_bytes(
-                                tbq_prmt(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                            va[r]          = tbq_bf16_pair(word[h][r / 2 * 2], word[h][r / 2 * 2 + 1], byte);
                         }
 #pragma unroll
                         for (int n = 0; n < NG; n++) {
@@ -1307,8 +1195,7 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
                     uint32_t va[4];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
-                        const int byte = 2 * i + r % 2;
-                        va[r] = tbq_bf16_bytes(tbq_prmt(word[r / 2 * 2], word[r / 2 * 2 + 1], 0x4400 + 0x1111 * byte));
+                        va[r] = tbq_bf16_pair(word[r / 2 * 2], word[r / 2 * 2 + 1], 2 * i + r % 2);
                     }
 #pragma unroll
                     for (int n = 0; n < NG; n++) {

@@ -2,13 +2,12 @@
 // Blocks of the tbq types on a GPU: levels, unpacking, the rotation.  Knows CUDA and the format (tbq.h), not ggml.
 #pragma once
 
+#include "tbq-instructions.cuh"
 #include "tbq.h"
 #include "tbq-tables.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#define TBQ_WARP_ALL 0xFFFFFFFFu
 
 // --- layout ---------------------------------------------------------------------------------------------------
 
@@ -62,13 +61,6 @@ template <int BITS> constexpr __host__ __device__ uint32_t tbq_level_word(int i)
         word |= (uint32_t) (levels[BITS - 2][4 * i + n] + 64) << 8 * n;
     }
     return word;
-}
-
-// The instruction itself: __byte_perm masks the selector first, with a second one.
-static __device__ __forceinline__ uint32_t tbq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
-    uint32_t r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-    return r;
 }
 
 // Eight indices, the nibbles of a word, to eight bytes level + 64: of nibbles 0..3, and of nibbles 4..7.

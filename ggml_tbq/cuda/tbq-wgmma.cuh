@@ -2,7 +2,7 @@
 // The instructions of sm_90a that tbq-prompt.cuh uses: products of a warpgroup (wgmma), barriers in shared memory.
 #pragma once
 
-#include <stdint.h>
+#include "tbq-instructions.cuh"
 
 // A tile of halves in shared memory whose rows of 64 halves are 128 bytes apart.  The eight 16-byte chunks of a row are
 // permuted: chunk c of row r is at c ^ (r % 8).  Tiles begin at a multiple of 1024 bytes.
@@ -91,36 +91,6 @@ TBQ_WGMMA_VALUES(256, TBQ_NAMES_128, "128", "129", "130", "131", "132", TBQ_F32(
                  TBQ_F32(96))
 
 // --- barriers -------------------------------------------------------------------------------------------------------
-
-static __device__ __forceinline__ uint32_t tbq_smem(const void * p) {
-    return (uint32_t) __cvta_generic_to_shared(p);
-}
-
-static __device__ __forceinline__ void tbq_mbarrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-static __device__ __forceinline__ void tbq_mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-static __device__ __forceinline__ bool tbq_mbarrier_try(uint32_t barrier, int parity) {
-    uint32_t done;
-    asm volatile("{.reg .pred p;\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return done;
-}
-
-// Without a limit: a trap in this loop cost all that setmaxnreg gives (ptxas of CUDA 13.0 kept the registers of the
-// launch, spilled and serialized the products).
-static __device__ __forceinline__ void tbq_mbarrier_wait(uint32_t barrier, int parity) {
-    while (!tbq_mbarrier_try(barrier, parity)) {
-    }
-}
 
 // Ordinary stores to shared memory before this are seen by products after the next barrier.
 static __device__ __forceinline__ void tbq_fence_products() {

@@ -9,5 +9,5 @@ void launch_64(int k, int v, const tbq_attention_args & a, float * partial, cuda
 void launch_128(int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream);
 void launch_256(int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream);
 
-// The kernel for whole rows, if it can do this; early: by programmatic launches.
+// The kernel for whole rows, if it can do this.  early: by programmatic launches, as where the backend allows them.
 bool launch_rows(int d, int k, int v, const tbq_attention_args & a, float * partial, cudaStream_t stream, bool early);

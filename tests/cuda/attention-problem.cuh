@@ -37,6 +37,7 @@ static const int PROMPT_PAIRS[][2] = { { 4, 4 }, { 3, 3 }, { 2, 2 }, { 4, 3 }, {
                                        { 3, 2 }, { 4, 2 }, { 2, 3 }, { 3, 4 } };
 static const int N_ALL             = sizeof(PAIRS) / sizeof(PAIRS[0]);
 static const int N_PAIRS           = 10; // of these without exact rows
+static const int N_ROWS_PAIRS      = 5;  // of these by the kernel for whole rows (attention-rows.cu)
 
 // Random blocks: any bytes decode to something; only the scales must be reasonable.
 static std::vector<char> random_rows(int bits, size_t n_blocks, std::mt19937 & rng) {
@@ -158,16 +159,16 @@ static std::vector<int> random_cells(int n_kv, int n_exact, std::mt19937 & rng) 
 // D, the pair, the arguments, and memory for the results of 300 splits.
 using launch_function = std::function<void(int, int, int, const tbq_attention_args &, float *)>;
 
-// n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.  prompt:
-// many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what the kernel for
-// whole rows can do.
+// n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.
+// prompt: many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what
+// the kernel for whole rows can do.
 static double check(const launch_function & launch, int index, std::mt19937 & rng, int n_exact = 0,
                     bool centered = false, bool prompt = false, bool whole_rows = false) {
-    const int         n_pairs = prompt ? 9 : whole_rows ? 4 : n_exact ? N_ALL : N_PAIRS;
+    const int         n_pairs = prompt ? 9 : whole_rows ? N_ROWS_PAIRS : n_exact ? N_ALL : N_PAIRS;
     const int * const pair    = (prompt ? PROMPT_PAIRS : PAIRS)[index % n_pairs];
     // whole rows: mostly of 128 channels, where there are more kernels
-    const int          d    = whole_rows ? std::vector<int>{ 64, 256, 128, 128, 128, 128, 128, 128 }[index / 4 % 8]
-                                         : 64 << (index / n_pairs % 3);
+    const int d =
+        whole_rows ? std::vector<int>{ 64, 256, 128, 128, 128 }[index / n_pairs % 5] : 64 << (index / n_pairs % 3);
     auto               pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
     a.n_head_kv     = pick({ 1, 2, 3, 4, 5, 8 });

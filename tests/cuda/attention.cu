@@ -3,7 +3,8 @@
 //   attention check [problems] [seed]     exit status 1 if one is wrong
 //   attention exact [problems] [seed]     the same with exact rows
 //   attention center [problems] [seed]    the same with centered keys, half of them with exact rows
-//   attention rows check ...              with the kernel for whole rows (tbq-attention-rows.cuh), where it can
+//   attention rows check ...              with the kernel for whole rows (tbq-attention-rows.cuh), where it can; also
+//                                         exact and center
 //   attention rows early check ...        the same by programmatic launches
 //   attention bench                       the shapes in docs/measurements/cuda.md
 //   attention time exact                  a decode step with and without exact rows
@@ -16,11 +17,11 @@
 static cudaStream_t stream; // the default one, except where it is timed
 
 static bool rows_kernel;   // where it can: `attention rows ...`
-static bool early;         // programmatic launches of it
 static int  n_rows_kernel; // its launches
+static bool rows_early;    // by programmatic launches
 
 static void launch_any(int d, int k, int v, const tbq_attention_args & a, float * partial) {
-    if (rows_kernel && launch_rows(d, k, v, a, partial, stream, early)) {
+    if (rows_kernel && launch_rows(d, k, v, a, partial, stream, rows_early)) {
         n_rows_kernel++;
         return;
     }
@@ -172,25 +173,33 @@ static double time_decode(int k, int v, int n_kv, int n_exact, int n_used = 0, i
     return best * 1000 / layers;
 }
 
-// Microseconds of n_q rows of each of n_seq sequences; in a graph, with caches that the L2 cache does not hold.  Median
-// of the rounds.
-static double time_shape(int d, int k, int v, int n_head_kv, int gqa, int n_kv, int n_seq, int n_q) {
+struct shape {
+    int  k, v, n_head_kv, gqa, n_kv, n_seq = 1, n_q = 1, d = 128;
+    bool unified = false; // all sequences in one cache of n_seq . n_kv tokens, as query rows of which each sees its own
+};
+
+// Microseconds of n_q rows of each of n_seq sequences of n_kv tokens; in a graph, with caches that the L2 cache does
+// not hold.  n_exact: exact rows of each sequence, the first four and the newest; 0: no list.  Median of the rounds.
+static double time_shape(const shape & s, int n_exact) {
+    const int          d = s.d, k = s.k, v = s.v, n_stream = s.unified ? 1 : s.n_seq;
     tbq_attention_args a{};
-    a.n_head_kv = n_head_kv, a.n_head = n_head_kv * gqa, a.n_q = n_q, a.n_kv = n_kv;
-    a.n_seq = a.n_seq_kv = a.n_seq_mask = n_seq;
+    a.n_head_kv = s.n_head_kv, a.n_head = s.n_head_kv * s.gqa;
+    a.n_q = s.unified ? s.n_q * s.n_seq : s.n_q, a.n_kv = s.unified ? s.n_kv * s.n_seq : s.n_kv;
+    a.n_seq = a.n_seq_kv = a.n_seq_mask = n_stream;
     a.scale                             = 1.0f / std::sqrt((float) d);
-    a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * n_q;
-    a.k_nb2 = d / 64 * tbq_attention_block(k), a.k_nb1 = a.k_nb2 * n_head_kv, a.k_nb3 = a.k_nb1 * n_kv;
-    a.v_nb2 = d / 64 * tbq_attention_block(v), a.v_nb1 = a.v_nb2 * n_head_kv, a.v_nb3 = a.v_nb1 * n_kv;
-    a.mask_nb1 = 2 * n_kv, a.mask_nb3 = a.mask_nb1 * n_q;
+    a.q_nb2 = 4 * d, a.q_nb1 = a.q_nb2 * a.n_head, a.q_nb3 = a.q_nb1 * a.n_q;
+    a.k_nb2 = d / 64 * tbq_attention_block(k), a.k_nb1 = a.k_nb2 * s.n_head_kv, a.k_nb3 = a.k_nb1 * a.n_kv;
+    a.v_nb2 = d / 64 * tbq_attention_block(v), a.v_nb1 = a.v_nb2 * s.n_head_kv, a.v_nb3 = a.v_nb1 * a.n_kv;
+    a.mask_nb1 = 2 * a.n_kv, a.mask_nb3 = a.mask_nb1 * a.n_q;
     std::mt19937            rng(1);
-    const int               n_random = std::min(n_kv, 2048); // tokens, again and again
-    const std::vector<char> rows_k   = random_rows(k, (size_t) n_random * n_head_kv * d / 64, rng),
-                            rows_v   = random_rows(v, (size_t) n_random * n_head_kv * d / 64, rng);
-    const size_t bytes_k = rows_k.size() / n_random * n_kv * n_seq, bytes_v = rows_v.size() / n_random * n_kv * n_seq;
-    const int    layers = std::max<int>(3, std::min<size_t>(256, (200u << 20) / (bytes_k + bytes_v)));
-    device_array<char> k_dev(bytes_k * layers), v_dev(bytes_v * layers);
-    for (int i = 0; i < layers * n_seq * (n_kv / n_random); i++) {
+    const int               n_random = std::min(s.n_kv, 2048); // tokens, again and again
+    const std::vector<char> rows_k   = random_rows(k, (size_t) n_random * s.n_head_kv * d / 64, rng),
+                            rows_v   = random_rows(v, (size_t) n_random * s.n_head_kv * d / 64, rng);
+    const size_t            n_chunks = (size_t) s.n_kv / n_random * s.n_seq;
+    const size_t            bytes_k = rows_k.size() * n_chunks, bytes_v = rows_v.size() * n_chunks;
+    const int               layers = std::max<int>(3, std::min<size_t>(256, (200u << 20) / (bytes_k + bytes_v)));
+    device_array<char>      k_dev(bytes_k * layers), v_dev(bytes_v * layers);
+    for (size_t i = 0; i < layers * n_chunks; i++) {
         if (i == 0) {
             CHECK(cudaMemcpy(k_dev.p, rows_k.data(), rows_k.size(), cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(v_dev.p, rows_v.data(), rows_v.size(), cudaMemcpyHostToDevice));
@@ -200,22 +209,53 @@ static double time_shape(int d, int k, int v, int n_head_kv, int gqa, int n_kv, 
         CHECK(cudaMemcpyAsync(v_dev.p + i * rows_v.size(), v_dev.p, rows_v.size(), cudaMemcpyDeviceToDevice));
     }
     std::normal_distribution<float> normal;
-    std::vector<float>              q((size_t) d * a.n_head * n_q * n_seq);
+    std::vector<float>              q((size_t) d * a.n_head * a.n_q * a.n_seq);
     for (float & x : q) {
         x = normal(rng);
     }
-    const std::vector<__half> mask((size_t) n_kv * n_q * n_seq, __float2half(0.0f));
-    device_array<float>       q_dev(q), dst(q.size()), partial((size_t) n_seq * n_q * a.n_head * 300 * (d + 2));
-    device_array<__half>      mask_dev(mask);
+    std::vector<__half> mask((size_t) a.n_kv * a.n_q * a.n_seq, __float2half(s.unified ? -INFINITY : 0.0f));
+    for (int i = 0; s.unified && i < a.n_q; i++) {
+        const size_t own = (size_t) i * a.n_kv + (size_t) (i / s.n_q) * s.n_kv;
+        std::fill(mask.begin() + own, mask.begin() + own + s.n_kv, __float2half(0.0f));
+    }
+    // A list and a map for each stream.
+    a.n_exact               = n_exact * s.n_seq / n_stream;
+    const int        length = a.n_exact + (a.n_kv + 31) / 32;
+    std::vector<int> cells((size_t) length * n_stream);
+    for (int i = 0; i < n_exact * s.n_seq; i++) {
+        const int seq = i / n_exact, j = i % n_exact;
+        int *     list          = &cells[(size_t) (s.unified ? 0 : seq) * length];
+        const int cell          = (s.unified ? seq * s.n_kv : 0) + (j < 4 ? j : s.n_kv - 1 - (j - 4));
+        list[s.unified ? i : j] = cell;
+        list[a.n_exact + cell / 32] |= (int) (1u << cell % 32);
+    }
+    const size_t            row_exact = (size_t) s.n_head_kv * d / 64 * sizeof(block_tbq8_0);
+    const size_t            n_rows    = (size_t) a.n_exact * n_stream;
+    const std::vector<char> rows_e    = random_exact_rows(n_rows * s.n_head_kv * d / 64, rng);
+    device_array<char>      ek_dev(rows_e.size() * layers), ev_dev(rows_e.size() * layers);
+    for (int i = 0; n_exact && i < layers; i++) {
+        CHECK(cudaMemcpyAsync(ek_dev.p + i * rows_e.size(), rows_e.data(), rows_e.size(), cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpyAsync(ev_dev.p + i * rows_e.size(), rows_e.data(), rows_e.size(), cudaMemcpyHostToDevice));
+    }
+    a.exact_k_nb2 = a.exact_v_nb2 = row_exact / s.n_head_kv;
+    a.exact_k_nb1 = a.exact_v_nb1 = row_exact;
+    a.exact_k_nb3 = a.exact_v_nb3 = row_exact * a.n_exact;
+
+    device_array<float>  q_dev(q), dst(q.size()), partial((size_t) a.n_seq * a.n_q * a.n_head * 300 * (d + 2));
+    device_array<__half> mask_dev(mask);
+    device_array<int>    cells_dev(cells);
     a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
+    a.cells = n_exact ? cells_dev.p : nullptr;
     cudaGraph_t     graph;
     cudaGraphExec_t exec;
     CHECK(cudaDeviceSynchronize());
     CHECK(cudaStreamCreate(&stream));
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
     for (int i = 0; i < layers; i++) {
-        a.k = k_dev.p + i * bytes_k;
-        a.v = v_dev.p + i * bytes_v;
+        a.k       = k_dev.p + i * bytes_k;
+        a.v       = v_dev.p + i * bytes_v;
+        a.exact_k = ek_dev.p + i * rows_e.size();
+        a.exact_v = ev_dev.p + i * rows_e.size();
         launch_any(d, k, v, a, partial.p);
     }
     CHECK(cudaStreamEndCapture(stream, &graph));
@@ -262,54 +302,79 @@ static double copy_speed() {
     return 2 * bytes / (best * 1e6);
 }
 
-// Old and new in turn.
+// Both kernels in turn, without a list and with one.
 static void time_rows() {
     std::printf("copy: %.0f GB/s read and written\n", copy_speed());
-    static const struct {
-        int k, v, n_head_kv, gqa, n_kv, n_seq = 1, n_q = 1, d = 128;
-    } shapes[] = {
+    static const shape shapes[] = {
         { 4, 4, 8, 4, 131072 },
         { 4, 4, 8, 4, 32768 },
         { 4, 4, 8, 4, 16384 },
         { 4, 4, 8, 4, 8192 },
         { 4, 4, 8, 4, 4096 },
         { 4, 4, 8, 4, 256 },
+        { 4, 3, 8, 4, 131072 },
+        { 4, 3, 8, 4, 32768 },
+        { 4, 3, 8, 4, 16384 },
         { 3, 3, 8, 4, 131072 },
+        { 3, 3, 8, 4, 65536 },
         { 3, 3, 8, 4, 32768 },
+        { 3, 3, 8, 4, 16384 },
+        { 3, 2, 8, 4, 131072 },
+        { 3, 2, 8, 4, 32768 },
         { 2, 2, 8, 4, 131072 },
         { 2, 2, 8, 4, 32768 },
-        { 4, 3, 8, 4, 131072 },
+        { 2, 2, 8, 4, 16384 },
         { 4, 4, 4, 8, 131072 },
         { 4, 4, 4, 8, 32768 },
+        { 4, 4, 4, 8, 16384 },
+        { 4, 4, 4, 8, 8192 },
         { 3, 3, 4, 8, 131072 },
+        { 3, 3, 4, 8, 32768 },
         { 4, 4, 8, 8, 131072, 1, 1, 64 },
         { 4, 4, 8, 8, 32768, 1, 1, 64 },
+        { 4, 4, 8, 8, 16384, 1, 1, 64 },
         { 4, 4, 2, 8, 131072, 1, 1, 256 },
         { 4, 4, 2, 8, 32768, 1, 1, 256 },
+        { 4, 4, 2, 8, 16384, 1, 1, 256 },
+        { 4, 4, 8, 4, 4096, 2 },
+        { 4, 4, 8, 4, 4096, 8 },
         { 4, 4, 8, 4, 8192, 8 },
         { 4, 4, 8, 4, 8192, 32 },
         { 4, 4, 8, 4, 8192, 64 },
+        { 4, 4, 8, 4, 32768, 8 },
+        { 3, 3, 8, 4, 8192, 8 },
+        { 3, 3, 8, 4, 8192, 32 },
+        { 4, 4, 8, 4, 8192, 8, 1, 128, true },
+        { 4, 4, 8, 4, 32768, 8, 1, 128, true },
         { 4, 4, 8, 4, 131072, 1, 2 },
         { 4, 4, 8, 4, 131072, 1, 4 },
+        { 3, 3, 8, 4, 131072, 1, 4 },
     };
+    std::printf(
+        "keys / values, KV heads x query heads each, head size: microseconds of the old kernel and of whole rows "
+        "(times as fast)\n");
     for (const auto & s : shapes) {
         const double bytes =
             (double) (tbq_attention_block(s.k) + tbq_attention_block(s.v)) * s.d / 64 * s.n_head_kv * s.n_kv * s.n_seq;
-        double us[3];
-        n_rows_kernel = 0;
-        for (int kind = 0; kind < 3; kind++) {
-            rows_kernel = kind > 0, early = kind == 2;
-            us[kind] = time_shape(s.d, s.k, s.v, s.n_head_kv, s.gqa, s.n_kv, s.n_seq, s.n_q);
-        }
-        std::printf("%3d: %d/%d %dx%d %6d tokens x %2d, %d rows: old %8.2f", s.d, s.k, s.v, s.n_head_kv, s.gqa, s.n_kv,
-                    s.n_seq, s.n_q, us[0]);
-        if (n_rows_kernel) { // or the other one ran instead
-            std::printf("  new %8.2f (%.2f, %4.0f GB/s)  early %8.2f", us[1], us[0] / us[1], bytes / us[1] / 1000,
-                        us[2]);
+        std::printf("%d/%d %dx%d, %3d, %6d tokens x %2d%s, %d rows:", s.k, s.v, s.n_head_kv, s.gqa, s.d, s.n_kv,
+                    s.n_seq, s.unified ? " in one cache" : "", s.n_q);
+        for (int n_exact : { 0, 149 }) {
+            double us[3];
+            n_rows_kernel = 0;
+            for (int kind = 0; kind < 3; kind++) {
+                rows_kernel = kind > 0, rows_early = kind == 2;
+                us[kind] = time_shape(s, n_exact);
+            }
+            std::printf(" | %s %8.2f", n_exact ? "149 exact" : "no list", us[0]);
+            if (n_rows_kernel) { // or the other one ran instead
+                std::printf(" %8.2f (%.2f, %4.0f GB/s), early %8.2f", us[1], us[0] / us[1], bytes / us[1] / 1000,
+                            us[2]);
+            }
         }
         std::printf("\n");
         std::fflush(stdout);
     }
+    std::printf("done\n");
 }
 
 static void time_exact() {
@@ -353,7 +418,7 @@ static void time_center() {
 
 int main(int argc, char ** argv) {
     while (argc > 1 && (!std::strcmp(argv[1], "rows") || !std::strcmp(argv[1], "early"))) {
-        (argv[1][0] == 'r' ? rows_kernel : early) = true;
+        (argv[1][0] == 'r' ? rows_kernel : rows_early) = true;
         argv++, argc--;
     }
     if (argc == 8 && !std::strcmp(argv[1], "profile")) {
@@ -361,7 +426,7 @@ int main(int argc, char ** argv) {
         for (int i = 0; i < 6; i++) {
             x[i] = std::atoi(argv[2 + i]);
         }
-        std::printf("%.2f us\n", time_shape(128, x[0], x[1], x[2], x[3], x[4], x[5], 1));
+        std::printf("%.2f us\n", time_shape({ x[0], x[1], x[2], x[3], x[4], x[5] }, 0));
         return 0;
     }
     if (argc > 2 && !std::strcmp(argv[1], "time") && !std::strcmp(argv[2], "rows")) {
@@ -413,14 +478,15 @@ int main(int argc, char ** argv) {
     const bool   exact  = argc > 1 && !std::strcmp(argv[1], "exact");
     const bool   center = argc > 1 && !std::strcmp(argv[1], "center");
     const int    n      = argc > 2 ? std::atoi(argv[2]) : exact || center ? 4 * 3 * N_ALL : 180;
+    const int    every  = rows_kernel ? 5 * N_ROWS_PAIRS : 3 * N_ALL; // problems with one length of the list
     std::mt19937 rng(argc > 3 ? std::atoi(argv[3]) : 1);
     int          bad  = 0;
     double       most = 0;
     for (int i = 0; i < n; i++) {
         const int    sizes[] = { 1, 17, 149, 661 };
-        const double e =
-            center ? check(launch_any, i / 2, rng, i % 2 ? 149 : 0, true)
-                   : check(launch_any, i, rng, exact ? sizes[i / (3 * N_ALL) % 4] : 0, false, false, rows_kernel);
+        const double e = center
+                             ? check(launch_any, i / 2, rng, i % 2 ? 149 : 0, true, false, rows_kernel)
+                             : check(launch_any, i, rng, exact ? sizes[i / every % 4] : 0, false, false, rows_kernel);
         bad += e == 1;
         most = e < 1 ? std::max(most, e) : most;
     }
