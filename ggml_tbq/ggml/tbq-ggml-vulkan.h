@@ -6,7 +6,7 @@
 #include "ggml-vulkan-common.h"
 
 // Whether this is an operation on a tbq type that the device can compute: SET_ROWS (f32 or f16, int32 or int64 row
-// numbers; exact rows too), CPY between f32 and blocks of one shape, GET_ROWS, CONCAT of exact rows
+// numbers; exact rows too), CPY between f32 and blocks of one shape and from f16, GET_ROWS, CONCAT of exact rows
 // (tbq_ggml_concat_exact), MUL_MAT, MUL_MAT_ID and FLASH_ATTN_EXT.
 bool tbq_vk_supports_op(ggml_backend_dev_t dev, const vk_device & device, const ggml_tensor * op);
 

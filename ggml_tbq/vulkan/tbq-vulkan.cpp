@@ -3,7 +3,7 @@
 
 #include "tbq-ggml.h"
 
-// --- shaders ------------------------------------------------------------------------------------------------------
+// --- shaders ---------------------------------------------------------------------------------------------------------
 
 // glslc writes the words of a module as an initializer.
 static const uint32_t tbq_quantize_code[] =
@@ -11,6 +11,12 @@ static const uint32_t tbq_quantize_code[] =
     ;
 static const uint32_t tbq_dequantize_code[] =
 #include "tbq-dequantize.spv.inc"
+    ;
+static const uint32_t tbq_attention_code[] =
+#include "tbq-attention.spv.inc"
+    ;
+static const uint32_t tbq_attention_merge_code[] =
+#include "tbq-attention-merge.spv.inc"
     ;
 
 namespace {
@@ -25,6 +31,8 @@ struct shader {
 
 const shader quantize_shader   = { 0, "tbq_quantize", tbq_quantize_code, sizeof(tbq_quantize_code), 7 };
 const shader dequantize_shader = { 1, "tbq_dequantize", tbq_dequantize_code, sizeof(tbq_dequantize_code), 4 };
+const shader attention_shader  = { 2, "tbq_attention", tbq_attention_code, sizeof(tbq_attention_code), 9 };
+const shader merge_shader = { 3, "tbq_attention_merge", tbq_attention_merge_code, sizeof(tbq_attention_merge_code), 4 };
 
 // Arguments of the shaders, which name the fields.
 struct quantize_args {
@@ -51,6 +59,31 @@ struct dequantize_args {
 };
 
 enum dequantize_flags { READS_LISTED = 1, WRITES_LISTED = 2, ADDS_MEAN = 4 };
+
+struct attention_args {
+    uint32_t q_s[3], k_s[3], v_s[3];
+    uint32_t mask_s1, mask_s3, mask_ne3;
+    uint32_t exact_k_s1, exact_k_s3, exact_v_s1, exact_v_s3;
+    uint32_t cells_s1, n_exact;
+    uint32_t at_q_mask, at_k_v, at_exact, at_cells_mean;
+    uint32_t n_kv, rows_per_split;
+    uint32_t n_q, heads, n_seq_kv;
+    float    scale, max_bias, softcap;
+    uint32_t flags;
+};
+
+static_assert(sizeof(attention_args) <= 128, "what every device has for push constants");
+
+enum attention_flags { HAS_MASK = 1, LOGITS_LACK_MEAN = 2 };
+
+struct merge_args {
+    uint32_t n_columns, n_splits, blocks;
+    uint32_t n_head, gqa;
+    uint32_t result_at, sinks_at, mean_at, mean_s;
+    uint32_t flags;
+};
+
+enum merge_flags { HAS_SINKS = 1, VALUES_LACK_MEAN = 2 };
 
 } // namespace
 
@@ -80,17 +113,18 @@ static vk_pipeline get_pipeline(ggml_backend_vk_context * ctx, const shader & s,
 template <typename T>
 static void dispatch(ggml_backend_vk_context * ctx, vk_context & subctx, const shader & s,
                      const std::vector<uint32_t> & constants, std::initializer_list<vk::DescriptorBufferInfo> buffers,
-                     const T & args, uint64_t n_workgroups) {
-    // A device takes at least 65535 workgroups in each dimension; the shaders put two of them together.
-    constexpr uint64_t MAX_X    = 32768;
-    const uint32_t     x        = (uint32_t) std::min(n_workgroups, MAX_X);
-    const uint32_t     y        = (uint32_t) ((n_workgroups + MAX_X - 1) / MAX_X);
-    vk_pipeline        pipeline = get_pipeline(ctx, s, sizeof(T), constants);
+                     const T & args, std::array<uint32_t, 3> workgroups) {
+    vk_pipeline pipeline = get_pipeline(ctx, s, sizeof(T), constants);
     ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
-    ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, buffers, args, { x, y, 1 });
+    ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, buffers, args, workgroups);
+}
+// A device takes at least 65535 workgroups in each dimension; most shaders put two of them together.
+static std::array<uint32_t, 3> in_two_dimensions(uint64_t n_workgroups) {
+    constexpr uint64_t MAX_X = 32768;
+    return { (uint32_t) std::min(n_workgroups, MAX_X), (uint32_t) ((n_workgroups + MAX_X - 1) / MAX_X), 1 };
 }
 
-// --- tensors ------------------------------------------------------------------------------------------------------
+// --- tensors ---------------------------------------------------------------------------------------------------------
 
 static bool is_cached(ggml_type type) {
     return ggml_is_tbq(type) || type == GGML_TYPE_TBQ8_0;
@@ -187,7 +221,7 @@ private:
 
 } // namespace
 
-// --- values to blocks -----------------------------------------------------------------------------------------------
+// --- values to blocks ------------------------------------------------------------------------------------------------
 
 // Rows of values to rows of blocks of `type`, the type of dst or exact.
 static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * src, const ggml_tensor * dst,
@@ -240,7 +274,7 @@ static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
         }
     }
     dispatch(ctx, subctx, quantize_shader, { bits_of(dst->type), src->type == GGML_TYPE_F16 },
-             { from.buffer, to.buffer, ids, means, weights, exact, slots }, a, n_blocks(a.ne));
+             { from.buffer, to.buffer, ids, means, weights, exact, slots }, a, in_two_dimensions(n_blocks(a.ne)));
 }
 
 // The backend orders operations by their sources and results.  Exact rows are both.
@@ -308,7 +342,7 @@ static bool concat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
     return true;
 }
 
-// --- blocks to values -----------------------------------------------------------------------------------------------
+// --- blocks to values ------------------------------------------------------------------------------------------------
 
 // Rows of blocks to rows of values.  rows: a list of rows as `flag` says; mean: of dst's dimension 2.
 static void decode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * src, const ggml_tensor * dst,
@@ -346,7 +380,7 @@ static void decode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
         a.flags |= ADDS_MEAN;
     }
     dispatch(ctx, subctx, dequantize_shader, { bits_of(src->type), dst->type == GGML_TYPE_F16 },
-             { from.buffer, to.buffer, list, means }, a, (n_blocks(a.ne) + 15) / 16);
+             { from.buffer, to.buffer, list, means }, a, in_two_dimensions((n_blocks(a.ne) + 15) / 16));
 }
 
 static bool cpy(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
@@ -355,7 +389,7 @@ static bool cpy(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_t
         decode(ctx, subctx, src, dst);
         return true;
     }
-    if (src->type == GGML_TYPE_F32 && is_cached(dst->type)) {
+    if (!is_cached(src->type) && is_cached(dst->type)) {
         encode(ctx, subctx, src, dst, nullptr, nullptr, 0);
         return true;
     }
@@ -370,7 +404,7 @@ static bool get_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const g
     return true;
 }
 
-// --- operations of the backend on converted tensors -------------------------------------------------------------------
+// --- operations of the backend on converted tensors ------------------------------------------------------------------
 
 static bool mul_mat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
@@ -416,13 +450,193 @@ static ggml_tensor to_f16(ggml_backend_vk_context * ctx, vk_context & subctx, co
     return f16;
 }
 
-// Converts K and V to f16 and takes the backend's own kernel.
+// --- attention from packed rows --------------------------------------------------------------------------------------
+
+namespace {
+
+// How the shader is specialized for a node, and how the work is split.
+struct attention_shape {
+    enum { ROWS = 32, THREADS = 128 }; // of the shader
+
+    uint32_t blocks_k, blocks_v;
+    uint32_t columns, columns4, groups; // of a KV head; of a workgroup, divided by four; groups of so many
+    bool     exact;
+
+    explicit attention_shape(const ggml_tensor * dst)
+        : blocks_k(dst->src[1]->ne[0] / TBQ_BLOCK), blocks_v(dst->src[2]->ne[0] / TBQ_BLOCK),
+          columns(dst->src[0]->ne[1] * (dst->src[0]->ne[2] / dst->src[1]->ne[2])), exact(dst->src[7]) {
+        set_columns4(columns > 4 ? 2 : 1);
+    }
+
+    void set_columns4(uint32_t n) {
+        columns4 = n;
+        groups   = (columns + 4 * n - 1) / (4 * n);
+    }
+
+    // bytes of the shader's shared variables
+    size_t shared_memory(const ggml_tensor * dst) const {
+        const uint32_t words_k = exact ? 16 : 2 * bits_of(dst->src[1]->type);
+        const uint32_t words_v = exact ? 16 : 2 * bits_of(dst->src[2]->type);
+        return 4 * (2 * 16 + blocks_k * 64 * columns4 * 4 + ROWS * (blocks_k * words_k + 1) +
+                    ROWS * (blocks_v * words_v + 1) + ROWS * (blocks_k + blocks_v) +
+                    (THREADS + 2 * ROWS + 3) * columns4 * 4);
+    }
+};
+
+} // namespace
+
+// More columns than this are a prompt: converting the cache once takes less work than unpacking it for every eight.
+#define TBQ_VK_MAX_COLUMNS 32
+
+// Whether the shader can compute a node that the backend supports.
+static bool packed_supported(const vk_device & device, const ggml_tensor * dst, attention_shape & shape) {
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || shape.columns > TBQ_VK_MAX_COLUMNS ||
+        v->ne[0] > 64 * attention_shape::THREADS / 8 || q->nb[0] != sizeof(float) || !ggml_is_contiguous(dst) ||
+        q->ne[2] % k->ne[2] != 0 || q->ne[2] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
+        q->ne[3] % k->ne[3] != 0 || q->ne[3] > 65535 || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
+        return false;
+    }
+    for (int side = 1; side <= 2; side++) { // the slots of heads follow each other
+        const ggml_tensor * e = dst->src[side + 4];
+        if (e && e->nb[2] != e->ne[0] / TBQ_BLOCK * sizeof(block_tbq8_0)) {
+            return false;
+        }
+    }
+    if (shape.shared_memory(dst) > device->properties.limits.maxComputeSharedMemorySize) {
+        shape.set_columns4(1);
+    }
+    return shape.groups * k->ne[2] <= 65535 &&
+           shape.shared_memory(dst) <= device->properties.limits.maxComputeSharedMemorySize;
+}
+
+// Two places in a word.
+static uint32_t pack_places(uint32_t a, uint32_t b) {
+    return a | b << 16;
+}
+
+static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+    const ggml_tensor * cells = dst->src[7];
+    const ggml_tensor * mean  = dst->src[8];
+
+    attention_shape shape(dst);
+    if (!packed_supported(ctx->device, dst, shape)) {
+        return false;
+    }
+    const auto  optional = [&](const ggml_tensor * t, size_t unit) { return place(ctx, t ? t : q, unit); };
+    const place at_q(ctx, q, sizeof(float)), at_k(ctx, k, 2), at_v(ctx, v, 2),
+        at_mask = optional(mask, 2), at_exact_k = optional(dst->src[5], 2), at_exact_v = optional(dst->src[6], 2),
+        at_cells = optional(cells, sizeof(int32_t)), at_mean = optional(mean, sizeof(float));
+    for (const place * p : { &at_q, &at_k, &at_v, &at_mask, &at_exact_k, &at_exact_v, &at_cells, &at_mean }) {
+        if (p->at > 0xFFFF) {
+            return false;
+        }
+    }
+
+    attention_args a = {};
+    fill_strides(a.q_s, q, sizeof(float));
+    fill_strides(a.k_s, k, 2);
+    fill_strides(a.v_s, v, 2);
+    a.mask_ne3 = 1;
+    if (mask) {
+        a.mask_s1  = (uint32_t) (mask->nb[1] / sizeof(ggml_fp16_t));
+        a.mask_s3  = (uint32_t) (mask->nb[3] / sizeof(ggml_fp16_t));
+        a.mask_ne3 = (uint32_t) mask->ne[3];
+        a.flags |= HAS_MASK;
+    }
+    a.n_kv = (uint32_t) k->ne[1];
+    if (cells) {
+        a.exact_k_s1 = (uint32_t) (dst->src[5]->nb[1] / 2);
+        a.exact_k_s3 = (uint32_t) (dst->src[5]->nb[3] / 2);
+        a.exact_v_s1 = (uint32_t) (dst->src[6]->nb[1] / 2);
+        a.exact_v_s3 = (uint32_t) (dst->src[6]->nb[3] / 2);
+        a.cells_s1   = (uint32_t) cells->ne[0];
+        a.n_exact    = a.cells_s1 - (a.n_kv + 31) / 32;
+    }
+    if (mean) {
+        a.flags |= LOGITS_LACK_MEAN;
+    }
+    a.at_q_mask     = pack_places(at_q.at, mask ? at_mask.at : 0);
+    a.at_k_v        = pack_places(at_k.at, at_v.at);
+    a.at_exact      = pack_places(at_exact_k.at, at_exact_v.at);
+    a.at_cells_mean = pack_places(at_cells.at, at_mean.at);
+    a.n_q           = (uint32_t) q->ne[1];
+    a.heads         = (uint32_t) (q->ne[2] | k->ne[2] << 16);
+    a.n_seq_kv      = (uint32_t) k->ne[3];
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    if (a.softcap != 0.0f) {
+        a.scale /= a.softcap;
+    }
+
+    // Four workgroups for each core of the device, as far as there are rows for them.
+    constexpr uint32_t ROWS  = attention_shape::ROWS;
+    const uint32_t     cores = ctx->device->shader_core_count ? ctx->device->shader_core_count : 16;
+    const uint32_t     heads = shape.groups * (uint32_t) (k->ne[2] * q->ne[3]);
+    const uint32_t     most  = (a.n_kv + 2 * ROWS - 1) / (2 * ROWS);
+    uint32_t           n     = std::min(std::max(4 * cores / heads, 1u), most);
+    a.rows_per_split         = GGML_PAD((a.n_kv + n - 1) / n, ROWS);
+    n                        = (a.n_kv + a.rows_per_split - 1) / a.rows_per_split;
+
+    const uint64_t n_columns = (uint64_t) ggml_nrows(dst);
+    const size_t   size      = n_columns * n * (v->ne[0] + 2) * sizeof(float);
+    if (size > ctx->device->properties.limits.maxStorageBufferRange) {
+        return false;
+    }
+    if (ctx->prealloc_size_split_k < size) {
+        ctx->prealloc_size_split_k = size;
+        ggml_vk_preallocate_buffers(ctx, subctx);
+    }
+    if (ctx->prealloc_split_k_need_sync) {
+        ggml_vk_sync_buffers(ctx, subctx);
+    }
+    const vk_subbuffer partial = { ctx->prealloc_split_k, 0, size };
+    dispatch(ctx, subctx, attention_shader,
+             { bits_of(k->type), bits_of(v->type), shape.blocks_k, shape.blocks_v, shape.columns4, shape.exact },
+             { at_q.buffer, at_k.buffer, at_v.buffer, at_mask.buffer, partial, at_exact_k.buffer, at_exact_v.buffer,
+               at_cells.buffer, at_mean.buffer },
+             a, { n, shape.groups * (uint32_t) k->ne[2], (uint32_t) q->ne[3] });
+    ggml_vk_sync_buffers(ctx, subctx);
+
+    const place to(ctx, dst, sizeof(float)), at_sinks = optional(sinks, sizeof(float));
+    merge_args  m = {};
+    m.n_columns   = (uint32_t) n_columns;
+    m.n_splits    = n;
+    m.blocks      = shape.blocks_v;
+    m.n_head      = (uint32_t) q->ne[2];
+    m.gqa         = (uint32_t) (q->ne[2] / k->ne[2]);
+    m.result_at   = to.at;
+    m.sinks_at    = at_sinks.at;
+    m.mean_at     = at_mean.at;
+    m.mean_s      = (uint32_t) k->ne[0];
+    m.flags       = (sinks ? HAS_SINKS : 0) | (tbq_ggml_flash_attn_ext_center_values(dst) ? VALUES_LACK_MEAN : 0);
+    dispatch(ctx, subctx, merge_shader, {}, { partial, to.buffer, at_sinks.buffer, at_mean.buffer }, m,
+             in_two_dimensions(n_columns * shape.blocks_v));
+    ctx->prealloc_split_k_need_sync = true;
+    return true;
+}
+
+// --- all of attention ------------------------------------------------------------------------------------------------
+
+// A few columns are computed from packed rows. Otherwise K and V are converted to f16 for the backend's own kernel.
 static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * dst) {
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
     const bool          tbq_k = ggml_is_tbq(k->type), tbq_v = ggml_is_tbq(v->type);
     if (!tbq_k && !tbq_v) {
         return false;
+    }
+    if (attention_packed(ctx, subctx, dst)) {
+        return true;
     }
     const bool  v_in_k = values_in_keys(dst);
     scratch     memory(ctx, subctx, (tbq_k ? scratch::bytes(k) : 0) + (tbq_v && !v_in_k ? scratch::bytes(v) : 0));
@@ -445,7 +659,7 @@ static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, g
     return true;
 }
 
-// --- what the backend asks for, and what it promises --------------------------------------------------------------------
+// --- what the backend asks for, and what it promises -----------------------------------------------------------------
 
 bool tbq_vk_compute(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * dst = graph->nodes[i];
@@ -582,7 +796,7 @@ bool tbq_vk_supports_op(ggml_backend_dev_t dev, const vk_device & device, const 
                    ggml_is_contiguous_rows(a) && a->nb[1] == op->nb[1] && op->ne[3] == 1;
         case GGML_OP_CPY: // b is where it goes
             return ((is_cached(a->type) && b->type == GGML_TYPE_F32 && is_aligned(b)) ||
-                    (a->type == GGML_TYPE_F32 && is_cached(b->type))) &&
+                    ((a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) && is_cached(b->type))) &&
                    ggml_are_same_shape(a, b) && has_rows(a) && has_rows(b);
         default: return false;
     }
