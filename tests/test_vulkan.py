@@ -78,9 +78,9 @@ def test_make_vulkan_says_what_is_missing(tmp_path, missing):
     ), done.stderr
 
 
-@needs_glslc
-def test_shaders_compile(tmp_path):
-    """All of them, by the build's own rules, without a warning; and as modules that the validator takes."""
+@pytest.fixture
+def shaders(tmp_path):
+    """A build of the shaders by the build's own rules. Configured: the tables are there."""
     (tmp_path / "CMakeLists.txt").write_text(f"""
 cmake_minimum_required(VERSION 3.19)
 project(shaders LANGUAGES NONE)
@@ -89,9 +89,41 @@ tbq_compile_shaders(modules glslc)
 add_custom_target(shaders ALL DEPENDS ${{modules}})
 """)
     run("cmake", "-S", tmp_path, "-B", tmp_path / "build")
-    out = run("cmake", "--build", tmp_path / "build")
+    return tmp_path / "build"
+
+
+def test_arithmetic_to_the_last_bit(tmp_path, shaders):
+    """Quotients and roots from bad guesses, and halves; and the program notices a wrong formula."""
+
+    def differences(folder):
+        program = tmp_path / "exact_math"
+        folders = (folder, TBQ / "vulkan", TBQ / "cpu", TBQ / "include", shaders / "tbq")
+        run(
+            *(os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-ffp-contract=off"),
+            *(part for folder in folders for part in ("-I", folder)),
+            *(ROOT / "tests" / "vulkan" / "exact_math.cpp", "-o", program),
+        )
+        done = subprocess.run([program, "100000"], capture_output=True, text=True)
+        count = int(re.fullmatch(r"(\d+) differences\n", done.stdout)[1])
+        assert (done.returncode == 0) == (count == 0)
+        return count
+
+    assert differences(TBQ / "vulkan") == 0
+    source = (TBQ / "vulkan" / "tbq-exact-math.glsl").read_text()
+    for right, wrong in (("tbq_mul64(2 * q + 1, m), twice", "tbq_mul64(2 * q + 2, m), twice"), ("s + 1)", "s + 2)")):
+        assert right in source
+        changed = tmp_path / "changed"
+        changed.mkdir(exist_ok=True)
+        (changed / "tbq-exact-math.glsl").write_text(source.replace(right, wrong))
+        assert differences(changed) > 0, wrong
+
+
+@needs_glslc
+def test_shaders_compile(tmp_path, shaders):
+    """All of them, without a warning; and as modules that the validator takes."""
+    out = run("cmake", "--build", shaders)
     assert "warning" not in out
-    folder = tmp_path / "build" / "tbq"
+    folder = shaders / "tbq"
     modules = sorted(path.name for path in folder.glob("*.spv.inc"))
     assert modules == sorted(f"{path.stem}.spv.inc" for path in (TBQ / "vulkan").glob("*.comp"))
     if shutil.which("spirv-val"):

@@ -11,6 +11,7 @@
 #extension GL_EXT_shader_16bit_storage : require
 
 #include "tbq-block.glsl"
+#include "tbq-rows.glsl"
 
 layout(constant_id = 0) const int  BITS    = 4;
 layout(constant_id = 1) const bool TO_HALF = false;

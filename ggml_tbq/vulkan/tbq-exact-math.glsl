@@ -5,6 +5,10 @@
 // each function here is one operation.  Division and square root may be wrong in the last bits, so their results are
 // only a first guess: the nearest float is found with integers.
 
+#ifndef TBQ_GUESS // tests/vulkan/exact_math.cpp makes guesses worse
+#define TBQ_GUESS(x) (x)
+#endif
+
 float tbq_mul(float a, float b) {
     precise const float r = a * b;
     return r;
@@ -57,7 +61,7 @@ float tbq_div(float a, float b) {
     const uint  n = tbq_mantissa(ia), m = tbq_mantissa(ib);
     const uint  shift = n >= m ? 23 : 24;
     const uvec2 twice = tbq_shift64(n, shift + 1);
-    uint        q     = uint(float(n) / float(m) * float(1u << shift) + 0.5);
+    uint        q     = uint(TBQ_GUESS(float(n) / float(m)) * float(1u << shift) + 0.5);
     while (tbq_less64(twice, tbq_mul64(2 * q - 1, m))) {
         q--;
     }
@@ -78,7 +82,7 @@ float tbq_sqrt(float f) {
     const bool  odd = (e & 1) != 0;
     const uint  n = tbq_mantissa(bits);
     const uvec2 x = tbq_shift64(n, odd ? 24 : 23);
-    uint        s = uint(sqrt(float(n)) * (odd ? 4096.0 : 2896.3093757400984) + 0.5);
+    uint        s = uint(TBQ_GUESS(sqrt(float(n))) * (odd ? 4096.0 : 2896.3093757400984) + 0.5);
     while (!tbq_less64(tbq_mul64(s, s - 1), x)) {
         s--;
     }

@@ -13,6 +13,7 @@
 
 #include "tbq-block.glsl"
 #include "tbq-exact-math.glsl"
+#include "tbq-rows.glsl"
 
 layout(constant_id = 0) const int  BITS      = 4;
 layout(constant_id = 1) const bool FROM_HALF = false;
