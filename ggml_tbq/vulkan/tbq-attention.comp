@@ -14,6 +14,7 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_shader_16bit_storage : require
+#extension GL_EXT_control_flow_attributes : require
 
 #include "tbq-block.glsl"
 
@@ -130,7 +131,7 @@ TBQ_STAGE(stage_exact_values, exact_values, BLOCKS_V, STRIDE_V, v_words, v_scale
     void name(const int bits, uint at, uint w, out vec4 lo, out vec4 hi) {                                           \
         if (bits == 8) {                                                                                             \
             const int a = int(words_of[at + w]), b = int(words_of[at + w + 8]);                                      \
-            for (int i = 0; i < 4; i++) {                                                                            \
+            [[unroll]] for (int i = 0; i < 4; i++) {                                                                 \
                 lo[i] = float(bitfieldExtract(a, 8 * i, 8));                                                         \
                 hi[i] = float(bitfieldExtract(b, 8 * i, 8));                                                         \
             }                                                                                                        \
@@ -138,7 +139,7 @@ TBQ_STAGE(stage_exact_values, exact_values, BLOCKS_V, STRIDE_V, v_words, v_scale
         }                                                                                                            \
         const uint nibbles = tbq_nibbles(bits, words_of[at + (bits == 4 ? w : w & 3)],                               \
                                          bits == 3 ? words_of[at + 4 + (w & 1)] : 0, w);                             \
-        for (int i = 0; i < 4; i++) {                                                                                \
+        [[unroll]] for (int i = 0; i < 4; i++) {                                                                     \
             lo[i] = levels[nibbles >> 8 * i & 15];                                                                   \
             hi[i] = levels[nibbles >> 8 * i + 4 & 15];                                                               \
         }                                                                                                            \
@@ -171,7 +172,7 @@ void load_queries() {
     const uint q_at = at_q_mask & 0xFFFF, mean_at = at_cells_mean >> 16;
     for (uint i = thread; i < BLOCKS_K * 64 * COLUMNS4; i += THREADS) {
         const uint d = i / COLUMNS4, group = i % COLUMNS4;
-        for (uint c = 0; c < 4; c++) {
+        [[unroll]] for (uint c = 0; c < 4; c++) {
             const uint column = 4 * group + c;
             float      x      = 0.0;
             if (column < n_columns) {
@@ -188,7 +189,7 @@ void load_queries() {
                 dot_mean += query[d * COLUMNS4 + thread] * means[mean_at + head_kv * BLOCKS_K * 64 + d];
             }
         }
-        for (uint c = 0; c < 4; c++) {
+        [[unroll]] for (uint c = 0; c < 4; c++) {
             s[c] = slope_of(head_of(4 * thread + c));
         }
         bias[thread]  = dot_mean;
@@ -225,7 +226,7 @@ void multiply_keys(const int bits) {
     const uint row = thread % ROWS, part = thread / ROWS;
     const uint words = bits == 8 ? 16 : 2 * bits;
     vec4       s[COLUMNS4];
-    for (uint group = 0; group < COLUMNS4; group++) {
+    [[unroll]] for (uint group = 0; group < COLUMNS4; group++) {
         s[group] = vec4(0.0);
     }
     for (uint block = 0; block < BLOCKS_K; block++) {
@@ -236,15 +237,15 @@ void multiply_keys(const int bits) {
             lo *= d;
             hi *= d;
             const uint at = (block * 64 + 4 * w) * COLUMNS4;
-            for (uint i = 0; i < 4; i++) {
-                for (uint group = 0; group < COLUMNS4; group++) {
+            [[unroll]] for (uint i = 0; i < 4; i++) {
+                [[unroll]] for (uint group = 0; group < COLUMNS4; group++) {
                     s[group] += lo[i] * query[at + i * COLUMNS4 + group];
                     s[group] += hi[i] * query[at + (i + 32) * COLUMNS4 + group];
                 }
             }
         }
     }
-    for (uint group = 0; group < COLUMNS4; group++) {
+    [[unroll]] for (uint group = 0; group < COLUMNS4; group++) {
         sums[(part * ROWS + row) * COLUMNS4 + group] = s[group];
     }
 }
@@ -266,7 +267,7 @@ void weigh(int cell) {
             }
             if ((flags & HAS_MASK) != 0) {
                 const uint at = (at_q_mask >> 16) + seq % mask_ne3 * mask_s3 + uint(cell);
-                for (uint c = 0; c < 4; c++) {
+                [[unroll]] for (uint c = 0; c < 4; c++) {
                     const uint column = 4 * group + c;
                     if (column < n_columns) {
                         const uint m = uint(masks[at + token_of(column) * mask_s1]);
@@ -305,17 +306,17 @@ void add_values(const int bits) {
     if (first >= SHARE) {
         return;
     }
-    for (uint i = 0; i < 8 * COLUMNS4; i++) {
+    [[unroll]] for (uint i = 0; i < 8 * COLUMNS4; i++) {
         accumulated[i] *= rescale[i % COLUMNS4];
     }
     for (uint row = first; row < ROWS; row += SHARE) {
         vec4 lo, hi;
         unpack_values(bits, row * STRIDE_V + block * words, word % 8, lo, hi);
         const float d = v_scale[row * BLOCKS_V + block];
-        for (uint group = 0; group < COLUMNS4; group++) {
+        [[unroll]] for (uint group = 0; group < COLUMNS4; group++) {
             const vec4 w = weight[row * COLUMNS4 + group];
             const vec4 p = mix(vec4(0.0), d * w, greaterThan(w, vec4(0.0))); // a hidden row may hold NaN
-            for (uint i = 0; i < 4; i++) {
+            [[unroll]] for (uint i = 0; i < 4; i++) {
                 accumulated[i * COLUMNS4 + group] += lo[i] * p;
                 accumulated[(i + 4) * COLUMNS4 + group] += hi[i] * p;
             }
@@ -379,7 +380,7 @@ void main() {
     load_queries();
     largest = vec4(NONE);
     sum     = vec4(0.0);
-    for (uint i = 0; i < 8 * COLUMNS4; i++) {
+    [[unroll]] for (uint i = 0; i < 8 * COLUMNS4; i++) {
         accumulated[i] = vec4(0.0);
     }
 
@@ -397,26 +398,29 @@ void main() {
     // weights.
     const uint all_columns = gl_NumWorkGroups.z * n_q * n_head;
     const uint word = thread % WORDS;
-    for (uint i = 0; i < 8; i++) {
-        for (uint group = 0; group < COLUMNS4; group++) {
-            sums[thread] = accumulated[i * COLUMNS4 + group];
-            barrier();
-            if (thread < WORDS) {
-                vec4 total = sums[thread];
-                for (uint j = 1; j < SHARE; j++) {
-                    total += sums[thread + j * WORDS];
-                }
-                const uint e = word / 8 * 64 + word % 8 * 4 + i % 4 + i / 4 * 32;
-                for (uint c = 0; c < 4; c++) {
-                    const uint column = 4 * group + c;
-                    if (column < n_columns) {
-                        const uint result = (seq * n_q + token_of(column)) * n_head + head_of(column);
-                        partial[(result * n_splits + split) * BLOCKS_V * 64 + e] = total[c];
-                    }
+    for (uint k = 0; k < 8 * COLUMNS4; k++) { // not unrolled, because of its barriers
+        const uint i = k / COLUMNS4, group = k % COLUMNS4;
+        [[unroll]] for (uint l = 0; l < 8 * COLUMNS4; l++) { // an index that is no constant would move all to memory
+            if (l == k) {
+                sums[thread] = accumulated[l];
+            }
+        }
+        barrier();
+        if (thread < WORDS) {
+            vec4 total = sums[thread];
+            for (uint j = 1; j < SHARE; j++) {
+                total += sums[thread + j * WORDS];
+            }
+            const uint e = word / 8 * 64 + word % 8 * 4 + i % 4 + i / 4 * 32;
+            for (uint c = 0; c < 4; c++) {
+                const uint column = 4 * group + c;
+                if (column < n_columns) {
+                    const uint result = (seq * n_q + token_of(column)) * n_head + head_of(column);
+                    partial[(result * n_splits + split) * BLOCKS_V * 64 + e] = total[c];
                 }
             }
-            barrier();
         }
+        barrier();
     }
     if (thread < ROWS * COLUMNS4) {
         logit[thread] = sum;
@@ -427,7 +431,7 @@ void main() {
         for (uint row = 0; row < ROWS; row++) {
             total += logit[row * COLUMNS4 + thread];
         }
-        for (uint c = 0; c < 4; c++) {
+        [[unroll]] for (uint c = 0; c < 4; c++) {
             const uint column = 4 * thread + c;
             if (column < n_columns) {
                 const uint result = (seq * n_q + token_of(column)) * n_head + head_of(column);

@@ -189,9 +189,17 @@ uint search_scale(uint lane, out int best_qk, out int best_kk) {
     const uint s  = lane & 15;
     int        qk = 0, kk = 0;
     if (s < n_scales) {
+        int limits[7];
+        for (int t = 0; t < n_thresholds; t++) {
+            limits[t] = thresholds[s][t];
+        }
         for (uint i = 0; i < 16; i++) {
             const int q = fixed_point[(lane & 48) + i];
-            const int k = levels[half_levels + magnitude_of(q, s)];
+            int       m = half_levels;
+            for (int t = 0; t < n_thresholds; t++) {
+                m += q > limits[t] ? 1 : 0;
+            }
+            const int k = levels[m];
             qk += q * k;
             kk += k * k;
         }

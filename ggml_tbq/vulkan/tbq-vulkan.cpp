@@ -153,6 +153,11 @@ struct place {
 
 } // namespace
 
+// Whole blocks in a row, and places in 32 bits.
+static bool has_rows(const ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type) && ggml_nbytes(t) < UINT32_MAX;
+}
+
 // The shape in blocks, and the strides in units.
 static void fill_shape(uint32_t (&ne)[4], const ggml_tensor * t) {
     ne[0] = (uint32_t) (t->ne[0] / TBQ_BLOCK);
@@ -494,7 +499,10 @@ static bool packed_supported(const vk_device & device, const ggml_tensor * dst, 
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
-    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || shape.columns > TBQ_VK_MAX_COLUMNS ||
+    if (q->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || (dst->src[4] && dst->src[4]->type != GGML_TYPE_F32)) {
+        return false;
+    }
+    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || !has_rows(k) || !has_rows(v) ||
         v->ne[0] > 64 * attention_shape::THREADS / 8 || q->nb[0] != sizeof(float) || !ggml_is_contiguous(dst) ||
         q->ne[2] % k->ne[2] != 0 || q->ne[2] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
         q->ne[3] % k->ne[3] != 0 || q->ne[3] > 65535 || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
@@ -625,6 +633,21 @@ static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx,
     return true;
 }
 
+// Whether K and V as f16 are not too large for the device, and the backend has a kernel for them.
+static bool conversion_fits(const vk_device & device, const ggml_tensor * dst) {
+    size_t all = 0;
+    for (int side = 1; side <= 2; side++) {
+        if (ggml_is_tbq(dst->src[side]->type)) {
+            const size_t size = scratch::bytes(dst->src[side]);
+            if (size > device->properties.limits.maxStorageBufferRange) {
+                return false;
+            }
+            all += size;
+        }
+    }
+    return all <= device->max_buffer_size && (device->coopmat2 || (device->subgroup_shuffle && device->subgroup_vote));
+}
+
 // --- all of attention ------------------------------------------------------------------------------------------------
 
 // A few columns are computed from packed rows. Otherwise K and V are converted to f16 for the backend's own kernel.
@@ -635,7 +658,8 @@ static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, g
     if (!tbq_k && !tbq_v) {
         return false;
     }
-    if (attention_packed(ctx, subctx, dst)) {
+    if ((attention_shape(dst).columns <= TBQ_VK_MAX_COLUMNS || !conversion_fits(ctx->device, dst)) &&
+        attention_packed(ctx, subctx, dst)) {
         return true;
     }
     const bool  v_in_k = values_in_keys(dst);
@@ -688,11 +712,6 @@ static ggml_tensor as_f16(const ggml_tensor * t) {
     return f16;
 }
 
-// Whole blocks in a row, and places in 32 bits.
-static bool has_rows(const ggml_tensor * t) {
-    return t->nb[0] == ggml_type_size(t->type) && ggml_nbytes(t) < UINT32_MAX;
-}
-
 // The backend's own kernel can do it with f16.
 static bool mul_mat_supported(ggml_backend_dev_t dev, const ggml_tensor * op) {
     const ggml_tensor * w = op->src[0];
@@ -742,8 +761,11 @@ static bool flash_attn_ext_supported(ggml_backend_dev_t dev, const vk_device & d
     if (!attention_exact_supported(op) || !attention_center_supported(op)) {
         return false;
     }
+    attention_shape shape(op);
+    if (packed_supported(device, op, shape)) {
+        return true;
+    }
     ggml_tensor f16[2], converted = *op;
-    size_t      size = 0;
     for (int side = 1; side <= 2; side++) {
         const ggml_tensor * t = op->src[side];
         if (ggml_is_tbq(t->type)) {
@@ -752,11 +774,10 @@ static bool flash_attn_ext_supported(ggml_backend_dev_t dev, const vk_device & d
             }
             f16[side - 1]       = as_f16(t);
             converted.src[side] = &f16[side - 1];
-            size += scratch::bytes(t);
         }
     }
     converted.src[5] = converted.src[6] = converted.src[7] = converted.src[8] = nullptr;
-    return size <= device->max_buffer_size && ggml_backend_dev_supports_op(dev, &converted);
+    return conversion_fits(device, op) && ggml_backend_dev_supports_op(dev, &converted);
 }
 
 static bool set_rows_supported(const ggml_tensor * op) {
