@@ -33,14 +33,16 @@ def has_headers():
 
 @pytest.fixture(scope="session")
 def programs():
-    """blocks and test-backend-ops, built in a folder that stays: the backend's own shaders take minutes."""
-    if not shutil.which("glslc") or not has_headers():
-        pytest.skip("no glslc or headers (Debian: apt install glslc libvulkan-dev spirv-headers)")
-    tree = BUILD / "llama.cpp"
-    run(sys.executable, ROOT / "tools" / "patch_series.py", "prepare", tree, cwd=ROOT)
-    run("cmake", "-S", ROOT / "tests" / "vulkan", "-B", BUILD / "build", f"-DLLAMA_CPP={tree}")
-    run("cmake", "--build", BUILD / "build", "--parallel", os.cpu_count() or 1)
-    folder = BUILD / "build" / "bin"
+    """blocks and test-backend-ops: those in $TBQ_VULKAN_BIN, or built in a folder that stays, because the backend's own
+    shaders take minutes."""
+    folder = Path(os.environ.get("TBQ_VULKAN_BIN") or BUILD / "build" / "bin")
+    if "TBQ_VULKAN_BIN" not in os.environ:
+        if not shutil.which("glslc") or not has_headers():
+            pytest.skip("no glslc or headers (Debian: apt install glslc libvulkan-dev spirv-headers)")
+        tree = BUILD / "llama.cpp"
+        run(sys.executable, ROOT / "tools" / "patch_series.py", "prepare", tree, cwd=ROOT)
+        run("cmake", "-S", ROOT / "tests" / "vulkan", "-B", BUILD / "build", f"-DLLAMA_CPP={tree}")
+        run("cmake", "--build", BUILD / "build", "--parallel", os.cpu_count() or 1)
     done = subprocess.run([folder / "blocks", "0", "4"], capture_output=True, text=True, env=ENVIRONMENT)
     if "no Vulkan device" in done.stdout:
         pytest.skip("no Vulkan device (Debian: apt install mesa-vulkan-drivers for one that is a CPU)")
