@@ -15,7 +15,7 @@ INSTALL := tools/install.py $(VENV)
 LINT    := .venv-lint
 C_FILES  = $(shell find bench cmake ggml_tbq tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: demo test serve bench install cuda wheel dist bump lint format help clean
+.PHONY: demo test serve bench install cuda vulkan wheel dist bump lint format help clean
 .DEFAULT_GOAL := demo
 
 demo: $(SERVER)  # build llama-server, ask a small model one question, print the answer and the size of the cache, stop
@@ -36,6 +36,9 @@ bench: $(STAMP)  # measure the kernels, compared with ggml's own types, and atte
 
 cuda:  # build and install with CUDA; CUDAARCHS=90: for one architecture instead of this machine's
 	@$(PYTHON) $(INSTALL) --cuda
+
+vulkan:  # build and install with Vulkan, for GPUs of AMD, Intel and others
+	@$(PYTHON) $(INSTALL) --vulkan
 
 wheel: $(SERVER)  # build a wheel for machines without a compiler, in dist/; ARCH=aarch64: for arm64; CUDA=1: its CUDA backend
 	@$(BIN)/python tools/wheel.py $(if $(ARCH),--arch $(ARCH)) $(if $(CUDA),--cuda "$(CUDAARCHS)")

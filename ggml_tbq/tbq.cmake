@@ -71,6 +71,41 @@ function(tbq_add_ggml target)
     cmake_language(DEFER CALL tbq_compile_for_sm_90a)
 endfunction()
 
+# tbq_compile_shaders(result, glslc): the files that tbq-vulkan.cpp includes, each with the words of a SPIR-V module, and the
+# rules that make them in the folder `tbq` of the build.  GLSL has no literals of 64 bits and no hexadecimal floats, so
+# the tables are made from tbq-tables.h with other spellings of the same values.
+function(tbq_compile_shaders result glslc)
+    set(folder "${TBQ_SOURCE_DIR}/vulkan")
+    set(out "${CMAKE_CURRENT_BINARY_DIR}/tbq")
+    set(hex8 "[0-9A-F][0-9A-F][0-9A-F][0-9A-F][0-9A-F][0-9A-F][0-9A-F][0-9A-F]")
+    file(READ "${TBQ_SOURCE_DIR}/include/tbq-tables.h" tables)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${TBQ_SOURCE_DIR}/include/tbq-tables.h")
+    string(REPLACE "#pragma once" "" tables "${tables}")
+    string(REGEX REPLACE "0x(${hex8})(${hex8})ull" "uvec2(0x\\2u, 0x\\1u)" tables "${tables}")
+    string(REGEX REPLACE "0x1p(-?[0-9]+)f" "uintBitsToFloat(uint(127 + \\1) << 23)" tables "${tables}")
+    file(CONFIGURE OUTPUT "${out}/tbq-tables.glsl" CONTENT "${tables}" @ONLY)
+    file(GLOB included CONFIGURE_DEPENDS "${folder}/*.glsl")
+    set(modules)
+    foreach(name quantize dequantize attention attention-merge)
+        set(module "${out}/tbq-${name}.spv.inc")
+        add_custom_command(
+            OUTPUT "${module}"
+            COMMAND "${glslc}" -O --target-env=vulkan1.2 -mfmt=c -I "${out}" "${folder}/tbq-${name}.comp" -o "${module}"
+            DEPENDS "${folder}/tbq-${name}.comp" ${included} "${out}/tbq-tables.glsl"
+            COMMENT "Compiling tbq-${name}.comp"
+            VERBATIM)
+        list(APPEND modules "${module}")
+    endforeach()
+    set(${result} ${modules} PARENT_SCOPE)
+endfunction()
+
+# tbq_add_vulkan(target, glslc): what the patched ggml compiles into its Vulkan backend.
+function(tbq_add_vulkan target glslc)
+    tbq_compile_shaders(modules "${glslc}")
+    target_sources(${target} PRIVATE "${TBQ_SOURCE_DIR}/vulkan/tbq-vulkan.cpp" ${modules})
+    target_include_directories(${target} PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/tbq" "${CMAKE_CURRENT_SOURCE_DIR}")
+endfunction()
+
 # Attention of prompts needs instructions that only code for sm_90a has: that one file is compiled for it, too, where the
 # backend is compiled for an H100 or H200 by nvcc 12.0 or later.  Other files, and other architectures, stay as they are.
 function(tbq_compile_for_sm_90a)

@@ -5,6 +5,7 @@
     install.py VENV --server  llama-server and the package, for the demo; all programs if they were built before
     install.py VENV           the package and all programs of llama.cpp
     install.py VENV --cuda    the same with the CUDA backend, here and in every later build of this folder
+    install.py VENV --vulkan  the same with the Vulkan backend
     install.py VENV --tests   installs what the tests import, and builds llama.cpp's own tests in the same build folder
     install.py VENV --bench   builds the kernels' benchmarks there, and runs them
     install.py VENV --moved   corrects the paths in an environment whose checkout was moved
@@ -28,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import TextIO
 
@@ -239,6 +240,38 @@ def check_cuda() -> None:
         )
 
 
+def check_vulkan() -> None:
+    """Checks that the shader compiler and the headers are installed.  CMake looks in the same places: $VULKAN_SDK, then
+    where the compilers look."""
+    sdk = os.environ.get("VULKAN_SDK")
+    path = os.pathsep.join([*([f"{sdk}/bin"] if sdk else []), os.environ.get("PATH", "")])
+    missing = [] if shutil.which("glslc", path=path) else ["glslc, which compiles shaders"]
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    for header in ("vulkan/vulkan.hpp", "spirv/unified1/spirv.hpp"):
+        found = subprocess.run(
+            [*compiler.split(), *([f"-I{sdk}/include"] if sdk else []), "-E", "-x", "c++", "-"],
+            input=f"#include <{header}>\n",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=False,
+        )
+        if found.returncode:
+            missing.append(header)
+    if missing:
+        raise Failure(
+            f"the Vulkan backend cannot be built without {' and '.join(missing)} "
+            "(Debian: apt install glslc libvulkan-dev spirv-headers)"
+        )
+
+
+#: GPU backends, by the argument that asks for one: its name, the check of what it needs, how long a first build takes.
+BACKENDS: dict[str, tuple[str, Callable[[], None], str]] = {
+    "--cuda": ("CUDA", check_cuda, "about an hour of one core's work"),
+    "--vulkan": ("Vulkan", check_vulkan, "about 15 minutes on 2 cores"),
+}
+
+
 def has_all_programs() -> bool:
     """Whether the last build had all programs.  Then --server builds all of them again, so that none is removed."""
     folder = build_dir()
@@ -247,14 +280,15 @@ def has_all_programs() -> bool:
     )
 
 
-def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) -> None:
+def install_package(python: pathlib.Path, log: TextIO, tools: bool, backend: str | None) -> None:
     folder = build_dir()
     again = folder and (folder / "bin" / "llama-server").exists()
     what = "llama.cpp" if tools else "llama-server"
-    if cuda:
-        announce_step(
-            3, "building llama.cpp with the tbq types and CUDA, the first time about an hour of one core's work"
-        )
+    options = [f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}"]
+    if backend:
+        name, _, how_long = BACKENDS[backend]
+        options.append(f"-Ccmake.define.TBQ_{name.upper()}=ON")
+        announce_step(3, f"building llama.cpp with the tbq types and {name}, the first time {how_long}")
     else:
         minutes = 9 if tools else 7
         announce_step(
@@ -262,11 +296,7 @@ def install_package(python: pathlib.Path, log: TextIO, tools: bool, cuda: bool) 
             f"building {what} with the tbq types"
             + ("" if again else f", the first time about {minutes} minutes on 2 cores"),
         )
-    # CMake's cache keeps these choices for later builds
-    options = [
-        f"-Ccmake.define.TBQ_TOOLS={'ON' if tools else 'OFF'}",
-        *(["-Ccmake.define.TBQ_CUDA=ON"] if cuda else []),
-    ]
+    # CMake's cache keeps these options for later builds
     status, output = pip(python, ["install", "-v", "--no-build-isolation", *options, "."], log, environment(python))
     if status:
         raise Failure(f"{explain(output)} (complete output: {LOG.relative_to(ROOT)})")
@@ -361,13 +391,14 @@ def main(venv: pathlib.Path, extra: str | None) -> None:
                 subprocess.run([folder / "bin" / program], check=False)
             return
         check_machine()
-        if extra == "--cuda":
-            check_cuda()
+        backend = extra if extra in BACKENDS else None
+        if backend:
+            BACKENDS[backend][1]()
         start = time.time()
         python = make_venv(venv, log)
         install_requirements(python, log)
         tools = extra != "--server" or has_all_programs()
-        install_package(python, log, tools, cuda=extra == "--cuda")
+        install_package(python, log, tools, backend)
         mark([SERVER_STAMP, *([STAMP] if tools else [])], start)
 
 

@@ -1,0 +1,824 @@
+// SPDX-License-Identifier: MIT
+#include "tbq-ggml-vulkan.h"
+
+#include "tbq-ggml.h"
+
+// --- shaders ---------------------------------------------------------------------------------------------------------
+
+// glslc writes the words of a module as an initializer.
+static const uint32_t tbq_quantize_code[] =
+#include "tbq-quantize.spv.inc"
+    ;
+static const uint32_t tbq_dequantize_code[] =
+#include "tbq-dequantize.spv.inc"
+    ;
+static const uint32_t tbq_attention_code[] =
+#include "tbq-attention.spv.inc"
+    ;
+static const uint32_t tbq_attention_merge_code[] =
+#include "tbq-attention-merge.spv.inc"
+    ;
+
+namespace {
+
+struct shader {
+    uint32_t         id;
+    const char *     name;
+    const uint32_t * code;
+    size_t           code_size;
+    uint32_t         n_buffers;
+};
+
+const shader quantize_shader   = { 0, "tbq_quantize", tbq_quantize_code, sizeof(tbq_quantize_code), 7 };
+const shader dequantize_shader = { 1, "tbq_dequantize", tbq_dequantize_code, sizeof(tbq_dequantize_code), 4 };
+const shader attention_shader  = { 2, "tbq_attention", tbq_attention_code, sizeof(tbq_attention_code), 9 };
+const shader merge_shader = { 3, "tbq_attention_merge", tbq_attention_merge_code, sizeof(tbq_attention_merge_code), 4 };
+
+// Arguments of the shaders, which name the fields.
+struct quantize_args {
+    uint32_t ne[4];
+    uint32_t from[3], src_at;
+    uint32_t to[3], dst_at;
+    uint32_t ids_s[3], ids_at;
+    uint32_t ids_ne[2];
+    uint32_t mean_at, weight_at;
+    uint32_t exact_at, exact_s1;
+    uint32_t slots_at;
+    uint32_t flags;
+};
+
+enum quantize_flags { HAS_IDS = 1, HAS_MEAN = 2, HAS_WEIGHTS = 4, HAS_EXACT = 8 };
+
+struct dequantize_args {
+    uint32_t ne[4];
+    uint32_t from[3], src_at;
+    uint32_t to[3], dst_at;
+    uint32_t rows_s[3], rows_at;
+    uint32_t mean_at, mean_s2;
+    uint32_t flags;
+};
+
+enum dequantize_flags { READS_LISTED = 1, WRITES_LISTED = 2, ADDS_MEAN = 4 };
+
+struct attention_args {
+    uint32_t q_s[3], k_s[3], v_s[3];
+    uint32_t mask_s1, mask_s3, mask_ne3;
+    uint32_t exact_k_s1, exact_k_s3, exact_v_s1, exact_v_s3;
+    uint32_t cells_s1, n_exact;
+    uint32_t at_q_mask, at_k_v, at_exact, at_cells_mean;
+    uint32_t n_kv, rows_per_split;
+    uint32_t n_q, heads, n_seq_kv;
+    float    scale, max_bias, softcap;
+    uint32_t flags;
+};
+
+static_assert(sizeof(attention_args) <= 128, "what every device has for push constants");
+
+enum attention_flags { HAS_MASK = 1, LOGITS_LACK_MEAN = 2 };
+
+struct merge_args {
+    uint32_t n_columns, n_splits, blocks;
+    uint32_t n_head, gqa;
+    uint32_t result_at, sinks_at, mean_at, mean_s;
+    uint32_t flags;
+};
+
+enum merge_flags { HAS_SINKS = 1, VALUES_LACK_MEAN = 2 };
+
+} // namespace
+
+// The pipeline of a shader with these specialization constants, compiled when it is first asked for.
+static vk_pipeline get_pipeline(ggml_backend_vk_context * ctx, const shader & s, size_t args_size,
+                                const std::vector<uint32_t> & constants) {
+    vk_device &                           device = ctx->device;
+    std::lock_guard<std::recursive_mutex> lock(device->mutex);
+    std::vector<uint32_t>                 key = constants;
+    key.push_back(s.id);
+    vk_pipeline & pipeline = device->pipeline_tbq[key];
+    if (!pipeline) {
+        vk_pipeline p         = std::make_shared<vk_pipeline_struct>();
+        p->name               = s.name;
+        p->parameter_count    = s.n_buffers;
+        p->push_constant_size = (uint32_t) args_size;
+        p->wg_denoms          = { 1, 1, 1 };
+        p->align              = 1;
+        p->initialized        = true;
+        ggml_vk_create_pipeline_func(device, p, s.code_size, s.code, "main", s.n_buffers, p->wg_denoms, constants,
+                                     false, false, 0);
+        pipeline = p;
+    }
+    return pipeline;
+}
+
+template <typename T>
+static void dispatch(ggml_backend_vk_context * ctx, vk_context & subctx, const shader & s,
+                     const std::vector<uint32_t> & constants, std::initializer_list<vk::DescriptorBufferInfo> buffers,
+                     const T & args, std::array<uint32_t, 3> workgroups) {
+    vk_pipeline pipeline = get_pipeline(ctx, s, sizeof(T), constants);
+    ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
+    ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, buffers, args, workgroups);
+}
+// A device takes at least 65535 workgroups in each dimension; most shaders put two of them together.
+static std::array<uint32_t, 3> in_two_dimensions(uint64_t n_workgroups) {
+    constexpr uint64_t MAX_X = 32768;
+    return { (uint32_t) std::min(n_workgroups, MAX_X), (uint32_t) ((n_workgroups + MAX_X - 1) / MAX_X), 1 };
+}
+
+// --- tensors ---------------------------------------------------------------------------------------------------------
+
+static bool is_cached(ggml_type type) {
+    return ggml_is_tbq(type) || type == GGML_TYPE_TBQ8_0;
+}
+
+// Bits of an index; 8 for tbq8_0.
+static uint32_t bits_of(ggml_type type) {
+    return type == GGML_TYPE_TBQ8_0 ? 8 : 2 + type - GGML_TYPE_TBQ2_0;
+}
+
+namespace {
+
+// A tensor as a shader finds it: a buffer that begins where the device allows, and the first element in it.
+struct place {
+    vk_subbuffer buffer;
+    uint32_t     at;
+
+    // unit: the bytes of what the shader counts
+    place(const ggml_backend_vk_context * ctx, const ggml_tensor * t, size_t unit)
+        : buffer(ggml_vk_tensor_subbuffer(ctx, t, true)) {
+        const uint32_t bytes = get_misalign_bytes(ctx, t);
+        GGML_ASSERT(bytes % unit == 0);
+        at = (uint32_t) (bytes / unit);
+    }
+};
+
+} // namespace
+
+// Whole blocks in a row, and places in 32 bits.
+static bool has_rows(const ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type) && ggml_nbytes(t) < UINT32_MAX;
+}
+
+// The shape in blocks, and the strides in units.
+static void fill_shape(uint32_t (&ne)[4], const ggml_tensor * t) {
+    ne[0] = (uint32_t) (t->ne[0] / TBQ_BLOCK);
+    for (int i = 1; i < 4; i++) {
+        ne[i] = (uint32_t) t->ne[i];
+    }
+}
+
+static void fill_strides(uint32_t (&s)[3], const ggml_tensor * t, size_t unit) {
+    for (int i = 0; i < 3; i++) {
+        s[i] = (uint32_t) (t->nb[i + 1] / unit);
+    }
+}
+
+static uint64_t n_blocks(const uint32_t (&ne)[4]) {
+    return (uint64_t) ne[0] * ne[1] * ne[2] * ne[3];
+}
+
+// Tensors of f16 in the backend's scratch memory, as its own kernels take them.
+namespace {
+
+struct scratch {
+    ggml_backend_vk_buffer_context context;
+    ggml_backend_buffer            buffer;
+    size_t                         used = 0;
+
+    // what it will hold altogether is `size`
+    scratch(ggml_backend_vk_context * ctx, vk_context & subctx, size_t size)
+        : context(ctx->device, reserve(ctx, subctx, size), ctx->name), buffer() {
+        buffer.context = &context;
+        buffer.size    = size;
+    }
+
+    ~scratch() { context.dev_buffer = nullptr; } // it stays the backend's
+
+    // of t's shape, contiguous
+    ggml_tensor tensor(const ggml_tensor * t) {
+        ggml_tensor f16 = *t;
+        f16.type        = GGML_TYPE_F16;
+        f16.buffer      = &buffer;
+        f16.data        = (char *) vk_ptr_base + used;
+        f16.view_src    = nullptr;
+        f16.view_offs   = 0;
+        f16.nb[0]       = sizeof(ggml_fp16_t);
+        for (int i = 1; i < GGML_MAX_DIMS; i++) {
+            f16.nb[i] = f16.nb[i - 1] * t->ne[i - 1];
+        }
+        used += bytes(t);
+        return f16;
+    }
+
+    static size_t bytes(const ggml_tensor * t) { return GGML_PAD(ggml_nelements(t) * sizeof(ggml_fp16_t), 256); }
+
+private:
+    static vk_buffer reserve(ggml_backend_vk_context * ctx, vk_context & subctx, size_t size) {
+        if (ctx->prealloc_size_x < size) {
+            ctx->prealloc_size_x = size;
+            ggml_vk_preallocate_buffers(ctx, subctx);
+        }
+        if (ctx->prealloc_x_need_sync) {
+            ggml_vk_sync_buffers(ctx, subctx);
+        }
+        return ctx->prealloc_x;
+    }
+};
+
+} // namespace
+
+// --- values to blocks ------------------------------------------------------------------------------------------------
+
+// Rows of values to rows of blocks of `type`, the type of dst or exact.
+static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * src, const ggml_tensor * dst,
+                   const ggml_tensor * set_rows, const ggml_tensor * mean, uint64_t skip_rows) {
+    const size_t  unit = ggml_type_size(src->type);
+    quantize_args a    = {};
+    fill_shape(a.ne, src);
+    fill_strides(a.from, src, unit);
+    fill_strides(a.to, dst, 2);
+    if (n_blocks(a.ne) == 0) {
+        return;
+    }
+    const place from(ctx, src, unit), to(ctx, dst, 2);
+    a.src_at = from.at;
+    a.dst_at = to.at + (uint32_t) skip_rows * a.to[0];
+
+    vk_subbuffer ids = from.buffer, means = from.buffer, weights = from.buffer, exact = from.buffer,
+                 slots = from.buffer;
+    if (mean) {
+        const place p(ctx, mean, sizeof(float));
+        means     = p.buffer;
+        a.mean_at = p.at;
+        a.flags |= HAS_MEAN;
+    }
+    if (set_rows) {
+        const ggml_tensor * t = set_rows->src[1];
+        const place         p(ctx, t, sizeof(int32_t));
+        ids      = p.buffer;
+        a.ids_at = p.at;
+        for (int i = 0; i < 3; i++) {
+            a.ids_s[i] = (uint32_t) (t->nb[i] / sizeof(int32_t));
+        }
+        a.ids_ne[0] = (uint32_t) t->ne[1];
+        a.ids_ne[1] = (uint32_t) t->ne[2];
+        a.flags |= HAS_IDS;
+        if (const ggml_tensor * w = set_rows->src[4]) {
+            const place q(ctx, w, sizeof(float));
+            weights     = q.buffer;
+            a.weight_at = q.at;
+            a.flags |= HAS_WEIGHTS;
+        }
+        if (const ggml_tensor * e = set_rows->src[5]) {
+            const place q(ctx, e, sizeof(int32_t)), r(ctx, set_rows->src[6], sizeof(int32_t));
+            exact      = q.buffer;
+            a.exact_at = q.at;
+            a.exact_s1 = (uint32_t) (e->nb[1] / sizeof(int32_t));
+            slots      = r.buffer;
+            a.slots_at = r.at + set_rows->op_params[0];
+            a.flags |= HAS_EXACT;
+        }
+    }
+    dispatch(ctx, subctx, quantize_shader, { bits_of(dst->type), src->type == GGML_TYPE_F16 },
+             { from.buffer, to.buffer, ids, means, weights, exact, slots }, a, in_two_dimensions(n_blocks(a.ne)));
+}
+
+// The backend orders operations by their sources and results.  Exact rows are both.
+static void await_exact_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * set_rows) {
+    const ggml_tensor * exact = set_rows->src[5];
+    auto &              read  = ctx->unsynced_nodes_read;
+    size_t              own   = 0; // of the list, at its end: the sources of this operation
+    for (const ggml_tensor * src : set_rows->src) {
+        own += src != nullptr;
+    }
+    const auto is_read = [&](const ggml_tensor * t) { return ggml_vk_tensors_overlap(t, exact, false); };
+    if (std::any_of(read.begin(), read.end() - std::min(own, read.size()), is_read)) {
+        ggml_vk_sync_buffers(ctx, subctx);
+        read.clear();
+        ctx->unsynced_nodes_written = { set_rows };
+        for (const ggml_tensor * src : set_rows->src) {
+            if (src) {
+                read.push_back(src);
+            }
+        }
+    }
+    ctx->unsynced_nodes_written.push_back(exact);
+}
+
+bool tbq_vk_depends(const ggml_tensor * later, const ggml_tensor * earlier) {
+    const auto root   = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
+    const auto writes = [&](const ggml_tensor * t) {
+        return t->op == GGML_OP_SET_ROWS && t->src[5] ? root(t->src[5]) : nullptr;
+    };
+    const auto touches = [&](const ggml_tensor * t, const ggml_tensor * what) {
+        if (!what || ggml_op_is_empty(t->op)) {
+            return false;
+        }
+        return root(t) == what || std::any_of(std::begin(t->src), std::end(t->src),
+                                              [&](const ggml_tensor * src) { return src && root(src) == what; });
+    };
+    return touches(later, writes(earlier)) || touches(earlier, writes(later));
+}
+
+static bool set_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    if (!ggml_is_tbq(dst->type)) {
+        return false;
+    }
+    if (dst->src[5]) {
+        await_exact_rows(ctx, subctx, dst);
+    }
+    encode(ctx, subctx, dst->src[0], dst, dst, dst->src[3], 0);
+    return true;
+}
+
+// Rows of blocks, then rows of values that become blocks, in each of dst's streams.
+static bool concat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    if (dst->type != GGML_TYPE_TBQ8_0) {
+        return false;
+    }
+    const ggml_tensor * before = dst->src[0];
+    const size_t        size   = before->ne[1] * before->nb[1];
+    vk_subbuffer        from   = ggml_vk_tensor_subbuffer(ctx, before, true);
+    vk_subbuffer        to     = ggml_vk_tensor_subbuffer(ctx, dst, true);
+    for (int64_t i = 0; i < dst->ne[2] && size > 0; i++) {
+        ggml_vk_buffer_copy_async(subctx, to.buffer, to.offset + get_misalign_bytes(ctx, dst) + i * dst->nb[2],
+                                  from.buffer, from.offset + get_misalign_bytes(ctx, before) + i * before->nb[2], size);
+    }
+    encode(ctx, subctx, dst->src[1], dst, nullptr, dst->src[2], before->ne[1]);
+    return true;
+}
+
+// --- blocks to values ------------------------------------------------------------------------------------------------
+
+// Rows of blocks to rows of values.  rows: a list of rows as `flag` says; mean: of dst's dimension 2.
+static void decode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * src, const ggml_tensor * dst,
+                   uint32_t flag = 0, const ggml_tensor * rows = nullptr, const ggml_tensor * mean = nullptr) {
+    const size_t    four = 4 * ggml_type_size(dst->type);
+    dequantize_args a    = {};
+    fill_shape(a.ne, flag == WRITES_LISTED ? src : dst);
+    fill_strides(a.from, src, 2);
+    fill_strides(a.to, dst, four);
+    if (n_blocks(a.ne) == 0) {
+        return;
+    }
+    const place from(ctx, src, 2), to(ctx, dst, four);
+    a.src_at = from.at;
+    a.dst_at = to.at;
+    a.flags  = flag;
+
+    vk_subbuffer list = from.buffer, means = from.buffer;
+    if (rows) {
+        const place p(ctx, rows, sizeof(int32_t));
+        list      = p.buffer;
+        a.rows_at = p.at;
+        for (int i = 0; i < 3; i++) {
+            a.rows_s[i] = (uint32_t) (rows->nb[i] / sizeof(int32_t));
+        }
+        if (flag == WRITES_LISTED) { // [cells, streams]
+            a.rows_s[2] = a.rows_s[1];
+        }
+    }
+    if (mean) {
+        const place p(ctx, mean, sizeof(float));
+        means     = p.buffer;
+        a.mean_at = p.at;
+        a.mean_s2 = (uint32_t) mean->ne[0];
+        a.flags |= ADDS_MEAN;
+    }
+    dispatch(ctx, subctx, dequantize_shader, { bits_of(src->type), dst->type == GGML_TYPE_F16 },
+             { from.buffer, to.buffer, list, means }, a, in_two_dimensions((n_blocks(a.ne) + 15) / 16));
+}
+
+static bool cpy(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[0];
+    if (is_cached(src->type) && dst->type == GGML_TYPE_F32) {
+        decode(ctx, subctx, src, dst);
+        return true;
+    }
+    if (!is_cached(src->type) && is_cached(dst->type)) {
+        encode(ctx, subctx, src, dst, nullptr, nullptr, 0);
+        return true;
+    }
+    return false;
+}
+
+static bool get_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    if (!is_cached(dst->src[0]->type)) {
+        return false;
+    }
+    decode(ctx, subctx, dst->src[0], dst, READS_LISTED, dst->src[1]);
+    return true;
+}
+
+// --- operations of the backend on converted tensors ------------------------------------------------------------------
+
+static bool mul_mat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
+    ggml_tensor * node = graph->nodes[i];
+    ggml_tensor * w    = node->src[0];
+    if (!ggml_is_tbq(w->type)) {
+        return false;
+    }
+    scratch     memory(ctx, subctx, scratch::bytes(w));
+    ggml_tensor f16 = memory.tensor(w);
+    decode(ctx, subctx, w, &f16);
+    ggml_vk_sync_buffers(ctx, subctx);
+    // in place, because a sum that the backend computes with it names this node
+    node->src[0] = &f16;
+    if (node->op == GGML_OP_MUL_MAT) {
+        ggml_vk_mul_mat(ctx, subctx, graph, i);
+    } else {
+        ggml_vk_mul_mat_id(ctx, subctx, graph, i);
+    }
+    node->src[0]              = w;
+    ctx->prealloc_x_need_sync = true;
+    return true;
+}
+
+// The values are the first channels of the keys (MLA).
+static bool values_in_keys(const ggml_tensor * dst) {
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    return v->view_src && (v->view_src == k || (v->view_src == k->view_src && v->view_offs == k->view_offs)) &&
+           v->type == k->type && v->nb[1] == k->nb[1] && v->nb[2] == k->nb[2] && v->nb[3] == k->nb[3];
+}
+
+// K or V as f16, with its exact rows at their cells, and with the mean that its rows lack.
+static ggml_tensor to_f16(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst, int side,
+                          scratch & memory) {
+    const ggml_tensor * t    = dst->src[side];
+    const ggml_tensor * mean = side == 1 || tbq_ggml_flash_attn_ext_center_values(dst) ? dst->src[8] : nullptr;
+    ggml_tensor         f16  = memory.tensor(t);
+    decode(ctx, subctx, t, &f16, 0, nullptr, mean);
+    if (const ggml_tensor * exact = dst->src[side + 4]) {
+        ggml_vk_sync_buffers(ctx, subctx);
+        decode(ctx, subctx, exact, &f16, WRITES_LISTED, dst->src[7], mean);
+    }
+    return f16;
+}
+
+// --- attention from packed rows --------------------------------------------------------------------------------------
+
+namespace {
+
+// How the shader is specialized for a node, and how the work is split.
+struct attention_shape {
+    enum { ROWS = 32, THREADS = 128 }; // of the shader
+
+    uint32_t blocks_k, blocks_v;
+    uint32_t columns, columns4, groups; // of a KV head; of a workgroup, divided by four; groups of so many
+    bool     exact;
+
+    explicit attention_shape(const ggml_tensor * dst)
+        : blocks_k(dst->src[1]->ne[0] / TBQ_BLOCK), blocks_v(dst->src[2]->ne[0] / TBQ_BLOCK),
+          columns(dst->src[0]->ne[1] * (dst->src[0]->ne[2] / dst->src[1]->ne[2])), exact(dst->src[7]) {
+        set_columns4(columns > 4 ? 2 : 1);
+    }
+
+    void set_columns4(uint32_t n) {
+        columns4 = n;
+        groups   = (columns + 4 * n - 1) / (4 * n);
+    }
+
+    // bytes of the shader's shared variables
+    size_t shared_memory(const ggml_tensor * dst) const {
+        const uint32_t words_k = exact ? 16 : 2 * bits_of(dst->src[1]->type);
+        const uint32_t words_v = exact ? 16 : 2 * bits_of(dst->src[2]->type);
+        return 4 * (2 * 16 + blocks_k * 64 * columns4 * 4 + ROWS * (blocks_k * words_k + 1) +
+                    ROWS * (blocks_v * words_v + 1) + ROWS * (blocks_k + blocks_v) +
+                    (THREADS + 2 * ROWS + 3) * columns4 * 4);
+    }
+};
+
+} // namespace
+
+// More columns than this are a prompt: converting the cache once takes less work than unpacking it for every eight.
+#define TBQ_VK_MAX_COLUMNS 32
+
+// Whether the shader can compute a node that the backend supports.
+static bool packed_supported(const vk_device & device, const ggml_tensor * dst, attention_shape & shape) {
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    if (q->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || (dst->src[4] && dst->src[4]->type != GGML_TYPE_F32)) {
+        return false;
+    }
+    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || !has_rows(k) || !has_rows(v) ||
+        v->ne[0] > 64 * attention_shape::THREADS / 8 || q->nb[0] != sizeof(float) || !ggml_is_contiguous(dst) ||
+        q->ne[2] % k->ne[2] != 0 || q->ne[2] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
+        q->ne[3] % k->ne[3] != 0 || q->ne[3] > 65535 || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
+        return false;
+    }
+    for (int side = 1; side <= 2; side++) { // the slots of heads follow each other
+        const ggml_tensor * e = dst->src[side + 4];
+        if (e && e->nb[2] != e->ne[0] / TBQ_BLOCK * sizeof(block_tbq8_0)) {
+            return false;
+        }
+    }
+    if (shape.shared_memory(dst) > device->properties.limits.maxComputeSharedMemorySize) {
+        shape.set_columns4(1);
+    }
+    return shape.groups * k->ne[2] <= 65535 &&
+           shape.shared_memory(dst) <= device->properties.limits.maxComputeSharedMemorySize;
+}
+
+// Two places in a word.
+static uint32_t pack_places(uint32_t a, uint32_t b) {
+    return a | b << 16;
+}
+
+static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+    const ggml_tensor * cells = dst->src[7];
+    const ggml_tensor * mean  = dst->src[8];
+
+    attention_shape shape(dst);
+    if (!packed_supported(ctx->device, dst, shape)) {
+        return false;
+    }
+    const auto  optional = [&](const ggml_tensor * t, size_t unit) { return place(ctx, t ? t : q, unit); };
+    const place at_q(ctx, q, sizeof(float)), at_k(ctx, k, 2), at_v(ctx, v, 2),
+        at_mask = optional(mask, 2), at_exact_k = optional(dst->src[5], 2), at_exact_v = optional(dst->src[6], 2),
+        at_cells = optional(cells, sizeof(int32_t)), at_mean = optional(mean, sizeof(float));
+    for (const place * p : { &at_q, &at_k, &at_v, &at_mask, &at_exact_k, &at_exact_v, &at_cells, &at_mean }) {
+        if (p->at > 0xFFFF) {
+            return false;
+        }
+    }
+
+    attention_args a = {};
+    fill_strides(a.q_s, q, sizeof(float));
+    fill_strides(a.k_s, k, 2);
+    fill_strides(a.v_s, v, 2);
+    a.mask_ne3 = 1;
+    if (mask) {
+        a.mask_s1  = (uint32_t) (mask->nb[1] / sizeof(ggml_fp16_t));
+        a.mask_s3  = (uint32_t) (mask->nb[3] / sizeof(ggml_fp16_t));
+        a.mask_ne3 = (uint32_t) mask->ne[3];
+        a.flags |= HAS_MASK;
+    }
+    a.n_kv = (uint32_t) k->ne[1];
+    if (cells) {
+        a.exact_k_s1 = (uint32_t) (dst->src[5]->nb[1] / 2);
+        a.exact_k_s3 = (uint32_t) (dst->src[5]->nb[3] / 2);
+        a.exact_v_s1 = (uint32_t) (dst->src[6]->nb[1] / 2);
+        a.exact_v_s3 = (uint32_t) (dst->src[6]->nb[3] / 2);
+        a.cells_s1   = (uint32_t) cells->ne[0];
+        a.n_exact    = a.cells_s1 - (a.n_kv + 31) / 32;
+    }
+    if (mean) {
+        a.flags |= LOGITS_LACK_MEAN;
+    }
+    a.at_q_mask     = pack_places(at_q.at, mask ? at_mask.at : 0);
+    a.at_k_v        = pack_places(at_k.at, at_v.at);
+    a.at_exact      = pack_places(at_exact_k.at, at_exact_v.at);
+    a.at_cells_mean = pack_places(at_cells.at, at_mean.at);
+    a.n_q           = (uint32_t) q->ne[1];
+    a.heads         = (uint32_t) (q->ne[2] | k->ne[2] << 16);
+    a.n_seq_kv      = (uint32_t) k->ne[3];
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    if (a.softcap != 0.0f) {
+        a.scale /= a.softcap;
+    }
+
+    // Four workgroups for each core of the device, as far as there are rows for them.
+    constexpr uint32_t ROWS  = attention_shape::ROWS;
+    const uint32_t     cores = ctx->device->shader_core_count ? ctx->device->shader_core_count : 16;
+    const uint32_t     heads = shape.groups * (uint32_t) (k->ne[2] * q->ne[3]);
+    const uint32_t     most  = (a.n_kv + 2 * ROWS - 1) / (2 * ROWS);
+    uint32_t           n     = std::min(std::max(4 * cores / heads, 1u), most);
+    a.rows_per_split         = GGML_PAD((a.n_kv + n - 1) / n, ROWS);
+    n                        = (a.n_kv + a.rows_per_split - 1) / a.rows_per_split;
+
+    const uint64_t n_columns = (uint64_t) ggml_nrows(dst);
+    const size_t   size      = n_columns * n * (v->ne[0] + 2) * sizeof(float);
+    if (size > ctx->device->properties.limits.maxStorageBufferRange) {
+        return false;
+    }
+    if (ctx->prealloc_size_split_k < size) {
+        ctx->prealloc_size_split_k = size;
+        ggml_vk_preallocate_buffers(ctx, subctx);
+    }
+    if (ctx->prealloc_split_k_need_sync) {
+        ggml_vk_sync_buffers(ctx, subctx);
+    }
+    const vk_subbuffer partial = { ctx->prealloc_split_k, 0, size };
+    dispatch(ctx, subctx, attention_shader,
+             { bits_of(k->type), bits_of(v->type), shape.blocks_k, shape.blocks_v, shape.columns4, shape.exact },
+             { at_q.buffer, at_k.buffer, at_v.buffer, at_mask.buffer, partial, at_exact_k.buffer, at_exact_v.buffer,
+               at_cells.buffer, at_mean.buffer },
+             a, { n, shape.groups * (uint32_t) k->ne[2], (uint32_t) q->ne[3] });
+    ggml_vk_sync_buffers(ctx, subctx);
+
+    const place to(ctx, dst, sizeof(float)), at_sinks = optional(sinks, sizeof(float));
+    merge_args  m = {};
+    m.n_columns   = (uint32_t) n_columns;
+    m.n_splits    = n;
+    m.blocks      = shape.blocks_v;
+    m.n_head      = (uint32_t) q->ne[2];
+    m.gqa         = (uint32_t) (q->ne[2] / k->ne[2]);
+    m.result_at   = to.at;
+    m.sinks_at    = at_sinks.at;
+    m.mean_at     = at_mean.at;
+    m.mean_s      = (uint32_t) k->ne[0];
+    m.flags       = (sinks ? HAS_SINKS : 0) | (tbq_ggml_flash_attn_ext_center_values(dst) ? VALUES_LACK_MEAN : 0);
+    dispatch(ctx, subctx, merge_shader, {}, { partial, to.buffer, at_sinks.buffer, at_mean.buffer }, m,
+             in_two_dimensions(n_columns * shape.blocks_v));
+    ctx->prealloc_split_k_need_sync = true;
+    return true;
+}
+
+// Whether K and V as f16 are not too large for the device, and the backend has a kernel for them.
+static bool conversion_fits(const vk_device & device, const ggml_tensor * dst) {
+    size_t all = 0;
+    for (int side = 1; side <= 2; side++) {
+        if (ggml_is_tbq(dst->src[side]->type)) {
+            const size_t size = scratch::bytes(dst->src[side]);
+            if (size > device->properties.limits.maxStorageBufferRange) {
+                return false;
+            }
+            all += size;
+        }
+    }
+    return all <= device->max_buffer_size && (device->coopmat2 || (device->subgroup_shuffle && device->subgroup_vote));
+}
+
+// --- all of attention ------------------------------------------------------------------------------------------------
+
+// A few columns are computed from packed rows. Otherwise K and V are converted to f16 for the backend's own kernel.
+static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * dst) {
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const bool          tbq_k = ggml_is_tbq(k->type), tbq_v = ggml_is_tbq(v->type);
+    if (!tbq_k && !tbq_v) {
+        return false;
+    }
+    if ((attention_shape(dst).columns <= TBQ_VK_MAX_COLUMNS || !conversion_fits(ctx->device, dst)) &&
+        attention_packed(ctx, subctx, dst)) {
+        return true;
+    }
+    const bool  v_in_k = values_in_keys(dst);
+    scratch     memory(ctx, subctx, (tbq_k ? scratch::bytes(k) : 0) + (tbq_v && !v_in_k ? scratch::bytes(v) : 0));
+    ggml_tensor k_f16, v_f16;
+    if (tbq_k) {
+        k_f16 = to_f16(ctx, subctx, dst, 1, memory);
+        k     = &k_f16;
+    }
+    if (v_in_k) {
+        v_f16       = k_f16;
+        v_f16.ne[0] = v->ne[0];
+        v           = &v_f16;
+    } else if (tbq_v) {
+        v_f16 = to_f16(ctx, subctx, dst, 2, memory);
+        v     = &v_f16;
+    }
+    ggml_vk_sync_buffers(ctx, subctx);
+    ggml_vk_flash_attn(ctx, subctx, dst->src[0], k, v, dst->src[3], dst->src[4], dst);
+    ctx->prealloc_x_need_sync = true;
+    return true;
+}
+
+// --- what the backend asks for, and what it promises -----------------------------------------------------------------
+
+bool tbq_vk_compute(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
+    ggml_tensor * dst = graph->nodes[i];
+    switch (dst->op) {
+        case GGML_OP_SET_ROWS: return set_rows(ctx, subctx, dst);
+        case GGML_OP_CONCAT: return concat(ctx, subctx, dst);
+        case GGML_OP_CPY: return cpy(ctx, subctx, dst);
+        case GGML_OP_GET_ROWS: return get_rows(ctx, subctx, dst);
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID: return mul_mat(ctx, subctx, graph, i);
+        case GGML_OP_FLASH_ATTN_EXT: return flash_attn_ext(ctx, subctx, dst);
+        default: return false;
+    }
+}
+
+// A contiguous f16 tensor of this shape, for a question only.
+static ggml_tensor as_f16(const ggml_tensor * t) {
+    ggml_tensor f16 = *t;
+    f16.type        = GGML_TYPE_F16;
+    f16.view_src    = nullptr;
+    f16.view_offs   = 0;
+    f16.nb[0]       = sizeof(ggml_fp16_t);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) {
+        f16.nb[i] = f16.nb[i - 1] * t->ne[i - 1];
+    }
+    return f16;
+}
+
+// The backend's own kernel can do it with f16.
+static bool mul_mat_supported(ggml_backend_dev_t dev, const ggml_tensor * op) {
+    const ggml_tensor * w = op->src[0];
+    if (!ggml_is_tbq(w->type) || !has_rows(w) || op->src[1]->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32) {
+        return false;
+    }
+    ggml_tensor f16 = as_f16(w), converted = *op;
+    converted.src[0] = &f16;
+    return ggml_backend_dev_supports_op(dev, &converted);
+}
+
+// Exact rows are as tbq_ggml_flash_attn_ext_exact() makes them, if there are any.
+static bool attention_exact_supported(const ggml_tensor * op) {
+    const ggml_tensor * cells = op->src[7];
+    if (!cells) {
+        return !op->src[5] && !op->src[6];
+    }
+    const int64_t n_exact = cells->ne[0] - (op->src[1]->ne[1] + 31) / 32;
+    for (int side = 1; side <= 2; side++) {
+        const ggml_tensor * t = op->src[side];
+        const ggml_tensor * e = op->src[side + 4];
+        if (ggml_is_tbq(t->type) != (e != nullptr)) {
+            return false;
+        }
+        if (e && (e->type != GGML_TYPE_TBQ8_0 || !has_rows(e) || e->ne[0] != t->ne[0] || e->ne[1] != n_exact ||
+                  e->ne[2] != t->ne[2] || e->ne[3] != t->ne[3])) {
+            return false;
+        }
+    }
+    return n_exact > 0 && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
+           cells->ne[1] >= op->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
+}
+
+// The same for the mean of centered keys (tbq_ggml_flash_attn_ext_center()).
+static bool attention_center_supported(const ggml_tensor * op) {
+    const ggml_tensor * k    = op->src[1];
+    const ggml_tensor * mean = op->src[8];
+    return !mean || (ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
+                     mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2] &&
+                     (!tbq_ggml_flash_attn_ext_center_values(op) || op->src[2]->type == k->type));
+}
+
+static bool flash_attn_ext_supported(ggml_backend_dev_t dev, const vk_device & device, const ggml_tensor * op) {
+    if (!ggml_is_tbq(op->src[1]->type) && !ggml_is_tbq(op->src[2]->type)) {
+        return false;
+    }
+    if (!attention_exact_supported(op) || !attention_center_supported(op)) {
+        return false;
+    }
+    attention_shape shape(op);
+    if (packed_supported(device, op, shape)) {
+        return true;
+    }
+    ggml_tensor f16[2], converted = *op;
+    for (int side = 1; side <= 2; side++) {
+        const ggml_tensor * t = op->src[side];
+        if (ggml_is_tbq(t->type)) {
+            if (!has_rows(t)) {
+                return false;
+            }
+            f16[side - 1]       = as_f16(t);
+            converted.src[side] = &f16[side - 1];
+        }
+    }
+    converted.src[5] = converted.src[6] = converted.src[7] = converted.src[8] = nullptr;
+    return conversion_fits(device, op) && ggml_backend_dev_supports_op(dev, &converted);
+}
+
+static bool set_rows_supported(const ggml_tensor * op) {
+    const ggml_tensor * src   = op->src[0];
+    const ggml_tensor * ids   = op->src[1];
+    const ggml_tensor * exact = op->src[5];
+    const ggml_tensor * slots = op->src[6];
+    if (!ggml_is_tbq(op->type) || !has_rows(op) || !has_rows(src) ||
+        (src->type != GGML_TYPE_F32 && src->type != GGML_TYPE_F16) ||
+        (ids->type != GGML_TYPE_I32 && ids->type != GGML_TYPE_I64) || !exact != !slots) {
+        return false;
+    }
+    return !exact || (exact->type == GGML_TYPE_TBQ8_0 && exact->ne[0] == src->ne[0] && has_rows(exact) &&
+                      slots->type == GGML_TYPE_I32 && ggml_is_contiguous(slots) && op->op_params[0] >= 0 &&
+                      op->op_params[0] + ggml_nrows(src) <= ggml_nelements(slots));
+}
+
+// Four values are written at once.
+static bool is_aligned(const ggml_tensor * t) {
+    return (t->nb[1] | t->nb[2] | t->nb[3] | t->view_offs) % (4 * sizeof(float)) == 0;
+}
+
+bool tbq_vk_supports_op(ggml_backend_dev_t dev, const vk_device & device, const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_SET_ROWS: return set_rows_supported(op);
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID: return mul_mat_supported(dev, op);
+        case GGML_OP_FLASH_ATTN_EXT: return flash_attn_ext_supported(dev, device, op);
+        case GGML_OP_GET_ROWS:
+            return is_cached(a->type) && has_rows(a) && b->type == GGML_TYPE_I32 && op->type == GGML_TYPE_F32 &&
+                   is_aligned(op);
+        case GGML_OP_CONCAT:
+            return op->type == GGML_TYPE_TBQ8_0 && op->op_params[0] == 1 && a->type == GGML_TYPE_TBQ8_0 &&
+                   b->type == GGML_TYPE_F32 && a->ne[0] == b->ne[0] && has_rows(op) && has_rows(a) && has_rows(b) &&
+                   ggml_is_contiguous_rows(a) && a->nb[1] == op->nb[1] && op->ne[3] == 1;
+        case GGML_OP_CPY: // b is where it goes
+            return ((is_cached(a->type) && b->type == GGML_TYPE_F32 && is_aligned(b)) ||
+                    ((a->type == GGML_TYPE_F32 || a->type == GGML_TYPE_F16) && is_cached(b->type))) &&
+                   ggml_are_same_shape(a, b) && has_rows(a) && has_rows(b);
+        default: return false;
+    }
+}
