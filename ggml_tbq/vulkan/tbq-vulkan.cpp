@@ -176,6 +176,19 @@ static uint64_t n_blocks(const uint32_t (&ne)[4]) {
     return (uint64_t) ne[0] * ne[1] * ne[2] * ne[3];
 }
 
+// A contiguous f16 tensor of this shape, which lies nowhere.
+static ggml_tensor as_f16(const ggml_tensor * t) {
+    ggml_tensor f16 = *t;
+    f16.type        = GGML_TYPE_F16;
+    f16.view_src    = nullptr;
+    f16.view_offs   = 0;
+    f16.nb[0]       = sizeof(ggml_fp16_t);
+    for (int i = 1; i < GGML_MAX_DIMS; i++) {
+        f16.nb[i] = f16.nb[i - 1] * t->ne[i - 1];
+    }
+    return f16;
+}
+
 // Tensors of f16 in the backend's scratch memory, as its own kernels take them.
 namespace {
 
@@ -195,16 +208,9 @@ struct scratch {
 
     // of t's shape, contiguous
     ggml_tensor tensor(const ggml_tensor * t) {
-        ggml_tensor f16 = *t;
-        f16.type        = GGML_TYPE_F16;
+        ggml_tensor f16 = as_f16(t);
         f16.buffer      = &buffer;
         f16.data        = (char *) vk_ptr_base + used;
-        f16.view_src    = nullptr;
-        f16.view_offs   = 0;
-        f16.nb[0]       = sizeof(ggml_fp16_t);
-        for (int i = 1; i < GGML_MAX_DIMS; i++) {
-            f16.nb[i] = f16.nb[i - 1] * t->ne[i - 1];
-        }
         used += bytes(t);
         return f16;
     }
@@ -697,19 +703,6 @@ bool tbq_vk_compute(ggml_backend_vk_context * ctx, vk_context & subctx, const gg
         case GGML_OP_FLASH_ATTN_EXT: return flash_attn_ext(ctx, subctx, dst);
         default: return false;
     }
-}
-
-// A contiguous f16 tensor of this shape, for a question only.
-static ggml_tensor as_f16(const ggml_tensor * t) {
-    ggml_tensor f16 = *t;
-    f16.type        = GGML_TYPE_F16;
-    f16.view_src    = nullptr;
-    f16.view_offs   = 0;
-    f16.nb[0]       = sizeof(ggml_fp16_t);
-    for (int i = 1; i < GGML_MAX_DIMS; i++) {
-        f16.nb[i] = f16.nb[i - 1] * t->ne[i - 1];
-    }
-    return f16;
 }
 
 // The backend's own kernel can do it with f16.
