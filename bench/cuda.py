@@ -80,7 +80,7 @@ def measure(bin, model, path, table, args):
             unified, found = batch.endswith("u"), {}
             n, length = map(int, batch.rstrip("u").split("x"))
             for pair in table.pairs:
-                size = n * (length + 64)
+                size = n * (length + max(64, args.tokens))
                 more = ["-c", size, "-npp", length, "-ntg", args.tokens, "-npl", n, "-fa", "on", *["-kvu"] * unified]
                 for each in run(
                     [bin / "llama-batched-bench", *common, *types(pair), *more, "--output-format", "jsonl"]

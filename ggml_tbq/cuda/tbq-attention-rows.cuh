@@ -95,7 +95,7 @@ static inline bool tbq_attention_rows_can(const tbq_attention_args & a, int d, i
            (!a.mask || (((size_t) a.mask | a.mask_nb1 | a.mask_nb3) % 16 == 0 && a.n_kv % 8 == 0));
 }
 
-// Whether the kernel below is the faster one: the tokens of all sequences from which it lost nothing on an H200, with
+// Whether the kernel below is the faster one: the tokens of all sequences from which it lost at most 1 % on an H200, with
 // exact rows (docs/measurements/cuda.md).  What was not timed has the number of a shape that is harder for it.
 static inline bool tbq_attention_rows_faster(const tbq_attention_args & a, int d, int bits_k, int bits_v) {
     // Fewer bits take as long to unpack for fewer bytes, but two take less than three.

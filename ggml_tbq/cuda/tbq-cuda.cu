@@ -671,7 +671,8 @@ static bool decode_supported(int device, const ggml_tensor * dst) {
     // limits of a grid
     return (n_columns(dst) + 7) / 8 * k->ne[2] <= 65535 &&
            (n_columns(dst) <= TBQ_ATTENTION_MAX_COLUMNS || only_native(dst) ||
-            (has_prompt_kernels(device) && !prompt_faster(dst)));
+            (ggml_is_tbq(k->type) && ggml_is_tbq(dst->src[2]->type) && has_prompt_kernels(device) &&
+             !prompt_faster(dst)));
 }
 
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {

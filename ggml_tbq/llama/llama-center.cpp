@@ -274,18 +274,22 @@ llama_kv_shift llama_kv_center_layer::shift(llm_graph_result * res, const std::v
             return inp->shift;
         }
     }
-    auto inp     = std::make_unique<llama_kv_shift_input>();
-    inp->v_cells = &v_cells;
+    auto inp      = std::make_unique<llama_kv_shift_input>();
+    inp->v_cells  = &v_cells;
+    int32_t spare = 0; // an empty cell
     for (size_t s = 0, first = 0; s < v_cells.size(); first += v_cells[s++].size()) {
         for (uint32_t i = 0; i < v_cells[s].size(); ++i) {
-            if (!v_cells[s].is_empty(i) && v_cells[s].get_shift(i) != 0) {
+            if (v_cells[s].is_empty(i)) {
+                spare = (int32_t) (first + i);
+            } else if (v_cells[s].get_shift(i) != 0) {
                 inp->rows.push_back((int32_t) (first + i));
                 inp->by.push_back(v_cells[s].get_shift(i));
             }
         }
     }
-    if (inp->rows.empty()) { // all that moved was removed since: a tensor needs a row, and an empty graph is not run
-        inp->rows = inp->by = { 0 };
+    if (inp->rows.empty()) { // all that moved was removed since, and left empty cells: a tensor needs a row
+        inp->rows = { spare };
+        inp->by   = { 0 };
     }
     inp->shift = { ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->by.size()),
                    ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) inp->rows.size()) };

@@ -499,6 +499,11 @@ struct attention_shape {
 // More columns than this are a prompt: converting the cache once takes less work than unpacking it for every eight.
 #define TBQ_VK_MAX_COLUMNS 32
 
+// Sums of each column of one range of the cache: values, the maximum and the sum of weights.
+static uint64_t partial_bytes(const ggml_tensor * dst) {
+    return (uint64_t) ggml_nrows(dst) * (dst->src[2]->ne[0] + 2) * sizeof(float);
+}
+
 // Whether the shader can compute a node that the backend supports.
 static bool packed_supported(const vk_device & device, const ggml_tensor * dst, attention_shape & shape) {
     const ggml_tensor * q    = dst->src[0];
@@ -519,6 +524,10 @@ static bool packed_supported(const vk_device & device, const ggml_tensor * dst, 
         if (e && e->nb[2] != e->ne[0] / TBQ_BLOCK * sizeof(block_tbq8_0)) {
             return false;
         }
+    }
+    // results of the ranges of a cache, of which there may be one
+    if (k->ne[1] == 0 || partial_bytes(dst) > device->properties.limits.maxStorageBufferRange) {
+        return false;
     }
     if (shape.shared_memory(dst) > device->properties.limits.maxComputeSharedMemorySize) {
         shape.set_columns4(1);
@@ -596,16 +605,14 @@ static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx,
     constexpr uint32_t ROWS  = attention_shape::ROWS;
     const uint32_t     cores = ctx->device->shader_core_count ? ctx->device->shader_core_count : 16;
     const uint32_t     heads = shape.groups * (uint32_t) (k->ne[2] * q->ne[3]);
-    const uint32_t     most  = (a.n_kv + 2 * ROWS - 1) / (2 * ROWS);
+    const uint64_t     fit   = ctx->device->properties.limits.maxStorageBufferRange / partial_bytes(dst);
+    const uint32_t     most  = (uint32_t) std::min<uint64_t>((a.n_kv + 2 * ROWS - 1) / (2 * ROWS), fit);
     uint32_t           n     = std::min(std::max(4 * cores / heads, 1u), most);
     a.rows_per_split         = GGML_PAD((a.n_kv + n - 1) / n, ROWS);
     n                        = (a.n_kv + a.rows_per_split - 1) / a.rows_per_split;
 
     const uint64_t n_columns = (uint64_t) ggml_nrows(dst);
-    const size_t   size      = n_columns * n * (v->ne[0] + 2) * sizeof(float);
-    if (size > ctx->device->properties.limits.maxStorageBufferRange) {
-        return false;
-    }
+    const size_t   size      = n * partial_bytes(dst);
     if (ctx->prealloc_size_split_k < size) {
         ctx->prealloc_size_split_k = size;
         ggml_vk_preallocate_buffers(ctx, subctx);
@@ -668,6 +675,9 @@ static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, g
         attention_packed(ctx, subctx, dst)) {
         return true;
     }
+    GGML_ASSERT(conversion_fits(ctx->device, dst));
+    // The backend's attention has a use of the same memory, for quantized types and on Intel's Xe, but not for f16 rows
+    // that follow each other.
     const bool  v_in_k = values_in_keys(dst);
     scratch     memory(ctx, subctx, (tbq_k ? scratch::bytes(k) : 0) + (tbq_v && !v_in_k ? scratch::bytes(v) : 0));
     ggml_tensor k_f16, v_f16;
