@@ -25,20 +25,19 @@ def run(*command, **options):
     return done.stdout
 
 
-def has_headers():
-    code = "#include <vulkan/vulkan.hpp>\n#include <spirv/unified1/spirv.hpp>\n"
-    command = [os.environ.get("CXX", "c++"), "-E", "-x", "c++", "-"]
-    return subprocess.run(command, input=code, capture_output=True, text=True).returncode == 0
-
-
 @pytest.fixture(scope="session")
 def programs():
     """blocks and test-backend-ops: those in $TBQ_VULKAN_BIN, or built in a folder that stays, because the backend's own
     shaders take minutes."""
     folder = Path(os.environ.get("TBQ_VULKAN_BIN") or BUILD / "build" / "bin")
     if "TBQ_VULKAN_BIN" not in os.environ:
-        if not shutil.which("glslc") or not has_headers():
-            pytest.skip("no glslc or headers (Debian: apt install glslc libvulkan-dev spirv-headers)")
+        sys.path.insert(0, str(ROOT / "tools"))
+        import install
+
+        try:
+            install.check_vulkan()
+        except install.Failure as why:
+            pytest.skip(str(why))
         tree = BUILD / "llama.cpp"
         run(sys.executable, ROOT / "tools" / "patch_series.py", "prepare", tree, cwd=ROOT)
         run("cmake", "-S", ROOT / "tests" / "vulkan", "-B", BUILD / "build", f"-DLLAMA_CPP={tree}")
