@@ -6,7 +6,8 @@ BIN: the folder with llama-bench and llama-batched-bench of a build with CUDA.  
 of random Q8_0 weights into a temporary folder (7.7 GB), but not the package.
 
 Each row is a measurement with an f16 cache and with others, one after the other on the same GPU, in tokens per second;
-behind the others, in relation to f16.
+behind the others, in relation to f16.  An empty cell is a program that failed, for example for lack of memory; the
+status is then 1.
 """
 
 import argparse
@@ -29,10 +30,11 @@ MODELS = {
 BATCHES = "8x8192,32x8192,64x8192,8x32768,8x8192u,32x8192u"
 
 
-def run(command):
+def run(command, failed):
     """The lines of JSON that a program prints; none if it fails, and then its last words on stderr."""
     done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
     if done.returncode:
+        failed.append(command)
         print(f"{command[0].name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr, flush=True)
         return []
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -47,7 +49,7 @@ class Table:
     """Rows are printed as soon as they are complete."""
 
     def __init__(self, pairs):
-        self.pairs = pairs
+        self.pairs, self.failed = pairs, []
         print(f"| model | what | {' | '.join(pairs)} |\n|{'---|' * (2 + len(pairs))}", flush=True)
 
     def add(self, model, what, found):
@@ -70,7 +72,7 @@ def measure(bin, model, path, table, args):
             tests = ["-p", 2048 if "prompt" in args.only else 0, "-n", args.tokens if "decode" in args.only else 0]
             if tests[1] or tests[3]:
                 more = ["-d", depth, "-r", args.repeat, "-fa", 1, "-o", "jsonl"]
-                for each in run([bin / "llama-bench", *common, *types(pair), *tests, *more]):
+                for each in run([bin / "llama-bench", *common, *types(pair), *tests, *more], table.failed):
                     found["pp" if each["n_prompt"] else "tg"][pair] = each["avg_ts"], each["stddev_ts"]
         for what in ("tg", "pp"):
             if found[what]:
@@ -82,9 +84,8 @@ def measure(bin, model, path, table, args):
             for pair in table.pairs:
                 size = n * (length + max(64, args.tokens))
                 more = ["-c", size, "-npp", length, "-ntg", args.tokens, "-npl", n, "-fa", "on", *["-kvu"] * unified]
-                for each in run(
-                    [bin / "llama-batched-bench", *common, *types(pair), *more, "--output-format", "jsonl"]
-                ):
+                more += ["--output-format", "jsonl"]
+                for each in run([bin / "llama-batched-bench", *common, *types(pair), *more], table.failed):
                     found[pair] = each["speed_tg"], 0
             table.add(model, f"decode, {n} x {length}{', one cache' * unified}", found)
 
@@ -115,7 +116,8 @@ def main():
             measure(args.bin, model, path, table, args)
             if not args.folder:
                 os.unlink(path)
+    return bool(table.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -176,6 +176,11 @@ def test_speed_table(bin_dir, tmp_path):
     out = run(sys.executable, ROOT / "bench" / "cuda.py", bin_dir, *what, "--only", "decode")
     for name in ("tg2 @ 0", "tg2 @ 64"):
         assert re.search(rf"^\| 7b \| {name} \| {number} \| {number}{ratio} \|$", out, re.M), out
+    wrong = ("--types", "f16,no_type", *what[:2], *what[4:], "--only", "decode")
+    assert (
+        subprocess.run([sys.executable, ROOT / "bench" / "cuda.py", bin_dir, *wrong], capture_output=True).returncode
+        == 1
+    )
 
 
 def test_few_instance_files():

@@ -526,43 +526,21 @@ static bool only_native(const ggml_tensor * dst) {
     return logit_softcap != 0.0f && dst->src[0]->ne[0] != 128 && dst->src[0]->ne[0] != 256 && dst->src[0]->ne[0] != 512;
 }
 
-// Whether exact rows, if there are any, are as tbq_ggml_flash_attn_ext_exact() makes them.  Neither way of computing
-// this node leaves them out: it is refused if not.
-static bool exact_supported(const ggml_tensor * dst) {
-    const ggml_tensor * cells = dst->src[7];
-    if (!cells) {
-        return !dst->src[5] && !dst->src[6];
-    }
-    const int64_t n_kv    = dst->src[1]->ne[1];
-    const int64_t n_exact = cells->ne[0] - (n_kv + 31) / 32;
-    for (int side = 1; side <= 2; side++) {
-        const ggml_tensor * t = dst->src[side];
-        const ggml_tensor * e = dst->src[side + 4];
-        if (ggml_is_tbq(t->type) != (e != nullptr)) {
-            return false;
-        }
-        if (e && (e->type != GGML_TYPE_TBQ8_0 || e->nb[0] != sizeof(block_tbq8_0) || e->ne[0] != t->ne[0] ||
-                  e->ne[1] != n_exact || e->ne[2] != t->ne[2] || e->ne[3] != t->ne[3] ||
+// Whether exact rows and a mean, if there are any, can be read.  Neither way of computing this node leaves them out: it is
+// refused if not.
+static bool exact_and_center_supported(const ggml_tensor * dst) {
+    for (const ggml_tensor * e : { dst->src[5], dst->src[6] }) {
+        if (e && (e->nb[0] != sizeof(block_tbq8_0) ||
                   (e->nb[1] | e->nb[2] | e->nb[3] | e->view_offs) % sizeof(float) != 0)) {
             return false;
         }
     }
-    return n_exact > 0 && n_exact < INT_MAX && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
-           cells->ne[1] >= dst->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
-}
-
-// The same for the mean of centered keys (tbq_ggml_flash_attn_ext_center()).
-static bool center_supported(const ggml_tensor * dst) {
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * mean = dst->src[8];
-    return !mean || (ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
-                     mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2] &&
-                     (!tbq_ggml_flash_attn_ext_center_values(dst) || dst->src[2]->type == k->type));
+    return tbq_ggml_flash_attn_ext_valid(dst);
 }
 
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst) {
     return !(ggml_is_tbq(dst->src[1]->type) || ggml_is_tbq(dst->src[2]->type)) ||
-           (!only_native(dst) && exact_supported(dst) && center_supported(dst));
+           (!only_native(dst) && exact_and_center_supported(dst));
 }
 
 // More columns than this are a prompt where the cache is converted: converting it once takes less work than unpacking it
@@ -588,7 +566,7 @@ static bool native_supported(const ggml_tensor * dst) {
     }
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
         !ggml_is_contiguous(dst) || k->ne[1] == 0 || q->ne[3] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
-        q->ne[3] % k->ne[3] != 0 || (mask && mask->ne[2] != 1) || !exact_supported(dst) || !center_supported(dst)) {
+        q->ne[3] % k->ne[3] != 0 || (mask && mask->ne[2] != 1) || !exact_and_center_supported(dst)) {
         return false;
     }
     for (const ggml_tensor * t : { k, v }) {

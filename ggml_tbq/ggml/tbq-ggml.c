@@ -2,6 +2,7 @@
 #include "tbq-ggml.h"
 #include "tbq-kernels.h"
 
+#include <limits.h>
 #include <string.h>
 
 TBQ_STATIC_ASSERT((int) GGML_TYPE_TBQ2_0 == (int) TBQ_TYPE_TBQ2_0, "type id");
@@ -112,6 +113,32 @@ void tbq_ggml_flash_attn_ext_center(struct ggml_tensor * fa, struct ggml_tensor 
 
 bool tbq_ggml_flash_attn_ext_center_values(const struct ggml_tensor * fa) {
     return fa->src[8] && fa->op_params[CENTER_VALUES];
+}
+
+bool tbq_ggml_flash_attn_ext_valid(const struct ggml_tensor * fa) {
+    const struct ggml_tensor * k     = fa->src[1];
+    const struct ggml_tensor * mean  = fa->src[8];
+    const struct ggml_tensor * cells = fa->src[7];
+    if (mean && !(ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
+                  mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2] &&
+                  (!tbq_ggml_flash_attn_ext_center_values(fa) || fa->src[2]->type == k->type))) {
+        return false;
+    }
+    if (!cells) {
+        return !fa->src[5] && !fa->src[6];
+    }
+    const int64_t n_exact = cells->ne[0] - (k->ne[1] + 31) / 32;
+    for (int side = 1; side <= 2; side++) {
+        const struct ggml_tensor * t = fa->src[side];
+        const struct ggml_tensor * e = fa->src[side + 4];
+        if (ggml_is_tbq(t->type) != (e != NULL) ||
+            (e && (e->type != GGML_TYPE_TBQ8_0 || e->ne[0] != t->ne[0] || e->ne[1] != n_exact || e->ne[2] != t->ne[2] ||
+                   e->ne[3] != t->ne[3]))) {
+            return false;
+        }
+    }
+    return n_exact > 0 && n_exact < INT_MAX && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
+           cells->ne[1] >= k->ne[3] && cells->ne[2] * cells->ne[3] == 1;
 }
 
 struct ggml_tensor * tbq_ggml_concat_exact(struct ggml_context * ctx, struct ggml_tensor * exact,

@@ -74,6 +74,10 @@ TBQ_API void tbq_ggml_flash_attn_ext_center(struct ggml_tensor * fa, struct ggml
 // Whether values lack the mean in src[8], too.
 TBQ_API bool tbq_ggml_flash_attn_ext_center_values(const struct ggml_tensor * fa);
 
+// Whether exact rows and the mean of a FLASH_ATTN_EXT are as the functions above make them, or absent.  For a backend's
+// supports_op: a node whose list would be left out has to be refused.
+TBQ_API bool tbq_ggml_flash_attn_ext_valid(const struct ggml_tensor * fa);
+
 // The slots of exact, tbq8_0 [n_embd, n_slots, n_stream], and after them rows - mean, F32 [n_embd, n_rows, n_stream],
 // as tbq8_0: [n_embd, n_slots + n_rows, n_stream].  mean: F32 [n_embd] or NULL.  For batches with more rows than there
 // are slots to spare.  A GGML_OP_CONCAT of dimension 1; the mean is src[2].

@@ -726,42 +726,12 @@ static bool mul_mat_supported(ggml_backend_dev_t dev, const ggml_tensor * op) {
     return ggml_backend_dev_supports_op(dev, &converted);
 }
 
-// Exact rows are as tbq_ggml_flash_attn_ext_exact() makes them, if there are any.
-static bool attention_exact_supported(const ggml_tensor * op) {
-    const ggml_tensor * cells = op->src[7];
-    if (!cells) {
-        return !op->src[5] && !op->src[6];
-    }
-    const int64_t n_exact = cells->ne[0] - (op->src[1]->ne[1] + 31) / 32;
-    for (int side = 1; side <= 2; side++) {
-        const ggml_tensor * t = op->src[side];
-        const ggml_tensor * e = op->src[side + 4];
-        if (ggml_is_tbq(t->type) != (e != nullptr)) {
-            return false;
-        }
-        if (e && (e->type != GGML_TYPE_TBQ8_0 || !has_rows(e) || e->ne[0] != t->ne[0] || e->ne[1] != n_exact ||
-                  e->ne[2] != t->ne[2] || e->ne[3] != t->ne[3])) {
-            return false;
-        }
-    }
-    return n_exact > 0 && cells->type == GGML_TYPE_I32 && ggml_is_contiguous(cells) &&
-           cells->ne[1] >= op->src[1]->ne[3] && cells->ne[2] * cells->ne[3] == 1;
-}
-
-// The same for the mean of centered keys (tbq_ggml_flash_attn_ext_center()).
-static bool attention_center_supported(const ggml_tensor * op) {
-    const ggml_tensor * k    = op->src[1];
-    const ggml_tensor * mean = op->src[8];
-    return !mean || (ggml_is_tbq(k->type) && mean->type == GGML_TYPE_F32 && ggml_is_contiguous(mean) &&
-                     mean->ne[0] == k->ne[0] && ggml_nelements(mean) == k->ne[0] * k->ne[2] &&
-                     (!tbq_ggml_flash_attn_ext_center_values(op) || op->src[2]->type == k->type));
-}
-
 static bool flash_attn_ext_supported(ggml_backend_dev_t dev, const vk_device & device, const ggml_tensor * op) {
     if (!ggml_is_tbq(op->src[1]->type) && !ggml_is_tbq(op->src[2]->type)) {
         return false;
     }
-    if (!attention_exact_supported(op) || !attention_center_supported(op)) {
+    if (!tbq_ggml_flash_attn_ext_valid(op) || (op->src[5] && !has_rows(op->src[5])) ||
+        (op->src[6] && !has_rows(op->src[6]))) {
         return false;
     }
     attention_shape shape(op);
