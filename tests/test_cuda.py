@@ -395,6 +395,7 @@ TBQ_OPS = (
     "FLASH_ATTN_EXT",
     "CENTER_FLASH_ATTN_EXT",
     "EXACT_SET_ROWS",
+    "EXACT_STEP",
 )
 # whose cases do not name the type
 EXACT_OPS = (("EXACT_CONCAT", "."), ("EXACT_CPY", "."))

@@ -6,8 +6,14 @@
 #include "tbq-attention-rows.cuh"
 #include "tbq-attention.cuh"
 
+#include <functional>
+
+// What is launched beside attention, right behind its first kernel.  May be empty.
+using tbq_attention_beside = std::function<void()>;
+
 template <int D, int BITS_K, int BITS_V, int NC, bool EXACT>
-static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
+static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attention_args a,
+                                    const tbq_attention_beside & beside) {
     auto * const kernel = tbq_attention<D, BITS_K, BITS_V, NC, EXACT>;
     int          smem   = tbq_attention_smem(D, BITS_K, BITS_V, NC);
     int          n_cta  = 0;
@@ -32,6 +38,9 @@ static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attenti
     ggml_cuda_kernel_launch(kernel,
                             ggml_cuda_kernel_launch_params(grid, dim3(TBQ_ATTENTION_THREADS), smem, ctx.stream()), a);
     CUDA_CHECK(cudaGetLastError());
+    if (beside) {
+        beside();
+    }
     if (a.n_split > 1) {
         constexpr int groups = 512 / D;
         ggml_cuda_kernel_launch(
@@ -42,7 +51,8 @@ static void tbq_attention_launch_nc(ggml_backend_cuda_context & ctx, tbq_attenti
 }
 
 template <int D, int BITS_K, int BITS_V, int NC, int H, bool ONE>
-static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_attention_args a) {
+static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_attention_args a,
+                                          const tbq_attention_beside & beside) {
     using shape         = tbq_rows_shape<D, H, BITS_K, BITS_V, NC>;
     auto * const kernel = tbq_attention_rows<D, BITS_K, BITS_V, NC, H, ONE>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SMEM));
@@ -55,6 +65,9 @@ static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_a
     const dim3 grid(a.n_split, a.n_groups, a.n_seq), block(tbq_rows_threads(D, NC));
     ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, block, shape::SMEM, ctx.stream()), a);
     CUDA_CHECK(cudaGetLastError());
+    if (beside) {
+        beside();
+    }
     if (a.n_split > 1) {
         const dim3 rows(a.n_seq * a.n_q * a.n_head);
         ggml_cuda_kernel_launch(tbq_attention_rows_combine<D>,
@@ -64,20 +77,22 @@ static void tbq_attention_rows_launch_one(ggml_backend_cuda_context & ctx, tbq_a
 }
 
 template <int D, int BITS_K, int BITS_V, int H>
-static void tbq_attention_rows_launch_heads(ggml_backend_cuda_context & ctx, const tbq_attention_args & a) {
+static void tbq_attention_rows_launch_heads(ggml_backend_cuda_context & ctx, const tbq_attention_args & a,
+                                            const tbq_attention_beside & beside) {
     if constexpr (D < 256) { // there one tile of columns (tbq_attention_rows_can)
         if (tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 16) {
-            tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 16, H, false>(ctx, a);
+            tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 16, H, false>(ctx, a, beside);
             return;
         }
     }
     (a.n_q == 1 ? tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 8, H, true>
-                : tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 8, H, false>) (ctx, a);
+                : tbq_attention_rows_launch_one<D, BITS_K, BITS_V, 8, H, false>) (ctx, a, beside);
 }
 
 // False: the other kernel is faster, or this one is not for this device or shape.
 template <int D, int BITS_K, int BITS_V>
-static bool tbq_attention_rows_launch(ggml_backend_cuda_context & ctx, const tbq_attention_args & a) {
+static bool tbq_attention_rows_launch(ggml_backend_cuda_context & ctx, const tbq_attention_args & a,
+                                      const tbq_attention_beside & beside) {
     if constexpr (BITS_K < 8 && BITS_V < 8) {
         const auto & info = ggml_cuda_info().devices[ctx.device];
         if (info.cc < GGML_CUDA_CC_HOPPER || info.cc >= GGML_CUDA_CC_BLACKWELL ||
@@ -86,35 +101,37 @@ static bool tbq_attention_rows_launch(ggml_backend_cuda_context & ctx, const tbq
             return false;
         }
         if constexpr (D == 64) {
-            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 8>(ctx, a);
+            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 8>(ctx, a, beside);
         } else if constexpr (D == 256) {
-            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 2>(ctx, a);
+            tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 2>(ctx, a, beside);
         } else {
             (a.n_head_kv == 8 ? tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 8>
-                              : tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 4>) (ctx, a);
+                              : tbq_attention_rows_launch_heads<D, BITS_K, BITS_V, 4>) (ctx, a, beside);
         }
         return true;
     }
     return false;
 }
 
-template <int D, int BITS_K, int BITS_V> static void tbq_attention_launch(ggml_backend_cuda_context & ctx,
-                                                                          const tbq_attention_args &  a) {
-    if (tbq_attention_rows_launch<D, BITS_K, BITS_V>(ctx, a)) {
+template <int D, int BITS_K, int BITS_V>
+static void tbq_attention_launch(ggml_backend_cuda_context & ctx, const tbq_attention_args & a,
+                                 const tbq_attention_beside & beside) {
+    if (tbq_attention_rows_launch<D, BITS_K, BITS_V>(ctx, a, beside)) {
         return;
     }
     const bool few = tbq_attention_columns(a.n_q * (a.n_head / a.n_head_kv)) == 8;
     if (a.cells) {
         (few ? tbq_attention_launch_nc<D, BITS_K, BITS_V, 8, true>
-             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, true>) (ctx, a);
+             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, true>) (ctx, a, beside);
     } else {
         (few ? tbq_attention_launch_nc<D, BITS_K, BITS_V, 8, false>
-             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, false>) (ctx, a);
+             : tbq_attention_launch_nc<D, BITS_K, BITS_V, 16, false>) (ctx, a, beside);
     }
 }
 
 #define TBQ_ATTENTION_DECLARE(K, V) \
-    void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a)
+    void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a, \
+                                 const tbq_attention_beside & beside)
 
 // Keys of K bits, values of V bits: 2, 3, 4 of tbq, 8 of q8_0, 16 of f16.  X(K, V) for every pair that has kernels.
 // clang-format off
@@ -130,9 +147,9 @@ TBQ_ATTENTION_PAIRS(TBQ_ATTENTION_DECLARE_ONE)
 #define TBQ_ATTENTION_DEFINE(K, V)                                    \
     TBQ_ATTENTION_DECLARE(K, V) {                                     \
         switch (d) {                                                  \
-            case 64: tbq_attention_launch<64, K, V>(ctx, a); break;   \
-            case 128: tbq_attention_launch<128, K, V>(ctx, a); break; \
-            case 256: tbq_attention_launch<256, K, V>(ctx, a); break; \
+            case 64: tbq_attention_launch<64, K, V>(ctx, a, beside); break;   \
+            case 128: tbq_attention_launch<128, K, V>(ctx, a, beside); break; \
+            case 256: tbq_attention_launch<256, K, V>(ctx, a, beside); break; \
             default: GGML_ABORT("head size %d", d);                   \
         }                                                             \
     }

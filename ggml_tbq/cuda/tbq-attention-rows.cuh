@@ -281,6 +281,8 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
 
     // The list is an input of the graph; the rest may be of the kernel before this.
     cudaGridDependencySynchronize();
+    // The next grid may start: either it waits for this one before it reads, or it works beside it (tbq_encode_part).
+    cudaTriggerProgrammaticLaunchCompletion();
 
     // Rows of all heads of a slice, to the L2 cache.
     auto prefetch_exact = [&](int slice) {
@@ -896,7 +898,6 @@ __global__ void __launch_bounds__(tbq_rows_threads(D, NC), 1) tbq_attention_rows
         }
     }
     __syncthreads();
-    cudaTriggerProgrammaticLaunchCompletion();
 
     // Each row by a warp.  Lane x has what part x has to be multiplied with.
     float * const here = (float *) shared + (WARPS * NC + warp) * ROW;

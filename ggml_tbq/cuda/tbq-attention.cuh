@@ -503,8 +503,10 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
     }
 
     // The list is an input of the graph, and what else was read so far too; the rest may be of the kernel before this.
+    // The next grid may start: either it waits for this one before it reads, or it works beside it (tbq_encode_part).
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
 #endif
 
     // The block of a query that this warp prepares first is on its way before everything else.
@@ -1308,10 +1310,6 @@ __global__ void __launch_bounds__(TBQ_ATTENTION_THREADS, D * NC <= 1024 ? 2 : 1)
         }
         __syncthreads();
     }
-
-#if __CUDA_ARCH__ >= 900
-    cudaTriggerProgrammaticLaunchCompletion();
-#endif
 
 #pragma unroll 1
     for (int i = warp; i < n_cols * NB; i += WARPS) {

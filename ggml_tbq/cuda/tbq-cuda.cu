@@ -235,12 +235,37 @@ static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
     return j - i;
 }
 
+static const ggml_tensor * root(const ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+static bool decode_supported(int device, const ggml_tensor * dst);
+static bool native_supported(const ggml_tensor * dst);
+static bool prompt_supported(int device, const ggml_tensor * dst);
+static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor * dst,
+                                  const tbq_attention_beside & beside);
+
+// Few enough blocks for a CTA each where nothing waits for them.
+#define TBQ_MAX_BLOCKS_BESIDE 4096
+
+// Whether attn reads the exact rows that k and v (SET_ROWS) write: then it hides the packed rows of the same cells, so these
+// may be written while it runs.  Blocks without a slot for an exact row are written before it.
+static bool reads_exact_rows_of(int device, const ggml_tensor * attn, const ggml_tensor * k, const ggml_tensor * v) {
+    auto same = [](const ggml_tensor * a, const ggml_tensor * b) { return a && b && root(a) == root(b); };
+    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER &&
+           attn->op == GGML_OP_FLASH_ATTN_EXT && (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] &&
+           same(attn->src[1], k) && same(attn->src[2], v) && same(attn->src[5], k->src[5]) &&
+           same(attn->src[6], v->src[5]) && native_supported(attn) && !prompt_supported(device, attn) &&
+           decode_supported(device, attn);
+}
+
+// The keys and the values of a few tokens in one launch, with the rotary embedding of the keys where that is right before;
+// and attention, if it is right behind and reads their exact rows.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     auto ours = [](const ggml_tensor * t) {
         return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 &&
                (t->flags & GGML_TENSOR_FLAG_COMPUTE);
     };
-    auto root = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
     // on other streams than the first, keys and values are branches that do not wait for each other
     if (ctx.curr_stream_no != 0) {
         return 0;
@@ -268,20 +293,23 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     } else if (!ours(k)) {
         return 0;
     }
-    tbq_encode_args a = set_rows_args(k);
+    tbq_pair_args     p = {};
+    tbq_encode_args & a = p.a;
+    tbq_encode_args & b = p.b;
+    a                   = set_rows_args(k);
     if (rope.head_size) {
         const ggml_tensor * x = graph->nodes[i]->src[0];
         a.src                 = x->data;
         a.from.s[0]           = x->nb[2] / sizeof(float);
+        p.rope                = rope;
     }
-    if (a.from.n_blocks() == 0 || !is_decode_size(a)) {
+    if (a.from.n_blocks() == 0 || a.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
         return 0;
     }
 
     // the values, if they are next
     const int           j = next_node(graph, last);
     const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
-    tbq_encode_args     b = {};
     if (v) {
         // two caches with exact rows of their own, and the second reads nothing that the first writes
         b                 = set_rows_args(v);
@@ -289,26 +317,37 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
             return t && (root(t) == root(k) || (k->src[5] && root(t) == root(k->src[5])));
         };
         if (written_by_k(v) || written_by_k(v->src[0]) || written_by_k(v->src[1]) || written_by_k(v->src[5]) ||
-            written_by_k(v->src[6]) || b.from.n_blocks() == 0 || !is_decode_size(b)) {
+            written_by_k(v->src[6]) || b.from.n_blocks() == 0 || b.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
             v = nullptr;
         }
     }
-    if (!v && !rope.head_size) {
+    const int     m    = v ? next_node(graph, j) : graph->n_nodes;
+    ggml_tensor * attn = m < graph->n_nodes && reads_exact_rows_of(ctx.device, graph->nodes[m], k, v) ? graph->nodes[m] : nullptr;
+    if (!attn && (!is_decode_size(a) || (v && !is_decode_size(b)) || (!v && !rope.head_size))) {
         return 0;
     }
-    const int                            n_a = (int) a.from.n_blocks();
-    const int                            n_b = v ? (int) b.from.n_blocks() : 0;
-    const ggml_cuda_kernel_launch_params launch(dim3((unsigned) (n_a + n_b)), dim3(TBQ_DECODE_SIZE_THREADS), 0,
-                                                ctx.stream());
-    dispatch_bits(k->type, [&](auto bits_k) {
-        dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
-            ggml_cuda_kernel_launch(rope.head_size ? tbq_quantize_pair<bits_k, bits_v, true>
-                                                   : tbq_quantize_pair<bits_k, bits_v, false>,
-                                    launch, a, rope, b, n_a);
+    p.n_a              = (int) a.from.n_blocks();
+    const int  n       = p.n_a + (v ? (int) b.from.n_blocks() : 0);
+    const auto launch = [&](tbq_encode_part part, bool with_rope) {
+        p.part = part;
+        dispatch_bits(k->type, [&](auto bits_k) {
+            dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
+                ggml_cuda_kernel_launch(
+                    with_rope ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>,
+                    ggml_cuda_kernel_launch_params(dim3((unsigned) n), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream()), p);
+            });
         });
-    });
-    CUDA_CHECK(cudaGetLastError());
-    return (v ? j : last) - i;
+        CUDA_CHECK(cudaGetLastError());
+    };
+    if (!attn) {
+        launch(TBQ_ENCODE_WHOLE, rope.head_size != 0);
+        return (v ? j : last) - i;
+    }
+    ggml_cuda_pool_alloc<float> values(ctx.pool(), (size_t) n * TBQ_BLOCK); // attention may overwrite the sources
+    p.values = values.ptr;
+    launch(TBQ_ENCODE_EXACT, rope.head_size != 0);
+    flash_attn_ext_native(ctx, attn, [&] { launch(TBQ_ENCODE_PACKED, false); });
+    return m - i;
 }
 
 // --- blocks to values --------------------------------------------------------------------------------------------
@@ -736,10 +775,9 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
     return true;
 }
 
-static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
-        return flash_attn_ext_converted(ctx, dst);
-    }
+// beside: for kernels of decode only
+static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor * dst,
+                                  const tbq_attention_beside & beside) {
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
@@ -793,15 +831,22 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         ggml_cuda_pool_alloc<char> memory(ctx.pool(), tbq_prompt_place(a, q->ne[0], nullptr));
         tbq_prompt_place(a, q->ne[0], memory.ptr);
         CUDA_CHECK(tbq_prompt_launch(a, q->ne[0], ctx.stream()));
-        return true;
+        return;
     }
 #endif
 #define TBQ_CASE(K, V) \
-    case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a); break;
+    case 100 * K + V: tbq_attention_##K##_##V(ctx, q->ne[0], a, beside); break;
     switch (100 * kv_bits(k->type) + kv_bits(v->type)) {
         TBQ_ATTENTION_PAIRS(TBQ_CASE)
         default: GGML_ABORT("fatal error");
     }
+}
+
+static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
+        return flash_attn_ext_converted(ctx, dst);
+    }
+    flash_attn_ext_native(ctx, dst, nullptr);
     return true;
 }
 

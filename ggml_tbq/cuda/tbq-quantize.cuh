@@ -775,10 +775,21 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
     return index;
 }
 
-// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.
+// A block in one launch, or in two: its exact row before attention, which reads that instead of the packed block, and the
+// packed block beside attention.  So the search is not what a token waits for.
+enum tbq_encode_part {
+    TBQ_ENCODE_WHOLE,
+    TBQ_ENCODE_EXACT,  // and a block whole that has no slot for an exact row
+    TBQ_ENCODE_PACKED, // starts before attention ends, and ends after it
+};
+
+// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.  values: 64
+// floats, which go from the first part to the second.
 template <int BITS, typename src_t>
 static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i,
-                                                              const tbq_rope_args * rope = nullptr) {
+                                                              const tbq_rope_args * rope   = nullptr,
+                                                              tbq_encode_part       part   = TBQ_ENCODE_WHOLE,
+                                                              float *               values = nullptr) {
 #if __CUDA_ARCH__ >= 800
     // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
@@ -799,7 +810,10 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     const tbq_center center(a, at.i0, l);
 
 #if __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize();
+    // Attention starts this grid after it has waited for the first part, so that one has ended.
+    if (part != TBQ_ENCODE_PACKED) {
+        cudaGridDependencySynchronize();
+    }
     cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
     long long row = at.i1;
@@ -810,11 +824,37 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     char * const exact = a.exact_block(row_number, at.i0);
     float        x[4], z[4];
     uint32_t     largest = 0;
-    tbq_load_block<src_t>(a, at, rope, l, x);
+    if (part == TBQ_ENCODE_PACKED) {
+        if (!exact) {
+            return; // the first part has written it
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = values[l + 16 * j];
+        }
+    } else {
+        tbq_load_block<src_t>(a, at, rope, l, x);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[j] = __fsub_rn(x[j], center.mean[j]);
+        }
+    }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        x[j]    = __fsub_rn(x[j], center.mean[j]);
         largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
+    }
+    if (part == TBQ_ENCODE_EXACT && exact) {
+        if (warp == 0) {
+            largest             = __reduce_max_sync(TBQ_WARP_ALL, largest);
+            const tbq_measure b = tbq_rotate_and_measure(x, z, largest, l);
+            tbq_write_exact_16(x, z, b.huge, exact, lane < 16, l);
+        } else if (warp == 1 && lane < 16) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                values[l + 16 * j] = x[j];
+            }
+        }
+        return;
     }
     largest             = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
     const tbq_measure b = tbq_rotate_and_measure(x, z, largest, l);
@@ -830,7 +870,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         for (int j = 0; j < 4; j++) {
             z_all[l + 16 * j] = z[j]; // both halves write the same
         }
-    } else if (warp == 2 && a.slots) {
+    } else if (warp == 2 && a.slots && part != TBQ_ENCODE_PACKED) {
         // both halves of the warp hold the block
         tbq_write_exact_16(x, z, b.huge, exact, exact && lane < 16, l);
     } else if (warp == 3) {
@@ -879,14 +919,28 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE
     tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
-// The keys and values of a token in one launch: the first n_a CTAs encode a, the others b.  ROPE: the keys get their
-// rotary embedding first.
+// The keys and values of a few tokens in one launch: the first n_a CTAs encode a, the others b.
+struct tbq_pair_args {
+    tbq_encode_args a;
+    tbq_encode_args b;
+    tbq_rope_args   rope; // of a
+    int             n_a;
+    tbq_encode_part part;
+    float *         values; // of each block, for two parts
+};
+
+// ROPE: the keys get their rotary embedding first.
 template <int BITS_A, int BITS_B, bool ROPE>
-__global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS)
-    tbq_quantize_pair(const tbq_encode_args a, const tbq_rope_args rope, const tbq_encode_args b, int n_a) {
-    if (blockIdx.x < n_a) {
-        tbq_quantize_block_128<BITS_A, float>(a, blockIdx.x, ROPE ? &rope : nullptr);
+__global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_pair(const __grid_constant__ tbq_pair_args p) {
+    float * const values = p.values + (size_t) blockIdx.x * TBQ_BLOCK;
+    if (blockIdx.x < p.n_a) {
+        tbq_quantize_block_128<BITS_A, float>(p.a, blockIdx.x, ROPE ? &p.rope : nullptr, p.part, values);
     } else {
-        tbq_quantize_block_128<BITS_B, float>(b, blockIdx.x - n_a);
+        tbq_quantize_block_128<BITS_B, float>(p.b, blockIdx.x - p.n_a, nullptr, p.part, values);
     }
+#if __CUDA_ARCH__ >= 900
+    if (p.part == TBQ_ENCODE_PACKED) {
+        cudaGridDependencySynchronize(); // what waits for this grid waits for attention, too
+    }
+#endif
 }

@@ -21,8 +21,7 @@ template __global__ void tbq_dequantize_rows<4, half>(const tbq_decode_args);
 template __global__ void tbq_dequantize_exact_rows<half>(const tbq_decode_args, const int *, long long);
 template __global__ void tbq_matvec<4, 1>(const tbq_matvec_args);
 template __global__ void tbq_quantize_rows<4, float>(const tbq_encode_args);
-template __global__ void tbq_quantize_pair<4, 3, true>(const tbq_encode_args, const tbq_rope_args,
-                                                       const tbq_encode_args, int);
+template __global__ void tbq_quantize_pair<4, 3, true>(const __grid_constant__ tbq_pair_args);
 // code for sm_90a, and nothing for the others
 template __global__ void tbq_prompt_map<128>(const __grid_constant__ tbq_prompt_args);
 template __global__ void tbq_prompt<64, TBQ_PROMPT_LAUNCH>(const __grid_constant__ tbq_prompt_args);

@@ -206,8 +206,8 @@ template <int BITS, typename T> static long compare(size_t n_blocks, std::mt1993
     return bad + bad_exact + bad_values + bad_halves;
 }
 
-// A token's keys, with or without their rotary embedding, and its values in one launch; rows in any order.
-template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox, std::mt19937 & rng) {
+// The keys of tokens, with or without their rotary embedding, and their values in one launch or in two; rows in any order.
+template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox, bool two, std::mt19937 & rng) {
     const int                       tokens = 3, heads = 5, d = 128, width = heads * d, n_dims = 96, blocks = width / 64;
     const float                     base = 10000.0f;
     std::normal_distribution<float> normal;
@@ -231,23 +231,32 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     int *                  slots_dev;
     CHECK(cudaMalloc(&slots_dev, 3 * 4));
     CHECK(cudaMemcpy(slots_dev, slots.data(), 12, cudaMemcpyHostToDevice));
-    tbq_encode_args args[2] = {};
+    tbq_pair_args     pair    = {};
+    tbq_encode_args * args[2] = { &pair.a, &pair.b };
     for (int i = 0; i < 2; i++) {
-        CHECK(cudaMalloc(&args[i].exact, 3 * exact_nb1));
-        CHECK(cudaMemset(args[i].exact, 0x55, 3 * exact_nb1));
-        args[i].exact_nb1 = exact_nb1, args[i].slots = slots_dev;
+        CHECK(cudaMalloc(&args[i]->exact, 3 * exact_nb1));
+        CHECK(cudaMemset(args[i]->exact, 0x55, 3 * exact_nb1));
+        args[i]->exact_nb1 = exact_nb1, args[i]->slots = slots_dev;
         CHECK(cudaMalloc(&out_dev[i], tokens * nb[i]));
-        args[i].src = x_dev + i * tokens * width, args[i].dst = out_dev[i];
-        args[i].from = { { blocks, tokens, 1, 1 }, { width } };
-        args[i].to   = { { blocks, tokens, 1, 1 }, { nb[i] } };
-        args[i].ids = ids_dev, args[i].ids_ne1 = args[i].ids_ne2 = args[i].ids_s0 = 1;
+        args[i]->src = x_dev + i * tokens * width, args[i]->dst = out_dev[i];
+        args[i]->from = { { blocks, tokens, 1, 1 }, { width } };
+        args[i]->to   = { { blocks, tokens, 1, 1 }, { nb[i] } };
+        args[i]->ids = ids_dev, args[i]->ids_ne1 = args[i]->ids_ne2 = args[i]->ids_s0 = 1;
     }
-    tbq_rope_args rope = {};
+    tbq_rope_args & rope = pair.rope;
     rope.head_size = d, rope.n_dims = n_dims, rope.neox = neox, rope.pos = ids_dev + 3, rope.s_head = d;
     rope.theta_scale = std::pow(base, -2.0f / n_dims), rope.freq_scale = rope.attn_factor = 1.0f;
-    tbq_quantize_pair<BITS_K, BITS_V, ROPE>
-        <<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(args[0], rope, args[1], tokens * blocks);
+    pair.n_a  = tokens * blocks;
+    pair.part = two ? TBQ_ENCODE_EXACT : TBQ_ENCODE_WHOLE;
+    CHECK(cudaMalloc(&pair.values, x.size() * 4));
+    tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(pair);
     CHECK(cudaGetLastError());
+    if (two) {
+        pair.part = TBQ_ENCODE_PACKED;
+        CHECK(cudaMemset(x_dev, 0xFF, x.size() * 4)); // attention may have overwritten it
+        tbq_quantize_pair<BITS_K, BITS_V, false><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(pair);
+        CHECK(cudaGetLastError());
+    }
 
     std::vector<float> want = x;
     for (int i = 0; ROPE && i < tokens * heads; i++) {
@@ -280,7 +289,7 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
             bad += ROPE && i == 0 ? !(error < 2e-3 * norm) : std::memcmp(row.data(), &got[ids[t] * nb[i]], nb[i]) != 0;
         }
         std::vector<char> exact(3 * exact_nb1, 0x55), exact_got(exact.size());
-        CHECK(cudaMemcpy(exact_got.data(), args[i].exact, exact_got.size(), cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(exact_got.data(), args[i]->exact, exact_got.size(), cudaMemcpyDeviceToHost));
         for (int t = 0; t < tokens; t++) {
             if (slots[t] < 0) {
                 continue;
@@ -301,7 +310,7 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
             }
         }
         bad += exact != exact_got;
-        cudaFree(args[i].exact);
+        cudaFree(args[i]->exact);
         cudaFree(out_dev[i]);
     }
     std::printf("tbq%d_0 and tbq%d_0 in one launch%s: %ld rows differ\n", BITS_K, BITS_V,
@@ -406,8 +415,10 @@ int main(int argc, char ** argv) {
     std::mt19937 rng(argc > 2 ? std::atoi(argv[2]) : 1);
     const long   bad = compare<2, float>(n, rng) + compare<3, float>(n, rng) + compare<4, float>(n, rng) +
                        compare<2, half>(n, rng) + compare<3, half>(n, rng) + compare<4, half>(n, rng) +
-                       compare_pair<4, 3, false>(false, rng) + compare_pair<4, 2, true>(false, rng) +
-                       compare_pair<3, 4, true>(true, rng) + compare_exact(rng);
+                       compare_pair<4, 3, false>(false, false, rng) +
+                       compare_pair<4, 2, true>(false, false, rng) + compare_pair<3, 4, true>(true, false, rng) +
+                       compare_pair<2, 4, false>(false, true, rng) + compare_pair<4, 4, true>(true, true, rng) +
+                       compare_pair<3, 2, true>(false, true, rng) + compare_exact(rng);
     std::printf("%ld differences\n", bad);
     return bad != 0;
 }

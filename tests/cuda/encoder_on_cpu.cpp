@@ -113,39 +113,73 @@ template <int BITS, typename T> static long test_rows(size_t n, weights kind, bo
     return different;
 }
 
-// Keys with weights and values in one launch; with ROPE at position 0, where every angle is 0.
-template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, int seed) {
+// Keys with weights and values in one launch, or in two, of which the second has another source; every third block has no slot
+// for an exact row.  With ROPE at position 0, where every angle is 0.
+template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool two, int seed) {
     std::mt19937             rng(seed);
-    const std::vector<float> k = values(n, rng), v = values(n, rng), w = weights_of(k.size(), ORDINARY, rng);
-    const std::vector<float> mean(k.size());
+    const std::vector<float> k = values(n, rng), v = values(n, rng), w = weights_of(TBQ_BLOCK, ORDINARY, rng);
+    const std::vector<float> mean(TBQ_BLOCK);
     std::vector<char>        wanted_k(n * tbq_block_bytes(BITS_K)), wanted_v(n * tbq_block_bytes(BITS_V));
     std::vector<char>        found_k(wanted_k.size(), -1), found_v(wanted_v.size(), -1);
-    REFERENCE->quantize_kv[BITS_K - 2](k.data(), mean.data(), w.data(), wanted_k.data(), k.size());
+    for (int i = 0; i < n; i++) { // each block is a row
+        REFERENCE->quantize_kv[BITS_K - 2](&k[i * TBQ_BLOCK], mean.data(), w.data(),
+                                           &wanted_k[i * tbq_block_bytes(BITS_K)], TBQ_BLOCK);
+    }
     REFERENCE->quantize_kv[BITS_V - 2](v.data(), nullptr, nullptr, wanted_v.data(), v.size());
 
-    tbq_encode_args a{}, b{};
-    a.src    = (decltype(a.src)) k.data();
-    a.dst    = found_k.data();
-    a.from   = { { n, 1, 1, 1 }, {} };
-    a.to     = a.from;
-    a.mean   = mean.data();
-    a.weight = w.data();
-    b.src    = (decltype(b.src)) v.data();
-    b.dst    = found_v.data();
-    b.from = b.to       = a.from;
-    const int     start = 0;
-    tbq_rope_args rope{};
-    rope.head_size = rope.n_dims = rope.s_head = TBQ_BLOCK;
-    rope.neox                                  = true;
-    rope.pos                                   = &start;
-    rope.theta_scale                           = 0.7f;
-    rope.freq_scale = rope.attn_factor = 1.0f;
+    std::vector<char>  wanted_exact(2 * n * sizeof(block_tbq8_0), -1), found_exact(wanted_exact.size(), -1);
+    std::vector<int>   slots(n);
+    std::vector<float> between(2 * k.size()), source = k;
+    for (int i = 0; i < n; i++) {
+        slots[i] = i % 3 == 2 ? -1 : n - 1 - i;
+        if (slots[i] >= 0) {
+            char * const to = &wanted_exact[slots[i] * sizeof(block_tbq8_0)];
+            REFERENCE->quantize_exact(&k[i * TBQ_BLOCK], nullptr, to, TBQ_BLOCK);
+            REFERENCE->quantize_exact(&v[i * TBQ_BLOCK], nullptr, to + n * sizeof(block_tbq8_0), TBQ_BLOCK);
+        }
+    }
+
+    tbq_pair_args     p{};
+    tbq_encode_args & a = p.a;
+    a.src               = (decltype(a.src)) source.data();
+    a.dst               = found_k.data();
+    a.from              = { { 1, n, 1, 1 }, { TBQ_BLOCK } };
+    a.to                = { { 1, n, 1, 1 }, { tbq_block_bytes(BITS_K) } };
+    a.mean              = mean.data();
+    a.weight            = w.data();
+    a.exact             = found_exact.data();
+    a.exact_nb1         = sizeof(block_tbq8_0);
+    a.slots             = slots.data();
+    p.b                 = a;
+    p.b.src             = (decltype(a.src)) v.data();
+    p.b.dst             = found_v.data();
+    p.b.to.s[0]         = tbq_block_bytes(BITS_V);
+    p.b.mean = p.b.weight = nullptr;
+    p.b.exact += n * sizeof(block_tbq8_0);
+    p.rope.head_size   = p.rope.n_dims = p.rope.s_head = TBQ_BLOCK;
+    p.rope.neox        = true;
+    p.rope.theta_scale = 0.7f;
+    p.rope.freq_scale = p.rope.attn_factor = 1.0f;
+    const std::vector<int> positions(n);
+    p.rope.pos = positions.data();
+    p.n_a      = n;
+    p.values   = between.data();
+    p.part     = two ? TBQ_ENCODE_EXACT : TBQ_ENCODE_WHOLE;
     for (int cta = 0; cta < 2 * n; cta++) {
-        on_cpu::run(cta, [&] { tbq_quantize_pair<BITS_K, BITS_V, ROPE>(a, rope, b, n); });
+        on_cpu::run(cta, [&] { tbq_quantize_pair<BITS_K, BITS_V, ROPE>(p); });
+    }
+    if (two) {
+        p.part = TBQ_ENCODE_PACKED;
+        std::fill(source.begin(), source.end(), 1.0f);
+        for (int cta = 0; cta < 2 * n; cta++) {
+            on_cpu::run(cta, [&] { tbq_quantize_pair<BITS_K, BITS_V, false>(p); });
+        }
     }
     const long different = count_different(wanted_k, found_k, tbq_block_bytes(BITS_K)) +
-                           count_different(wanted_v, found_v, tbq_block_bytes(BITS_V));
-    std::printf("tbq%d_0 keys and tbq%d_0 values, ROPE %d: %ld differ\n", BITS_K, BITS_V, ROPE, different);
+                           count_different(wanted_v, found_v, tbq_block_bytes(BITS_V)) +
+                           count_different(wanted_exact, found_exact, sizeof(block_tbq8_0));
+    std::printf("tbq%d_0 keys and tbq%d_0 values, ROPE %d, in %d: %ld differ\n", BITS_K, BITS_V, ROPE, two ? 2 : 1,
+                different);
     return different;
 }
 
@@ -157,7 +191,10 @@ int main(int argc, char ** argv) {
                      test_rows<4, float>(n, kind, true, false, 3) + test_rows<2, half>(n, kind, true, true, 4) +
                      test_rows<3, half>(n, kind, false, false, 5) + test_rows<4, half>(n, kind, true, true, 6);
     }
-    different += test_pair<4, 3, false>(n, 7) + test_pair<2, 4, true>(n, 8) + test_pair<3, 2, true>(n, 9);
+    for (bool two : { false, true }) {
+        different += test_pair<4, 3, false>(n, two, 7) + test_pair<2, 4, true>(n, two, 8) +
+                     test_pair<3, 2, true>(n, two, 9);
+    }
     std::printf("%ld differences\n", different);
     return different != 0;
 }
