@@ -253,10 +253,17 @@ static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor *
 static bool reads_exact_rows_of(int device, const ggml_tensor * attn, const ggml_tensor * k, const ggml_tensor * v) {
     auto same = [](const ggml_tensor * a, const ggml_tensor * b) { return a && b && root(a) == root(b); };
     return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER &&
-           attn->op == GGML_OP_FLASH_ATTN_EXT && (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] &&
+           (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] &&
            same(attn->src[1], k) && same(attn->src[2], v) && same(attn->src[5], k->src[5]) &&
            same(attn->src[6], v->src[5]) && native_supported(attn) && !prompt_supported(device, attn) &&
            decode_supported(device, attn);
+}
+
+// All of t, or nothing if that is too much to ask for at once.
+static tbq_ahead ahead_of(const ggml_tensor * t) {
+    const size_t bytes = t ? ggml_nbytes(t) / 16 * 16 : 0;
+    return bytes > 0 && bytes <= 4 << 20 && (uintptr_t) t->data % 16 == 0 ? tbq_ahead{ (const char *) t->data, (unsigned) bytes } :
+                                                               tbq_ahead{};
 }
 
 // The keys and the values of a few tokens in one launch, with the rotary embedding of the keys where that is right before;
@@ -321,8 +328,17 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
             v = nullptr;
         }
     }
-    const int     m    = v ? next_node(graph, j) : graph->n_nodes;
-    ggml_tensor * attn = m < graph->n_nodes && reads_exact_rows_of(ctx.device, graph->nodes[m], k, v) ? graph->nodes[m] : nullptr;
+    const int     m    = next_node(graph, v ? j : last);
+    ggml_tensor * attn = m < graph->n_nodes && graph->nodes[m]->op == GGML_OP_FLASH_ATTN_EXT ? graph->nodes[m] : nullptr;
+    if (attn) {
+        const ggml_tensor * t[] = { attn->src[7], attn->src[3], attn->src[5], attn->src[6], attn->src[1], attn->src[2] };
+        for (int r = 0; r < TBQ_N_AHEAD; r++) {
+            p.ahead[r] = ahead_of(t[r]);
+        }
+    }
+    if (attn && !(v && reads_exact_rows_of(ctx.device, attn, k, v))) {
+        attn = nullptr;
+    }
     if (!attn && (!is_decode_size(a) || (v && !is_decode_size(b)) || (!v && !rope.head_size))) {
         return 0;
     }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "tbq-block.cuh"
+#include "tbq-instructions.cuh"
 
 // --- tables ----------------------------------------------------------------------------------------------------
 
@@ -775,21 +776,12 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
     return index;
 }
 
-// A block in one launch, or in two: its exact row before attention, which reads that instead of the packed block, and the
-// packed block beside attention.  So the search is not what a token waits for.
-enum tbq_encode_part {
-    TBQ_ENCODE_WHOLE,
-    TBQ_ENCODE_EXACT,  // and a block whole that has no slot for an exact row
-    TBQ_ENCODE_PACKED, // starts before attention ends, and ends after it
-};
-
-// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.  values: 64
-// floats, which go from the first part to the second.
+// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.  values: null,
+// or what tbq_store_exact_block left of the block, whose packed half this is.
 template <int BITS, typename src_t>
 static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i,
                                                               const tbq_rope_args * rope   = nullptr,
-                                                              tbq_encode_part       part   = TBQ_ENCODE_WHOLE,
-                                                              float *               values = nullptr) {
+                                                              const float *         values = nullptr) {
 #if __CUDA_ARCH__ >= 800
     // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
@@ -810,8 +802,8 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     const tbq_center center(a, at.i0, l);
 
 #if __CUDA_ARCH__ >= 900
-    // Attention starts this grid after it has waited for the first part, so that one has ended.
-    if (part != TBQ_ENCODE_PACKED) {
+    // Attention starts this grid after it has waited for the grid of exact rows, so that one has ended.
+    if (!values) {
         cudaGridDependencySynchronize();
     }
     cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
@@ -824,9 +816,9 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     char * const exact = a.exact_block(row_number, at.i0);
     float        x[4], z[4];
     uint32_t     largest = 0;
-    if (part == TBQ_ENCODE_PACKED) {
+    if (values) {
         if (!exact) {
-            return; // the first part has written it
+            return; // written whole, because it has no exact row
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -843,19 +835,6 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
     for (int j = 0; j < 4; j++) {
         largest = max(largest, __float_as_uint(x[j]) & 0x7FFFFFFFu);
     }
-    if (part == TBQ_ENCODE_EXACT && exact) {
-        if (warp == 0) {
-            largest             = __reduce_max_sync(TBQ_WARP_ALL, largest);
-            const tbq_measure b = tbq_rotate_and_measure(x, z, largest, l);
-            tbq_write_exact_16(x, z, b.huge, exact, lane < 16, l);
-        } else if (warp == 1 && lane < 16) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                values[l + 16 * j] = x[j];
-            }
-        }
-        return;
-    }
     largest             = __reduce_max_sync(TBQ_WARP_ALL, largest); // both halves hold the same block
     const tbq_measure b = tbq_rotate_and_measure(x, z, largest, l);
     // b.zero || b.bad has no variable: with one, nvcc 13.0 does not unroll the descent.
@@ -870,7 +849,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         for (int j = 0; j < 4; j++) {
             z_all[l + 16 * j] = z[j]; // both halves write the same
         }
-    } else if (warp == 2 && a.slots && part != TBQ_ENCODE_PACKED) {
+    } else if (warp == 2 && a.slots && !values) {
         // both halves of the warp hold the block
         tbq_write_exact_16(x, z, b.huge, exact, exact && lane < 16, l);
     } else if (warp == 3) {
@@ -919,7 +898,82 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE
     tbq_quantize_block_128<BITS, src_t>(a, blockIdx.x);
 }
 
+// --- exact rows before attention, packed ones beside it ---------------------------------------------------------------
+//
+// Attention of a decode step reads the exact rows of the newest tokens, not their packed ones.  So only the former need to
+// be there when it begins, and the search for the latter is not what a token waits for.
+
+// The exact row of a block by a warp; lane l has values l and l + 32.  The same bytes as tbq_write_exact_16.
+static __device__ __forceinline__ void tbq_write_exact_32(float lo, float hi, char * block, int lane) {
+#if __CUDA_ARCH__ >= 800 // __reduce_max_sync
+    tbq_rotate_warp(lo, hi, lane);
+    const uint32_t largest = __reduce_max_sync(
+        TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
+    const bool  bad = largest >= TBQ_BITS_INF, none = bad || largest < TBQ_BITS_SMALLEST_ACT;
+    const float most    = __uint_as_float(largest);
+    const float inverse = __fdiv_rn(127.0f, none ? 1.0f : most);
+    int8_t * const qs   = (int8_t *) block + TBQ8_QS_OFFSET;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float y     = j ? hi : lo;
+        const int   q     = __float2int_rz(__fadd_rn(__fmul_rn(fabsf(y), inverse), 0.5f));
+        qs[lane + 32 * j] = (int8_t) (none ? 0 : y < 0.0f ? -q : q);
+    }
+    if (lane == 0) {
+        *(float *) block = bad ? __int_as_float(0x7FC00000) : none ? 0.0f : __fdiv_rn(most, 127.0f);
+    }
+#endif
+}
+
+// What attention reads next: multiples of 16 bytes.
+struct tbq_ahead {
+    const char * from;
+    unsigned     bytes;
+};
+
+#define TBQ_N_AHEAD 6
+
+// Block i of a: its exact row, and its values for the packed one.  False, and nothing is stored, if it has no slot.  A
+// thread has one value, because this is too short for code that is not in the instruction cache to be unrolled.
+static __device__ __forceinline__ bool tbq_store_exact_block(const tbq_encode_args & a, unsigned i,
+                                                             const tbq_rope_args * rope, float * values) {
+    __shared__ float      x_all[TBQ_BLOCK];
+    const int             l    = threadIdx.x;
+    const tbq_small_place at   = tbq_place_of(a, i);
+    const float           mean = a.mean && l < TBQ_BLOCK ? a.mean[at.i0 * TBQ_BLOCK + l] : 0.0f;
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
+#endif
+    char * const exact = a.exact_block(i / (unsigned) a.from.ne[0], at.i0);
+    if (l < TBQ_BLOCK) {
+        float x;
+        if (rope) {
+            const unsigned head = at.i0 * TBQ_BLOCK / rope->head_size;
+            x = tbq_rope(*rope, (const float *) a.src + head * rope->s_head + at.i1 * a.from.s[0],
+                         at.i0 * TBQ_BLOCK - head * rope->head_size + l, rope->pos[at.i1]);
+        } else {
+            x = ((const float *) a.src)[at.i0 * TBQ_BLOCK + l + a.from.offset(at.i1, at.i2, at.i3)];
+        }
+        values[l] = x_all[l] = __fsub_rn(x, mean);
+    }
+    if (!exact) {
+        return false;
+    }
+    __syncthreads();
+    if (l < 32) {
+        tbq_write_exact_32(x_all[l], x_all[l + 32], exact, l);
+    }
+    return true;
+}
+
 // The keys and values of a few tokens in one launch: the first n_a CTAs encode a, the others b.
+enum tbq_encode_part {
+    TBQ_ENCODE_WHOLE,
+    TBQ_ENCODE_EXACT,  // exact rows, and blocks whole that have none
+    TBQ_ENCODE_PACKED, // the others' packed rows; starts before attention ends, and ends after it
+};
+
 struct tbq_pair_args {
     tbq_encode_args a;
     tbq_encode_args b;
@@ -927,16 +981,36 @@ struct tbq_pair_args {
     int             n_a;
     tbq_encode_part part;
     float *         values; // of each block, for two parts
+    tbq_ahead       ahead[TBQ_N_AHEAD];
 };
 
 // ROPE: the keys get their rotary embedding first.
 template <int BITS_A, int BITS_B, bool ROPE>
 __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_pair(const __grid_constant__ tbq_pair_args p) {
-    float * const values = p.values + (size_t) blockIdx.x * TBQ_BLOCK;
-    if (blockIdx.x < p.n_a) {
-        tbq_quantize_block_128<BITS_A, float>(p.a, blockIdx.x, ROPE ? &p.rope : nullptr, p.part, values);
+#if __CUDA_ARCH__ >= 900
+    // Weights of a layer push everything out of the L2 cache.  So this grid, while it waits, brings back what attention
+    // begins with: each CTA its share.
+    if (p.part != TBQ_ENCODE_PACKED && threadIdx.x < TBQ_N_AHEAD) {
+        const tbq_ahead & next  = p.ahead[threadIdx.x];
+        const unsigned    share = (next.bytes / 16 + gridDim.x - 1) / gridDim.x * 16, first = blockIdx.x * share;
+        if (first < next.bytes) {
+            tbq_bulk_prefetch(next.from + first, (int) min(share, next.bytes - first));
+        }
+    }
+#endif
+    float * const               values = p.values + (size_t) blockIdx.x * TBQ_BLOCK;
+    const bool                  keys   = blockIdx.x < p.n_a;
+    const unsigned              i      = keys ? blockIdx.x : blockIdx.x - p.n_a;
+    const tbq_rope_args * const rope   = ROPE ? &p.rope : nullptr;
+    if (p.part == TBQ_ENCODE_EXACT && (keys ? tbq_store_exact_block(p.a, i, rope, values)
+                                            : tbq_store_exact_block(p.b, i, nullptr, values))) {
+        return;
+    }
+    const float * const stored = p.part == TBQ_ENCODE_PACKED ? values : nullptr;
+    if (keys) {
+        tbq_quantize_block_128<BITS_A, float>(p.a, i, rope, stored);
     } else {
-        tbq_quantize_block_128<BITS_B, float>(p.b, blockIdx.x - p.n_a, nullptr, p.part, values);
+        tbq_quantize_block_128<BITS_B, float>(p.b, i, nullptr, stored);
     }
 #if __CUDA_ARCH__ >= 900
     if (p.part == TBQ_ENCODE_PACKED) {
