@@ -6,6 +6,7 @@ them. recent, first: rows that are kept in 8 bits as well. sequences, unified. c
 steps: a list of
 
     ["decode", {sequence: [tokens, first position]}]    one batch
+    ["image", sequence, tokens, position, width]        random embeddings that share a position, for a model with M-RoPE
     ["cp", from, to], ["rm", sequence, p0, p1], ["keep", sequence], ["shift", sequence, p0, p1, by], ["clear"]
     ["save", sequence], ["load", sequence]              the state of one sequence; -1: of the whole context
     ["save_on_device", sequence], ["load_on_device", sequence]
@@ -70,6 +71,24 @@ def decode(context, parts):
     return np.stack(rows)
 
 
+def decode_image(context, sequence, n, position, width):
+    """Embeddings as a projector gives them: one position in time, and those of a grid."""
+    n_embd = api.llama_model_n_embd(model)
+    embeddings = np.random.default_rng(n).standard_normal((n, n_embd)).astype(np.float32)
+    at = np.arange(n)
+    # sections one after the other: time, y, x, unused
+    positions = np.stack([at * 0 + position, position + at // width, position + at % width, at * 0]).astype(np.int32)
+    batch = api.llama_batch_init(n, n_embd, 1)
+    batch.n_tokens, kind, own = n, type(batch.pos), ctypes.cast(batch.pos, ctypes.c_void_p)
+    ctypes.memmove(batch.embd, embeddings.ctypes.data, embeddings.nbytes)
+    batch.pos = positions.ctypes.data_as(kind)
+    for i in range(n):
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, sequence, i == n - 1
+    assert api.llama_decode(context, batch) == 0, "decoding an image failed"
+    batch.pos = ctypes.cast(own, kind)  # llama_batch_init's own, which has no room for the sections
+    api.llama_batch_free(batch)
+
+
 def save(context, saved, sequence, flags=0):
     if sequence == -1:
         size = api.llama_state_get_size(context)
@@ -96,6 +115,8 @@ def run(context):
     for step, *arguments in spec["steps"]:
         if step == "decode":
             logits = decode(context, arguments[0])
+        elif step == "image":
+            decode_image(context, *arguments)
         elif step == "cp":
             api.llama_memory_seq_cp(memory, *arguments, -1, -1)
         elif step == "rm":

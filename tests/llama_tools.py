@@ -398,7 +398,20 @@ def write_random(path, arch, fields, layer, layers, embd, ff, seed):
     )
 
 
-def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, experts=0, seed=1, arch="llama", rope=None):
+def tiny_llama(
+    path,
+    head,
+    heads=4,
+    kv_heads=2,
+    layers=2,
+    embd=256,
+    ff=512,
+    experts=0,
+    seed=1,
+    arch="llama",
+    rope=None,
+    sections=None,
+):
     """A random llama with a given head size; with experts, a mixture of experts, of which a token uses two.
 
     The scales make attention matter: logits are a few units before the softmax, and the residual stream does not
@@ -411,6 +424,7 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
         "attention.value_length": head,
         "rope.dimension_count": rope or head,
         **({"expert_count": experts, "expert_used_count": 2} if experts else {}),
+        **({"rope.dimension_sections": sections} if sections else {}),
     }
 
     def layer(add, ones, b):
@@ -425,6 +439,11 @@ def tiny_llama(path, head, heads=4, kv_heads=2, layers=2, embd=256, ff=512, expe
         return experts > 0
 
     return write_random(path, arch, fields, layer, layers, embd, ff, seed)
+
+
+def tiny_qwen2vl(path, **sizes):
+    """A random model with M-RoPE: each of a token's three positions turns a part of the channels."""
+    return tiny_llama(path, head=64, arch="qwen2vl", sections=[8, 12, 12, 0], **sizes)
 
 
 def tiny_mla(path, heads=4, layers=2, embd=256, ff=512, seed=1):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_tools import ENV, Server, complete, run, tiny_mla
+from llama_tools import ENV, Server, complete, run, tiny_mla, tiny_qwen2vl
 from tbq import plan
 from tbq._exact_rows import FIRST, RECENT, slots
 from test_plan import gemma3, lfm2
@@ -259,6 +259,63 @@ def test_other_caches(tmp_path, write):
     packed, exact = divergences(tmp_path, model, steps, [("tbq2_0", "tbq2_0", 0, 0), ("tbq2_0", "tbq2_0", 512, 0)])
     assert packed > 0
     assert exact < 0.05 * packed, f"{exact} with the window, {packed} without"
+
+
+IMAGES = {
+    # (steps, window): the last batch reads rows of the window alone
+    "images of one sequence": (
+        [
+            decode(s0=(TEXT[:50], 0)),
+            ["image", 0, 120, 50, 12],
+            decode(s0=(TEXT[50:60], 62)),
+            ["image", 0, 9, 72, 3],
+            ["save", 0],
+            decode(s0=(OTHER[:50], 75)),
+            ["load", 0],
+            *one_by_one(4, 75),
+        ],
+        (512, 0),
+    ),
+    "another sequence at lower positions": (
+        [
+            decode(s1=(TEXT[:100], 0)),
+            decode(s0=(OTHER[:200], 0)),
+            ["image", 0, 400, 200, 20],
+            *one_by_one(4, 220, OTHER),
+            *one_by_one(4, 100, TEXT, 1),
+        ],
+        (128, 4),
+    ),
+    "another sequence's first rows": (
+        [
+            ["image", 0, 400, 0, 20],
+            decode(s1=(TEXT[:100], 0)),
+            *one_by_one(40, 20, OTHER),
+            *one_by_one(4, 100, TEXT, 1),
+        ],
+        (8, 104),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_share_a_position(tmp_path, name):
+    """With M-RoPE a sequence can want more rows than there are. It takes none from the other sequences."""
+    steps, window = IMAGES[name]
+    model = tiny_qwen2vl(tmp_path / "model.gguf")
+    caches = [("tbq2_0", "tbq2_0", 0, 0), ("tbq2_0", "tbq2_0", *window)]
+    packed, exact = divergences(tmp_path, model, steps, caches, sequences=2, context={"n_ctx": 1024})
+    assert packed > 0
+    assert exact < 0.05 * packed, f"{exact} with the window, {packed} without"
+
+
+def test_an_image_larger_than_the_window(tmp_path):
+    """Of an image's rows a part is exact, and the text that follows it."""
+    steps = [decode(s0=(TEXT[:50], 0)), ["image", 0, 400, 50, 20], *one_by_one(20, 70), decode(s0=(TEXT[90:106], 90))]
+    model = tiny_qwen2vl(tmp_path / "model.gguf")
+    caches = [("tbq2_0", "tbq2_0", *window) for window in ((0, 0), (16, 4), (128, 4))]
+    packed, short, long = divergences(tmp_path, model, steps, caches)
+    assert long < short < packed, (long, short, packed)
 
 
 def test_a_short_window(model_f16, tmp_path):

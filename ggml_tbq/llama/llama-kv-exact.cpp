@@ -192,20 +192,69 @@ std::vector<llama_pos> llama_kv_exact::next_queries(uint32_t strm, const std::ve
     return res;
 }
 
+// The first sequence of a cell that fits, or -1.
+template <typename F> static llama_seq_id find_seq(const llama_kv_cells & cells, uint32_t cell, uint32_t n_seq,
+                                                   F fits) {
+    if (cells.seq_count(cell) == 1) {
+        const llama_seq_id s = cells.seq_get(cell);
+        return fits(s) ? s : -1;
+    }
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        if (cells.seq_has(cell, s) && fits(s)) {
+            return s;
+        }
+    }
+    return -1;
+}
+
 // Whether one of the queries to come has the row of a cell in its window.
 bool llama_kv_exact::is_recent(uint32_t strm, uint32_t cell, const std::vector<llama_pos> & queries) const {
     const auto &  cells = kv->v_cells[strm];
     const int64_t pos   = cells.pos_get(cell);
-    const auto    reads = [&](llama_seq_id s) { return pos > (int64_t) queries[s] - n_recent; };
-    if (cells.seq_count(cell) == 1) {
-        return reads(cells.seq_get(cell));
+    return find_seq(cells, cell, kv->n_seq_max,
+                    [&](llama_seq_id s) { return pos > (int64_t) queries[s] - n_recent; }) >= 0;
+}
+
+// A row that may have a slot.
+struct exact_candidate {
+    int       need; // 2: a first row, 1: in the window, 0: neither
+    llama_pos pos;
+    int32_t   token; // among those of the graph, or -1: the row that a slot holds
+    uint32_t  slot;
+    uint32_t  cell;
+};
+
+// The order in which rows get slots: first rows from the start of a sequence, others from its end.
+static bool is_before(const exact_candidate & a, const exact_candidate & b) {
+    if (a.need != b.need) {
+        return a.need > b.need;
     }
-    for (uint32_t s = 0; s < kv->n_seq_max; ++s) {
-        if (cells.seq_has(cell, s) && reads(s)) {
-            return true;
+    const exact_candidate & newer = a.need == 2 ? b : a;
+    const exact_candidate & older = a.need == 2 ? a : b;
+    return newer.pos != older.pos       ? newer.pos > older.pos
+           : newer.token != older.token ? newer.token > older.token
+                                        : newer.cell > older.cell;
+}
+
+// The tokens of an image share a position, so that a sequence can want any number of rows.  This leaves each sequence
+// its share, n_left rows of a need.  Those that it wants beyond wait behind the rows of the other sequences, which may be
+// at lower positions.  other(row): what a row needs otherwise.
+template <typename F, typename G>
+static void limit(const llama_kv_cells & cells, std::vector<exact_candidate> & rows, int need,
+                  std::vector<uint32_t> n_left, F wants, G other) {
+    std::sort(rows.begin(), rows.end(), is_before);
+    for (exact_candidate & row : rows) {
+        if (row.need != need) {
+            continue;
+        }
+        const llama_seq_id s = find_seq(cells, row.cell, (uint32_t) n_left.size(),
+                                        [&](llama_seq_id id) { return n_left[id] > 0 && wants(row, id); });
+        if (s >= 0) {
+            --n_left[s];
+        } else {
+            row.need = other(row);
         }
     }
-    return false;
 }
 
 // Gives slots to the tokens in the cells idxs: to all of them, or to those that later graphs want.  Rows that nobody
@@ -215,18 +264,15 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
     const auto &                 cells   = kv->v_cells[strm];
     const std::vector<llama_pos> queries = next_queries(strm, all ? idxs : std::vector<uint32_t>{});
 
-    struct candidate {
-        int       need; // 2: a first row, 1: in the window, 0: neither
-        llama_pos pos;
-        int32_t   token; // or -1: the row that a slot holds
-        uint32_t  slot;
-    };
-    std::vector<candidate> rows;
+    std::vector<exact_candidate> rows;
+    uint64_t                     n_wanted = 0;
 
-    // The tokens of an image share a position.  So the number of first rows has a bound of its own.
-    uint64_t   n_first_left = (uint64_t) n_seq * n_first;
-    const auto need_of      = [&](uint32_t cell, bool first) {
-        return first && n_first_left > 0 ? (--n_first_left, 2) : is_recent(strm, cell, queries) ? 1 : 0;
+    const auto add = [&](uint32_t cell, bool first, int32_t token, uint32_t slot) {
+        const int need = first ? 2 : is_recent(strm, cell, queries) ? 1 : 0;
+        if (all || token < 0 || need > 0) {
+            rows.push_back({ need, cells.pos_get(cell), token, slot, cell });
+            n_wanted += need > 0;
+        }
     };
     for (uint32_t i = 0; i < n_slots; ++i) {
         const slot & s = slots[strm][i];
@@ -234,21 +280,28 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
             drop(strm, i);
         }
         if (s.cell >= 0) {
-            rows.push_back({ need_of(s.cell, s.first), cells.pos_get(s.cell), -1, i });
+            add(s.cell, s.first, -1, i);
         }
     }
     for (uint32_t i = 0; i < idxs.size(); ++i) {
-        const llama_pos pos  = cells.pos_get(idxs[i]);
-        const int       need = need_of(idxs[i], pos < (int64_t) n_first);
-        if (all || need > 0) {
-            rows.push_back({ need, pos, (int32_t) i, 0 });
+        add(idxs[i], cells.pos_get(idxs[i]) < (int64_t) n_first, (int32_t) i, 0);
+    }
+    if (n_wanted > n_slots) {
+        std::vector<uint32_t> n_window(kv->n_seq_max, n_recent);
+        for (size_t i = 0; all && i < idxs.size(); ++i) { // the window of the first query, and what follows that query
+            ++n_window[find_seq(cells, idxs[i], kv->n_seq_max, [](llama_seq_id) { return true; })];
         }
+        limit(
+            cells, rows, 2, std::vector<uint32_t>(kv->n_seq_max, n_first),
+            [](const exact_candidate &, llama_seq_id) { return true; },
+            [&](const exact_candidate & row) { return is_recent(strm, row.cell, queries) ? 1 : 0; });
+        limit(
+            cells, rows, 1, n_window,
+            [&](const exact_candidate & row, llama_seq_id s) { return row.pos > (int64_t) queries[s] - n_recent; },
+            [](const exact_candidate &) { return 0; });
     }
     if (rows.size() > n_slots) {
-        const auto before = [](const candidate & a, const candidate & b) {
-            return a.need != b.need ? a.need > b.need : a.pos != b.pos ? a.pos > b.pos : a.token > b.token;
-        };
-        std::nth_element(rows.begin(), rows.begin() + n_slots, rows.end(), before);
+        std::nth_element(rows.begin(), rows.begin() + n_slots, rows.end(), is_before);
         for (size_t i = n_slots; i < rows.size(); ++i) {
             if (rows[i].token < 0) {
                 drop(strm, rows[i].slot);
@@ -257,7 +310,7 @@ std::vector<int32_t> llama_kv_exact::assign(uint32_t strm, const std::vector<uin
         rows.resize(n_slots);
     }
     std::vector<int> needs(idxs.size(), -1); // of the tokens that get a slot
-    for (const candidate & row : rows) {
+    for (const exact_candidate & row : rows) {
         if (row.token >= 0) {
             needs[row.token] = row.need;
         }
