@@ -14,8 +14,8 @@ import zlib
 import numpy as np
 import pytest
 
+import tbq
 from llama_tools import Server, tiny_llama, tiny_qwen2vl, write_gguf
-from tbq import plan
 from tbq._exact_rows import FIRST, RECENT
 from test_plan import gemma3
 
@@ -189,15 +189,17 @@ def test_same_start_as_f16(kind, answers):
     The probabilities differ by what four bits lose: a few tenths of a nat, as with q4_0. Another picture, or none,
     changes them by several nats.
     """
-    f16, tbq = answers(kind, "f16"), answers(kind, "tbq4_0")
-    assert "the newest 128 and the first 4 rows" in tbq["log"] and "keys are stored minus their means" in tbq["log"]
-    lost = [distance(f16[name][1], tbq[name][1]) for name in (*PICTURES, "text")]
+    f16, packed = answers(kind, "f16"), answers(kind, "tbq4_0")
+    assert (
+        "the newest 128 and the first 4 rows" in packed["log"] and "keys are stored minus their means" in packed["log"]
+    )
+    lost = [distance(f16[name][1], packed[name][1]) for name in (*PICTURES, "text")]
     other = [distance(f16[a][1], f16[b][1]) for a, b in (("stripes", "disc"), ("stripes", "two"), ("stripes", "text"))]
-    print(kind, lost, other, [(f16[name][0], tbq[name][0]) for name in PICTURES])  # -s shows it
+    print(kind, lost, other, [(f16[name][0], packed[name][0]) for name in PICTURES])  # -s shows it
     assert max(lost) < min(other) / 3, (lost, other)
     for name in PICTURES:
-        assert f16[name][0][:4] == tbq[name][0][:4], name
-        assert f16[name][2]["prompt_tokens"] == tbq[name][2]["prompt_tokens"]
+        assert f16[name][0][:4] == packed[name][0][:4], name
+        assert f16[name][2]["prompt_tokens"] == packed[name][2]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,7 +217,7 @@ def test_a_saved_slot_has_its_image(kind, answers):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plan(kind, answers, models):
     """tbq plan is right to the byte: cache and exact rows."""
-    found = plan(models[kind][0], context=CONTEXT, parallel=SLOTS, unified=True).pair("tbq4_0", "tbq4_0")
+    found = tbq.plan(models[kind][0], context=CONTEXT, parallel=SLOTS, unified=True).pair("tbq4_0", "tbq4_0")
     log = answers(kind, "tbq4_0")["log"]
     caches = re.findall(r"llama_kv_cache: size = .*K \(tbq4_0\): +([\d.]+) MiB, V \(tbq4_0\): +([\d.]+) MiB", log)
     exact = float(re.search(r"kept in 8 bits: \d+ layers, ([\d.]+) MiB", log)[1])
