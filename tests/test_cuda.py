@@ -69,10 +69,12 @@ def test_compiles(tmp_path, arch):
     if f"sm_{arch.rstrip('a')}\n" not in known:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     kernels = compile_for(arch, tmp_path / "x.cubin")
-    assert len(kernels) == 22
+    assert len(kernels) == 27
     for name, (spill, registers) in kernels.items():
         # q8_0 keys: three words at most, also where their rows are read at the cells of exact ones; f16 values: one
         allowed = 12 if "Li128ELi8ELi4ELi8E" in name else 4 if "Li128ELi4ELi16ELi8E" in name else 0
+        # 64 columns of 512 channels: a word that is the same for all tiles
+        allowed = 8 if "tbq_attention_headsILi576ELi512ELi64E" in name else allowed
         assert spill <= allowed, name
         if "tbq_attentionILi128ELi4ELi4ELi8E" in name:
             assert registers <= 128, "two CTAs of 256 threads must fit a multiprocessor"
@@ -160,6 +162,27 @@ def test_attention_on_a_cpu(tmp_path):
     changed.mkdir()
     (changed / "tbq-attention-rows.cuh").write_text(source.replace(right, "false"))
     assert wrong(changed, "exact", "10") > 0
+
+
+@needs_nvcc
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
+def test_attention_of_large_heads_on_a_cpu(tmp_path):
+    """Attention for head sizes 192/128, 512 and 576/512 is right, and the program notices where it is not."""
+
+    def wrong(cuda, *arguments):
+        done = run_on_a_cpu("heads", tmp_path, cuda, *arguments)
+        count = re.match(r"[1-9]\d* problems, (\d+) wrong", done.stdout.splitlines()[-1])
+        assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout
+        return int(count[1])
+
+    assert wrong(TBQ / "cuda", "center", "12", "3") == 0
+    source = (TBQ / "cuda" / "tbq-attention-heads.cuh").read_text()
+    right = ": ~0u << left) | listed"  # without it a row of the list counts twice
+    assert right in source
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "tbq-attention-heads.cuh").write_text(source.replace(right, right.replace("listed", "0")))
+    assert wrong(changed, "exact", "3") > 0
 
 
 def test_a_model_of_random_weights_without_the_package(tmp_path):
@@ -372,11 +395,28 @@ def test_gpu_kernels_attention_rows(standalone):
 
 @on_gpu
 @needs_nvcc
+def test_gpu_kernels_attention_heads(standalone):
+    """The kernel for head sizes 192/128, 512 and 576/512: random problems against double precision."""
+    early = [("early", "exact", "60")] if has_compute_capability("9.0") else []
+    for how in (("check", "189"), ("exact", "120"), ("center", "120"), *early):
+        out = run(standalone / "attention-heads", *how)
+        print(out)
+        assert f"{how[-1]} problems, 0 wrong" in out
+
+
+@on_gpu
+@needs_nvcc
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(
     "program",
-    [("attention", "check", "18", "7"), ("attention", "center", "24", "7"), ("blocks", "500")],
+    [
+        ("attention", "check", "18", "7"),
+        ("attention", "center", "24", "7"),
+        ("attention-heads", "check", "9", "7"),
+        ("attention-heads", "center", "18", "7"),
+        ("blocks", "500"),
+    ],
     ids=lambda program: "-".join(program[:2]),
 )
 def test_gpu_kernels_sanitized(standalone, tool, program):

@@ -298,7 +298,6 @@ template <int D, int BITS> struct tbq_cache_reader {
     static constexpr int UNITS = tbq_attention_units(D, BITS);
     static constexpr int PITCH = tbq_attention_pitch(D, BITS);
     static constexpr int TRIPS = (TBQ_ATTENTION_SLICE * UNITS + 31) / 32;
-    static_assert(UNITS % 2 == 1 || 32 % UNITS == 0, "a lane's units are the same distance apart in shared memory");
 
     int          offset; // of a row within its first unit of 16 bytes (or of 4, where rows are apart by less)
     int          odd;    // what changes in it for odd tokens: bit 1, where rows are 4 k + 2 bytes apart
@@ -336,6 +335,7 @@ template <int D, int BITS> struct tbq_cache_reader {
 
     // Starts copying the next slice, of which n tokens exist.
     __device__ __forceinline__ void fetch(uint32_t stage, int n, int lane) {
+        static_assert(UNITS % 2 == 1 || 32 % UNITS == 0, "a lane's units are the same distance apart in shared memory");
         if (wide) {
             uint32_t on = units;
             if (n < TBQ_ATTENTION_SLICE) {

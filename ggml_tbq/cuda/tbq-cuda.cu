@@ -4,6 +4,7 @@
 #include "ggml-cuda/fattn.cuh"
 #include "ggml-impl.h"
 
+#include "tbq-attention-heads-launch.cuh"
 #include "tbq-attention-launch.cuh"
 #include "tbq-center.cuh"
 #include "tbq-dequantize.cuh"
@@ -606,17 +607,13 @@ static int64_t n_columns(const ggml_tensor * dst) {
     return dst->src[0]->ne[1] * (dst->src[0]->ne[2] / dst->src[1]->ne[2]);
 }
 
-// What both kernels need.
-static bool native_supported(const ggml_tensor * dst) {
+// What all kernels need of tensors, whatever the head sizes.
+static bool layout_supported(const ggml_tensor * dst) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
-    const int64_t       d    = q->ne[0];
-    if (!ggml_is_tbq(k->type) && !ggml_is_tbq(v->type)) {
-        return false;
-    }
-    if (kv_bits(k->type) == 0 || kv_bits(v->type) == 0 || (d != 64 && d != 128 && d != 256) || v->ne[0] != d) {
+    if (kv_bits(k->type) == 0 || kv_bits(v->type) == 0) {
         return false;
     }
     if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->nb[1] % 4 || q->nb[2] % 4 || q->nb[3] % 4 ||
@@ -626,7 +623,7 @@ static bool native_supported(const ggml_tensor * dst) {
     }
     for (const ggml_tensor * t : { k, v }) {
         // heads at multiples of their own size, rows where 32-bit arithmetic reaches
-        const size_t align = tbq_attention_align(d, kv_bits(t->type));
+        const size_t align = tbq_attention_align(t->ne[0], kv_bits(t->type));
         for (int i = 1; i < 4; i++) {
             if (t->nb[i] % align != 0) {
                 return false;
@@ -637,6 +634,15 @@ static bool native_supported(const ggml_tensor * dst) {
         }
     }
     return true;
+}
+
+// What the kernels of prompts and those of decode for equal head sizes need.
+static bool native_supported(const ggml_tensor * dst) {
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const int64_t       d = k->ne[0];
+    return (ggml_is_tbq(k->type) || ggml_is_tbq(v->type)) && (d == 64 || d == 128 || d == 256) && v->ne[0] == d &&
+           layout_supported(dst);
 }
 
 #ifdef GGML_TBQ_CUDA_PROMPT
@@ -708,6 +714,101 @@ static bool decode_supported(int device, const ggml_tensor * dst) {
              !prompt_faster(dst)));
 }
 
+// The first channels of a's rows, of the same rows.
+static bool is_start_of(const ggml_tensor * part, const ggml_tensor * a) {
+    return part->view_src &&
+           (part->view_src == a || (part->view_src == a->view_src && part->view_offs == a->view_offs));
+}
+
+// The values are the first channels of the keys (MLA).
+static bool values_in_keys(const ggml_tensor * dst) {
+    return is_start_of(dst->src[2], dst->src[1]);
+}
+
+// The shape of a call and where its tensors are.
+static tbq_attention_args attention_args(const ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+    const ggml_tensor * mean  = dst->src[8];
+
+    tbq_attention_args a = {};
+    a.q                  = (const char *) q->data;
+    a.k                  = (const char *) k->data;
+    a.v                  = (const char *) v->data;
+    a.mask               = mask ? (const char *) mask->data : nullptr;
+    a.sinks              = sinks ? (const float *) sinks->data : nullptr;
+    a.mean               = mean ? (const float *) mean->data : nullptr;
+    a.mean_of_values     = tbq_ggml_flash_attn_ext_center_values(dst);
+    a.dst                = (float *) dst->data;
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
+    a.n_q        = q->ne[1];
+    a.n_head     = q->ne[2];
+    a.n_seq      = q->ne[3];
+    a.n_kv       = k->ne[1];
+    a.n_head_kv  = k->ne[2];
+    a.n_seq_kv   = k->ne[3];
+    a.n_seq_mask = mask ? mask->ne[3] : 1;
+    a.q_nb1 = q->nb[1], a.q_nb2 = q->nb[2], a.q_nb3 = q->nb[3];
+    a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
+    a.v_nb1 = v->nb[1], a.v_nb2 = v->nb[2], a.v_nb3 = v->nb[3];
+    if (mask) {
+        a.mask_nb1 = mask->nb[1];
+        a.mask_nb3 = mask->nb[3];
+    }
+    if (const ggml_tensor * cells = dst->src[7]) {
+        a.cells   = (const int *) cells->data;
+        a.n_exact = (int) (cells->ne[0] - (k->ne[1] + 31) / 32);
+        if (const ggml_tensor * e = dst->src[5]) {
+            a.exact_k     = (const char *) e->data;
+            a.exact_k_nb1 = e->nb[1], a.exact_k_nb2 = e->nb[2], a.exact_k_nb3 = e->nb[3];
+        }
+        if (const ggml_tensor * e = dst->src[6]) {
+            a.exact_v     = (const char *) e->data;
+            a.exact_v_nb1 = e->nb[1], a.exact_v_nb2 = e->nb[2], a.exact_v_nb3 = e->nb[3];
+        }
+    }
+    return a;
+}
+
+// By tbq-attention-heads.cuh.  Only what llama.cpp's kernels take when it is converted, so that a layer's prompts and
+// decode run on the same device: who asks whether a node is supported is not told of this.
+static bool heads_supported(int device, const ggml_tensor * dst) {
+    const ggml_tensor * k  = dst->src[1];
+    const ggml_tensor * v  = dst->src[2];
+    const int           cc = ggml_cuda_info().devices[device].cc;
+    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || only_native(dst) || !layout_supported(dst) ||
+        !GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
+        return false;
+    }
+    const bool latent = k->ne[0] == 576;
+    if (latent) {
+        for (int i = 1; i < GGML_MAX_DIMS; i++) {
+            const ggml_tensor * exact_k = dst->src[5];
+            const ggml_tensor * exact_v = dst->src[6];
+            if ((k->ne[i] > 1 && v->nb[i] != k->nb[i]) ||
+                (exact_k && (!exact_v || (exact_k->ne[i] > 1 && exact_v->nb[i] != exact_k->nb[i])))) {
+                return false;
+            }
+        }
+        if (!values_in_keys(dst) || v->type != k->type || (dst->src[5] && !is_start_of(dst->src[6], dst->src[5]))) {
+            return false;
+        }
+    }
+    return k->nb[1] < TBQ_HEADS_MAX_STRIDE && v->nb[1] < TBQ_HEADS_MAX_STRIDE &&
+           n_columns(dst) <= (latent ? TBQ_HEADS_MAX_COLUMNS_LATENT : TBQ_HEADS_MAX_COLUMNS) &&
+           n_columns(dst) * k->ne[2] <= 65535 && // a grid
+           tbq_heads_fits(device, k->ne[0], v->ne[0], attention_args(dst), kv_bits(k->type), kv_bits(v->type));
+}
+
+bool tbq_cuda_flash_attn_ext_reads_packed(int device, const ggml_tensor * dst) {
+    return tbq_cuda_flash_attn_ext_supported(device, dst) || heads_supported(device, dst);
+}
+
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
 #ifndef FLASH_ATTN_AVAILABLE
     return false; // a prompt would have no kernel
@@ -760,11 +861,9 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
         return false;
     }
     GGML_ASSERT(tbq_cuda_flash_attn_ext_converts(dst));
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
-    // the values are the first channels of the keys (MLA)
-    const bool v_in_k =
-        v->view_src && (v->view_src == k || (v->view_src == k->view_src && v->view_offs == k->view_offs));
+    const ggml_tensor * k      = dst->src[1];
+    const ggml_tensor * v      = dst->src[2];
+    const bool          v_in_k = values_in_keys(dst);
 
     // where the backend would convert them: ggml_cuda_flash_attn_ext_get_alloc_size() has reserved it
     const uintptr_t k_f16 = GGML_PAD((uintptr_t) dst->data + ggml_nbytes(dst), 128);
@@ -794,51 +893,12 @@ static bool flash_attn_ext_converted(ggml_backend_cuda_context & ctx, ggml_tenso
 // beside: for kernels of decode only
 static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor * dst,
                                   const tbq_attention_beside & beside) {
-    const ggml_tensor * q     = dst->src[0];
-    const ggml_tensor * k     = dst->src[1];
-    const ggml_tensor * v     = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
-    const ggml_tensor * mean  = dst->src[8];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
 
-    tbq_prompt_args a = {};
-    a.q               = (const char *) q->data;
-    a.k               = (const char *) k->data;
-    a.v               = (const char *) v->data;
-    a.mask            = mask ? (const char *) mask->data : nullptr;
-    a.sinks           = sinks ? (const float *) sinks->data : nullptr;
-    a.mean            = mean ? (const float *) mean->data : nullptr;
-    a.mean_of_values  = tbq_ggml_flash_attn_ext_center_values(dst);
-    a.dst             = (float *) dst->data;
-    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&a.logit_softcap, (const float *) dst->op_params + 2, sizeof(float));
-    a.n_q        = q->ne[1];
-    a.n_head     = q->ne[2];
-    a.n_seq      = q->ne[3];
-    a.n_kv       = k->ne[1];
-    a.n_head_kv  = k->ne[2];
-    a.n_seq_kv   = k->ne[3];
-    a.n_seq_mask = mask ? mask->ne[3] : 1;
-    a.q_nb1 = q->nb[1], a.q_nb2 = q->nb[2], a.q_nb3 = q->nb[3];
-    a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
-    a.v_nb1 = v->nb[1], a.v_nb2 = v->nb[2], a.v_nb3 = v->nb[3];
-    if (mask) {
-        a.mask_nb1 = mask->nb[1];
-        a.mask_nb3 = mask->nb[3];
-    }
-    if (const ggml_tensor * cells = dst->src[7]) {
-        a.cells   = (const int *) cells->data;
-        a.n_exact = (int) (cells->ne[0] - (k->ne[1] + 31) / 32);
-        if (const ggml_tensor * e = dst->src[5]) {
-            a.exact_k     = (const char *) e->data;
-            a.exact_k_nb1 = e->nb[1], a.exact_k_nb2 = e->nb[2], a.exact_k_nb3 = e->nb[3];
-        }
-        if (const ggml_tensor * e = dst->src[6]) {
-            a.exact_v     = (const char *) e->data;
-            a.exact_v_nb1 = e->nb[1], a.exact_v_nb2 = e->nb[2], a.exact_v_nb3 = e->nb[3];
-        }
-    }
+    tbq_prompt_args a                    = {};
+    static_cast<tbq_attention_args &>(a) = attention_args(dst);
 #ifdef GGML_TBQ_CUDA_PROMPT
     if (prompt_supported(ctx.device, dst)) {
         a.bits_k = kv_bits(k->type);
@@ -859,6 +919,12 @@ static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor *
 }
 
 static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (heads_supported(ctx.device, dst)) {
+        const ggml_tensor * k = dst->src[1];
+        const ggml_tensor * v = dst->src[2];
+        tbq_heads_launch(ctx, k->ne[0], v->ne[0], attention_args(dst), kv_bits(k->type), kv_bits(v->type));
+        return true;
+    }
     if (!tbq_cuda_flash_attn_ext_supported(ctx.device, dst)) {
         return flash_attn_ext_converted(ctx, dst);
     }

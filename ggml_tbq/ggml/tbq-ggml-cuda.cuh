@@ -15,6 +15,7 @@ TBQ_CUDA_NOT_HERE(tbq_cuda_kv_type_supported)
 TBQ_CUDA_NOT_HERE(tbq_cuda_compute)
 TBQ_CUDA_NOT_HERE(tbq_cuda_fuse)
 TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext_supported)
+TBQ_CUDA_NOT_HERE(tbq_cuda_flash_attn_ext_reads_packed)
 static inline bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor *) {
     return true;
 }
@@ -68,5 +69,10 @@ to_fp32_nc_cuda_t tbq_cuda_to_fp32_nc(ggml_type type);
 // (tbq_ggml_flash_attn_ext_center); where neither can, the node is not supported.
 bool tbq_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst);
 bool tbq_cuda_flash_attn_ext_converts(const ggml_tensor * dst); // whether those kernels work for it
+
+// Whether a node that is supported is computed from packed blocks, so that it needs no memory for a converted cache: what
+// the first of these two takes, and few columns of head sizes 192/128, 512 and 576/512.  The latter are computed so only
+// where the backend's own kernels could take them converted, so they make nothing supported that was not.
+bool tbq_cuda_flash_attn_ext_reads_packed(int device, const ggml_tensor * dst);
 
 #endif

@@ -156,20 +156,30 @@ static std::vector<int> random_cells(int n_kv, int n_exact, std::mt19937 & rng) 
     return cells;
 }
 
-// D, the pair, the arguments, and memory for the results of 300 splits.
+// Channels of a key, and of a value, for tbq-attention-heads.cuh.
+static const int HEADS[][2] = { { 576, 512 }, { 192, 128 }, { 512, 512 } };
+
+// Channels of a key, the pair, the arguments, and memory for the results of 300 splits.
 using launch_function = std::function<void(int, int, int, const tbq_attention_args &, float *)>;
 
 // n_exact 0: none.  centered: tbq keys lack their mean, and there are sinks, a soft-cap or values that are keys.
 // prompt: many rows, the nine pairs of tbq types, and queries that are not rounded to 8 bits.  whole_rows: mostly what
-// the kernel for whole rows can do.
+// the kernel for whole rows can do.  heads: the sizes above; values of 576/512 are the first channels of the keys.
 static double check(const launch_function & launch, int index, std::mt19937 & rng, int n_exact = 0,
-                    bool centered = false, bool prompt = false, bool whole_rows = false) {
-    const int         n_pairs = prompt ? 9 : whole_rows ? N_ROWS_PAIRS : n_exact ? N_ALL : N_PAIRS;
-    const int * const pair    = (prompt ? PROMPT_PAIRS : PAIRS)[index % n_pairs];
+                    bool centered = false, bool prompt = false, bool whole_rows = false, bool heads = false) {
+    const int         n_pairs = prompt || heads ? 9 : whole_rows ? N_ROWS_PAIRS : n_exact ? N_ALL : N_PAIRS;
+    const int * const of      = heads ? HEADS[index % 3] : nullptr;
+    const bool        latent  = heads && of[0] == 576;
+    const int * const pair    = (prompt || heads ? PROMPT_PAIRS : PAIRS)[latent  ? index / 3 % 3
+                                                                         : heads ? index / 3 % 9
+                                                                                 : index % n_pairs];
     // whole rows: mostly of 128 channels, where there are more kernels
-    const int d =
-        whole_rows ? std::vector<int>{ 64, 256, 128, 128, 128 }[index / n_pairs % 5] : 64 << (index / n_pairs % 3);
-    auto               pick = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
+    const int          d       = heads        ? of[0]
+                                 : whole_rows ? std::vector<int>{ 64, 256, 128, 128, 128 }[index / n_pairs % 5]
+                                              : 64 << (index / n_pairs % 3);
+    const int          d_v     = heads ? of[1] : d;
+    const int          d_of[2] = { d, d_v };
+    auto               pick    = [&](std::initializer_list<int> from) { return from.begin()[rng() % from.size()]; };
     tbq_attention_args a{};
     a.n_head_kv     = pick({ 1, 2, 3, 4, 5, 8 });
     int gqa         = pick({ 1, 1, 2, 3, 4, 6, 7, 8, 12, 16 });
@@ -222,8 +232,22 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
         }
     }
 
+    if (heads) {
+        a.n_head_kv = latent ? pick({ 1, 1, 2 }) : pick({ 1, 2, 3, 4, 8 });
+        gqa         = latent ? pick({ 1, 16, 16, 20, 64, 128 }) : pick({ 1, 1, 2, 4, 5, 8, 16 });
+        a.n_q       = pick({ 1, 1, 1, 2, 3, 5 });
+        a.n_kv      = pick({ 1, 5, 17, 113, 256, 256, 300, 512, 1023, 1024, 2500 });
+        // what the reference can compute in time
+        while (a.n_kv > 113 && (double) a.n_q * a.n_head_kv * gqa * a.n_seq * a.n_kv * d > 1.5e7) {
+            (gqa > 16 ? gqa : a.n_kv > 300 ? a.n_kv : a.n_seq > 1 ? a.n_seq : a.n_q > 1 ? a.n_q : a.n_kv) /= 2;
+        }
+        a.n_head     = a.n_head_kv * gqa;
+        a.n_seq_kv   = pick({ 1, a.n_seq });
+        a.n_seq_mask = pick({ 1, a.n_seq });
+    }
+
     // The mean moves logits by about 5, and values that are keys are that mean and more.
-    const bool v_is_k = centered && pair[0] == pair[1] && rng() % 2;
+    const bool v_is_k = latent || (centered && pair[0] == pair[1] && d == d_v && rng() % 2);
     // [D, n_kv, n_head_kv] in memory instead of [D, n_head_kv, n_kv]
     const bool                      heads_apart = rng() % (whole_rows ? 16 : 4) == 0;
     const int                       more        = pick({ 0, 0, 3 }); // rows that the view leaves out
@@ -243,10 +267,11 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
     std::vector<char> rows[2];
     long long *       nb[2] = { &a.k_nb1, &a.v_nb1 };
     for (int side = 0; side < 2; side++) {
-        const long long row = (long long) d / 64 * tbq_attention_block(pair[side]);
-        rows[side]  = side && v_is_k
-                          ? rows[0]
-                          : random_rows(pair[side], (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * d / 64, rng);
+        const int       channels = v_is_k ? d : d_of[side];
+        const long long row      = (long long) channels / 64 * tbq_attention_block(pair[side]);
+        const size_t    blocks   = (size_t) (a.n_kv + more) * a.n_head_kv * a.n_seq_kv * channels / 64;
+
+        rows[side]  = side && v_is_k ? rows[0] : random_rows(pair[side], blocks, rng);
         nb[side][0] = heads_apart ? row : row * a.n_head_kv;
         nb[side][1] = heads_apart ? row * (a.n_kv + more) : row;
         nb[side][2] = row * a.n_head_kv * (a.n_kv + more);
@@ -254,10 +279,12 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
     // Exact rows, heads in a row like the cache's, and a few slots that the view leaves out.
     std::vector<char> exact[2];
     std::vector<int>  cells;
-    const long long   exact_nb1 = (long long) a.n_head_kv * d / 64 * sizeof(block_tbq8_0);
-    const long long   exact_nb3 = exact_nb1 * (n_exact + more);
-    auto              exact_row = [&](int side, int s, int h, int j) {
-        return &exact[side][s * exact_nb3 + j * exact_nb1 + h * (exact_nb1 / a.n_head_kv)];
+    auto              exact_nb1 = [&](int side) {
+        return (long long) a.n_head_kv * (v_is_k ? d : d_of[side]) / 64 * (long long) sizeof(block_tbq8_0);
+    };
+    auto exact_nb3 = [&](int side) { return exact_nb1(side) * (n_exact + more); };
+    auto exact_row = [&](int side, int s, int h, int j) {
+        return &exact[side][s * exact_nb3(side) + j * exact_nb1(side) + h * (exact_nb1(side) / a.n_head_kv)];
     };
     std::vector<int> slot_of((size_t) a.n_seq_kv * a.n_kv, -1); // of each row
     const uint32_t   nan_float = 0x7FC00000;
@@ -267,7 +294,8 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
             if (side && v_is_k) {
                 exact[1] = exact[0];
             } else if (pair[side] < 8) {
-                exact[side] = random_exact_rows((size_t) a.n_seq_kv * (n_exact + more) * a.n_head_kv * d / 64, rng);
+                exact[side] =
+                    random_exact_rows((size_t) a.n_seq_kv * (n_exact + more) * a.n_head_kv * d_of[side] / 64, rng);
             }
         }
         for (int s = 0; s < a.n_seq_kv; s++) {
@@ -337,20 +365,20 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
         }
     }
 
-    device_array<float>  q_dev(q), sinks_dev(sinks), dst_dev(q.size()), mean_dev(mean);
+    device_array<float>  q_dev(q), sinks_dev(sinks), dst_dev(q.size() / d * d_v), mean_dev(mean);
     device_array<char>   k_dev(rows[0]), v_dev(rows[1]);
     device_array<__half> mask_dev(mask);
-    device_array<float>  partial(prompt ? 1 : (size_t) a.n_seq * a.n_q * a.n_head * 300 * (d + 2));
-    a.q = (const char *) q_dev.p, a.k = k_dev.p, a.v = v_dev.p, a.dst = dst_dev.p;
+    device_array<float>  partial(prompt ? 1 : (size_t) a.n_seq * a.n_q * a.n_head * 300 * (d_v + 2));
+    a.q = (const char *) q_dev.p, a.k = k_dev.p, a.v = latent ? k_dev.p : v_dev.p, a.dst = dst_dev.p;
     device_array<char> exact_k_dev(exact[0]), exact_v_dev(exact[1]);
     device_array<int>  cells_dev(cells);
     if (n_exact) {
         a.exact_k     = exact[0].empty() ? nullptr : exact_k_dev.p;
-        a.exact_v     = exact[1].empty() ? nullptr : exact_v_dev.p;
+        a.exact_v     = exact[1].empty() ? nullptr : latent ? exact_k_dev.p : exact_v_dev.p;
         a.cells       = cells_dev.p;
-        a.exact_k_nb1 = a.exact_v_nb1 = exact_nb1;
-        a.exact_k_nb2 = a.exact_v_nb2 = exact_nb1 / a.n_head_kv;
-        a.exact_k_nb3 = a.exact_v_nb3 = exact_nb3;
+        a.exact_k_nb1 = exact_nb1(0), a.exact_v_nb1 = exact_nb1(1);
+        a.exact_k_nb2 = exact_nb1(0) / a.n_head_kv, a.exact_v_nb2 = exact_nb1(1) / a.n_head_kv;
+        a.exact_k_nb3 = exact_nb3(0), a.exact_v_nb3 = exact_nb3(1);
     }
     a.mask  = masked ? (const char *) mask_dev.p : nullptr;
     a.sinks = with_sinks ? sinks_dev.p : nullptr;
@@ -360,27 +388,26 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
     }
     CHECK(cudaMemset(dst_dev.p, 0xFF, dst_dev.n * 4));
     launch(d, pair[0], pair[1], a, partial.p);
-    std::vector<float> dst(q.size()), again(q.size());
+    std::vector<float> dst(dst_dev.n), again(dst_dev.n);
     CHECK(cudaMemcpy(dst.data(), dst_dev.p, dst.size() * 4, cudaMemcpyDeviceToHost));
     launch(d, pair[0], pair[1], a, partial.p);
     CHECK(cudaMemcpy(again.data(), dst_dev.p, dst.size() * 4, cudaMemcpyDeviceToHost));
     const bool repeats = std::memcmp(dst.data(), again.data(), dst.size() * 4) == 0;
 
-    double             error = 0, norm = 0;
-    std::vector<float> k_row(d), v_row(d);
+    double error = 0, norm = 0;
     for (int s = 0; s < a.n_seq; s++) {
         const int s_kv = s / (a.n_seq / a.n_seq_kv);
         for (int h = 0; h < a.n_head; h++) {
-            std::vector<float> keys((size_t) a.n_kv * d), vals((size_t) a.n_kv * d);
+            std::vector<float> keys((size_t) a.n_kv * d), vals((size_t) a.n_kv * d_v);
             for (int j = 0; j < a.n_kv; j++) {
                 const int slot = slot_of[(size_t) s_kv * a.n_kv + j];
                 for (int side = 0; side < 2; side++) {
-                    float * const to = &(side == 0 ? keys : vals)[(size_t) j * d];
+                    float * const to = &(side == 0 ? keys : vals)[(size_t) j * d_of[side]];
                     if (slot >= 0 && pair[side] < 8) {
-                        tbq_dequantize(TBQ_TYPE_TBQ8_0, exact_row(side, s_kv, h / gqa, slot), to, d);
+                        tbq_dequantize(TBQ_TYPE_TBQ8_0, exact_row(side, s_kv, h / gqa, slot), to, d_of[side]);
                     } else {
                         decode(pair[side], &rows[side][s_kv * nb[side][2] + h / gqa * nb[side][1] + j * nb[side][0]],
-                               to, d);
+                               to, d_of[side]);
                     }
                 }
             }
@@ -411,21 +438,21 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
                     top  = std::max(top, w[j]);
                 }
                 double              total = with_sinks ? std::exp(sinks[h] - top) : 0;
-                std::vector<double> o(d);
+                std::vector<double> o(d_v);
                 for (int j = 0; j < a.n_kv; j++) {
                     if (w[j] == -INFINITY) {
                         continue;
                     }
                     const double p = std::exp(w[j] - top);
                     total += p;
-                    for (int e = 0; e < d; e++) {
+                    for (int e = 0; e < d_v; e++) {
                         o[e] +=
-                            p * (vals[(size_t) j * d + e] + (a.mean_of_values ? mean[(size_t) h / gqa * d + e] : 0));
+                            p * (vals[(size_t) j * d_v + e] + (a.mean_of_values ? mean[(size_t) h / gqa * d + e] : 0));
                     }
                 }
-                for (int e = 0; e < d; e++) {
+                for (int e = 0; e < d_v; e++) {
                     const double want = total > 0 ? o[e] / total : 0;
-                    const double got  = dst[(((size_t) s * a.n_q + i) * a.n_head + h) * d + e];
+                    const double got  = dst[(((size_t) s * a.n_q + i) * a.n_head + h) * d_v + e];
                     error += (want - got) * (want - got);
                     norm += want * want;
                 }
@@ -435,9 +462,9 @@ static double check(const launch_function & launch, int index, std::mt19937 & rn
     const double nmse = norm > 0 ? error / norm : error;
     if (!(nmse < (prompt ? 1e-5 : 3e-5)) || !repeats) {
         std::printf(
-            "problem %d: %d/%d bits D=%d n_q=%d heads %d/%d n_kv=%d exact %d seq %d/%d mask %d kind %d bias %g cap %g sinks %d "
+            "problem %d: %d/%d bits D=%d/%d n_q=%d heads %d/%d n_kv=%d exact %d seq %d/%d mask %d kind %d bias %g cap %g sinks %d "
             "mean %d apart %d: relative squared error %.3g%s\n",
-            index, pair[0], pair[1], d, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked,
+            index, pair[0], pair[1], d, d_v, a.n_q, a.n_head, a.n_head_kv, a.n_kv, n_exact, a.n_seq, a.n_seq_kv, masked,
             kind, a.max_bias, a.logit_softcap, with_sinks, mean.empty() ? 0 : 1 + a.mean_of_values, heads_apart, nmse,
             repeats ? "" : ", differs when repeated");
         return 1;

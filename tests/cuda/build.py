@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""build.py OUT: compiles blocks.cu, attention.cu and prompt.cu into the folder OUT, for this machine's GPU."""
+"""build.py OUT [PROGRAM ..]: compiles the programs (without names all of them) into the folder OUT, for this GPU."""
 
 import concurrent.futures
 import pathlib
@@ -10,7 +10,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 TBQ = HERE.parents[1] / "ggml_tbq"
 
 
-def build(out, arch="native", programs=("blocks", "attention", "prompt")):
+PROGRAMS = ("blocks", "attention", "attention-heads", "prompt")
+
+
+def build(out, arch="native", programs=PROGRAMS):
     out = pathlib.Path(out)
     # The reference that both compare with: tests/kernels' build has the flags of every instruction set.
     subprocess.run(["cmake", "-S", HERE.parent / "kernels", "-B", out / "cpu"], check=True, capture_output=True)
@@ -37,4 +40,4 @@ def build(out, arch="native", programs=("blocks", "attention", "prompt")):
 
 
 if __name__ == "__main__":
-    build(sys.argv[1])
+    build(sys.argv[1], programs=sys.argv[2:] or PROGRAMS)

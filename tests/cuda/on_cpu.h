@@ -416,27 +416,49 @@ inline void tbq_mma_s8_s8_add(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
     mma_bytes<int8_t>(8, d, a, b0, b1, { d[0], d[1], d[2], d[3] });
 }
 
-// m16n8k16: the same with pairs of halves
-inline void tbq_mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// m16n8k16: the same with pairs of halves, of which value(pair, i) is one
+template <typename function> void mma_halves(int operation, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, function value) {
     uint32_t all[32][6];
-    on_cpu::exchange<6>(9, { a[0], a[1], a[2], a[3], b0, b1 }, all);
+    on_cpu::exchange<6>(operation, { a[0], a[1], a[2], a[3], b0, b1 }, all);
     const int g = on_cpu::current % 32 / 4, t = on_cpu::current % 4;
     for (int i = 0; i < 4; i++) {
         double sum = d[i];
         for (int k = 0; k < 16; k++) {
-            sum += (double) on_cpu::bf16(all[4 * g + k % 8 / 2][i / 2 + 2 * (k / 8)], k % 2) *
-                   on_cpu::bf16(all[4 * (2 * t + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
+            sum += (double) value(all[4 * g + k % 8 / 2][i / 2 + 2 * (k / 8)], k % 2) *
+                   value(all[4 * (2 * t + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
         }
         d[i] = (float) sum;
     }
 }
 
-inline void tbq_mma_f16(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t) {
-    on_cpu::fail("no products of f16");
+inline void tbq_mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_halves(9, d, a, b0, b1, on_cpu::bf16);
 }
 
-inline void tbq_ldmatrix(uint32_t (&)[4], const void *) {
-    on_cpu::fail("no ldmatrix");
+inline void tbq_mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static const std::vector<float> values = [] {
+        std::vector<float> list(1 << 16);
+        for (int i = 0; i < 1 << 16; i++) {
+            list[i] = __half2float(bits_as<__half>((uint16_t) i));
+        }
+        return list;
+    }();
+    mma_halves(13, d, a, b0, b1, [](uint32_t pair, int i) { return values[pair >> 16 * i & 0xFFFF]; });
+}
+
+inline void tbq_ldmatrix(uint32_t (&r)[4], const void * row) {
+    uint32_t low[32], high[32];
+    on_cpu::exchange(11, (uint32_t) (size_t) row, low);
+    on_cpu::exchange(12, (uint32_t) ((size_t) row >> 32), high);
+    const int g = on_cpu::current % 32 / 4, t = on_cpu::current % 4;
+    for (int i = 0; i < 4; i++) {
+        const size_t at = (size_t) high[8 * i + g] << 32 | low[8 * i + g];
+        if (at % 16) {
+            on_cpu::fail("ldmatrix of a row at other than 16 bytes");
+        }
+        std::memcpy(&r[i], (const char *) at + 4 * t, 4);
+    }
 }
 
 inline void tbq_ldmatrix_transposed(uint32_t (&)[4], const void *) {
