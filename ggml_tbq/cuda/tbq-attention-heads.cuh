@@ -148,17 +148,20 @@ static inline int tbq_heads_mask_rows(const tbq_attention_args & a, int nc) {
     return !a.mask || a.n_q == 1 ? 1 : most < a.n_q ? most : a.n_q;
 }
 
-// Columns of a CTA: as few as take all of them, or the most that fit into n_smem bytes of shared memory.  0: none.
+// Columns of a CTA: as few as take all of them, or the most that fit into n_smem bytes of shared memory.  0: none.  With
+// latent attention 32 were faster for short contexts on an H200 (docs/measurements/cuda.md).
 static inline int tbq_heads_columns(const tbq_heads_args & a, int dk, int dv, int n_smem) {
-    const int n_columns = a.n_q * (a.n_head / a.n_head_kv);
-    int       best      = 0;
+    const int       n_columns = a.n_q * (a.n_head / a.n_head_kv);
+    const long long n_tokens  = dk == 576 ? (long long) a.n_kv * a.n_seq : 1 << 30;
+    const int       wanted    = n_tokens < 16384 ? 32 : n_tokens < 65536 && n_columns < 32 ? 32 : n_columns;
+    int             best      = 0;
     for (int nc : { 8, 16, 32, 64 }) {
         int bytes = n_smem + 1;
         tbq_heads_dispatch(dk, dv, nc, [&](auto k, auto v, auto n) {
             bytes =
                 tbq_heads_shape<k, v, n>::smem(a.bits_k, a.bits_v, tbq_heads_mask_rows(a, nc)) + TBQ_HEADS_STATIC_SMEM;
         });
-        if (bytes <= n_smem && (best == 0 || best < n_columns)) {
+        if (bytes <= n_smem && (best == 0 || best < wanted)) {
             best = nc;
         }
     }
@@ -778,7 +781,7 @@ __global__ void __launch_bounds__(TBQ_HEADS_THREADS, NC > 16 ? 1 : 2) tbq_attent
     constexpr int NN     = shape::NN;
     constexpr int NG     = NC / 8;
 
-    TBQ_DYNAMIC_SHARED(smem, 128);
+    TBQ_DYNAMIC_SHARED(smem, 16);
     __shared__ __align__(16) float4 info[NC]; // of a column: slope, q.c, its mask in bytes, the row of the output or -1
     __shared__ float                max_of[TBQ_HEADS_WARPS][NC];
     __shared__ float                sum_of[TBQ_HEADS_WARPS][NC];
