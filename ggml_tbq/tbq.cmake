@@ -86,7 +86,7 @@ function(tbq_compile_shaders result glslc)
     file(CONFIGURE OUTPUT "${out}/tbq-tables.glsl" CONTENT "${tables}" @ONLY)
     file(GLOB included CONFIGURE_DEPENDS "${folder}/*.glsl")
     set(modules)
-    foreach(name quantize dequantize attention attention-merge)
+    foreach(name quantize dequantize attention attention-merge rotate matvec)
         set(module "${out}/tbq-${name}.spv.inc")
         add_custom_command(
             OUTPUT "${module}"

@@ -10,7 +10,11 @@
 // (tbq_ggml_concat_exact), MUL_MAT, MUL_MAT_ID and FLASH_ATTN_EXT.
 bool tbq_vk_supports_op(ggml_backend_dev_t dev, const vk_device & device, const ggml_tensor * op);
 
-// Records such an operation, node i of the graph.
+// Whether nodes i to i + 2 are a rotary embedding (modes NORMAL and NEOX), a view of it, and the SET_ROWS that stores it
+// in a tbq type, which are recorded as one.
+bool tbq_vk_can_fuse(const ggml_cgraph * graph, int i);
+
+// Records such an operation, node i of the graph, with the nodes that are fused with it.
 bool tbq_vk_compute(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i);
 
 // Whether `later` must stay behind `earlier` because of exact rows, which a SET_ROWS writes although they are a source.

@@ -42,10 +42,6 @@ bool tbq_less64(uvec2 a, uvec2 b) {
     return a.y < b.y || (a.y == b.y && a.x < b.x);
 }
 
-uvec2 tbq_shift64(uint a, uint by) { // 0 < by < 32
-    return uvec2(a << by, a >> 32 - by);
-}
-
 // --- division and square root, of normal floats above 0 with normal results ------------------------------------------
 
 const uint TBQ_ONE = 1u << 23; // the implicit bit of a mantissa
@@ -54,39 +50,44 @@ uint tbq_mantissa(uint bits) {
     return (bits & TBQ_ONE - 1) | TBQ_ONE;
 }
 
-// The nearest: q with 2 n between (2 q - 1) m and (2 q + 1) m, where n is the mantissa of a, shifted so that q has 24
-// bits, and m that of b.  The quotient of two floats is never halfway between two others.
+// Remainders are computed modulo 2^32, which is right as long as a guess is off by less than 63 units of its last bit.
+// Vulkan allows a quotient to be off by three, and a root by less than ten.
+
+// The nearest: q with 2 |n - q m| < m, where n is the mantissa of a, shifted so that q has 24 bits, and m that of b.
+// The quotient of two floats is never halfway between two others.
 float tbq_div(float a, float b) {
-    const uint  ia = floatBitsToUint(a), ib = floatBitsToUint(b);
-    const uint  n = tbq_mantissa(ia), m = tbq_mantissa(ib);
-    const uint  shift = n >= m ? 23 : 24;
-    const uvec2 twice = tbq_shift64(n, shift + 1);
-    uint        q     = uint(TBQ_GUESS(float(n) / float(m)) * float(1u << shift) + 0.5);
-    while (tbq_less64(twice, tbq_mul64(2 * q - 1, m))) {
+    const uint ia = floatBitsToUint(a), ib = floatBitsToUint(b);
+    const uint n = tbq_mantissa(ia), m = tbq_mantissa(ib);
+    const uint shift = n >= m ? 23 : 24;
+    uint       q     = uint(TBQ_GUESS(float(n) / float(m)) * float(1u << shift) + 0.5);
+    int        rest  = int((n << shift) - q * m);
+    for (; 2 * rest + int(m) < 0; rest += int(m)) {
         q--;
     }
-    while (tbq_less64(tbq_mul64(2 * q + 1, m), twice)) {
+    for (; 2 * rest - int(m) > 0; rest -= int(m)) {
         q++;
     }
     const uint exponent = (ia >> 23) - (ib >> 23) + (n >= m ? 127 : 126);
     return uintBitsToFloat((exponent << 23) + (q - TBQ_ONE)); // q may be 2^24: then the exponent is one more
 }
 
-// The nearest: s with s (s - 1) < x <= s (s + 1), where x is the mantissa, shifted so that s has 24 bits.
+// The nearest: s with -s < x - s^2 <= s, where x is the mantissa, shifted so that s has 24 bits.
 float tbq_sqrt(float f) {
     const uint bits = floatBitsToUint(f);
     if (bits < TBQ_ONE) {
         return 0.0; // only where 1/2 is added to it
     }
-    const int   e = int(bits >> 23) - 127;
-    const bool  odd = (e & 1) != 0;
-    const uint  n = tbq_mantissa(bits);
-    const uvec2 x = tbq_shift64(n, odd ? 24 : 23);
-    uint        s = uint(TBQ_GUESS(sqrt(float(n))) * (odd ? 4096.0 : 2896.3093757400984) + 0.5);
-    while (!tbq_less64(tbq_mul64(s, s - 1), x)) {
+    const int  e    = int(bits >> 23) - 127;
+    const bool odd  = (e & 1) != 0;
+    const uint n    = tbq_mantissa(bits);
+    uint       s    = uint(TBQ_GUESS(sqrt(float(n))) * (odd ? 4096.0 : 2896.3093757400984) + 0.5);
+    int        rest = int((n << (odd ? 24 : 23)) - s * s);
+    while (rest <= -int(s)) {
         s--;
+        rest += int(2 * s + 1);
     }
-    while (tbq_less64(tbq_mul64(s, s + 1), x)) {
+    while (rest > int(s)) {
+        rest -= int(2 * s + 1);
         s++;
     }
     return uintBitsToFloat((uint((e >> 1) + 127) << 23) + (s - TBQ_ONE));

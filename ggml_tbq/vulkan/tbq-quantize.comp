@@ -3,13 +3,16 @@
 //
 // The steps and the order of every sum are those of cpu/rows/rows.inc, which has the reasons.  A workgroup of 64 takes
 // a block, each invocation one value.  They exchange values through shared memory only, so the size of a subgroup does
-// not matter.  BITS = 8 writes tbq8_0 alone; with the others, `exact` may get that form of the row besides.
+// not matter.  A token has a few dozen blocks, so what counts is the time of one: barriers, and what waits for what.
+// There are no atomics.  BITS = 8 writes tbq8_0 alone; with the others, `exact` may get that form of the row besides.
+// ROPE: the values are keys that get their rotary embedding first.
 //
 // A device may take subnormal floats for zeros.  Then a block with such values may differ from the CPU's in the sign
 // of a rotated value that is below 2^-126: one index is the other one next to 0.
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_shader_16bit_storage : require
+#extension GL_EXT_control_flow_attributes : require
 
 #include "tbq-block.glsl"
 #include "tbq-exact-math.glsl"
@@ -17,6 +20,7 @@
 
 layout(constant_id = 0) const int  BITS      = 4;
 layout(constant_id = 1) const bool FROM_HALF = false;
+layout(constant_id = 2) const int  ROPE      = 0; // 1: pairs (2 i, 2 i + 1), 2: pairs (i, i + n_dims / 2)
 
 layout(local_size_x = 64) in;
 
@@ -44,6 +48,12 @@ layout(binding = 5) writeonly buffer Exact {
 layout(binding = 6) readonly buffer Slots {
     int slots[];
 };
+layout(binding = 7) readonly buffer Positions {
+    int positions[];
+};
+layout(binding = 8) readonly buffer Factors {
+    float factors[];
+};
 
 layout(push_constant) uniform Arguments {
     uvec4 ne;   // the shape of the source, ne.x in blocks
@@ -52,18 +62,26 @@ layout(push_constant) uniform Arguments {
     uvec3 to; // strides of the result, in units of 16 bits
     uint  dst_at;
     uvec3 ids_s; // strides of the row numbers, in units of 32 bits
-    uint  ids_at;
-    uvec2 ids_ne; // their ne[1] and ne[2]
-    uint  mean_at, weight_at;
-    uint  exact_at, exact_s1; // in units of 32 bits
-    uint  slots_at;
     uint  flags;
+    uvec2 ids_ne;   // their ne[1] and ne[2]
+    uint  exact_s1; // in units of 32 bits
+    uint  slots_at;
+    uint  at_ids_mean_weight_exact; // a byte for each, in units of 32 bits
+    uint  at_pos_factors;           // a byte for each
+    // the embedding: n_dims | head_size << 16, elements between heads, and the parameters of GGML_OP_ROPE
+    uint  rope_dims, rope_s_head;
+    float theta_scale, freq_scale, ext_factor, attn_factor, corr_low, corr_high;
 };
 
 const uint HAS_IDS     = 1; // SET_ROWS: row i1 of (i2, i3) becomes row ids[i1, i2 % ids_ne.x, i3 % ids_ne.y]
 const uint HAS_MEAN    = 2; // of a row, subtracted first
 const uint HAS_WEIGHTS = 4; // of the error in each channel, equal in pairs of neighbors; otherwise guessed
 const uint HAS_EXACT   = 8; // row number i, over all dimensions, becomes row slots[i] of exact too, unless that is -1
+const uint HAS_FACTORS = 16; // divisors of the angles
+
+uint at_byte(uint places, uint i) {
+    return bitfieldExtract(places, int(8 * i), 8);
+}
 
 // --- tables -----------------------------------------------------------------------------------------------------
 
@@ -81,7 +99,7 @@ const int gaps_down_2[4]  = TBQ2_GAPS_DOWN;
 const int gaps_down_3[8]  = TBQ3_GAPS_DOWN;
 const int gaps_down_4[16] = TBQ4_GAPS_DOWN;
 
-shared int   thresholds[12][8];
+shared int   thresholds[16][8];
 shared float gaps_up[16], gaps_down[16];
 shared int   levels[16];
 
@@ -102,127 +120,248 @@ void fill_tables(uint lane) {
 
 // --- across the workgroup ---------------------------------------------------------------------------------------
 
-shared vec2 exchanged[2][64];
+// Butterflies are taken three stages at a time: v = H v in the order that the format fixes, distances 1, 2, 4 among
+// eight neighbors, then 8, 16, 32 among lanes low + 8 i.  Two vectors of 64 for each half; eight values that are read
+// together are two vec4.
+shared vec4 neighbors[2][16], strided[2][16];
 
-// Three stages of butterflies: of the eight values that differ in bit numbers first .. first + 2 of the lane.
-vec2 butterflies_of_8(vec2 v, uint lane, uint first, uint buffer_number) {
-    exchanged[buffer_number][lane] = v;
-    barrier();
-    const uint which = lane >> first & 7, base = lane & ~(7u << first);
-    vec2       a[8];
-    for (uint i = 0; i < 8; i++) {
-        a[i] = exchanged[buffer_number][base + (i << first)];
+void put_neighbors(uint vector, uint lane, float v) {
+    neighbors[vector][lane >> 2][lane & 3] = v;
+}
+
+void put_strided(uint vector, uint lane, float v) {
+    const uint place = (lane & 7) * 8 + (lane >> 3);
+    strided[vector][place >> 2][place & 3] = v;
+}
+
+#define TBQ_EIGHT(a, array, from)                                                                                    \
+    float a[8];                                                                                                      \
+    {                                                                                                                \
+        const vec4 first_ = array[2 * (from)], second_ = array[2 * (from) + 1];                                      \
+        [[unroll]] for (int i = 0; i < 4; i++) {                                                                     \
+            a[i]     = first_[i];                                                                                    \
+            a[i + 4] = second_[i];                                                                                   \
+        }                                                                                                            \
     }
-    for (uint h = 0; h < 3; h++) {
-        for (uint i = 0; i < 4 >> h; i++) {
-            precise const vec2 sum = a[2 * i] + a[2 * i + 1], difference = a[2 * i] - a[2 * i + 1];
-            a[i]                   = (which >> h & 1) == 0 ? sum : difference;
+
+float sum_or_difference(float a, float b, bool difference) {
+    return tbq_add(a, difference ? -b : b);
+}
+
+// Value number `which` of the butterflies of eight.
+float one_of_8(float a[8], uint which) {
+    const bool  d1 = (which & 1) != 0, d2 = (which & 2) != 0, d4 = (which & 4) != 0;
+    const float b0 = sum_or_difference(a[0], a[1], d1), b1 = sum_or_difference(a[2], a[3], d1);
+    const float b2 = sum_or_difference(a[4], a[5], d1), b3 = sum_or_difference(a[6], a[7], d1);
+    return sum_or_difference(sum_or_difference(b0, b1, d2), sum_or_difference(b2, b3, d2), d4);
+}
+
+void all_of_8(inout float a[8]) {
+    [[unroll]] for (int h = 1; h < 8; h *= 2) {
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            if ((i & h) == 0) {
+                const float x = a[i], y = a[i + h];
+                a[i]     = tbq_add(x, y);
+                a[i + h] = tbq_sub(x, y);
+            }
         }
     }
-    return a[0];
 }
 
-// v = H . v, of two vectors at once.  In the order that the format fixes: distances 1, 2, 4, 8, 16, 32.
-vec2 butterflies(vec2 v, uint lane) {
-    v = butterflies_of_8(v, lane, 0, 0);
-    return butterflies_of_8(v, lane, 3, 1);
-}
-
-shared uint  largest_of[2];
-shared float values[64];      // x
-shared float partial_sums[16];
-shared int   fixed_point[64]; // |z| in the units of the search
-shared int   qk_of[64], kk_of[64];
-shared float m_all[64];       // row 0 of the error's matrix
-shared uint  best_gain[TBQ_DESCENT_STEPS][2], best_at[TBQ_DESCENT_STEPS][2];
-shared float moves[2][64];
-shared int   totals[2];
+shared uint  largest_x[8], largest_z[8];
+shared float squares[8];
+shared ivec2 parts[16][8]; // (qk, kk) of eight values with each scale
+shared ivec2 sums[16];     // the same of the block
+shared uint  exact_bytes[64];
+shared float m_all[64];    // row 0 of the error's matrix
+shared vec4  gains[2][2][8];
+shared vec4  moves[2][64]; // the gap, and what it adds to kk and qk
+shared ivec2 totals[2];
 shared uint  indices[64];
 
-void clear_totals(uint lane) {
-    if (lane < 2) {
-        largest_of[lane] = 0;
-        totals[lane]     = 0;
-        for (uint step = 0; step < TBQ_DESCENT_STEPS; step++) {
-            best_gain[step][lane] = 0;
-            best_at[step][lane]   = 64;
-        }
-    }
+uint abs_bits(float f) {
+    return floatBitsToUint(f) & 0x7FFFFFFFu;
 }
 
-float sum_squares(float z, uint lane) {
-    values[lane] = z; // x is not needed any more in this order: see main()
+// What every invocation knows of the rotated block.
+struct rotated_block {
+    float z[8];             // values low + 8 i, not divided by 8
+    float sum;              // of squares
+    uint  largest, largest_x; // the bits of the largest |z| and |x|
+};
+
+rotated_block rotate(float x, uint lane) {
+    const uint    low = lane & 7;
+    rotated_block r;
+    put_neighbors(0, lane, tbq_flip(x, lane));
     barrier();
-    if (lane < 16) {
-        float sum = tbq_mul(values[lane], values[lane]);
-        for (uint i = lane + 16; i < 64; i += 16) {
-            sum = tbq_add(sum, tbq_mul(values[i], values[i]));
+    TBQ_EIGHT(a, neighbors[0], lane >> 3)
+    put_strided(0, lane, one_of_8(a, low));
+    if (low == 0) {
+        uint most = 0;
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            most = max(most, abs_bits(a[i]));
         }
-        partial_sums[lane] = sum;
+        largest_x[lane >> 3] = most;
     }
     barrier();
-    float p[16];
-    for (uint i = 0; i < 16; i++) {
-        p[i] = partial_sums[i];
+    TBQ_EIGHT(z, strided[0], low)
+    all_of_8(z);
+    r.z = z;
+    if (lane < 8) {
+        // partial sums of 16: value low and low + 8 have four squares each, and the first step of their sum is here
+        float even = tbq_mul(z[0], z[0]), odd = tbq_mul(z[1], z[1]);
+        uint  most = max(abs_bits(z[0]), abs_bits(z[1]));
+        [[unroll]] for (int i = 2; i < 8; i += 2) {
+            even = tbq_add(even, tbq_mul(z[i], z[i]));
+            odd  = tbq_add(odd, tbq_mul(z[i + 1], z[i + 1]));
+            most = max(most, max(abs_bits(z[i]), abs_bits(z[i + 1])));
+        }
+        squares[lane]   = tbq_add(even, odd);
+        largest_z[lane] = most;
     }
-    for (uint h = 8; h > 0; h /= 2) {
-        for (uint i = 0; i < h; i++) {
-            p[i] = tbq_add(p[i], p[i + h]);
+    barrier();
+    r.largest = r.largest_x = 0;
+    float p[8];
+    [[unroll]] for (int i = 0; i < 8; i++) {
+        p[i]        = squares[i];
+        r.largest   = max(r.largest, largest_z[i]);
+        r.largest_x = max(r.largest_x, largest_x[i]);
+    }
+    [[unroll]] for (int h = 4; h > 0; h /= 2) {
+        [[unroll]] for (int i = 0; i < 4; i++) {
+            if (i < h) {
+                p[i] = tbq_add(p[i], p[i + h]);
+            }
         }
     }
-    return p[0];
+    r.sum = p[0];
+    return r;
+}
+
+float own_value(rotated_block r, uint lane) {
+    float z = r.z[0];
+    [[unroll]] for (int i = 1; i < 8; i++) {
+        z = (lane >> 3) == i ? r.z[i] : z;
+    }
+    return z;
 }
 
 // --- the search -------------------------------------------------------------------------------------------------
 
-int magnitude_of(int q, uint scale) {
-    int m = 0;
-    for (int t = 0; t < n_thresholds; t++) {
-        m += q > thresholds[scale][t] ? 1 : 0;
-    }
-    return m;
+// the reference has 16 bits here, which values cannot exceed
+int to_fixed(float z, float inverse) {
+    return int(tbq_add(tbq_mul(abs(z), inverse), 0.5));
 }
 
-// The scale whose index vector has the largest cosine to q: the largest qk / sqrt(kk), compared exactly, the first of
-// equal ones.  Invocation s + 16 i sums a quarter of the block for scale s.
-uint search_scale(uint lane, out int best_qk, out int best_kk) {
-    const uint s  = lane & 15;
-    int        qk = 0, kk = 0;
-    if (s < n_scales) {
+// Sums over eight values, of which an invocation has every eighth scale.
+void sum_scales(int q[8], uint lane) {
+    int gap[7]; // between the levels of the positive half
+    [[unroll]] for (int t = 0; t < 7; t++) {
+        gap[t] = t < n_thresholds ? levels[half_levels + t + 1] - levels[half_levels + t] : 0;
+    }
+    const int first = levels[half_levels];
+    for (uint s = lane >> 3; s < n_scales; s += 8) {
         int limits[7];
-        for (int t = 0; t < n_thresholds; t++) {
-            limits[t] = thresholds[s][t];
+        [[unroll]] for (int t = 0; t < 7; t++) {
+            limits[t] = t < n_thresholds ? thresholds[s][t] : 0;
         }
-        for (uint i = 0; i < 16; i++) {
-            const int q = fixed_point[(lane & 48) + i];
-            int       m = half_levels;
-            for (int t = 0; t < n_thresholds; t++) {
-                m += q > limits[t] ? 1 : 0;
+        ivec2 sum = ivec2(0);
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            int k = first;
+            [[unroll]] for (int t = 0; t < 7; t++) {
+                if (t < n_thresholds) {
+                    k += q[i] > limits[t] ? gap[t] : 0;
+                }
             }
-            const int k = levels[m];
-            qk += q * k;
-            kk += k * k;
+            sum += k * ivec2(q[i], k);
         }
+        parts[s][lane & 7] = sum;
     }
-    qk_of[lane] = qk;
-    kk_of[lane] = kk;
+}
+
+struct scale_sums {
+    uvec2 square; // of qk
+    int   qk, kk;
+    uint  number;
+};
+
+// The scale whose index vector has the largest cosine to q: the largest qk / sqrt(kk), compared exactly, the first of
+// equal ones.  A barrier is behind the sums of parts.
+scale_sums search_scale(uint lane) {
+    if (lane < n_scales) {
+        ivec2 sum = ivec2(0);
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            sum += parts[lane][i];
+        }
+        sums[lane] = sum;
+    }
     barrier();
-    uint best  = 0;
-    best_qk    = 0;
-    best_kk    = 1;
-    uvec2 best_square = uvec2(0);
-    for (uint i = 0; i < n_scales; i++) {
-        const int   a = qk_of[i] + qk_of[i + 16] + qk_of[i + 32] + qk_of[i + 48];
-        const int   b = kk_of[i] + kk_of[i + 16] + kk_of[i + 32] + kk_of[i + 48];
-        const uvec2 square = tbq_mul64(uint(a), uint(a));
-        if (tbq_less64(tbq_mul64(best_square, uint(b)), tbq_mul64(square, uint(best_kk)))) {
-            best        = i;
-            best_qk     = a;
-            best_kk     = b;
-            best_square = square;
+    scale_sums s[TBQ4_N_SCALES]; // the most
+    [[unroll]] for (int i = 0; i < TBQ4_N_SCALES; i++) {
+        const ivec2 sum = i < n_scales ? sums[i] : ivec2(0, 1);
+        s[i]            = scale_sums(tbq_mul64(uint(sum.x), uint(sum.x)), sum.x, sum.y, i);
+    }
+    [[unroll]] for (int h = 1; h < 16; h *= 2) {
+        [[unroll]] for (int i = 0; i + h < TBQ4_N_SCALES; i += 2 * h) {
+            if (i + h < n_scales) {
+                if (tbq_less64(tbq_mul64(s[i].square, uint(s[i + h].kk)), tbq_mul64(s[i + h].square, uint(s[i].kk)))) {
+                    s[i] = s[i + h];
+                }
+            }
         }
     }
-    return best;
+    return s[0];
+}
+
+// --- noise shaping ------------------------------------------------------------------------------------------------
+
+// A coordinate of the descent, and what all moves of its parity add to the sums.
+struct coordinate {
+    int   index;
+    ivec2 added; // to kk and qk
+};
+
+// Even and odd coordinates do not interact: in each step both make their best move.  Every invocation finds it for
+// itself, so that there is one barrier in a step.  g: the slope; signed_q: the coordinate's own value.
+coordinate descend(float g, int index, float d, int signed_q, uint lane) {
+    const float m0     = m_all[0];
+    const uint  parity = lane & 1, place = lane >> 1;
+    coordinate  c      = coordinate(index, ivec2(0));
+    for (uint step = 0; step < TBQ_DESCENT_STEPS; step++) {
+        const uint  turn   = step & 1;
+        const bool  up     = g > 0.0;
+        const float by     = up ? gaps_up[c.index] : -gaps_down[c.index];
+        const float level  = float(levels[c.index]);
+        const float gap    = tbq_mul(d, abs(by));
+        const float size   = abs(g);
+        const float gain   = tbq_mul(gap, tbq_sub(tbq_add(size, size), tbq_mul(gap, m0)));
+        // integers below 2^24, so exact
+        moves[turn][lane] = vec4(up ? gap : -gap, by * (2.0 * level + by), float(signed_q) * by, 0.0);
+        gains[turn][parity][place >> 2][place & 3] = gain > 0.0 ? gain : 0.0;
+        barrier();
+        vec4 v[8];
+        vec4 most4 = vec4(0.0);
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            v[i]  = gains[turn][parity][i];
+            most4 = max(most4, v[i]);
+        }
+        const float most = max(max(most4.x, most4.y), max(most4.z, most4.w));
+        if (most > 0.0) {
+            uint equal = 0;
+            [[unroll]] for (int i = 0; i < 8; i++) {
+                [[unroll]] for (int j = 0; j < 4; j++) {
+                    equal |= v[i][j] == most ? 1u << (4 * i + j) : 0;
+                }
+            }
+            const uint mover = 2 * findLSB(equal) + parity;
+            const vec4 move  = moves[turn][mover];
+            g                = tbq_sub(g, tbq_mul(move.x, m_all[lane ^ mover]));
+            c.index += lane != mover ? 0 : up ? 1 : -1;
+            c.added += ivec2(move.yz);
+        }
+    }
+    return c;
 }
 
 // --- a block ----------------------------------------------------------------------------------------------------
@@ -248,23 +387,29 @@ uint packed_unit(uint j) {
     return unit;
 }
 
-// A block of tbq8_0 (quantize_exact of rows.inc).  y: rotated, and bad: a value is NaN or Inf.  to_exact: into
-// `exact`, at a word, otherwise into dst, at a unit.
-void write_exact(float y, bool bad, uint lane, bool to_exact, uint place) {
-    atomicMax(largest_of[1], floatBitsToUint(y) & 0x7FFFFFFFu);
-    barrier();
-    const uint  largest = largest_of[1];
-    const bool  nothing = largest < TBQ_BITS_SMALLEST_ACT;
-    bad                 = bad || largest >= TBQ_BITS_INF;
-    const float most    = bad || nothing ? 127.0 : uintBitsToFloat(largest);
-    const int   q       = int(tbq_add(tbq_mul(abs(y), tbq_div(127.0, most)), 0.5));
-    indices[lane]       = bad || nothing ? 0 : uint(y < 0.0 ? -q : q) & 255;
-    barrier();
+// A block of tbq8_0 (quantize_exact of rows.inc): what a barrier must be behind before write_exact().
+void round_exact(float z, uint largest_z, bool bad, uint lane) {
+    const float y       = tbq_mul(0.125, z);
+    const uint  largest = floatBitsToUint(tbq_mul(0.125, uintBitsToFloat(largest_z)));
+    const bool  none    = bad || largest < TBQ_BITS_SMALLEST_ACT || largest >= TBQ_BITS_INF;
+    const int   q = int(tbq_add(tbq_mul(abs(y), tbq_div(127.0, none ? 127.0 : uintBitsToFloat(largest))), 0.5));
+    exact_bytes[lane] = none ? 0 : uint(y < 0.0 ? -q : q) & 255;
+}
+
+// to_exact: into `exact`, at a word, otherwise into dst, at a unit.
+void write_exact(uint largest_z, bool bad, uint lane, bool to_exact, uint place) {
+    const uint largest = floatBitsToUint(tbq_mul(0.125, uintBitsToFloat(largest_z)));
     if (lane <= 16) {
-        uint word = bad ? 0x7FC00000u : nothing ? 0u : floatBitsToUint(tbq_div(most, 127.0));
-        if (lane > 0) {
+        uint word;
+        if (lane == 0) {
+            const bool nothing = largest < TBQ_BITS_SMALLEST_ACT;
+            bad                = bad || largest >= TBQ_BITS_INF;
+            word               = bad     ? 0x7FC00000u :
+                                 nothing ? 0u :
+                                           floatBitsToUint(tbq_div(uintBitsToFloat(largest), 127.0));
+        } else {
             const uint i = 4 * (lane - 1);
-            word         = indices[i] | indices[i + 1] << 8 | indices[i + 2] << 16 | indices[i + 3] << 24;
+            word = exact_bytes[i] | exact_bytes[i + 1] << 8 | exact_bytes[i + 2] << 16 | exact_bytes[i + 3] << 24;
         }
         if (to_exact) {
             exact[place + lane] = word;
@@ -273,7 +418,36 @@ void write_exact(float y, bool bad, uint lane, bool to_exact, uint place) {
             dst[place + 2 * lane + 1] = uint16_t(word >> 16);
         }
     }
-    barrier(); // before indices get another meaning
+}
+
+// --- values -------------------------------------------------------------------------------------------------------
+
+// Channel c of the head that starts at `from`, after its embedding (GGML_OP_ROPE).  The angle is computed as the
+// backend computes those of the queries, because only equal errors cancel.
+float embedded(uint from_place, uint c, int position) {
+    const uint n_dims = rope_dims & 0xFFFFu, half_dims = n_dims / 2;
+    if (c >= n_dims) {
+        return src_f32[from_place + c];
+    }
+    const bool  second = ROPE == 2 ? c >= half_dims : (c & 1) != 0;
+    const uint  pair   = ROPE == 2 ? c - (second ? half_dims : 0) : c / 2;
+    const float x0     = src_f32[from_place + (ROPE == 2 ? pair : 2 * pair)];
+    const float x1     = src_f32[from_place + (ROPE == 2 ? pair + half_dims : 2 * pair + 1)];
+
+    float extrapolated = position * pow(theta_scale, float(pair));
+    if ((flags & HAS_FACTORS) != 0) {
+        extrapolated /= factors[at_byte(at_pos_factors, 1) + pair];
+    }
+    float theta     = freq_scale * extrapolated;
+    float magnitude = attn_factor;
+    if (ext_factor != 0.0) { // YaRN (arXiv 2309.00071): fast channels keep their angle, slow ones are interpolated
+        const float ramp  = clamp((float(pair) - corr_low) / max(0.001, corr_high - corr_low), 0.0, 1.0);
+        const float share = (1.0 - ramp) * ext_factor;
+        theta             = theta * (1.0 - share) + extrapolated * share;
+        magnitude *= 1.0 + 0.1 * log(1.0 / freq_scale);
+    }
+    const float cosine = cos(theta) * magnitude, sine = sin(theta) * magnitude;
+    return second ? x0 * sine + x1 * cosine : x0 * cosine - x1 * sine;
 }
 
 void main() {
@@ -282,126 +456,141 @@ void main() {
     if (number >= ne.x * ne.y * ne.z * ne.w) {
         return; // all of the workgroup
     }
-    const tbq_index4 at  = tbq_index_of(number, ne);
-    const uint       src_place = src_at + at.i0 * 64 + lane + tbq_offset(from, at.i1, at.i2, at.i3);
-    const uint       channel   = at.i0 * 64 + lane;
-    uint             row       = at.i1;
+    const tbq_index4 at      = tbq_index_of(number, ne);
+    const uint       channel = at.i0 * 64 + lane;
+    const uint       places  = at_ids_mean_weight_exact;
+    float            x;
+    if (ROPE != 0) {
+        const uint head_size = rope_dims >> 16, head = at.i0 * 64 / head_size;
+        x = embedded(src_at + head * rope_s_head + at.i1 * from.x, channel - head * head_size,
+                     positions[at_byte(at_pos_factors, 0) + at.i1]);
+    } else {
+        const uint place = src_at + channel + tbq_offset(from, at.i1, at.i2, at.i3);
+        x                = FROM_HALF ? tbq_half_to_float(uint(src_f16[place])) : src_f32[place];
+    }
+    uint row = at.i1;
     if ((flags & HAS_IDS) != 0) { // the low word of an int64
-        row = uint(ids[ids_at + tbq_offset(ids_s, at.i1, at.i2 % ids_ne.x, at.i3 % ids_ne.y)]);
+        row = uint(ids[at_byte(places, 0) + tbq_offset(ids_s, at.i1, at.i2 % ids_ne.x, at.i3 % ids_ne.y)]);
     }
     const uint to_unit = dst_at + at.i0 * tbq_block_units(BITS) + tbq_offset(to, row, at.i2, at.i3);
-
-    float x = FROM_HALF ? tbq_half_to_float(uint(src_f16[src_place])) : src_f32[src_place];
+    int        slot    = -1; // the same for all of the workgroup
+    if (BITS < 8 && (flags & HAS_EXACT) != 0) {
+        slot = slots[slots_at + number / ne.x];
+    }
+    const bool measured = (flags & HAS_WEIGHTS) != 0;
+    float      w        = measured ? weights[at_byte(places, 2) + channel] : 0.0;
     if ((flags & HAS_MEAN) != 0) {
-        x = tbq_sub(x, means[mean_at + channel]);
+        x = tbq_sub(x, means[at_byte(places, 1) + channel]);
     }
     if (BITS < 8) {
         fill_tables(lane);
     }
-    clear_totals(lane);
-    values[lane] = x;
-    barrier();
-    atomicMax(largest_of[0], floatBitsToUint(x) & 0x7FFFFFFFu);
-    const float neighbor = values[lane ^ 1];
-    barrier();
-    const uint largest = largest_of[0];
-    const bool bad     = largest >= TBQ_BITS_INF;
 
-    const float rotated = butterflies(vec2(tbq_flip(x, lane), 0.0), lane).x;
+    rotated_block r   = rotate(x, lane);
+    const bool    bad = r.largest_x >= TBQ_BITS_INF;
+    float         z   = own_value(r, lane);
+    const float   neighbor = neighbors[0][lane >> 2][(lane & 3) ^ 1]; // but for its sign, which does not matter
     if (BITS == 8) {
-        write_exact(tbq_mul(0.125, rotated), bad, lane, false, to_unit);
+        round_exact(z, r.largest, bad, lane);
+        barrier();
+        write_exact(r.largest, bad, lane, false, to_unit);
         return;
     }
-    if ((flags & HAS_EXACT) != 0) {
-        const int slot = slots[slots_at + number / ne.x];
-        if (slot >= 0) { // the same for all of the workgroup
-            write_exact(tbq_mul(0.125, rotated), bad, lane, true, exact_at + slot * exact_s1 + at.i0 * 17);
-        }
+    const uint largest_z_exact = r.largest;
+    const bool none = bad || r.largest_x < TBQ_BITS_SMALLEST; // too small for any d, or NaN or Inf
+    if (slot >= 0) {
+        round_exact(z, r.largest, bad, lane); // written after the next barrier
     }
-    if (bad || largest < TBQ_BITS_SMALLEST) { // too small for any d, or NaN or Inf
+    // so large that d saturates whatever the values are; their squares must not overflow
+    const bool huge = !none && r.largest_x > TBQ_BITS_HUGE;
+    if (huge) {
+        barrier(); // before the same memory is written
+        r = rotate(tbq_mul(x, TBQ_HUGE_SCALE), lane);
+        z = own_value(r, lane);
+    }
+    float rms = 1.0, inverse = 0.0;
+    if (!none) {
+        rms     = tbq_sqrt(tbq_mul(r.sum, 1.0 / 64));
+        inverse = tbq_div(float(TBQ_Q_ONE), rms);
+        int q[8];
+        [[unroll]] for (int i = 0; i < 8; i++) {
+            q[i] = to_fixed(r.z[i], inverse);
+        }
+        sum_scales(q, lane);
+    }
+    barrier();
+    if (slot >= 0) {
+        write_exact(largest_z_exact, bad, lane, true, at_byte(places, 3) + slot * exact_s1 + at.i0 * 17);
+    }
+    if (none) {
         if (lane < tbq_block_units(BITS)) {
             dst[to_unit + lane] = uint16_t(lane == 0 && bad ? TBQ_F16_NAN : 0);
         }
         return;
     }
-    // so large that d saturates whatever the values are; their squares must not overflow
-    const bool huge = largest > TBQ_BITS_HUGE;
-    float      z    = rotated;
-    if (huge) {
-        z = butterflies(vec2(tbq_flip(tbq_mul(x, TBQ_HUGE_SCALE), lane), 0.0), lane).x;
-    }
-    const float rms     = tbq_sqrt(tbq_mul(sum_squares(z, lane), 1.0 / 64));
-    const float inverse = tbq_div(float(TBQ_Q_ONE), rms);
-    // the reference has 16 bits here, which values cannot exceed
-    const int  q        = int(tbq_add(tbq_mul(abs(z), inverse), 0.5));
+    const scale_sums best = search_scale(lane);
+
+    const int  q        = to_fixed(z, inverse);
     const bool negative = z < 0.0;
-    fixed_point[lane]   = q;
-    barrier();
-    int        qk, kk;
-    const uint scale = search_scale(lane, qk, kk);
-    const int  m     = magnitude_of(q, scale);
-    int        index = negative ? half_levels - 1 - m : half_levels + m;
-    const bool measured = (flags & HAS_WEIGHTS) != 0;
+    int        m        = 0;
+    [[unroll]] for (int t = 0; t < 7; t++) {
+        m += t < n_thresholds && q > thresholds[best.number][min(t, n_thresholds - 1)] ? 1 : 0;
+    }
+    coordinate c = coordinate(negative ? half_levels - 1 - m : half_levels + m, ivec2(0));
     if (!huge) { // noise shaping
         // close to the scale that the block will have, so that a move is judged by what it does
-        const float d = measured ? tbq_div(float(64 * TBQ_Q_ONE) * float(TBQ_Q_ONE), float(qk)) :
-                                   tbq_div(float(qk), float(kk));
-        float       w;
-        if (measured) {
-            w = weights[weight_at + channel];
-        } else {
+        const float d = measured ? tbq_div(float(64 * TBQ_Q_ONE) * float(TBQ_Q_ONE), float(best.qk)) :
+                                   tbq_div(float(best.qk), float(best.kk));
+        if (!measured) {
             const float mean_square = tbq_mul(tbq_mul(rms, rms), 1.0 / 64);
             const float pair        = tbq_add(tbq_mul(x, x), tbq_mul(neighbor, neighbor));
             w                       = tbq_add(tbq_sqrt(tbq_mul(pair, tbq_div(0.5, mean_square))), TBQ_SHAPING_FLOOR);
         }
-        const float e = tbq_sub(tbq_mul(z, inverse), tbq_mul(d, float(levels[index])));
-        // H w / 64 and H e
-        vec2 mg     = butterflies(vec2(w, e), lane);
-        m_all[lane] = tbq_mul(mg.x, 1.0 / 64);
-        float g     = tbq_mul(butterflies(vec2(tbq_mul(mg.y, w), 0.0), lane).x, 1.0 / 64);
-
-        // Even and odd coordinates do not interact: in each step both make their best move.
-        const float m0     = m_all[0];
-        const uint  parity = lane & 1;
-        for (uint step = 0; step < TBQ_DESCENT_STEPS; step++) {
-            const bool  up   = g > 0.0;
-            const float gap  = tbq_mul(d, up ? gaps_up[index] : gaps_down[index]);
-            const float size = abs(g);
-            const float gain = tbq_mul(gap, tbq_sub(tbq_add(size, size), tbq_mul(gap, m0)));
-            // not negative, so that the bits order like the values
-            const uint ordered    = gain > 0.0 ? floatBitsToUint(gain) : 0;
-            moves[step & 1][lane] = up ? gap : -gap;
-            atomicMax(best_gain[step][parity], ordered);
-            barrier();
-            if (ordered != 0 && ordered == best_gain[step][parity]) {
-                atomicMin(best_at[step][parity], lane);
-            }
-            barrier();
-            const uint mover = best_at[step][parity];
-            if (mover < 64) {
-                g = tbq_sub(g, tbq_mul(moves[step & 1][mover], m_all[lane ^ mover]));
-                index += lane != mover ? 0 : up ? 1 : -1;
-            }
+        const float e = tbq_sub(tbq_mul(z, inverse), tbq_mul(d, float(levels[c.index])));
+        // H w / 64, H e, and of that H again
+        put_neighbors(0, lane, w);
+        put_neighbors(1, lane, e);
+        barrier();
+        {
+            TBQ_EIGHT(a, neighbors[0], lane >> 3)
+            TBQ_EIGHT(b, neighbors[1], lane >> 3)
+            put_strided(0, lane, one_of_8(a, lane & 7));
+            put_strided(1, lane, one_of_8(b, lane & 7));
         }
+        barrier();
+        {
+            TBQ_EIGHT(a, strided[0], lane & 7)
+            TBQ_EIGHT(b, strided[1], lane & 7)
+            m_all[lane] = tbq_mul(one_of_8(a, lane >> 3), 1.0 / 64);
+            put_neighbors(0, lane, tbq_mul(one_of_8(b, lane >> 3), w));
+        }
+        barrier();
+        {
+            TBQ_EIGHT(a, neighbors[0], lane >> 3)
+            put_strided(0, lane, one_of_8(a, lane & 7));
+        }
+        barrier();
+        TBQ_EIGHT(a, strided[0], lane & 7)
+        c = descend(tbq_mul(one_of_8(a, lane >> 3), 1.0 / 64), c.index, d, negative ? -q : q, lane);
     }
-    const int k = levels[index];
-    atomicAdd(totals[0], (negative ? -q : q) * k);
-    atomicAdd(totals[1], k * k);
-    indices[lane] = uint(index);
+    if (lane < 2) { // of its parity
+        totals[lane] = c.added;
+    }
+    indices[lane] = uint(c.index);
     barrier();
-    if (lane == 0) {
-        const float unit = tbq_mul(rms, 0.125);
-        float       d;
-        if (measured && !huge && totals[0] > 0) { // unbiased: <y, d k> = <y, y>
-            d = tbq_mul(unit, tbq_div(float(64 * TBQ_Q_ONE), float(totals[0])));
-        } else { // d . |k| = |y|
-            d = tbq_div(tbq_mul(unit, 8.0), tbq_sqrt(float(totals[1])));
-            d = huge ? tbq_mul(d, TBQ_HUGE_UNSCALE) : d;
-        }
-        dst[to_unit] = uint16_t(tbq_float_to_half(d < TBQ_F16_MAX ? d : TBQ_F16_MAX));
-    }
     const uint units = tbq_block_units(BITS) - 1;
     if (lane < units) {
         dst[to_unit + TBQ_QS_UNIT + lane] = uint16_t(packed_unit(lane));
+    } else if (lane == 63) {
+        const int   kk = best.kk + totals[0].x + totals[1].x, qk = best.qk + totals[0].y + totals[1].y;
+        const float unit = tbq_mul(rms, 0.125);
+        float       d;
+        if (measured && !huge && qk > 0) { // unbiased: <y, d k> = <y, y>
+            d = tbq_mul(unit, tbq_div(float(64 * TBQ_Q_ONE), float(qk)));
+        } else { // d . |k| = |y|
+            d = tbq_div(tbq_mul(unit, 8.0), tbq_sqrt(float(kk)));
+            d = huge ? tbq_mul(d, TBQ_HUGE_UNSCALE) : d;
+        }
+        dst[to_unit] = uint16_t(tbq_float_to_half(d < TBQ_F16_MAX ? d : TBQ_F16_MAX));
     }
 }

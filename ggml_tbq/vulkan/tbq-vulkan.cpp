@@ -18,6 +18,12 @@ static const uint32_t tbq_attention_code[] =
 static const uint32_t tbq_attention_merge_code[] =
 #include "tbq-attention-merge.spv.inc"
     ;
+static const uint32_t tbq_rotate_code[] =
+#include "tbq-rotate.spv.inc"
+    ;
+static const uint32_t tbq_matvec_code[] =
+#include "tbq-matvec.spv.inc"
+    ;
 
 namespace {
 
@@ -29,25 +35,29 @@ struct shader {
     uint32_t         n_buffers;
 };
 
-const shader quantize_shader   = { 0, "tbq_quantize", tbq_quantize_code, sizeof(tbq_quantize_code), 7 };
+const shader quantize_shader   = { 0, "tbq_quantize", tbq_quantize_code, sizeof(tbq_quantize_code), 9 };
 const shader dequantize_shader = { 1, "tbq_dequantize", tbq_dequantize_code, sizeof(tbq_dequantize_code), 4 };
-const shader attention_shader  = { 2, "tbq_attention", tbq_attention_code, sizeof(tbq_attention_code), 9 };
+const shader attention_shader  = { 2, "tbq_attention", tbq_attention_code, sizeof(tbq_attention_code), 11 };
 const shader merge_shader = { 3, "tbq_attention_merge", tbq_attention_merge_code, sizeof(tbq_attention_merge_code), 4 };
+const shader rotate_shader = { 4, "tbq_rotate", tbq_rotate_code, sizeof(tbq_rotate_code), 2 };
+const shader matvec_shader = { 5, "tbq_matvec", tbq_matvec_code, sizeof(tbq_matvec_code), 6 };
 
 // Arguments of the shaders, which name the fields.
 struct quantize_args {
     uint32_t ne[4];
     uint32_t from[3], src_at;
     uint32_t to[3], dst_at;
-    uint32_t ids_s[3], ids_at;
+    uint32_t ids_s[3], flags;
     uint32_t ids_ne[2];
-    uint32_t mean_at, weight_at;
-    uint32_t exact_at, exact_s1;
-    uint32_t slots_at;
-    uint32_t flags;
+    uint32_t exact_s1, slots_at;
+    uint32_t at_ids_mean_weight_exact, at_pos_factors;
+    uint32_t rope_dims, rope_s_head;
+    float    theta_scale, freq_scale, ext_factor, attn_factor, corr[2];
 };
 
-enum quantize_flags { HAS_IDS = 1, HAS_MEAN = 2, HAS_WEIGHTS = 4, HAS_EXACT = 8 };
+static_assert(sizeof(quantize_args) <= 128, "what every device has for push constants");
+
+enum quantize_flags { HAS_IDS = 1, HAS_MEAN = 2, HAS_WEIGHTS = 4, HAS_EXACT = 8, HAS_FACTORS = 16 };
 
 struct dequantize_args {
     uint32_t ne[4];
@@ -65,7 +75,7 @@ struct attention_args {
     uint32_t mask_s1, mask_s3, mask_ne3;
     uint32_t exact_k_s1, exact_k_s3, exact_v_s1, exact_v_s3;
     uint32_t cells_s1, n_exact;
-    uint32_t at_q_mask, at_k_v, at_exact, at_cells_mean;
+    uint32_t at_q_mask, at_k_v, at_exact, at_cells_mean, at_result_sinks;
     uint32_t n_kv, rows_per_split;
     uint32_t n_q, heads, n_seq_kv;
     float    scale, max_bias, softcap;
@@ -74,7 +84,7 @@ struct attention_args {
 
 static_assert(sizeof(attention_args) <= 128, "what every device has for push constants");
 
-enum attention_flags { HAS_MASK = 1, LOGITS_LACK_MEAN = 2 };
+enum attention_flags { HAS_MASK = 1, LOGITS_LACK_MEAN = 2, ATTENTION_HAS_SINKS = 4, ATTENTION_VALUES_LACK_MEAN = 8 };
 
 struct merge_args {
     uint32_t n_columns, n_splits, blocks;
@@ -82,6 +92,25 @@ struct merge_args {
     uint32_t result_at, sinks_at, mean_at, mean_s;
     uint32_t flags;
 };
+
+struct rotate_args {
+    uint32_t ne[4];
+    uint32_t from[3], src_at;
+};
+
+struct matvec_args {
+    uint32_t n_rows, blocks;
+    uint32_t w_s[3];
+    uint32_t w_at;
+    uint32_t ne2;
+    uint32_t ratio[2];
+    uint32_t ids_s1, ids_at;
+    uint32_t act_ne1;
+    uint32_t result_at, sum_at[2];
+    uint32_t flags;
+};
+
+enum matvec_flags { MATVEC_HAS_IDS = 1, MATVEC_HAS_SUM_0 = 2, MATVEC_HAS_SUM_1 = 4 };
 
 enum merge_flags { HAS_SINKS = 1, VALUES_LACK_MEAN = 2 };
 
@@ -234,9 +263,31 @@ private:
 
 // --- values to blocks ------------------------------------------------------------------------------------------------
 
-// Rows of values to rows of blocks of `type`, the type of dst or exact.
+// Where a tensor begins in its binding, in units of 32 bits, as byte i of a word: devices align bindings to 256 bytes at
+// most.
+static uint32_t place_byte(const place & p, int i) {
+    GGML_ASSERT(p.at < 256);
+    return p.at << 8 * i;
+}
+
+// How the shader rotates pairs, as its constant; 0: it cannot compute this rotary embedding.
+static uint32_t rope_kind(const ggml_tensor * rope) {
+    const ggml_tensor * x      = rope->src[0];
+    const int32_t *     params = (const int32_t *) rope->op_params;
+    const int           n_dims = params[1], mode = params[2], n_offs = params[15];
+    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_offs != 0 || n_dims % 2 != 0 ||
+        n_dims > x->ne[0] || x->type != GGML_TYPE_F32 || x->ne[3] != 1 || x->ne[0] % TBQ_BLOCK != 0 ||
+        x->ne[0] > 0xFFFF || !has_rows(x)) {
+        return 0;
+    }
+    return mode == GGML_ROPE_TYPE_NEOX ? 2 : 1;
+}
+
+// Rows of values to rows of blocks of dst's type.  rope: the embedding that the values get first, or null; then src is
+// its result, which need not be computed.
 static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * src, const ggml_tensor * dst,
-                   const ggml_tensor * set_rows, const ggml_tensor * mean, uint64_t skip_rows) {
+                   const ggml_tensor * set_rows, const ggml_tensor * mean, uint64_t skip_rows,
+                   const ggml_tensor * rope = nullptr) {
     const size_t  unit = ggml_type_size(src->type);
     quantize_args a    = {};
     fill_shape(a.ne, src);
@@ -245,23 +296,24 @@ static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
     if (n_blocks(a.ne) == 0) {
         return;
     }
-    const place from(ctx, src, unit), to(ctx, dst, 2);
+    const place from(ctx, rope ? rope->src[0] : src, unit), to(ctx, dst, 2);
     a.src_at = from.at;
     a.dst_at = to.at + (uint32_t) skip_rows * a.to[0];
 
     vk_subbuffer ids = from.buffer, means = from.buffer, weights = from.buffer, exact = from.buffer,
-                 slots = from.buffer;
+                 slots = from.buffer, positions = from.buffer, factors = from.buffer;
+    const auto   bind = [&](vk_subbuffer & buffer, const ggml_tensor * t) {
+        const place p(ctx, t, sizeof(int32_t));
+        buffer = p.buffer;
+        return p;
+    };
     if (mean) {
-        const place p(ctx, mean, sizeof(float));
-        means     = p.buffer;
-        a.mean_at = p.at;
+        a.at_ids_mean_weight_exact |= place_byte(bind(means, mean), 1);
         a.flags |= HAS_MEAN;
     }
     if (set_rows) {
         const ggml_tensor * t = set_rows->src[1];
-        const place         p(ctx, t, sizeof(int32_t));
-        ids      = p.buffer;
-        a.ids_at = p.at;
+        a.at_ids_mean_weight_exact |= place_byte(bind(ids, t), 0);
         for (int i = 0; i < 3; i++) {
             a.ids_s[i] = (uint32_t) (t->nb[i] / sizeof(int32_t));
         }
@@ -269,43 +321,63 @@ static void encode(ggml_backend_vk_context * ctx, vk_context & subctx, const ggm
         a.ids_ne[1] = (uint32_t) t->ne[2];
         a.flags |= HAS_IDS;
         if (const ggml_tensor * w = set_rows->src[4]) {
-            const place q(ctx, w, sizeof(float));
-            weights     = q.buffer;
-            a.weight_at = q.at;
+            a.at_ids_mean_weight_exact |= place_byte(bind(weights, w), 2);
             a.flags |= HAS_WEIGHTS;
         }
         if (const ggml_tensor * e = set_rows->src[5]) {
-            const place q(ctx, e, sizeof(int32_t)), r(ctx, set_rows->src[6], sizeof(int32_t));
-            exact      = q.buffer;
-            a.exact_at = q.at;
+            a.at_ids_mean_weight_exact |= place_byte(bind(exact, e), 3);
             a.exact_s1 = (uint32_t) (e->nb[1] / sizeof(int32_t));
-            slots      = r.buffer;
-            a.slots_at = r.at + set_rows->op_params[0];
+            a.slots_at = bind(slots, set_rows->src[6]).at + set_rows->op_params[0];
             a.flags |= HAS_EXACT;
         }
     }
-    dispatch(ctx, subctx, quantize_shader, { bits_of(dst->type), src->type == GGML_TYPE_F16 },
-             { from.buffer, to.buffer, ids, means, weights, exact, slots }, a, in_two_dimensions(n_blocks(a.ne)));
+    if (rope) {
+        const ggml_tensor * x      = rope->src[0];
+        const int32_t *     params = (const int32_t *) rope->op_params;
+        const int           n_dims = params[1], n_ctx_orig = params[4];
+        float               freq_base, beta_fast, beta_slow;
+        memcpy(&freq_base, params + 5, sizeof(float));
+        memcpy(&a.freq_scale, params + 6, sizeof(float));
+        memcpy(&a.ext_factor, params + 7, sizeof(float));
+        memcpy(&a.attn_factor, params + 8, sizeof(float));
+        memcpy(&beta_fast, params + 9, sizeof(float));
+        memcpy(&beta_slow, params + 10, sizeof(float));
+        ggml_rope_yarn_corr_dims(n_dims, n_ctx_orig, freq_base, beta_fast, beta_slow, a.corr);
+        a.theta_scale    = powf(freq_base, -2.0f / n_dims);
+        a.rope_dims      = (uint32_t) n_dims | (uint32_t) x->ne[0] << 16;
+        a.rope_s_head    = (uint32_t) (x->nb[1] / sizeof(float));
+        a.from[0]        = (uint32_t) (x->nb[2] / sizeof(float));
+        a.at_pos_factors = place_byte(bind(positions, rope->src[1]), 0);
+        if (rope->src[2]) {
+            a.at_pos_factors |= place_byte(bind(factors, rope->src[2]), 1);
+            a.flags |= HAS_FACTORS;
+        }
+    }
+    dispatch(ctx, subctx, quantize_shader,
+             { bits_of(dst->type), src->type == GGML_TYPE_F16, rope ? rope_kind(rope) : 0 },
+             { from.buffer, to.buffer, ids, means, weights, exact, slots, positions, factors }, a,
+             in_two_dimensions(n_blocks(a.ne)));
 }
 
 // The backend orders operations by their sources and results.  Exact rows are both.
-static void await_exact_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * set_rows) {
-    const ggml_tensor * exact = set_rows->src[5];
-    auto &              read  = ctx->unsynced_nodes_read;
-    size_t              own   = 0; // of the list, at its end: the sources of this operation
-    for (const ggml_tensor * src : set_rows->src) {
-        own += src != nullptr;
-    }
-    const auto is_read = [&](const ggml_tensor * t) { return ggml_vk_tensors_overlap(t, exact, false); };
-    if (std::any_of(read.begin(), read.end() - std::min(own, read.size()), is_read)) {
-        ggml_vk_sync_buffers(ctx, subctx);
-        read.clear();
-        ctx->unsynced_nodes_written = { set_rows };
-        for (const ggml_tensor * src : set_rows->src) {
+static void await_exact_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * set_rows = graph->nodes[i + ctx->num_additional_fused_ops];
+    const ggml_tensor * exact    = set_rows->src[5];
+    auto &              read     = ctx->unsynced_nodes_read;
+
+    std::vector<const ggml_tensor *> own; // what ends the list: the sources of this operation
+    for (int j = i; j <= i + ctx->num_additional_fused_ops; j++) {
+        for (const ggml_tensor * src : graph->nodes[j]->src) {
             if (src) {
-                read.push_back(src);
+                own.push_back(src);
             }
         }
+    }
+    const auto is_read = [&](const ggml_tensor * t) { return ggml_vk_tensors_overlap(t, exact, false); };
+    if (std::any_of(read.begin(), read.end() - std::min(own.size(), read.size()), is_read)) {
+        ggml_vk_sync_buffers(ctx, subctx);
+        read                        = own;
+        ctx->unsynced_nodes_written = { set_rows };
     }
     ctx->unsynced_nodes_written.push_back(exact);
 }
@@ -325,15 +397,32 @@ bool tbq_vk_depends(const ggml_tensor * later, const ggml_tensor * earlier) {
     return touches(later, writes(earlier)) || touches(earlier, writes(later));
 }
 
-static bool set_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tensor * dst) {
-    if (!ggml_is_tbq(dst->type)) {
+// SET_ROWS, or a rotary embedding that is fused with it.
+static bool set_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * dst  = graph->nodes[i + ctx->num_additional_fused_ops];
+    const ggml_tensor * rope = ctx->num_additional_fused_ops ? graph->nodes[i] : nullptr;
+    if (dst->op != GGML_OP_SET_ROWS || !ggml_is_tbq(dst->type)) {
         return false;
     }
     if (dst->src[5]) {
-        await_exact_rows(ctx, subctx, dst);
+        await_exact_rows(ctx, subctx, graph, i);
     }
-    encode(ctx, subctx, dst->src[0], dst, dst, dst->src[3], 0);
+    encode(ctx, subctx, dst->src[0], dst, dst, dst->src[3], 0, rope);
     return true;
+}
+
+bool tbq_vk_can_fuse(const ggml_cgraph * graph, int i) {
+    const std::initializer_list<ggml_op> ops = { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS };
+    // the embedding's result must go to the cache and nowhere else, all heads of a token in a row
+    if (!ggml_can_fuse_subgraph(graph, i, ops, { i + 2 })) {
+        return false;
+    }
+    const ggml_tensor * k    = graph->nodes[i];
+    const ggml_tensor * view = graph->nodes[i + 1];
+    const ggml_tensor * dst  = graph->nodes[i + 2];
+    return ggml_is_tbq(dst->type) && dst->src[0] == view && view->view_src == k && view->view_offs == 0 &&
+           view->ne[0] == k->ne[0] * k->ne[1] && view->ne[1] == k->ne[2] && view->ne[2] * view->ne[3] == 1 &&
+           ggml_is_contiguous(k) && rope_kind(k) != 0;
 }
 
 // Rows of blocks, then rows of values that become blocks, in each of dst's streams.
@@ -417,11 +506,92 @@ static bool get_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const g
 
 // --- operations of the backend on converted tensors ------------------------------------------------------------------
 
+// --- weights in decode -----------------------------------------------------------------------------------------------
+
+// More columns than this are a prompt.
+#define TBQ_VK_MAX_VECTORS 8
+
+// MUL_MAT and MUL_MAT_ID of a few columns, from packed weights.
+static bool mul_mat_vec(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * node   = graph->nodes[i];
+    const ggml_tensor * w      = node->src[0];
+    const ggml_tensor * x      = node->src[1];
+    const ggml_tensor * ids    = node->op == GGML_OP_MUL_MAT_ID ? node->src[2] : nullptr;
+    const ggml_tensor * dst    = graph->nodes[i + ctx->num_additional_fused_ops];
+    const uint32_t      n_cols = ids ? 1 : (uint32_t) x->ne[1];
+    const uint64_t      n_mats = (uint64_t) node->ne[2] * (ids ? node->ne[1] : node->ne[3]);
+    if (n_cols > TBQ_VK_MAX_VECTORS || n_mats > 65535 || (ids && node->ne[2] > TBQ_VK_MAX_VECTORS) || !has_rows(x) ||
+        !ggml_is_contiguous(dst) || ggml_is_empty(node) || w->nb[1] % 2 != 0 ||
+        ctx->num_additional_fused_ops > (ids ? 0 : 2) || (ids && (x->ne[3] != 1 || ids->nb[0] != sizeof(int32_t)))) {
+        return false;
+    }
+    // rotated activations, which the next product may share
+    const size_t size = ggml_nelements(x) * sizeof(float);
+    if (ctx->prealloc_size_y < size) {
+        ctx->prealloc_size_y = size;
+        ggml_vk_preallocate_buffers(ctx, subctx);
+    }
+    rotate_args r = {};
+    fill_shape(r.ne, x);
+    fill_strides(r.from, x, sizeof(float));
+    const vk_subbuffer rotated  = { ctx->prealloc_y, 0, size };
+    const vk_pipeline  pipeline = get_pipeline(ctx, rotate_shader, sizeof(r), {});
+    if (ctx->prealloc_y_last_pipeline_used != pipeline.get() || ctx->prealloc_y_last_tensor_used != x) {
+        if (ctx->prealloc_y_need_sync) {
+            ggml_vk_sync_buffers(ctx, subctx);
+        }
+        const place from(ctx, x, sizeof(float));
+        r.src_at = from.at;
+        dispatch(ctx, subctx, rotate_shader, {}, { from.buffer, rotated }, r, in_two_dimensions(n_blocks(r.ne)));
+        ggml_vk_sync_buffers(ctx, subctx);
+        ctx->prealloc_y_last_pipeline_used = pipeline.get();
+        ctx->prealloc_y_last_tensor_used   = x;
+        ctx->prealloc_y_last_k_padded      = false;
+    }
+
+    const place at_w(ctx, w, 2), to(ctx, dst, sizeof(float));
+    matvec_args a = {};
+    a.n_rows      = (uint32_t) w->ne[1];
+    a.blocks      = (uint32_t) (w->ne[0] / TBQ_BLOCK);
+    fill_strides(a.w_s, w, 2);
+    a.w_at                  = at_w.at;
+    a.ne2                   = (uint32_t) (ids ? node->ne[1] : node->ne[2]);
+    a.ratio[0]              = ids ? 1 : (uint32_t) (x->ne[2] / w->ne[2]);
+    a.ratio[1]              = ids ? 1 : (uint32_t) (x->ne[3] / w->ne[3]);
+    a.act_ne1               = (uint32_t) x->ne[1];
+    a.result_at             = to.at;
+    vk_subbuffer ids_buffer = to.buffer, sums[2] = { to.buffer, to.buffer };
+    if (ids) {
+        const place p(ctx, ids, sizeof(int32_t));
+        ids_buffer = p.buffer;
+        a.ids_at   = p.at;
+        a.ids_s1   = (uint32_t) (ids->nb[1] / sizeof(int32_t));
+        a.flags |= MATVEC_HAS_IDS;
+    }
+    for (int j = 0; j < ctx->num_additional_fused_ops; j++) { // of the result's shape, as the backend has checked
+        const ggml_tensor * add = graph->nodes[i + j + 1];
+        const place         p(ctx, add->src[0] == graph->nodes[i + j] ? add->src[1] : add->src[0], sizeof(float));
+        sums[j]     = p.buffer;
+        a.sum_at[j] = p.at;
+        a.flags |= MATVEC_HAS_SUM_0 << j;
+    }
+    const uint32_t groups = (a.n_rows + 3) / 4;
+    const uint32_t z      = (groups + 32767) / 32768; // of rows, because a dimension has at most 65535
+    dispatch(ctx, subctx, matvec_shader, { bits_of(w->type), n_cols },
+             { at_w.buffer, rotated, to.buffer, ids_buffer, sums[0], sums[1] }, a,
+             { (groups + z - 1) / z, (uint32_t) n_mats, z });
+    ctx->prealloc_y_need_sync = true;
+    return true;
+}
+
 static bool mul_mat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
     ggml_tensor * w    = node->src[0];
     if (!ggml_is_tbq(w->type)) {
         return false;
+    }
+    if (mul_mat_vec(ctx, subctx, graph, i)) {
+        return true;
     }
     scratch     memory(ctx, subctx, scratch::bytes(w));
     ggml_tensor f16 = memory.tensor(w);
@@ -467,10 +637,11 @@ namespace {
 
 // How the shader is specialized for a node, and how the work is split.
 struct attention_shape {
-    enum { ROWS = 32, THREADS = 128 }; // of the shader
+    enum { THREADS = 128, TILES = 256 }; // of the shader
 
     uint32_t blocks_k, blocks_v;
     uint32_t columns, columns4, groups; // of a KV head; of a workgroup, divided by four; groups of so many
+    uint32_t rows = 32;                 // of a tile
     bool     exact;
 
     explicit attention_shape(const ggml_tensor * dst)
@@ -486,11 +657,26 @@ struct attention_shape {
 
     // bytes of the shader's shared variables
     size_t shared_memory(const ggml_tensor * dst) const {
-        const uint32_t words_k = exact ? 16 : 2 * bits_of(dst->src[1]->type);
-        const uint32_t words_v = exact ? 16 : 2 * bits_of(dst->src[2]->type);
-        return 4 * (2 * 16 + blocks_k * 64 * columns4 * 4 + ROWS * (blocks_k * words_k + 1) +
-                    ROWS * (blocks_v * words_v + 1) + ROWS * (blocks_k + blocks_v) +
-                    (THREADS + 2 * ROWS + 3) * columns4 * 4);
+        const auto stride = [&](const ggml_tensor * t, uint32_t blocks) {
+            const uint32_t words = (uint32_t) ((ggml_row_size(t->type, t->ne[0]) + 3) / 4);
+            return (exact && ggml_is_tbq(t->type) ? 17 * blocks : words) | 1;
+        };
+        const uint32_t column_words = 4 * columns4; // of a vec4 for each group
+        return 4 * (2 * 16 + std::max(blocks_k, blocks_v) * 64 * column_words +
+                    rows * (stride(dst->src[1], blocks_k) + stride(dst->src[2], blocks_v) + blocks_v) +
+                    rows * 4 * column_words + column_words * (rows + 4) + rows * column_words + 3 * column_words +
+                    rows + TILES + 1);
+    }
+
+    // Larger tiles where there is memory for several workgroups at a time.
+    void choose(const ggml_tensor * dst, size_t available) {
+        rows = 64;
+        if (shared_memory(dst) > std::min<size_t>(available * 3 / 4, 36 << 10)) {
+            rows = 32;
+        }
+        if (shared_memory(dst) > available) {
+            set_columns4(1);
+        }
     }
 };
 
@@ -513,10 +699,14 @@ static bool packed_supported(const vk_device & device, const ggml_tensor * dst, 
     if (q->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || (dst->src[4] && dst->src[4]->type != GGML_TYPE_F32)) {
         return false;
     }
-    if (!ggml_is_tbq(k->type) || !ggml_is_tbq(v->type) || !has_rows(k) || !has_rows(v) ||
-        v->ne[0] > 64 * attention_shape::THREADS / 8 || q->nb[0] != sizeof(float) || !ggml_is_contiguous(dst) ||
-        q->ne[2] % k->ne[2] != 0 || q->ne[2] > 65535 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
-        q->ne[3] % k->ne[3] != 0 || q->ne[3] > 65535 || (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
+    const auto readable = [](const ggml_tensor * t) {
+        return (ggml_is_tbq(t->type) || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_F16) &&
+               t->ne[0] % TBQ_BLOCK == 0 && has_rows(t);
+    };
+    if (!readable(k) || !readable(v) || v->ne[0] > 64 * attention_shape::THREADS / 8 || q->nb[0] != sizeof(float) ||
+        !ggml_is_contiguous(dst) || q->ne[2] % k->ne[2] != 0 || q->ne[2] > 65535 || k->ne[2] != v->ne[2] ||
+        k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0 || q->ne[3] > 65535 ||
+        (mask && (mask->ne[2] != 1 || mask->type != GGML_TYPE_F16))) {
         return false;
     }
     for (int side = 1; side <= 2; side++) { // the slots of heads follow each other
@@ -529,11 +719,14 @@ static bool packed_supported(const vk_device & device, const ggml_tensor * dst, 
     if (k->ne[1] == 0 || partial_bytes(dst) > device->properties.limits.maxStorageBufferRange) {
         return false;
     }
-    if (shape.shared_memory(dst) > device->properties.limits.maxComputeSharedMemorySize) {
-        shape.set_columns4(1);
-    }
+    shape.choose(dst, device->properties.limits.maxComputeSharedMemorySize);
     return shape.groups * k->ne[2] <= 65535 &&
            shape.shared_memory(dst) <= device->properties.limits.maxComputeSharedMemorySize;
+}
+
+// As the shader names it.
+static uint32_t stored_type(ggml_type type) {
+    return type == GGML_TYPE_F16 ? 16 : type == GGML_TYPE_Q8_0 ? 9 : bits_of(type);
 }
 
 // Two places in a word.
@@ -556,9 +749,11 @@ static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx,
     }
     const auto  optional = [&](const ggml_tensor * t, size_t unit) { return place(ctx, t ? t : q, unit); };
     const place at_q(ctx, q, sizeof(float)), at_k(ctx, k, 2), at_v(ctx, v, 2),
-        at_mask = optional(mask, 2), at_exact_k = optional(dst->src[5], 2), at_exact_v = optional(dst->src[6], 2),
-        at_cells = optional(cells, sizeof(int32_t)), at_mean = optional(mean, sizeof(float));
-    for (const place * p : { &at_q, &at_k, &at_v, &at_mask, &at_exact_k, &at_exact_v, &at_cells, &at_mean }) {
+        at_mask = optional(mask, 2), at_exact_k = optional(dst->src[5], 4), at_exact_v = optional(dst->src[6], 4),
+        at_cells = optional(cells, sizeof(int32_t)), at_mean = optional(mean, sizeof(float)),
+        to(ctx, dst, sizeof(float)), at_sinks                = optional(sinks, sizeof(float));
+    for (const place * p :
+         { &at_q, &at_k, &at_v, &at_mask, &at_exact_k, &at_exact_v, &at_cells, &at_mean, &to, &at_sinks }) {
         if (p->at > 0xFFFF) {
             return false;
         }
@@ -577,23 +772,30 @@ static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx,
     }
     a.n_kv = (uint32_t) k->ne[1];
     if (cells) {
-        a.exact_k_s1 = (uint32_t) (dst->src[5]->nb[1] / 2);
-        a.exact_k_s3 = (uint32_t) (dst->src[5]->nb[3] / 2);
-        a.exact_v_s1 = (uint32_t) (dst->src[6]->nb[1] / 2);
-        a.exact_v_s3 = (uint32_t) (dst->src[6]->nb[3] / 2);
-        a.cells_s1   = (uint32_t) cells->ne[0];
-        a.n_exact    = a.cells_s1 - (a.n_kv + 31) / 32;
+        if (const ggml_tensor * e = dst->src[5]) {
+            a.exact_k_s1 = (uint32_t) (e->nb[1] / 4);
+            a.exact_k_s3 = (uint32_t) (e->nb[3] / 4);
+        }
+        if (const ggml_tensor * e = dst->src[6]) {
+            a.exact_v_s1 = (uint32_t) (e->nb[1] / 4);
+            a.exact_v_s3 = (uint32_t) (e->nb[3] / 4);
+        }
+        a.cells_s1 = (uint32_t) cells->ne[0];
+        a.n_exact  = a.cells_s1 - (a.n_kv + 31) / 32;
     }
     if (mean) {
         a.flags |= LOGITS_LACK_MEAN;
     }
-    a.at_q_mask     = pack_places(at_q.at, mask ? at_mask.at : 0);
-    a.at_k_v        = pack_places(at_k.at, at_v.at);
-    a.at_exact      = pack_places(at_exact_k.at, at_exact_v.at);
-    a.at_cells_mean = pack_places(at_cells.at, at_mean.at);
-    a.n_q           = (uint32_t) q->ne[1];
-    a.heads         = (uint32_t) (q->ne[2] | k->ne[2] << 16);
-    a.n_seq_kv      = (uint32_t) k->ne[3];
+    a.at_q_mask       = pack_places(at_q.at, mask ? at_mask.at : 0);
+    a.at_k_v          = pack_places(at_k.at, at_v.at);
+    a.at_exact        = pack_places(at_exact_k.at, at_exact_v.at);
+    a.at_cells_mean   = pack_places(at_cells.at, at_mean.at);
+    a.at_result_sinks = pack_places(to.at, at_sinks.at);
+    a.flags |= (sinks ? ATTENTION_HAS_SINKS : 0) |
+               (tbq_ggml_flash_attn_ext_center_values(dst) ? ATTENTION_VALUES_LACK_MEAN : 0);
+    a.n_q      = (uint32_t) q->ne[1];
+    a.heads    = (uint32_t) (q->ne[2] | k->ne[2] << 16);
+    a.n_seq_kv = (uint32_t) k->ne[3];
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -601,47 +803,52 @@ static bool attention_packed(ggml_backend_vk_context * ctx, vk_context & subctx,
         a.scale /= a.softcap;
     }
 
-    // Four workgroups for each core of the device, as far as there are rows for them.
-    constexpr uint32_t ROWS  = attention_shape::ROWS;
-    const uint32_t     cores = ctx->device->shader_core_count ? ctx->device->shader_core_count : 16;
-    const uint32_t     heads = shape.groups * (uint32_t) (k->ne[2] * q->ne[3]);
-    const uint64_t     fit   = ctx->device->properties.limits.maxStorageBufferRange / partial_bytes(dst);
-    const uint32_t     most  = (uint32_t) std::min<uint64_t>((a.n_kv + 2 * ROWS - 1) / (2 * ROWS), fit);
-    uint32_t           n     = std::min(std::max(4 * cores / heads, 1u), most);
-    a.rows_per_split         = GGML_PAD((a.n_kv + n - 1) / n, ROWS);
-    n                        = (a.n_kv + a.rows_per_split - 1) / a.rows_per_split;
+    // Four workgroups for each core of the device, as far as there are rows for them. A small cache is one split, which
+    // needs no merging.
+    const uint32_t cores = ctx->device->shader_core_count ? ctx->device->shader_core_count : 16;
+    const uint32_t heads = shape.groups * (uint32_t) (k->ne[2] * q->ne[3]);
+    const uint64_t fit   = ctx->device->properties.limits.maxStorageBufferRange / partial_bytes(dst);
+    const uint32_t most =
+        (uint32_t) std::min<uint64_t>({ a.n_kv <= 256 ? 1 : (a.n_kv + 127) / 128, fit, 256 }); // 256: merge's
+    uint32_t n       = std::min(std::max(4 * cores / heads, 1u), most);
+    a.rows_per_split = GGML_PAD((a.n_kv + n - 1) / n, shape.rows);
+    n                = (a.n_kv + a.rows_per_split - 1) / a.rows_per_split;
 
     const uint64_t n_columns = (uint64_t) ggml_nrows(dst);
-    const size_t   size      = n * partial_bytes(dst);
+    const size_t   size      = n > 1 ? n * partial_bytes(dst) : 0;
     if (ctx->prealloc_size_split_k < size) {
         ctx->prealloc_size_split_k = size;
         ggml_vk_preallocate_buffers(ctx, subctx);
     }
-    if (ctx->prealloc_split_k_need_sync) {
+    if (n > 1 && ctx->prealloc_split_k_need_sync) {
         ggml_vk_sync_buffers(ctx, subctx);
     }
-    const vk_subbuffer partial = { ctx->prealloc_split_k, 0, size };
+    const vk_subbuffer partial = n > 1 ? vk_subbuffer{ ctx->prealloc_split_k, 0, size } : to.buffer;
+    const auto aligned = [](const place & p, const uint32_t (&s)[3]) { return ((p.at | s[0] | s[1] | s[2]) & 1) == 0; };
     dispatch(ctx, subctx, attention_shader,
-             { bits_of(k->type), bits_of(v->type), shape.blocks_k, shape.blocks_v, shape.columns4, shape.exact },
+             { stored_type(k->type), stored_type(v->type), shape.blocks_k, shape.blocks_v, shape.columns4, shape.exact,
+               shape.rows, aligned(at_k, a.k_s), aligned(at_v, a.v_s) },
              { at_q.buffer, at_k.buffer, at_v.buffer, at_mask.buffer, partial, at_exact_k.buffer, at_exact_v.buffer,
-               at_cells.buffer, at_mean.buffer },
+               at_cells.buffer, at_mean.buffer, to.buffer, at_sinks.buffer },
              a, { n, shape.groups * (uint32_t) k->ne[2], (uint32_t) q->ne[3] });
+    if (n == 1) {
+        return true;
+    }
     ggml_vk_sync_buffers(ctx, subctx);
 
-    const place to(ctx, dst, sizeof(float)), at_sinks = optional(sinks, sizeof(float));
-    merge_args  m = {};
-    m.n_columns   = (uint32_t) n_columns;
-    m.n_splits    = n;
-    m.blocks      = shape.blocks_v;
-    m.n_head      = (uint32_t) q->ne[2];
-    m.gqa         = (uint32_t) (q->ne[2] / k->ne[2]);
-    m.result_at   = to.at;
-    m.sinks_at    = at_sinks.at;
-    m.mean_at     = at_mean.at;
-    m.mean_s      = (uint32_t) k->ne[0];
-    m.flags       = (sinks ? HAS_SINKS : 0) | (tbq_ggml_flash_attn_ext_center_values(dst) ? VALUES_LACK_MEAN : 0);
-    dispatch(ctx, subctx, merge_shader, {}, { partial, to.buffer, at_sinks.buffer, at_mean.buffer }, m,
-             in_two_dimensions(n_columns * shape.blocks_v));
+    merge_args m = {};
+    m.n_columns  = (uint32_t) n_columns;
+    m.n_splits   = n;
+    m.blocks     = shape.blocks_v;
+    m.n_head     = (uint32_t) q->ne[2];
+    m.gqa        = (uint32_t) (q->ne[2] / k->ne[2]);
+    m.result_at  = to.at;
+    m.sinks_at   = at_sinks.at;
+    m.mean_at    = at_mean.at;
+    m.mean_s     = (uint32_t) k->ne[0];
+    m.flags      = (sinks ? HAS_SINKS : 0) | (tbq_ggml_flash_attn_ext_center_values(dst) ? VALUES_LACK_MEAN : 0);
+    dispatch(ctx, subctx, merge_shader, { ggml_is_tbq(v->type) },
+             { partial, to.buffer, at_sinks.buffer, at_mean.buffer }, m, in_two_dimensions(n_columns * shape.blocks_v));
     ctx->prealloc_split_k_need_sync = true;
     return true;
 }
@@ -704,7 +911,8 @@ static bool flash_attn_ext(ggml_backend_vk_context * ctx, vk_context & subctx, g
 bool tbq_vk_compute(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * dst = graph->nodes[i];
     switch (dst->op) {
-        case GGML_OP_SET_ROWS: return set_rows(ctx, subctx, dst);
+        case GGML_OP_ROPE:
+        case GGML_OP_SET_ROWS: return set_rows(ctx, subctx, graph, i);
         case GGML_OP_CONCAT: return concat(ctx, subctx, dst);
         case GGML_OP_CPY: return cpy(ctx, subctx, dst);
         case GGML_OP_GET_ROWS: return get_rows(ctx, subctx, dst);
