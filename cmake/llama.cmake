@@ -44,6 +44,9 @@ foreach(option LLAMA_BUILD_COMMON LLAMA_BUILD_TOOLS LLAMA_BUILD_SERVER LLAMA_BUI
 endforeach()
 # TLS for llama-server and for downloads of models, where OpenSSL 3 and its headers are found.
 set(LLAMA_OPENSSL ON CACHE BOOL "")
+# Devices of other machines: the backend, and ggml-rpc-server.  TCP alone: RDMA would need a library at run time.
+set(GGML_RPC ON CACHE BOOL "")
+set(GGML_RPC_RDMA OFF CACHE BOOL "")
 # The web UI is `make serve`'s business, because building it needs npm and its network.
 foreach(option LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_CURL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI
         LLAMA_TOOLS_INSTALL LLAMA_TESTS_INSTALL)
@@ -97,6 +100,13 @@ endif()
 
 enable_testing()
 add_subdirectory("${TBQ_LLAMA_DIR}" llama.cpp EXCLUDE_FROM_ALL)
+# Only ggml's list of backends reads this definition, which upstream gives to everything that links ggml: without it those
+# files compile as they do without RPC, so that a cache of objects keeps them.
+get_target_property(TBQ_GGML_DEFINITIONS ggml INTERFACE_COMPILE_DEFINITIONS)
+if(TBQ_GGML_DEFINITIONS)
+    list(REMOVE_ITEM TBQ_GGML_DEFINITIONS GGML_USE_RPC)
+    set_property(TARGET ggml PROPERTY INTERFACE_COMPILE_DEFINITIONS ${TBQ_GGML_DEFINITIONS})
+endif()
 
 # --- how long it takes to compile ------------------------------------------------------------------------------
 
@@ -137,6 +147,9 @@ foreach(program IN LISTS TBQ_PROGRAM_NAMES)
         list(APPEND TBQ_PROGRAMS llama-${program})
     endif()
 endforeach()
+if(TARGET ggml-rpc-server)
+    list(APPEND TBQ_PROGRAMS ggml-rpc-server)
+endif()
 
 # The shared libraries that those programs need, found by walking what they link.
 function(tbq_linked_libraries target result)

@@ -25,11 +25,12 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tbq._arguments import rpc_servers
 from tbq._exact_rows import FIRST, RECENT, check_exact_rows
 from tbq._types import types
 from tbq.errors import TBQError
@@ -200,6 +201,8 @@ class Llama(_Base):  # type: ignore[misc]
     recent, first: exact rows: the newest and the first rows of a tbq cache that are kept in 8 bits as well.
     type_k, type_v: the type of the keys and of the values, as a name or as GGML's number; they replace those of kv.
     n_ctx: tokens of context; 0 for the context that the model was trained for.
+    rpc: RPC servers on which the model and its cache lie, as "HOST:PORT,..." or a list; `tbq rpc-server` runs one.
+    n_gpu_layers is then -1, all layers, if it is not given.  The servers are devices of this process from then on.
     All other arguments are those of llama_cpp.Llama.
 
     Attributes: plan, the tbq.Plan of the cache or None; k and v, the cache types; center, the file of means or None.
@@ -220,6 +223,7 @@ class Llama(_Base):  # type: ignore[misc]
         type_v: str | int | None = None,
         n_ctx: int = 512,
         flash_attn: bool = True,
+        rpc: str | Sequence[str] = (),
         **options: Any,
     ) -> None:
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
@@ -227,6 +231,9 @@ class Llama(_Base):  # type: ignore[misc]
                 f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for"
             )
         check_exact_rows(recent, first)
+        if rpc:
+            add_rpc_servers(rpc)
+            options.setdefault("n_gpu_layers", -1)
         shape = {**_plan_arguments(n_ctx, center, options), "recent": recent, "first": first}
         model = open_model(model_path)
         self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
@@ -273,6 +280,39 @@ def _adapter_options(options: dict[str, Any]) -> list[str]:
     """The option of llama.cpp's programs for the adapter of a Llama."""
     path = options.get("lora_path")
     return ["--lora-scaled", f"{os.path.abspath(path)}:{options.get('lora_scale', 1.0)}"] if path else []
+
+
+def add_rpc_servers(servers: str | Sequence[str]) -> None:
+    """Makes the devices of RPC servers devices of this process, for all models that are loaded afterwards.
+
+    servers: "HOST:PORT,..." or a list.  A server that was added before is not added again.
+    Raises TBQError if one cannot be used: nothing listens there, or it is not one of this release of tbq.
+    """
+    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+    from llama_cpp._logger import llama_log_callback  # type: ignore[import-not-found, unused-ignore]
+
+    library = llama_cpp.llama_cpp._lib
+    by_name, address, register = (
+        getattr(library, f"ggml_backend_{name}") for name in ("reg_by_name", "reg_get_proc_address", "register")
+    )
+    by_name.argtypes, by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    address.argtypes, address.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+    register.argtypes, register.restype = [ctypes.c_void_p], None
+    backend = by_name(b"RPC")
+    if not backend:
+        raise TBQError("this build of llama.cpp has no RPC (GGML_RPC)")
+    add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address(backend, b"ggml_backend_rpc_add_server"))
+    lines: list[str] = []
+    collect = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+    for server in rpc_servers(servers):
+        llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+        try:
+            found = add(server.encode())
+        finally:
+            llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+        if not found:
+            raise TBQError(" ".join("".join(lines).split()) or f"RPC server {server} cannot be used")
+        register(found)
 
 
 def _try_center(model: Any, path: str | os.PathLike[str], required: bool) -> bool:

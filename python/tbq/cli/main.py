@@ -25,6 +25,7 @@ from tbq.cli import (
     convert,
     inspect,
     plan,
+    rpc_server,
     search,
     serve,
 )
@@ -113,6 +114,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": inspect.add_arguments,
     "paths": _add_paths,
     "plan": plan.add_arguments,
+    "rpc-server": rpc_server.add_arguments,
     "search": search.add_arguments,
     "serve": serve.add_arguments,
 }

@@ -16,6 +16,7 @@ from tbq._files import replace
 from tbq._plots import picture_format
 from tbq._units import SIZES, format_size
 from tbq.errors import TBQError
+from tbq.kv_cache.devices import LAYER, TENSOR
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW
 from tbq.kv_cache.plan import CELLS, Plan, pad_cells, plan
 
@@ -62,6 +63,7 @@ def report(plan: Plan) -> str:
         small = ["warning: the memory is too small for the weights and the state"] if plan.fits is False else []
         return "\n".join([*lines, f"no cache: {plan.reason}", *small, *(f"warning: {text}" for text in plan.warnings)])
     lines += [*_table(plan), ""]
+    lines += _devices(plan)
     why: dict[str, list[str]] = {}
     for name, text in plan.refused.items():
         why.setdefault(text, []).append(name)
@@ -80,6 +82,23 @@ def _title(plan: Plan) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _devices(plan: Plan) -> Iterator[str]:
+    """What each device holds with the recommended types."""
+    if not plan.devices:
+        return
+    pair = plan.pair(*plan.recommended)
+    yield f"devices with {pair.k} / {pair.v}, split by {plan.split_mode}s (the rest of the model is in the CPU's memory):"
+    rows = [["", "layers", "weights", "cache", *["state"] * bool(plan.state_bytes), "total", "", "of its memory"]]
+    for i, device in enumerate(plan.devices):
+        total = device.weights_bytes + device.state_bytes + pair.by_device[i]
+        memory = f"{format_size(device.memory)}{'' if plan.fits_on(i, pair) else ', too little'}" if device.memory else ""
+        state = [f"{device.state_bytes:,}"] * bool(plan.state_bytes)
+        sizes = [f"{device.weights_bytes:,}", f"{pair.by_device[i]:,}", *state, f"{total:,}"]
+        rows.append([device.name, str(device.layers), *sizes, format_size(total), memory])
+    yield from _columns(rows, left=0)
+    yield ""
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -105,10 +124,15 @@ def _table(plan: Plan) -> Iterator[str]:
         if plan.memory is not None:
             row.append("none fits" if pair.longest == 0 else "any" if pair.longest is None else str(pair.longest))
         rows.append(row)
+    yield from _columns(rows, left=1)
+
+
+def _columns(rows: list[list[str]], left: int) -> Iterator[str]:
+    """Rows with aligned columns.  left: the column that is aligned on its left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         yield "  ".join(
-            cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+            cell.ljust(w) if i == left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
         ).rstrip()
 
 
@@ -158,11 +182,20 @@ def plot(plan: Plan, path: str | pathlib.Path) -> None:
     replace(target, drawn.getvalue())
 
 
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise TBQError(f"--tensor-split {text!r} is not a list of numbers; 3,1 would be one") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """compute what the KV cache of a model will take, and recommend cache types"""
     parser.epilog = (
         "examples:\n  tbq plan model.gguf --context 32768\n  tbq plan model.gguf --memory 24G\n"
-        "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json"
+        "  tbq plan model.gguf --memory 2GiB --cache-only --types q8_0,tbq4_0/tbq3_0 --json\n"
+        "  tbq plan model.gguf --devices 24G,24G --split-mode tensor\n"
+        "  tbq plan model.gguf --rpc 10.0.0.2:50052,10.0.0.3:50052"
     )
     parser.add_argument(
         "model", metavar="MODEL.gguf", help="the model; any file of a split model (no weights are loaded)"
@@ -185,6 +218,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, rows, default in (("recent", "newest", RECENT), ("first", "first", FIRST)):
         text = f"exact rows: the {rows} rows of each sequence that a tbq cache keeps in 8 bits as well ({default})"
         parser.add_argument(f"--cache-{name}", type=int, default=default, metavar="N", help=text)
+    parser.add_argument(
+        "--devices", metavar="SIZE,...", help="the free memory of each of several GPUs: what each of them will hold"
+    )
+    parser.add_argument(
+        "--rpc", metavar="HOST:PORT,...", help="the same for the devices of RPC servers, which are asked for their memory"
+    )
+    parser.add_argument(
+        "--split-mode", default=LAYER, choices=(LAYER, TENSOR), help="what the devices share, llama.cpp's -sm (layer)"
+    )
+    parser.add_argument(
+        "--tensor-split", metavar="N,...", help="their shares, -ts (for layers the free memory, for tensors equal parts)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw memory against context; needs pip install 'ggml-tbq[plot]'"
@@ -215,6 +260,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             center=not args.no_center,
             recent=args.cache_recent,
             first=args.cache_first,
+            devices=args.devices,
+            rpc=args.rpc,
+            split_mode=args.split_mode,
+            tensor_split=_numbers(args.tensor_split),
             options=args.options,
         )
         if args.plot is not None:

@@ -84,7 +84,7 @@ def _correction(server: Server) -> str | None:
     return f"llama-server took a context of {context} tokens, so the cache has {format_size(size)}"
 
 
-def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> int:
+def serve(model: str, kv: str, options: Sequence[str], center: bool = True, rpc: str = "") -> int:
     """Runs llama-server in the foreground.  Returns its exit status, or 128 + N if signal N ended it."""
     with interruptible():
         server = Server(
@@ -92,6 +92,7 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
             kv,
             center=center,
             port=8080,
+            rpc=rpc,
             options=options,
             timeout=None,
             on_line=lambda line: say(line, to_stderr=True),
@@ -128,10 +129,13 @@ def serve(model: str, kv: str, options: Sequence[str], center: bool = True) -> i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """plan a model's cache and run llama-server with it"""
-    parser.usage = "tbq serve [-h] [--kv auto|TYPE|K/V] [--no-center] MODEL [llama-server's options ...]"
+    parser.usage = (
+        "tbq serve [-h] [--kv auto|TYPE|K/V] [--no-center] [--rpc HOST:PORT,...] MODEL [llama-server's options ...]"
+    )
     parser.epilog = (
         "examples: tbq serve model.gguf\n"
-        "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n\n"
+        "          tbq serve --kv tbq4_0/tbq3_0 model.gguf -c 131072 --port 9000 -ngl 99\n"
+        "          tbq serve --rpc 10.0.0.2:50052,10.0.0.3:50052 model.gguf    # each runs tbq rpc-server\n\n"
         "The exit status is llama-server's; LLAMA_ARG_... variables are not passed on to it."
     )
     parser.add_argument(
@@ -144,6 +148,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-center",
         action="store_true",
         help="do not center the keys; quantized keys are less accurate then",
+    )
+    parser.add_argument(
+        "--rpc",
+        default="",
+        metavar="HOST:PORT,...",
+        help="RPC servers (`tbq rpc-server`) on which the model and its cache lie; nothing is encrypted on the way",
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, the first one if it is split")
     rest = parser.add_argument(
@@ -167,6 +177,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 options.append(option)
         if not kv:
             raise TBQError("--kv needs a value: auto, a type, or K/V")
-        return serve(args.model, kv, options, center)
+        return serve(args.model, kv, options, center, args.rpc)
 
     parser.set_defaults(run=run, hint="; llama-server's options come after MODEL")

@@ -16,10 +16,12 @@ from tbq._types import BLOCK, block_size, types
 from tbq._units import parse_size
 from tbq.errors import TBQError, printable
 from tbq.gguf_files.reader import Tensor, open_gguf
+from tbq.kv_cache.devices import LAYER, Device, Split, distribute, rpc_devices
 from tbq.kv_cache.key_biases import key_biases, model_centering
 from tbq.kv_cache.layers import GLOBAL, NONE, WINDOW, CacheShape, Layer, read_shape
 from tbq.kv_cache.settings import Settings, apply_options, calibration_context
 from tbq.kv_cache.whole_keys import whole_keys_reason
+from tbq.programs.options import option_values
 
 #: The pairs in the table of `tbq plan`, unless the user names others.
 PAIRS = (
@@ -62,6 +64,7 @@ class Pair:
     longest: int | None  #: tokens of the longest context that fits in the memory; None without memory or limit
     fits: bool | None  #: whether the plan's context fits in its memory; None without memory
     exact_bytes: int = 0  #: bytes of the exact rows, beside those of keys and values
+    by_device: tuple[int, ...] = ()  #: bytes of all three on each device of the plan
 
     @property
     def bytes(self) -> int:
@@ -101,6 +104,14 @@ class Plan:
     exact: bool  #: False if a warning says that llama.cpp may allocate a different amount
     recent: int = 0  #: exact rows: the newest ones of a sequence that a tbq cache keeps in 8 bits as well,
     first: int = 0  #: and the first ones
+    split_mode: str = ""  #: how the devices share the model: "layer", "tensor", or "" without devices
+    devices: tuple[Device, ...] = ()  #: what each of several devices holds; the cache is in Pair.by_device
+
+    def fits_on(self, i: int, pair: Pair) -> bool | None:
+        """Whether weights, states and the cache of a pair fit in the memory of device i; None if that is unknown."""
+        device = self.devices[i]
+        used = device.weights_bytes + device.state_bytes + pair.by_device[i]
+        return None if device.memory is None else used <= device.memory
 
     @property
     def cached(self) -> bool:
@@ -192,16 +203,37 @@ class _Cache:
     def exact_bytes(self, k: str, v: str, context: int) -> int:
         """Bytes of the exact rows: llama_kv_exact::init()."""
         found = 0
-        for kind, cells in self.cells(context).items():
-            sequences = self.parallel if self.unified else 1
-            rows = slots(self.recent, self.first, sequences, cells // self.streams) * self.streams
-            rows += rows > 0  # for rows of a state that no slot wants
+        for kind in self.cells(context):
+            rows = self.exact_rows(kind, context)
             for layer in self.layers:
                 if layer.kind == kind:
                     sizes = ((k, layer.key_size), (v, layer.value_size))
                     values = sum(layer.kv_heads * size for name, size in sizes if name in types)
                     found += rows * values // BLOCK * BLOCK_BYTES
         return found
+
+    def by_device(self, k: str, v: str, context: int, split: Split | None) -> tuple[int, ...]:
+        """Bytes of keys, values and exact rows on each device."""
+        found = []
+        cells = self.cells(context)
+        for keys, values in zip(split.keys, split.values) if split else ():
+            size = 0
+            for layer, n_keys, n_values in zip(self.layers, keys, values):
+                if layer.kind == NONE or not (n_keys or n_values):
+                    continue
+                rows = cells[layer.kind]
+                size += rows * (_row_bytes(k, n_keys) + _row_bytes(k, layer.indexer_key_size))
+                size += rows * (_row_bytes(v, n_values) + _row_bytes(v, layer.indexer_value_size))
+                exact = sum(n for name, n in ((k, n_keys), (v, n_values)) if name in types)
+                size += self.exact_rows(layer.kind, context) * exact // BLOCK * BLOCK_BYTES
+            found.append(size)
+        return tuple(found)
+
+    def exact_rows(self, kind: str, context: int) -> int:
+        """Exact rows of a layer of a kind, in all streams."""
+        sequences = self.parallel if self.unified else 1
+        rows = slots(self.recent, self.first, sequences, self.cells(context)[kind] // self.streams) * self.streams
+        return rows + (rows > 0)  # for rows of a state that no slot wants
 
     def total(self, k: str, v: str, context: int) -> int:
         """Bytes of keys, values and exact rows together."""
@@ -348,6 +380,10 @@ def plan(
     center: bool = True,
     recent: int = RECENT,
     first: int = FIRST,
+    devices: str | Sequence[int | str] | None = None,
+    rpc: str | Sequence[str] | None = None,
+    split_mode: str = LAYER,
+    tensor_split: Sequence[float] | None = None,
     options: Sequence[str] = (),
 ) -> Plan:
     """What the cache of a model takes, and which types to use.
@@ -364,8 +400,11 @@ def plan(
     center: whether keys can be centered.  Without centering, larger keys are recommended for large biases.
     recent, first: exact rows, --cache-recent and --cache-first: rows of each sequence that a tbq cache keeps in 8 bits
     as well, the newest and the first ones.
-    options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN.  Others are
-    ignored.  Flash attention is assumed to be on, which is the default.
+    devices: the free memory of each of several devices, "24G,24G" for example; or rpc: RPC servers, "HOST:PORT,...",
+    which are asked for theirs.  The plan then has what each device holds.
+    split_mode, tensor_split: llama.cpp's -sm, "layer" or "tensor", and -ts, a number for each device.
+    options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN, and -ngl.  Others
+    are ignored.  Flash attention is assumed to be on, which is the default.
     Raises TBQError if the file is corrupt, if its architecture is unknown, and if an argument is out of range;
     OSError if the file cannot be opened.
     """
@@ -382,6 +421,7 @@ def plan(
     if not shape.exact_rows:
         recent = first = 0
     cache = _Cache(shape.layers, shape.window, parallel, unified, ubatch, swa_full, recent, first)
+    split = _read_split(devices, rpc, split_mode, tensor_split, options, shape, tensors, parallel)
     weights = sum(tensor.n_bytes for tensor in opened.tensors)
     state = sum(layer.state_bytes for layer in shape.layers) * parallel
     budget = None if memory_bytes is None else memory_bytes - state - (0 if cache_only else weights)
@@ -418,7 +458,12 @@ def plan(
         state_bytes=state,
         layers=shape.layers,
         window=shape.window,
-        pairs=tuple(_compute_pair(cache, k, v, context, budget) for k, v in usable),
+        pairs=tuple(
+            dataclasses.replace(
+                _compute_pair(cache, k, v, context, budget), by_device=cache.by_device(k, v, context, split)
+            )
+            for k, v in usable
+        ),
         refused=refused,
         recommended=chosen,
         reason=reason or _reason_for(chosen, shape, keep_keys, biases.remain, whole, bool(recent or first)),
@@ -433,7 +478,40 @@ def plan(
         exact=not shape.doubts,
         recent=recent,
         first=first,
+        split_mode=split.mode if split else "",
+        devices=split.devices if split else (),
     )
+
+
+def _read_split(
+    devices: str | Sequence[int | str] | None,
+    rpc: str | Sequence[str] | None,
+    mode: str,
+    shares: Sequence[float] | None,
+    options: Sequence[str],
+    shape: CacheShape,
+    tensors: Mapping[str, Tensor],
+    parallel: int,
+) -> Split | None:
+    """How the devices share the model; None without devices."""
+    if devices is None and rpc is None:
+        if shares is not None or mode != LAYER:
+            raise TBQError("a split mode or a tensor split needs the devices; name them with --devices or --rpc")
+        return None
+    if devices is not None and rpc is not None:
+        raise TBQError("--devices and --rpc both name devices; give one of them")
+    found: list[tuple[str, int]]
+    if rpc is not None:
+        found = rpc_devices(rpc)
+    else:
+        sizes = devices.split(",") if isinstance(devices, str) else list(devices or ())
+        found = [(f"device {i}", parse_size(size)) for i, size in enumerate(sizes)]
+    if not found:
+        raise TBQError("there is no device; --devices 24G,24G would name two")
+    layers = option_values(options, "-ngl")
+    gpu_layers = int(layers[-1]) if layers and layers[-1].isdigit() else None
+    names, memory = [name for name, _ in found], [size for _, size in found]
+    return distribute(names, memory, shape, tensors, parallel, mode, shares, gpu_layers)
 
 
 def _check_arguments(model: object, context: object, parallel: int, ubatch: object) -> None:

@@ -90,7 +90,7 @@ OPTIONS = (
     _option("-ot --override-tensor", MODEL),
     _option("-ncmoe --n-cpu-moe", MODEL),
     _option("-ncffn --n-cpu-ffn", MODEL),
-    _option("--rpc", MODEL),
+    _option("--rpc", MODEL, key="rpc"),
     _option("-lm --load-mode", MODEL),
     _option("-lzm --lazy-mode", MODEL),
     _option("--numa", MODEL),

@@ -37,6 +37,15 @@ def cache_types(text: str) -> list[str] | None:
     return found[1].replace(",", " ").split() if found else None
 
 
+# --- every program: --list-devices ----------------------------------------------------------------------------------
+
+
+def devices(text: str) -> list[tuple[str, int]]:
+    """The names and bytes of free memory of the devices that --list-devices prints, in its order."""
+    rows = re.findall(r"^ *(\w+): .* \(\d+ MiB, (\d+) MiB free\)$", text, re.M)
+    return [(name, int(free) << 20) for name, free in rows]
+
+
 # --- llama-server: its log ------------------------------------------------------------------------------------------
 
 

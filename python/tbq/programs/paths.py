@@ -35,7 +35,7 @@ def program(name: str) -> pathlib.Path:
     for path in (folder / name, folder / f"{name}.exe"):
         if path.is_file():
             return path
-    names = sorted(p.stem for p in folder.glob("llama-*"))
+    names = sorted(p.stem for p in folder.glob("*-*"))
     raise TBQError(f"program {name!r} is not in {folder}; there is {', '.join(names) or 'none'}")
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tbq import _limits
-from tbq._arguments import cores
+from tbq._arguments import cores, rpc_servers
 from tbq.errors import TBQError
 from tbq.kv_cache.calibrate import Scratch, center_file_for
 from tbq.kv_cache.center_file import read_center
@@ -73,6 +73,7 @@ class Server:
     center: whether quantized keys are mean-centered, or a file of `tbq calibrate`.  Without a file, start() measures
     the means on the first use of a model, which a line on stderr says.
     host, port: where to listen; None or 0 for a free port.
+    rpc: RPC servers on which the model and its cache lie, as "HOST:PORT,..." or a list; `tbq rpc-server` runs one.
     options: options of llama-server.  --host and --port in them replace the arguments.
     timeout: seconds to wait until the model is loaded; None to wait without a limit.
     on_line: is called with each line of the log, from another thread.  After an exception it is not called again.
@@ -100,6 +101,7 @@ class Server:
         center: bool | str | os.PathLike[str] = True,
         host: str = "127.0.0.1",
         port: int | None = None,
+        rpc: str | Sequence[str] = (),
         options: Sequence[str] = (),
         timeout: float | None = 600,
         on_line: Callable[[str], None] | None = None,
@@ -108,6 +110,13 @@ class Server:
             raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
         found, others = server_options(options)
         _check_options(found, model, center)
+        if rpc:
+            if "rpc" in found:
+                raise TBQError(f"there are two lists of RPC servers, {rpc!r} and {found['rpc']!r}; name one")
+            found["rpc"] = ",".join(rpc_servers(rpc))
+            others = ["--rpc", found["rpc"], *others]  # in front of a --device that names them
+        elif "rpc" in found:
+            rpc_servers(found["rpc"])
         hosts, number = found.get("host", host), found.get("port", str(port or 0))
         if not re.fullmatch(r"[0-9]{1,5}", number) or int(number) >= 1 << 16:
             raise TBQError(f"port {number!r} is not a number from 1 to 65535, or 0 for a free one")
