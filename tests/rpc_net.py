@@ -152,7 +152,12 @@ class Proxy:
             except OSError:
                 return
             with contextlib.suppress(OSError), client, connect(self.machine.endpoint, timeout=None) as server:
-                self._pass_on(client, server)
+                try:
+                    self._pass_on(client, server)
+                finally:  # close() would wait for the thread that reads
+                    for sock in (client, server):
+                        with contextlib.suppress(OSError):
+                            sock.shutdown(socket.SHUT_RDWR)
 
     def _pass_on(self, client, server):
         lock = threading.Lock()  # nothing of ours in the middle of the server's

@@ -52,17 +52,19 @@ bool tbq_rpc_greet(socket_t & socket, const char * endpoint) {
     if (!socket.send_data(&command, 1) || !socket.send_data(&size, sizeof(size)) || !socket.send_data(&own, size) ||
         !socket.flush() || !socket.recv_data(&size, sizeof(size)) || size != sizeof(other) ||
         !socket.recv_data(&other, sizeof(other)) || memcmp(own.magic, other.magic, sizeof(own.magic)) != 0) {
-        GGML_LOG_ERROR("%s is not an RPC server of ggml-tbq, so it does not know the tbq types; start ggml-rpc-server of "
-                       "ggml-tbq %s there\n",
-                       endpoint, own.version);
+        GGML_LOG_ERROR(
+            "%s is not an RPC server of ggml-tbq, so it does not know the tbq types; start ggml-rpc-server of "
+            "ggml-tbq %s there\n",
+            endpoint, own.version);
         return false;
     }
     if (!same_versions(own, other)) {
         other.version[sizeof(other.version) - 1] = 0;
-        GGML_LOG_ERROR("%s runs ggml-tbq %s with version %u.%u.%u.%u of the format, the operations and llama.cpp; this is "
-                       "ggml-tbq %s with %u.%u.%u.%u, and both must agree\n",
-                       endpoint, other.version, other.format, other.operations, other.n_ops, other.n_types, own.version,
-                       own.format, own.operations, own.n_ops, own.n_types);
+        GGML_LOG_ERROR(
+            "RPC server %s runs ggml-tbq %s with version %u.%u.%u.%u of the format, the operations and llama.cpp; this is "
+            "ggml-tbq %s with %u.%u.%u.%u, and both must agree\n",
+            endpoint, other.version, other.format, other.operations, other.n_ops, other.n_types, own.version,
+            own.format, own.operations, own.n_ops, own.n_types);
         return false;
     }
     return true;
@@ -129,12 +131,11 @@ static void append_shape(std::string & key, const ggml_tensor * op, const ggml_t
     append(key, ggml_is_transposed(t));
 }
 
-bool tbq_rpc_answers::supports(uint32_t device, const ggml_tensor * op, const std::function<bool()> & ask) {
+bool tbq_rpc_answers::supports(const ggml_tensor * op, const std::function<bool(bool & answered)> & ask) {
     if (ggml_op_is_empty(op->op)) {
         return true;
     }
     std::string key;
-    append(key, device);
     append(key, op->op);
     if (op->op != GGML_OP_SET_ROWS) { // where its slots begin changes with the cells
         append(key, op->op_params);
@@ -151,7 +152,12 @@ bool tbq_rpc_answers::supports(uint32_t device, const ggml_tensor * op, const st
     if (found != answers_.end()) {
         return found->second;
     }
-    return answers_[key] = ask();
+    bool       answered = false;
+    const bool answer   = ask(answered);
+    if (answered) {
+        answers_[key] = answer;
+    }
+    return answer;
 }
 
 // --- the server's side -----------------------------------------------------------------------------------------------

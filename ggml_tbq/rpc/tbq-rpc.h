@@ -51,15 +51,15 @@ int tbq_rpc_waiting(int socket);
 // Updates `waiting`.
 bool tbq_rpc_is_busy(int socket, int & waiting);
 
-// The answers of a server to "is this operation supported?", for all its devices.
+// The answers of a device to "is this operation supported?".
 class tbq_rpc_answers {
-  public:
-    // ask: puts the question to the server.  It is called once for operations that no backend tells apart: from a size of
-    // 256 on, all but the first dimension count by the powers of two that divide them, so that a growing cache does
-    // not ask again for each batch.
-    bool supports(uint32_t device, const ggml_tensor * op, const std::function<bool()> & ask);
+public:
+    // ask: puts the question to the server, and sets its argument if there is an answer to keep.  It is called once for
+    // operations that no backend tells apart: from a size of 256 on, all but the first dimension count by the powers of
+    // two that divide them, so that a growing cache does not ask again for each batch.
+    bool supports(const ggml_tensor * op, const std::function<bool(bool & answered)> & ask);
 
-  private:
+private:
     std::mutex                            mutex_;
     std::unordered_map<std::string, bool> answers_;
 };
@@ -76,7 +76,7 @@ bool tbq_rpc_valid_tensor(uint32_t type, const uint32_t * ne, const uint32_t * n
 
 // A thread that sends heartbeats while the server works on a command.
 class tbq_rpc_heartbeat {
-  public:
+public:
     explicit tbq_rpc_heartbeat(socket_t & socket) : socket_(socket) {}
     ~tbq_rpc_heartbeat();
 
@@ -84,7 +84,7 @@ class tbq_rpc_heartbeat {
     void work();  // a command begins
     void rest();  // the server waits for the next command
 
-  private:
+private:
     void run();
 
     socket_t &              socket_;

@@ -93,7 +93,9 @@ def _devices(plan: Plan) -> Iterator[str]:
     rows = [["", "layers", "weights", "cache", *["state"] * bool(plan.state_bytes), "total", "", "of its memory"]]
     for i, device in enumerate(plan.devices):
         total = device.weights_bytes + device.state_bytes + pair.by_device[i]
-        memory = f"{format_size(device.memory)}{'' if plan.fits_on(i, pair) else ', too little'}" if device.memory else ""
+        memory = (
+            f"{format_size(device.memory)}{'' if plan.fits_on(i, pair) else ', too little'}" if device.memory else ""
+        )
         state = [f"{device.state_bytes:,}"] * bool(plan.state_bytes)
         sizes = [f"{device.weights_bytes:,}", f"{pair.by_device[i]:,}", *state, f"{total:,}"]
         rows.append([device.name, str(device.layers), *sizes, format_size(total), memory])
@@ -222,13 +224,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", metavar="SIZE,...", help="the free memory of each of several GPUs: what each of them will hold"
     )
     parser.add_argument(
-        "--rpc", metavar="HOST:PORT,...", help="the same for the devices of RPC servers, which are asked for their memory"
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="the same for the devices of RPC servers, which are asked for their memory",
     )
     parser.add_argument(
         "--split-mode", default=LAYER, choices=(LAYER, TENSOR), help="what the devices share, llama.cpp's -sm (layer)"
     )
     parser.add_argument(
-        "--tensor-split", metavar="N,...", help="their shares, -ts (for layers the free memory, for tensors equal parts)"
+        "--tensor-split",
+        metavar="N,...",
+        help="their shares, -ts (for layers the free memory, for tensors equal parts)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object, sizes in bytes")
     parser.add_argument(

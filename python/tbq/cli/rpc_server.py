@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="IPv4 address to listen on (127.0.0.1)"
     )
     parser.add_argument("-p", "--port", type=at_least_one, default=50052, metavar="N", help="port (50052)")
+    parser.add_argument("-d", "--device", metavar="NAME,...", help="devices to lend (all GPUs; without a GPU the CPU)")
     parser.add_argument(
-        "-d", "--device", metavar="NAME,...", help="devices to lend (all GPUs; without a GPU the CPU)"
+        "-t", "--threads", type=at_least_one, metavar="N", help="threads of the CPU device (half of all)"
     )
-    parser.add_argument("-t", "--threads", type=at_least_one, metavar="N", help="threads of the CPU device (half of all)")
     parser.add_argument(
         "-c",
         "--cache",

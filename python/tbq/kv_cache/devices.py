@@ -61,9 +61,7 @@ class Split:
     values: tuple[tuple[int, ...], ...]
 
 
-def _parts(
-    values: int, granularity: int, shares: Sequence[float] | None, count: int, rotation: int
-) -> list[int]:
+def _parts(values: int, granularity: int, shares: Sequence[float] | None, count: int, rotation: int) -> list[int]:
     """A dimension in as many parts as there are devices, in multiples of a granularity except for one."""
     found, low = [0] * count, 0
     scan = np.cumsum([np.float32(shares[(j + rotation) % count]) for j in range(count)]) if shares else None
@@ -238,9 +236,7 @@ def _by_tensors(
     split = _TensorSplit(shape, tensors, len(names), shares)
     weights = [0] * len(names)
     for tensor in tensors.values():
-        if _INPUTS.match(tensor.name) and not (
-            tensor.name == "token_embd.weight" and "output.weight" not in tensors
-        ):
+        if _INPUTS.match(tensor.name) and not (tensor.name == "token_embd.weight" and "output.weight" not in tensors):
             continue
         for i, size in enumerate(split.weights(tensor)):
             weights[i] += size

@@ -52,6 +52,7 @@ def devices(text: str) -> list[tuple[str, int]]:
 def server_error(log: Sequence[str]) -> str | None:
     """The line of a log that says most about a failure; None if the log is empty."""
     patterns = (
+        (r"[\d.]+ E (.*\bRPC server\b.*)", 0),
         (r"(?:GGML_ASSERT|error|terminate called)\b.*", 0),
         (r"[\d.]+ E (.*)", 0),
         (r"(.*(?:error|failed|unsupported|invalid).*)", re.I),
