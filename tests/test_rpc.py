@@ -18,8 +18,6 @@ from rpc_net import BUSY, HELLO, SUPPORTS_OP, TBQ_HELLO, Machine, Proxy, ask, co
 
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 TYPES = ("-ctk", "tbq4_0", "-ctv", "tbq3_0")
-#: centered, with exact rows; the weights as RPC servers keep them
-CENTERED = (*TYPES, "--cache-center", "auto", "--cache-recent", 32, "--cache-first", 4)
 #: seconds without a sign of a server after which it counts as lost (tbq-rpc.h), and what a busy machine adds
 LOST, SLACK = 20, 12
 
@@ -45,6 +43,16 @@ def machines(bin_dir, isolated, tmp_path_factory):
         machine.close()
 
 
+@pytest.fixture(scope="module")
+def centered(bin_dir, demo_model, tmp_path_factory):
+    """Options of a cache with centered keys and exact rows."""
+    folder = tmp_path_factory.mktemp("center")
+    text = python_text(folder / "topics.txt")
+    args = ("-f", text, "-c", 512, "--chunks", 1, "-o", folder / "center.gguf", *THREADS)
+    run(bin_dir / "llama-cache-center", "-m", demo_model, *args)
+    return (*TYPES, "--cache-center", folder / "center.gguf", "--cache-recent", 32, "--cache-first", 4)
+
+
 def rpc(machines):
     return "--rpc", ",".join(machine.endpoint for machine in machines)
 
@@ -61,7 +69,7 @@ def buffers(log, what):
 
 
 @pytest.fixture(scope="module")
-def divergence(bin_dir, demo_model, tmp_path_factory):
+def divergence(bin_dir, demo_model, centered, tmp_path_factory):
     """The divergence and the perplexity of a centered cache with exact rows, from an f16 cache on this machine."""
     folder = tmp_path_factory.mktemp("kld")
     size = ("-c", 256, "-b", 256, "--chunks", 1, "-fa", "on", "-nr", *THREADS)
@@ -70,7 +78,7 @@ def divergence(bin_dir, demo_model, tmp_path_factory):
     run(program, "-m", demo_model, "-f", python_text(folder / "topics.txt"), *base)
 
     def get(*args):
-        done = run(program, "-m", demo_model, "--kl-divergence", *base, *CENTERED, *args)
+        done = run(program, "-m", demo_model, "--kl-divergence", *base, *centered, *args)
         text = done.stdout + done.stderr
         return number(r"Mean +KLD", text), number(r"Mean PPL\(Q\)", text)
 
@@ -86,9 +94,9 @@ def test_divergence_is_that_of_one_machine(divergence, machines):
         assert there == pytest.approx(here, rel=0.02), count
 
 
-def test_text_slots_shift_and_states(bin_dir, demo_model, machines, tmp_path):
+def test_text_slots_shift_and_states(bin_dir, demo_model, centered, machines, tmp_path):
     """Two slots, a context shift, and a slot that is saved, overwritten and restored: all as on one machine."""
-    args = (*CENTERED, "-nr", "-fa", "on", "--context-shift", "--no-kv-unified", "--slot-save-path", tmp_path)
+    args = (*centered, "-nr", "-fa", "on", "--context-shift", "--no-kv-unified", "--slot-save-path", tmp_path)
 
     def texts(log, *where):
         with Server(bin_dir, demo_model, tmp_path / log, *args, *where, n_ctx=512, slots=2) as server:
@@ -261,7 +269,7 @@ def test_tensors_from_the_network_are_checked(machines):
 # -- servers that are lost ---------------------------------------------------------------------------------------------
 
 
-def test_lost_servers(bin_dir, demo_model, isolated, tmp_path):
+def test_lost_servers(bin_dir, demo_model, centered, isolated, tmp_path):
     """Killed, hung or cut off in the middle of an answer: an error within the time that the guide states, the server
     goes on, and a slot that was saved before can be restored after a restart.  All at once, because each waits."""
     ways = {"killed": (Machine.kill, 2), "hangs": (lambda m: m.signal(signal.SIGSTOP), LOST)}
@@ -270,7 +278,9 @@ def test_lost_servers(bin_dir, demo_model, isolated, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = pool.submit(_slow_server_is_not_lost, bin_dir, demo_model, tmp_path)
         runs = {
-            name: pool.submit(_lose, bin_dir, demo_model, isolated, tmp_path / name.replace(" ", "-"), 10 + i, *way)
+            name: pool.submit(
+                _lose, bin_dir, demo_model, centered, isolated, tmp_path / name.replace(" ", "-"), 10 + i, *way
+            )
             for i, (name, way) in enumerate(ways.items())
         }
         for name, done in runs.items():
@@ -280,9 +290,9 @@ def test_lost_servers(bin_dir, demo_model, isolated, tmp_path):
         pytest.skip("network namespaces are not allowed here: a server that is cut off was not tested")
 
 
-def _lose(bin_dir, model, isolated, folder, index, lose, seconds):
+def _lose(bin_dir, model, centered, isolated, folder, index, lose, seconds):
     folder.mkdir()
-    args = (*CENTERED, "-fa", "on", "--slot-save-path", folder)
+    args = (*centered, "-fa", "on", "--slot-save-path", folder)
     machines = [Machine(bin_dir, index + 10 * i, folder / f"{i}.log", isolated).start() for i in range(2)]
     try:
         with Server(bin_dir, model, folder / "1.log", *args, *rpc(machines), n_ctx=1024) as server:
@@ -291,7 +301,7 @@ def _lose(bin_dir, model, isolated, folder, index, lose, seconds):
             timer = threading.Timer(1, lose, [machines[1]])
             timer.start()
             start = time.monotonic()
-            status, answer = server.request("/completion", {"prompt": "Once", "n_predict": 900, "ignore_eos": True})
+            status, answer = server.request("/completion", {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "temperature": 0})
             timer.join()
             assert status >= 400 and "error" in answer, answer
             assert time.monotonic() - start - 1 < seconds + SLACK
