@@ -301,7 +301,8 @@ def _lose(bin_dir, model, centered, isolated, folder, index, lose, seconds):
             timer = threading.Timer(1, lose, [machines[1]])
             timer.start()
             start = time.monotonic()
-            status, answer = server.request("/completion", {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "temperature": 0})
+            long = {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "temperature": 0}
+            status, answer = server.request("/completion", long)
             timer.join()
             assert status >= 400 and "error" in answer, answer
             assert time.monotonic() - start - 1 < seconds + SLACK

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Arguments that are numbers or addresses, the cores that a thread count may use, and how several failures are reported."""
+"""Arguments: numbers, addresses, the cores that a thread count may use, and how several failures are reported."""
 
 import math
 import os

@@ -89,7 +89,7 @@ def _devices(plan: Plan) -> Iterator[str]:
     if not plan.devices:
         return
     pair = plan.pair(*plan.recommended)
-    yield f"devices with {pair.k} / {pair.v}, split by {plan.split_mode}s (the rest of the model is in the CPU's memory):"
+    yield f"devices with {pair.k} / {pair.v}, split by {plan.split_mode}s (the CPU's memory has the rest of the model):"
     rows = [["", "layers", "weights", "cache", *["state"] * bool(plan.state_bytes), "total", "", "of its memory"]]
     for i, device in enumerate(plan.devices):
         total = device.weights_bytes + device.state_bytes + pair.by_device[i]

@@ -52,7 +52,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Split:
-    """How a model is distributed.  A share is for each layer the parts of its keys and of its values that a device has."""
+    """How a model is distributed: for each device, its part of the keys and of the values of each layer."""
 
     mode: str  #: "layer" or "tensor"
     devices: tuple[Device, ...]
@@ -100,21 +100,23 @@ def _by_layers(
     where = layer_devices(len(shape.layers), shares, gpu_layers)
     weights = [0] * len(names)
     for tensor in tensors.values():
+        holders: set[int | None]
         block = _BLOCK.match(tensor.name)
         if tensor.name.startswith("rope_"):  # once on each device with layers
-            holders = {device for device in where[:-1] if device is not None}
+            holders = set(where[:-1])
         elif block and int(block[1]) < len(shape.layers):
-            holders = {where[int(block[1])]} - {None}
+            holders = {where[int(block[1])]}
         elif tensor.name.startswith("token_embd_norm."):  # belongs to the first layer
-            holders = {where[0]} - {None}
+            holders = {where[0]}
         elif _INPUTS.match(tensor.name):
             # an embedding that is the output matrix, too, is there twice
             tied = tensor.name == "token_embd.weight" and "output.weight" not in tensors
-            holders = {where[-1]} - {None} if tied else set()
+            holders = {where[-1]} if tied else set()
         else:
-            holders = {where[-1]} - {None}
+            holders = {where[-1]}
         for device in holders:
-            weights[device] += tensor.n_bytes
+            if device is not None:
+                weights[device] += tensor.n_bytes
     devices = tuple(
         Device(
             name,

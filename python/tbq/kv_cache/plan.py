@@ -403,8 +403,8 @@ def plan(
     devices: the free memory of each of several devices, "24G,24G" for example; or rpc: RPC servers, "HOST:PORT,...",
     which are asked for theirs.  The plan then has what each device holds.
     split_mode, tensor_split: llama.cpp's -sm, "layer" or "tensor", and -ts, a number for each device.
-    options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN, and -ngl.  Others
-    are ignored.  Flash attention is assumed to be on, which is the default.
+    options: llama.cpp's options that change what the file says: --override-kv, -fa off, RoPE and YaRN, and -ngl.
+    Others are ignored.  Flash attention is assumed to be on, which is the default.
     Raises TBQError if the file is corrupt, if its architecture is unknown, and if an argument is out of range;
     OSError if the file cannot be opened.
     """
