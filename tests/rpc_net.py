@@ -11,6 +11,8 @@ import subprocess
 import threading
 import time
 
+from llama_tools import ENV
+
 PORT = 50052
 #: Commands, and the sizes of their answers (ggml-rpc.cpp, tbq-rpc.h)
 HELLO, TBQ_HELLO, SUPPORTS_OP = 14, 0xE0, 0xE1
@@ -62,7 +64,7 @@ class Machine:
             command = ["ip", "netns", "exec", self.name, *command]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**ENV, **(environment or {})}
             )
         self.wait()
         return self

@@ -200,13 +200,14 @@ def test_links_lead_to_files(tracked):
 
 
 def messages():
-    """Every text of the build, the commands and the patches. Adjacent literals are joined."""
+    """Every text of the build, the commands, the patches and RPC. Adjacent literals are joined."""
     names = [
         ROOT / "CMakeLists.txt",
         *ROOT.glob("cmake/*.*"),
         *ROOT.glob("tools/*.py"),
         *ROOT.rglob("python/tbq/**/*.py"),
         *ROOT.glob("patches/*.patch"),
+        *ROOT.glob("ggml_tbq/rpc/*.cpp"),
     ]
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in names)
     return re.sub(r'"\s*\n[+\s]*f?"', "", text)

@@ -126,7 +126,7 @@ def test_text_slots_shift_and_states(bin_dir, demo_model, centered, machines, tm
         assert server.complete(PROMPT + here[1], n=24, id_slot=1)["content"] == here[3]
 
 
-def test_llama_and_server_take_servers(demo_model, machines):
+def test_llama_and_server_take_servers(demo_model, centered, machines):
     """tbq.llama.Llama and tbq.Server, with the same servers one after the other: the text of this process alone."""
     code = (
         "import sys, tbq.llama\n"
@@ -134,9 +134,11 @@ def test_llama_and_server_take_servers(demo_model, machines):
         "print(m.create_completion(sys.argv[3], max_tokens=12, temperature=0)['choices'][0]['text'])"
     )
 
+    means = centered[centered.index("--cache-center") + 1]
+
     def text(arguments):
         done = subprocess.run(
-            [sys.executable, "-c", code, demo_model, repr(arguments), PROMPT],
+            [sys.executable, "-c", code, demo_model, repr({"center": str(means), **arguments}), PROMPT],
             capture_output=True,
             text=True,
             check=False,
@@ -148,7 +150,7 @@ def test_llama_and_server_take_servers(demo_model, machines):
     servers = [machine.endpoint for machine in machines(2)]
     there = text({"rpc": servers})
     assert there == text({}) and "13, 14" in there
-    with tbq.Server(demo_model, "tbq4_0", rpc=servers, options=["-c", "256", "-lv", "4"]) as server:
+    with tbq.Server(demo_model, "tbq4_0", center=means, rpc=servers, options=["-c", "256", "-lv", "4"]) as server:
         assert len(buffers("\n".join(server.log), "KV")) == 2
         with server._open("/completion", {"prompt": PROMPT, "n_predict": 12, "temperature": 0}) as answer:
             assert b"13, 14" in answer.read()
