@@ -227,6 +227,9 @@ add_custom_target(tbq-llama ALL DEPENDS ${TBQ_PROGRAMS} ${TBQ_SHARED} ${TBQ_MODU
 # Everything that llama.cpp's own ctest may run; `make test` builds it, an install does not.
 get_property(TBQ_LLAMA_TESTS DIRECTORY "${TBQ_LLAMA_DIR}/tests" PROPERTY BUILDSYSTEM_TARGETS)
 list(FILTER TBQ_LLAMA_TESTS INCLUDE REGEX "^test-")
+if(TARGET test-rpc-multi-server) # in the folder of the server
+    list(APPEND TBQ_LLAMA_TESTS test-rpc-multi-server)
+endif()
 add_custom_target(tbq-llama-tests DEPENDS ${TBQ_LLAMA_TESTS} ${TBQ_MODULES})
 
 # `make bench`.

@@ -94,6 +94,10 @@ class Machine:
         """Takes the cable out."""
         assert self.isolated and _ip("link", "set", self.outside, "down").returncode == 0
 
+    def plug(self):
+        """Puts the cable in again."""
+        assert _ip("link", "set", self.outside, "up").returncode == 0
+
     def close(self):
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -87,6 +87,7 @@ def test_everything_that_needs_no_network(ctest):
         "test-save-load-state",
         "test-recurrent-state-rollback",
         "test-tiled-mulmat",
+        "test-rpc-multi-server",
     }
     assert must <= set(results), must - set(results)
 

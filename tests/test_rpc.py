@@ -314,9 +314,14 @@ def _lose(bin_dir, model, centered, isolated, folder, index, lose, seconds):
             assert server.slot("save", "broken.bin")[0] >= 400 and not (folder / "broken.bin").exists()
             assert server.process.poll() is None
             assert re.search(r"RPC server \S+ was lost", server.log)
-        machines[1].close()
-        machines[1] = Machine(bin_dir, index + 20, folder / "2.log", isolated).start()
-        with Server(bin_dir, model, folder / "2.log", *args, *rpc(machines), n_ctx=1024) as server:
+        if lose is Machine.cut:  # the server gives its client up, too, and serves the next one
+            machines[1].plug()
+            with connect(machines[1].endpoint, timeout=LOST + SLACK) as sock:
+                assert len(ask(sock, HELLO, bytes(24))) == 28
+        else:
+            machines[1].close()
+            machines[1] = Machine(bin_dir, index + 20, folder / "2.log", isolated).start()
+        with Server(bin_dir, model, folder / "again.log", *args, *rpc(machines), n_ctx=1024) as server:
             assert server.slot("restore", "slot.bin")[0] == 200
             again = server.complete(PROMPT + text, n=8)
             assert again["timings"]["cache_n"] > 30
