@@ -179,9 +179,17 @@ def test_other_servers_are_refused(bin_dir, demo_model, machines):
         return bytes(answer)
 
     with Proxy(server, {TBQ_HELLO: lambda *_: None}) as stock:  # what upstream's server does
-        assert re.search(
-            rf"{stock.endpoint} is not an RPC server of ggml-tbq", refusal(bin_dir, demo_model, stock.endpoint)
+        line = refusal(bin_dir, demo_model, stock.endpoint)
+        assert f"{stock.endpoint} is not an RPC server of ggml-tbq" in line
+        code = (
+            "import sys, tbq, tbq.llama\n"
+            "try: tbq.llama.Llama(sys.argv[1], rpc=sys.argv[2])\n"
+            "except tbq.TBQError as e: print(e)"
         )
+        done = subprocess.run([sys.executable, "-c", code, demo_model, stock.endpoint], capture_output=True, text=True)
+        with pytest.raises(tbq.TBQError) as error:
+            tbq.plan(demo_model, rpc=stock.endpoint)
+        assert line.endswith(done.stdout.strip()) and line.endswith(str(error.value)) and len(str(error.value)) > 40
     with Proxy(server, {TBQ_HELLO: another_version}) as other:
         assert re.search(r"version 9\.\d+\.\d+\.\d+ of the format", refusal(bin_dir, demo_model, other.endpoint))
     with Proxy(server, {HELLO: lambda *_: b"\x01" + bytes(27)}) as old:
@@ -232,10 +240,10 @@ def greet(endpoint):
     return sock
 
 
-def tensor(type_id, ne=(64, 1, 1, 1), nb=(34, 34, 34, 34)):
+def tensor(type_id, ne=(64, 1, 1, 1), nb=(34, 34, 34, 34), op=0, src=(), id=1):
     """An rpc_tensor."""
-    head = struct.pack("<QIQ4I4I", 1, type_id, 0, *ne, *nb)
-    return head + bytes(296 - len(head) + 0)
+    head = struct.pack("<QIQ4I4II", id, type_id, 0, *ne, *nb, op) + bytes(64 + 4)
+    return head + struct.pack("<10Q", *src, *[0] * (10 - len(src))) + bytes(8 + 8 + 8 + 64 + 4)
 
 
 def closes(endpoint, command, payload):
@@ -248,8 +256,14 @@ def closes(endpoint, command, payload):
     return True
 
 
-def test_tensors_from_the_network_are_checked(machines):
-    """Types and rows that no kernel could read end the connection, not the server."""
+def operation(build_dir, name):
+    """The number of an operation of ggml."""
+    header = (build_dir / "llama.cpp-src" / "ggml" / "include" / "ggml.h").read_text(encoding="utf-8")
+    return re.findall(r"GGML_OP_\w+", header.partition("enum ggml_op {")[2]).index(f"GGML_OP_{name}")
+
+
+def test_tensors_from_the_network_are_checked(build_dir, machines):
+    """Types, rows and sources that no kernel could read end the connection, not the server."""
     machine = machines(1)[0]
     size = len(tensor(0))
     get_alloc_size = 13
@@ -259,10 +273,23 @@ def test_tensors_from_the_network_are_checked(machines):
         tensor(648),  # what is inside of a dot product
         tensor(644, ne=(63, 1, 1, 1)),
         tensor(644, nb=(0, 34, 34, 34)),
-        tensor(645, nb=(1, 66, 66, 66)),
+        tensor(645, nb=(1, 68, 68, 68)),
     ):
         assert closes(machine.endpoint, get_alloc_size, struct.pack("<I", 0) + bad + bytes(10 * size))
+    graph_compute = 10
+    row, f32 = (64, 1, 1, 1), tensor(0, nb=(4, 256, 256, 256), id=2)
+    wide = tensor(0, (128, 1, 1, 1), (4, 512, 512, 512), id=3)
+    for bad in (
+        (tensor(0, row, (4, 256, 256, 256), operation(build_dir, "FLASH_ATTN_EXT")),),
+        (tensor(644, op=operation(build_dir, "SET_ROWS"), src=(3, 2)), f32, wide),
+        (tensor(644, op=operation(build_dir, "SET_ROWS"), src=(2, 2, 0, 3)), f32, wide),
+        (tensor(644, op=operation(build_dir, "SET_ROWS"), src=(2, 2, 0, 0, 0, 2, 2)), f32),
+        (tensor(645, nb=(68, 68, 68, 68), op=operation(build_dir, "CONCAT"), src=(2, 2)), f32),
+    ):
+        graph = struct.pack("<IIQI", 0, 1, 1, len(bad)) + b"".join(bad)
+        assert closes(machine.endpoint, graph_compute, graph)
     assert machine.process.poll() is None
+    assert machine.log.count("invalid sources of graph node") == 5
     with greet(machine.endpoint) as sock:
         answer = ask(sock, get_alloc_size, struct.pack("<I", 0) + tensor(644) + bytes(10 * size))
         assert struct.unpack("<Q", answer)[0] == n_bytes("tbq4_0", 64)

@@ -183,6 +183,31 @@ bool tbq_rpc_valid_tensor(uint32_t type, const uint32_t * ne, const uint32_t * n
     return t != GGML_TYPE_TBQ8_ACT && ne[0] % ggml_blck_size(t) == 0 && nb[0] == ggml_type_size(t);
 }
 
+// Whether t, if it is there, has floats for each value of a row.
+static bool fits_row(const ggml_tensor * t, const ggml_tensor * row) {
+    return !t || (t->type == GGML_TYPE_F32 && t->ne[0] == row->ne[0] && ggml_is_contiguous(t));
+}
+
+bool tbq_rpc_valid_op(const ggml_tensor * op) {
+    const ggml_tensor * const * src = op->src;
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        return src[0] && src[1] && src[2] && tbq_ggml_flash_attn_ext_valid(op);
+    }
+    if (op->op == GGML_OP_SET_ROWS && ggml_is_tbq(op->type)) {
+        const bool exact =
+            !src[5] || (src[6] && src[5]->type == GGML_TYPE_TBQ8_0 && src[5]->ne[0] == op->ne[0] &&
+                        src[6]->type == GGML_TYPE_I32 && ggml_is_contiguous(src[6]) && op->op_params[0] >= 0 &&
+                        src[0] && op->op_params[0] + src[0]->ne[1] <= ggml_nelements(src[6]));
+        return src[0] && src[1] && src[0]->ne[0] == op->ne[0] && fits_row(src[3], op) && fits_row(src[4], op) && exact;
+    }
+    if (op->op == GGML_OP_CONCAT && op->type == GGML_TYPE_TBQ8_0) {
+        return src[0] && src[1] && src[0]->type == GGML_TYPE_TBQ8_0 && src[0]->ne[0] == op->ne[0] &&
+               src[1]->ne[0] == op->ne[0] && src[0]->ne[2] == op->ne[2] && src[1]->ne[2] == op->ne[2] &&
+               src[0]->ne[1] + src[1]->ne[1] == op->ne[1] && fits_row(src[2], op);
+    }
+    return true;
+}
+
 tbq_rpc_heartbeat::~tbq_rpc_heartbeat() {
     {
         std::lock_guard<std::mutex> lock(mutex_);

@@ -74,6 +74,10 @@ bool tbq_rpc_welcome(socket_t & socket);
 // upstream, about which upstream decides.
 bool tbq_rpc_valid_tensor(uint32_t type, const uint32_t * ne, const uint32_t * nb);
 
+// Whether the sources of an operation with tbq types fit it, as far as its kernels rely on that.  What they read of
+// other operations, upstream decides.
+bool tbq_rpc_valid_op(const ggml_tensor * op);
+
 // A thread that sends heartbeats while the server works on a command.
 class tbq_rpc_heartbeat {
 public:

@@ -38,6 +38,7 @@ from tbq.kv_cache.calibrate import Scratch, center_file_for
 from tbq.kv_cache.choose import choose, open_model
 from tbq.kv_cache.type_pairs import split_pair
 from tbq.programs.options import options_from_arguments
+from tbq.programs.output import rpc_refusal
 from tbq.programs.paths import paths
 
 _VENDORED = pathlib.Path("_vendor", "llama_cpp")  # in the folder that has bin and lib
@@ -311,7 +312,7 @@ def add_rpc_servers(servers: str | Sequence[str]) -> None:
         finally:
             llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
         if not found:
-            raise TBQError(" ".join("".join(lines).split()) or f"RPC server {server} cannot be used")
+            raise TBQError(rpc_refusal("".join(lines).splitlines()) or f"RPC server {server} cannot be used")
         register(found)
 
 

@@ -16,11 +16,19 @@ _CLOCK = re.compile(r"^[\d.]+ [A-Z] ")
 def failure_reason(text: str) -> str | None:
     """Why a program failed, as one of its lines says; None if no line says it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found := rpc_refusal(lines):
+        return found
     for mark in ("llama_init_from_model: ", "error: ", "error loading model: ", " E "):
         for line in lines:
             if mark in line:
                 return line.rpartition(mark)[2]
     return None
+
+
+def rpc_refusal(lines: Sequence[str]) -> str | None:
+    """Why an RPC server cannot be used, or was lost; None if no line says it."""
+    found = (re.fullmatch(r"(?:[\d.]+ E )?(.*\bRPC server\b(?! \S+ cannot be used).*)", line) for line in lines)
+    return next((match[1].strip() for match in found if match and "error while handling" not in match[1]), None)
 
 
 def last_line(text: str) -> str | None:
@@ -51,8 +59,9 @@ def devices(text: str) -> list[tuple[str, int]]:
 
 def server_error(log: Sequence[str]) -> str | None:
     """The line of a log that says most about a failure; None if the log is empty."""
+    if found := rpc_refusal(log):
+        return found
     patterns = (
-        (r"[\d.]+ E (.*\bRPC server\b.*)", 0),
         (r"(?:GGML_ASSERT|error|terminate called)\b.*", 0),
         (r"[\d.]+ E (.*)", 0),
         (r"(.*(?:error|failed|unsupported|invalid).*)", re.I),
