@@ -13,7 +13,7 @@ import time
 import pytest
 
 import tbq
-from llama_tools import GREEDY, LAYERS, THREADS, Server, n_bytes, number, python_text, run
+from llama_tools import ENV, GREEDY, LAYERS, THREADS, Server, n_bytes, number, python_text, run
 from rpc_net import BUSY, HELLO, SUPPORTS_OP, TBQ_HELLO, Machine, Proxy, ask, connect, namespaces_allowed, read
 
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
@@ -126,7 +126,7 @@ def test_text_slots_shift_and_states(bin_dir, demo_model, centered, machines, tm
         assert server.complete(PROMPT + here[1], n=24, id_slot=1)["content"] == here[3]
 
 
-def test_llama_and_server_take_servers(demo_model, centered, machines):
+def test_llama_and_server_take_servers(demo_model, centered, machines, monkeypatch):
     """tbq.llama.Llama and tbq.Server, with the same servers one after the other: the text of this process alone."""
     code = (
         "import sys, tbq.llama\n"
@@ -134,6 +134,7 @@ def test_llama_and_server_take_servers(demo_model, centered, machines):
         "print(m.create_completion(sys.argv[3], max_tokens=12, temperature=0)['choices'][0]['text'])"
     )
 
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     means = centered[centered.index("--cache-center") + 1]
 
     def text(arguments):
@@ -143,6 +144,7 @@ def test_llama_and_server_take_servers(demo_model, centered, machines):
             text=True,
             check=False,
             timeout=120,
+            env=ENV,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.strip()
