@@ -108,7 +108,7 @@ def test_text_slots_shift_and_states(bin_dir, demo_model, centered, machines, tm
                     )
                 )
             assert server.slot("save", f"{log}.bin", 1)[0] == 200
-            shifted = server.complete("Once upon a time", n=264, id_slot=1, ignore_eos=True)["content"]
+            shifted = server.complete("The sky is blue. " * 45, n=64, id_slot=1, ignore_eos=True)["content"]
             assert "context shift" in server.log
             assert server.slot("restore", f"{log}.bin", 1)[0] == 200
             restored = server.complete(PROMPT + both[1], n=24, id_slot=1)
@@ -119,7 +119,7 @@ def test_text_slots_shift_and_states(bin_dir, demo_model, centered, machines, tm
     there, log = texts("there.log", *rpc(machines(2)))
     assert len(buffers(log, "KV")) == 2, "the cache is not on both machines"
     assert there[0] == here[0] and there[1] == here[1] and there[3] == here[3]
-    assert there[2][:200] == here[2][:200] and len(there[2]) > 400
+    assert there[2] == here[2] and len(there[2]) > 100
     # a slot that one machine has saved is restored on several, and the reverse
     with Server(bin_dir, demo_model, tmp_path / "moved.log", *args, *rpc(machines(2)), n_ctx=512, slots=2) as server:
         assert server.slot("restore", "here.log.bin", 1)[0] == 200
