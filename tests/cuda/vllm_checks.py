@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The Triton kernels of tbq.vllm, over pages, against the NumPy reference; vLLM is not needed.
+
+    python3 tests/cuda/vllm_checks.py                                 on a CUDA device: checks, then times
+    TRITON_INTERPRET=1 python3 tests/cuda/vllm_checks.py --tiny       on the CPU, in Triton's interpreter, small
+
+Needs torch, transformers, Triton and NumPy.  Of this repository it needs python/tbq and tests/numpy_reference.py in
+their places, but not the compiled package.
+Prints a line for each check, and exits with 1 if a check fails.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+
+import hf_package  # noqa: F401
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import numpy_reference as reference
+
+FAILED = []
+
+
+def check(name, ok, detail=""):
+    print(f"{'ok  ' if ok else 'FAIL'} {name}{': ' if detail else ''}{detail}", flush=True)
+    if not ok:
+        FAILED.append(name)
+
+
+def stored(size, half):
+    """The order of channels in which c and c + half, of the first 2 half, are neighbors."""
+    return [*np.arange(2 * half).reshape(2, half).T.ravel(), *range(2 * half, size)]
+
+
+def row_bytes(size, bits):
+    return size // 64 * (2 + 8 * bits)
+
+
+def pages_of(lengths, page, heads, slot, generator, spare=3):
+    """Empty pages, and a block table with the pages of each sequence in random order."""
+    needed = [-(-length // page) for length in lengths]
+    order = torch.randperm(sum(needed) + spare, generator=generator).tolist()
+    table = torch.full((len(lengths), max(needed) + 1), 10**6, dtype=torch.int32)  # what is not used is not read
+    for i, n in enumerate(needed):
+        table[i, :n] = torch.tensor([order.pop() for _ in range(n)])
+    return torch.full((sum(needed) + spare, page, heads, slot), 0xAA, dtype=torch.uint8), table
+
+
+def slots_of(table, i, first, last, page):
+    n = torch.arange(first, last)
+    return table[i, n // page].long() * page + n % page
+
+
+def check_store(cuda, device):
+    generator = torch.Generator().manual_seed(0)
+    for k_bits, v_bits, k_size, v_size, page, half, centered, dtype in (
+        (4, 4, 64, 64, 16, 32, False, torch.bfloat16),
+        (3, 2, 128, 64, 32, 48, True, torch.float32),
+        (2, 4, 192, 256, 16, 0, True, torch.float16),
+    ):
+        heads, tokens = 2, 21
+        slot = row_bytes(k_size, k_bits) + row_bytes(v_size, v_bits)
+        pages, table = pages_of([tokens], page, heads, slot, generator)
+        slots = slots_of(table, 0, 0, tokens, page)
+        slots[[3, 17]] = -1
+        k, v = (torch.randn(tokens + 2, heads, n, generator=generator).to(dtype) for n in (k_size, v_size))
+        mean = torch.randn(heads, k_size, generator=generator) * 3 if centered else None
+        weight = (torch.rand(heads, k_size // 2, generator=generator) + 0.1).repeat_interleave(2, 1) if centered else None
+        got = pages.to(device)
+        on_device = [None if each is None else each.to(device) for each in (mean, weight)]
+        cuda.store(k.to(device), v.to(device), got, slots.to(device), k_bits, v_bits, half, *on_device)
+        x = k[:tokens, :, stored(k_size, half)].float().numpy()
+        of_keys = [None if each is None else np.broadcast_to(each.numpy(), x.shape) for each in (mean, weight)]
+        rows = reference.quantize(x, k_bits, True, *of_keys).reshape(tokens, heads, -1)
+        v_rows = reference.quantize(v[:tokens].float().numpy(), v_bits, kv=True).reshape(tokens, heads, -1)
+        want = pages.clone().reshape(-1, heads, slot)
+        some = slots >= 0
+        want[slots[some]] = torch.from_numpy(np.concatenate([rows, v_rows], axis=2))[some]
+        differ = int((got.cpu().reshape(want.shape) != want).any(2).sum())
+        check(f"store {k_bits}/{v_bits} bits, heads of {k_size} and {v_size}, {dtype}", differ == 0, f"{differ} slots differ")
+
+
+def random_pages(lengths, page, heads, k_size, v_size, k_bits, v_bits, generator):
+    """Pages with random keys and values, their table, and what they decode to, by sequence."""
+    pages, table = pages_of(
+        lengths, page, heads, row_bytes(k_size, k_bits) + row_bytes(v_size, v_bits), generator
+    )
+    flat, plain = pages.view(-1, heads, pages.shape[3]), []
+    for i, length in enumerate(lengths):
+        sides = []
+        for size, bits in ((k_size, k_bits), (v_size, v_bits)):
+            x = torch.randn(length, heads, size, generator=generator).numpy()
+            rows = reference.quantize(x, bits, kv=True).reshape(length, heads, row_bytes(size, bits))
+            sides.append((torch.from_numpy(rows), torch.from_numpy(reference.dequantize(rows, bits).reshape(x.shape))))
+        flat[slots_of(table, i, 0, length, page)] = torch.cat([sides[0][0], sides[1][0]], dim=2)
+        plain.append((sides[0][1], sides[1][1]))
+    return pages, table, plain
+
+
+def check_unpack(cuda, device):
+    generator = torch.Generator().manual_seed(1)
+    for k_bits, v_bits, k_size, v_size, half, centered in (
+        (4, 4, 128, 128, 64, True),
+        (3, 2, 64, 192, 16, False),
+        (2, 3, 256, 64, 48, True),
+    ):
+        pages, table, plain = random_pages([75, 40], 16, 2, k_size, v_size, k_bits, v_bits, generator)
+        mean = torch.randn(2, k_size, generator=generator) if centered else None
+        for i, first in ((0, 0), (1, 5)):
+            k, v = plain[i]
+            k = k[..., np.argsort(stored(k_size, half))]
+            k = k if mean is None else k + mean
+            got = [torch.empty(each[first:].shape, device=device) for each in (k, v)]
+            on_device = None if mean is None else mean.to(device)
+            cuda.unpack(pages.to(device), table[i].to(device), first, *got, k_bits, v_bits, half, on_device)
+            error = max(float((g.cpu() - w[first:]).abs().max()) for g, w in zip(got, (k, v)))
+            check(f"unpack {k_bits}/{v_bits} bits, heads of {k_size} and {v_size}", error < 1e-6, f"{error:.1e}")
+
+
+CASES = [  # bits of k and v, query and KV heads, sizes of k and v, tokens of a page, (length, query tokens)s, options
+    (4, 4, 32, 8, 64, 64, 64, [(300, 1), (64, 1), (1, 1), (0, 0)], {}),
+    (3, 2, 9, 3, 128, 128, 16, [(75, 1), (130, 1)], {"half": 64}),
+    (2, 3, 8, 8, 256, 256, 32, [(90, 1), (33, 1)], {}),
+    (4, 3, 6, 2, 128, 64, 64, [(150, 3), (70, 2), (2, 2)], {}),
+    (4, 4, 24, 2, 64, 128, 16, [(190, 5), (5, 5)], {"softcap": 20.0}),
+    (4, 2, 8, 2, 192, 192, 16, [(129, 1), (40, 1)], {"sinks": True, "mean": True}),
+    (3, 4, 12, 2, 128, 64, 16, [(90, 3), (64, 1)], {"softcap": 5.0, "mean": True, "half": 48}),
+    (4, 4, 8, 2, 64, 64, 16, [(200, 1), (50, 1), (10, 1)], {"window": 37}),
+    (2, 2, 8, 4, 128, 128, 64, [(140, 4), (30, 3)], {"window": 20, "sinks": True}),
+]
+
+
+def attention_reference(q, k, v, scale, window=0, softcap=0.0, sinks=None):
+    """In float64, of the newest tokens of a sequence; (tokens, heads, size)."""
+    group, tokens, length = q.shape[1] // k.shape[1], q.shape[0], k.shape[0]
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    s = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    at, n = torch.arange(length - tokens, length)[:, None], torch.arange(length)
+    s = s.masked_fill((n > at) | ((n <= at - window) if window else False), -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[:, None, None].expand(*s.shape[:2], 1)], dim=2)
+    return (s.softmax(2)[..., :length] @ v.repeat_interleave(group, 0)).transpose(0, 1)
+
+
+def check_attend(cuda, device, dtypes):
+    generator = torch.Generator().manual_seed(2)
+    for k_bits, v_bits, q_heads, heads, k_size, v_size, page, sequences, options in CASES:
+        options = dict(options)
+        lengths, tokens = [n for n, _ in sequences], [t for _, t in sequences]
+        pages, table, plain = random_pages(lengths, page, heads, k_size, v_size, k_bits, v_bits, generator)
+        mean = torch.randn(heads, k_size, generator=generator) if options.pop("mean", False) else None
+        sinks = torch.randn(q_heads, generator=generator) if options.pop("sinks", False) else None
+        half = options.pop("half", 0)
+        places = np.argsort(stored(k_size, half))
+        starts = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)
+        for dtype in dtypes:
+            q = torch.randn(sum(tokens), q_heads, k_size, generator=generator).to(dtype)
+            rows = max(tokens) * (q_heads // heads)
+            for chunks in (1, 7):
+                arrived = cuda.counters(len(sequences) * heads * (1 + rows // 16), torch.device(device))
+                out = torch.full((sum(tokens), q_heads, v_size), torch.nan, dtype=dtype, device=device)
+                cuda.attend(
+                    q.to(device),
+                    starts.to(device),
+                    torch.tensor(lengths, dtype=torch.int32, device=device),
+                    pages.to(device),
+                    table.to(device),
+                    out,
+                    k_bits,
+                    v_bits,
+                    k_size**-0.5,
+                    max(tokens),
+                    chunks,
+                    arrived,
+                    half=half,
+                    sinks=None if sinks is None else sinks.to(device),
+                    mean=None if mean is None else mean.to(device),
+                    **options,
+                )
+                error = top = 0.0
+                for i, (k, v) in enumerate(plain):
+                    if not tokens[i]:
+                        continue
+                    part = slice(starts[i], starts[i + 1])
+                    whole = (k if mean is None else k + mean)[..., places]
+                    want = attention_reference(q[part], whole, v, k_size**-0.5, sinks=sinks, **options)
+                    error = max(error, float((out[part].cpu().double() - want).abs().nan_to_num(1e9).max()))
+                    top = max(top, float(want.abs().max()))
+                bound = {torch.float32: 0.0015, torch.float16: 0.002, torch.bfloat16: 0.006}[dtype]
+                check(
+                    f"attend {k_bits}/{v_bits} bits, {q_heads}/{heads} heads of {k_size} and {v_size}, pages of {page},"
+                    f" {sequences}, {options}, {dtype}, {chunks} chunks",
+                    error < bound * top and not arrived.any(),
+                    f"largest error {error / top:.5f} of the largest value, bound {bound}",
+                )
+
+
+# --- times --------------------------------------------------------------------------------------------------------
+
+
+def time_attention(cuda, shapes, sweep):
+    """Microseconds of a layer's attention of one token of each sequence, and of bfloat16 keys and values of torch's."""
+    from triton.testing import do_bench
+
+    device = torch.device("cuda")
+    print("| KV heads, size, query heads | tokens | sequences | bf16, torch | tbq4 | tbq3 | tbq2 | tbq4 / bf16 |")
+    for (heads, size, q_heads), length, sequences in itertools.product(
+        ((8, 64, 32), (8, 128, 32)) if sweep else ((8, 64, 32), (8, 128, 32), (4, 128, 28)),
+        (32768,) if sweep else (8192, 32768),
+        (1, 32) if sweep else (1, 8, 32),
+    ):
+        q = torch.randn(sequences, q_heads, size, device=device, dtype=torch.bfloat16)
+        k = torch.randn(sequences, heads, length, size, device=device, dtype=torch.bfloat16)
+
+        def plain():
+            torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, k, enable_gqa=True)
+
+        times = [do_bench(plain, warmup=20, rep=60) * 1000]
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        lengths = torch.full((sequences,), length, dtype=torch.int32, device=device)
+        out = torch.empty_like(q)
+        arrived = cuda.counters(sequences * heads, device)
+        for bits in (4,) if sweep else (4, 3, 2):
+            page = 64
+            per = -(-length // page)
+            pages = torch.zeros((sequences * per, page, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device)
+            table = torch.randperm(sequences * per, device=device).int().reshape(sequences, per)
+            some = torch.randn(sequences * length, heads, size, device=device, dtype=torch.bfloat16)
+            cuda.store(some, some, pages, torch.arange(sequences * length, device=device), bits, bits)
+            del some
+            best = None
+            for shape in shapes(size):
+                keys, programs = shape.keys, shape.programs
+                processors = torch.cuda.get_device_properties(device).multi_processor_count
+                chunks = max(1, min(programs * processors // (sequences * heads), -(-length // keys)))
+                run = lambda: cuda.attend(  # noqa: E731
+                    q, starts, lengths, pages, table, out, bits, bits, 0.1, 1, chunks, arrived, shape=shape
+                )
+                try:
+                    us = do_bench(run, warmup=10, rep=30) * 1000
+                except Exception as error:  # a shape that does not compile
+                    print(f"shape {shape}: {str(error)[:80]}")
+                    continue
+                if sweep:
+                    print(f"  {bits} bits, {heads} heads of {size}, {length} x {sequences}: {shape} {us:.1f} us", flush=True)
+                best = us if best is None else min(best, us)
+            times.append(best)
+        print(
+            f"| {heads}, {size}, {q_heads} | {length} | {sequences} | "
+            + " | ".join(f"{us:.1f}" for us in times)
+            + f" | {times[1] / times[0]:.2f} |",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="on the CPU: for Triton's interpreter")
+    parser.add_argument("--sweep", action="store_true", help="time several launch shapes")
+    parser.add_argument("--only", choices=("checks", "times"))
+    args = parser.parse_args()
+    device = "cpu" if args.tiny else "cuda"
+    import triton
+
+    from tbq.vllm import _cuda
+
+    print({"torch": torch.__version__, "triton": triton.__version__, "device": device}, flush=True)
+    if args.only != "times":
+        check_store(_cuda, device)
+        check_unpack(_cuda, device)
+        check_attend(_cuda, device, [torch.float32] if args.tiny else [torch.float32, torch.float16, torch.bfloat16])
+    if not args.tiny and args.only != "checks":
+
+        def shapes(size):
+            if args.sweep:
+                return [
+                    _cuda.Shape(16, keys, warps, programs, ahead)
+                    for keys, warps, ahead in itertools.product((32, 64), (1, 2, 4, 8), (False, True))
+                    for programs in ((8, 16) if warps == 1 else (4, 8) if warps == 2 else (2, 4))
+                ]
+            return [_cuda.tile_shape(4, size // 64)]
+
+        time_attention(_cuda, shapes, args.sweep)
+    print(f"{len(FAILED)} checks failed" if FAILED else "all checks passed")
+    return 1 if FAILED else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
