@@ -11,7 +11,11 @@ Prints a line for each check, and exits with 1 if a check fails.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import itertools
+import multiprocessing
 import pathlib
 import sys
 
@@ -148,9 +152,11 @@ def attention_reference(q, k, v, scale, window=0, softcap=0.0, sinks=None):
     return (s.softmax(2)[..., :length] @ v.repeat_interleave(group, 0)).transpose(0, 1)
 
 
-def check_attend(cuda, device, dtypes):
+def check_attend(cuda, device, cases=range(len(CASES))):
     generator = torch.Generator().manual_seed(2)
-    for k_bits, v_bits, q_heads, heads, k_size, v_size, page, sequences, options in CASES:
+    for case in cases:
+        k_bits, v_bits, q_heads, heads, k_size, v_size, page, sequences, options = CASES[case]
+        dtypes = [torch.float32 if device == "cpu" else (torch.bfloat16, torch.float16, torch.float32)[case % 3]]
         options = dict(options)
         lengths, tokens = [n for n, _ in sequences], [t for _, t in sequences]
         pages, table, plain = random_pages(lengths, page, heads, k_size, v_size, k_bits, v_bits, generator)
@@ -206,22 +212,27 @@ def check_attend(cuda, device, dtypes):
 
 def time_attention(cuda, shapes, sweep):
     """Microseconds of a layer's attention of one token of each sequence, and of bfloat16 keys and values of torch's."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from triton.testing import do_bench
 
     device = torch.device("cuda")
-    print("| KV heads, size, query heads | tokens | sequences | bf16, torch | tbq4 | tbq3 | tbq2 | tbq4 / bf16 |")
+    print("| KV heads, size, query heads | tokens | sequences | bf16, torch | tbq4 | tbq3 | tbq2 | bf16 / tbq4 |")
     for (heads, size, q_heads), length, sequences in itertools.product(
         ((8, 64, 32), (8, 128, 32)) if sweep else ((8, 64, 32), (8, 128, 32), (4, 128, 28)),
         (32768,) if sweep else (8192, 32768),
         (1, 32) if sweep else (1, 8, 32),
     ):
         q = torch.randn(sequences, q_heads, size, device=device, dtype=torch.bfloat16)
-        k = torch.randn(sequences, heads, length, size, device=device, dtype=torch.bfloat16)
-
-        def plain():
-            torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, k, enable_gqa=True)
-
-        times = [do_bench(plain, warmup=20, rep=60) * 1000]
+        k, v = (torch.randn(sequences, heads, length, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        plain = []
+        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            with contextlib.suppress(RuntimeError), sdpa_kernel(kind):
+                attention = functools.partial(
+                    torch.nn.functional.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True
+                )
+                plain.append(do_bench(attention, warmup=20, rep=60) * 1000)
+        times = [min(plain)]
+        del k, v
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         lengths = torch.full((sequences,), length, dtype=torch.int32, device=device)
         out = torch.empty_like(q)
@@ -254,9 +265,49 @@ def time_attention(cuda, shapes, sweep):
         print(
             f"| {heads}, {size}, {q_heads} | {length} | {sequences} | "
             + " | ".join(f"{us:.1f}" for us in times)
-            + f" | {times[1] / times[0]:.2f} |",
+            + f" | {times[0] / times[1]:.2f} |",
             flush=True,
         )
+
+
+def sweep_shapes(cuda):
+    return [
+        cuda.Shape(16, keys, warps, programs, ahead)
+        for (keys, warps), ahead in itertools.product(((32, 2), (32, 4), (64, 2), (64, 4), (64, 8)), (False, True))
+        for programs in ((3, 6) if warps == 2 else (2, 4) if warps == 4 else (1, 2))
+    ]
+
+
+def compile_one(arguments):
+    """Fills Triton's cache of compiled kernels, in a process of its own."""
+    from tbq.vllm import _cuda
+
+    heads, size, q_heads, bits, shape = arguments
+    device = torch.device("cuda")
+    pages = torch.zeros((2, 64, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device)
+    q = torch.zeros((1, q_heads, size), dtype=torch.bfloat16, device=device)
+    some = torch.zeros((1, heads, size), dtype=torch.bfloat16, device=device)
+    _cuda.store(some, some, pages, torch.zeros(1, dtype=torch.int64, device=device), bits, bits)
+    ones = torch.ones(1, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    table = torch.zeros((1, 2), dtype=torch.int32, device=device)
+    with contextlib.suppress(Exception):  # a shape that does not compile
+        _cuda.attend(
+            q, starts, ones, pages, table, q.clone(), bits, bits, 0.1, 1, 2, _cuda.counters(heads, device), shape=shape
+        )
+
+
+def checks_of(part, device="cuda"):
+    """Runs some checks, and returns the names of those that failed."""
+    from tbq.vllm import _cuda
+
+    if part == "store":
+        check_store(_cuda, device)
+    elif part == "unpack":
+        check_unpack(_cuda, device)
+    else:
+        check_attend(_cuda, device, [part])
+    return FAILED
 
 
 def main():
@@ -265,27 +316,34 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="time several launch shapes")
     parser.add_argument("--only", choices=("checks", "times"))
     args = parser.parse_args()
-    device = "cpu" if args.tiny else "cuda"
     import triton
 
     from tbq.vllm import _cuda
 
-    print({"torch": torch.__version__, "triton": triton.__version__, "device": device}, flush=True)
-    if args.only != "times":
-        check_store(_cuda, device)
-        check_unpack(_cuda, device)
-        check_attend(_cuda, device, [torch.float32] if args.tiny else [torch.float32, torch.float16, torch.bfloat16])
+    name = "interpreter" if args.tiny else torch.cuda.get_device_name()
+    print({"torch": torch.__version__, "triton": triton.__version__, "device": name}, flush=True)
+    parts = ["store", "unpack", *range(len(CASES))]
+    pool = functools.partial(concurrent.futures.ProcessPoolExecutor, 14, multiprocessing.get_context("spawn"))
+    if args.tiny:
+        for part in parts:
+            checks_of(part, "cpu")
+    elif args.only != "times":
+        with pool() as processes:  # most of the time is the compiler's
+            FAILED.extend(itertools.chain(*processes.map(checks_of, parts)))
     if not args.tiny and args.only != "checks":
 
         def shapes(size):
-            if args.sweep:
-                return [
-                    _cuda.Shape(16, keys, warps, programs, ahead)
-                    for keys, warps, ahead in itertools.product((32, 64), (1, 2, 4, 8), (False, True))
-                    for programs in ((8, 16) if warps == 1 else (4, 8) if warps == 2 else (2, 4))
-                ]
-            return [_cuda.tile_shape(4, size // 64)]
+            return sweep_shapes(_cuda) if args.sweep else [_cuda.tile_shape(4, size // 64)]
 
+        kinds = [(8, 64, 32), (8, 128, 32)] if args.sweep else [(8, 64, 32), (8, 128, 32), (4, 128, 28)]
+        needed = {
+            (*kind, bits, shape._replace(programs=1))
+            for kind in kinds
+            for bits in ((4,) if args.sweep else (4, 3, 2))
+            for shape in shapes(kind[1])
+        }
+        with pool() as processes:
+            list(processes.map(compile_one, needed))
         time_attention(_cuda, shapes, args.sweep)
     print(f"{len(FAILED)} checks failed" if FAILED else "all checks passed")
     return 1 if FAILED else 0
