@@ -55,7 +55,7 @@ lint: $(LINT)/.installed  # check form, spelling, types and generated files; nee
 	@$(LINT)/bin/ruff format --check --quiet
 	@$(LINT)/bin/clang-format --dry-run -Werror $(C_FILES)
 	@$(LINT)/bin/codespell
-	@$(LINT)/bin/mypy --exclude _vendor --exclude tbq/hf/
+	@$(LINT)/bin/mypy --exclude _vendor --exclude tbq/hf/ --exclude tbq/vllm/
 	@$(PYTHON) tools/tables.py --check
 
 format: $(LINT)/.installed  # format everything, and correct what ruff can

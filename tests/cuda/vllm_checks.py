@@ -18,6 +18,7 @@ import itertools
 import multiprocessing
 import pathlib
 import sys
+import types
 
 import hf_package  # noqa: F401
 import numpy as np
@@ -74,7 +75,9 @@ def check_store(cuda, device):
         slots[[3, 17]] = -1
         k, v = (torch.randn(tokens + 2, heads, n, generator=generator).to(dtype) for n in (k_size, v_size))
         mean = torch.randn(heads, k_size, generator=generator) * 3 if centered else None
-        weight = (torch.rand(heads, k_size // 2, generator=generator) + 0.1).repeat_interleave(2, 1) if centered else None
+        weight = (
+            (torch.rand(heads, k_size // 2, generator=generator) + 0.1).repeat_interleave(2, 1) if centered else None
+        )
         got = pages.to(device)
         on_device = [None if each is None else each.to(device) for each in (mean, weight)]
         cuda.store(k.to(device), v.to(device), got, slots.to(device), k_bits, v_bits, half, *on_device)
@@ -86,14 +89,16 @@ def check_store(cuda, device):
         some = slots >= 0
         want[slots[some]] = torch.from_numpy(np.concatenate([rows, v_rows], axis=2))[some]
         differ = int((got.cpu().reshape(want.shape) != want).any(2).sum())
-        check(f"store {k_bits}/{v_bits} bits, heads of {k_size} and {v_size}, {dtype}", differ == 0, f"{differ} slots differ")
+        check(
+            f"store {k_bits}/{v_bits} bits, heads of {k_size} and {v_size}, {dtype}",
+            differ == 0,
+            f"{differ} slots differ",
+        )
 
 
 def random_pages(lengths, page, heads, k_size, v_size, k_bits, v_bits, generator):
     """Pages with random keys and values, their table, and what they decode to, by sequence."""
-    pages, table = pages_of(
-        lengths, page, heads, row_bytes(k_size, k_bits) + row_bytes(v_size, v_bits), generator
-    )
+    pages, table = pages_of(lengths, page, heads, row_bytes(k_size, k_bits) + row_bytes(v_size, v_bits), generator)
     flat, plain = pages.view(-1, heads, pages.shape[3]), []
     for i, length in enumerate(lengths):
         sides = []
@@ -152,7 +157,7 @@ def attention_reference(q, k, v, scale, window=0, softcap=0.0, sinks=None):
     return (s.softmax(2)[..., :length] @ v.repeat_interleave(group, 0)).transpose(0, 1)
 
 
-def check_attend(cuda, device, cases=range(len(CASES))):
+def check_attend(cuda, device, cases):
     generator = torch.Generator().manual_seed(2)
     for case in cases:
         k_bits, v_bits, q_heads, heads, k_size, v_size, page, sequences, options = CASES[case]
@@ -210,91 +215,128 @@ def check_attend(cuda, device, cases=range(len(CASES))):
 # --- times --------------------------------------------------------------------------------------------------------
 
 
-def time_attention(cuda, shapes, sweep):
+#: What is timed, the most important first: KV heads, size, query heads; tokens; sequences.
+ROWS = [(kind, n, m) for kind in ((8, 128, 32), (8, 64, 32)) for n in (32768, 8192) for m in (1, 8, 32)]
+#: Launch shapes that are compared, by blocks of a head.
+SHAPES = {
+    1: [(16, 64, 2, 4, True), (16, 64, 2, 6, False), (16, 64, 4, 3, False), (16, 32, 2, 8, False)],
+    2: [(16, 64, 4, 2, True), (16, 64, 4, 3, False), (16, 32, 4, 4, False), (16, 128, 8, 1, False)],
+}
+
+
+def shapes_of(cuda, size, bits):
+    """All of them for 4 bits; for others the one that tbq.vllm uses."""
+    blocks = size // 64
+    return [cuda.Shape(*shape) for shape in SHAPES[blocks]] if bits == 4 else [cuda.tile_shape(4, blocks)]
+
+
+def load_theirs(folder):
+    """vLLM's decoding kernel of its TurboQuant types, from an unpacked wheel, without the rest of vLLM."""
+    import importlib
+
+    import triton
+
+    platform = types.SimpleNamespace(is_cuda_alike=lambda: True, is_rocm=lambda: False)
+    triton_utils = types.ModuleType("vllm.triton_utils")
+    triton_utils.triton, triton_utils.tl = triton, triton.language
+    platforms = types.ModuleType("vllm.platforms")
+    platform.get_device_capability = torch.cuda.get_device_capability
+    platforms.current_platform = platform
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.ops"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(pathlib.Path(folder, *name.split(".")))]
+        sys.modules[name] = package
+    sys.modules |= {"vllm.triton_utils": triton_utils, "vllm.platforms": platforms}
+    ops = importlib.import_module("vllm.v1.attention.ops.triton_turboquant_decode")
+    return ops.triton_turboquant_decode_attention
+
+
+def prepare_theirs(theirs, size, heads, q, table, lengths):
+    """A call of that kernel for turboquant_4bit_nc, on pages of any content."""
+    device = q.device
+    slot = size // 2 + 2 + size // 2 + 4
+    cache = torch.full((table.numel() * 4, 16, heads, slot), 0x22, dtype=torch.uint8, device=device)
+    small = (table[:, :, None] * 4 + torch.arange(4, device=device, dtype=torch.int32)).flatten(1).contiguous()
+    eye, centroids = torch.eye(size, device=device), torch.linspace(-1, 1, 16, device=device)
+    given = q, cache, small, lengths, eye, centroids, 0.1, 4, size // 2 + 2, 4
+    return lambda: theirs(*given, norm_correction=True, PiT=eye)
+
+
+def time_attention(cuda, theirs, rows):
     """Microseconds of a layer's attention of one token of each sequence, and of bfloat16 keys and values of torch's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from triton.testing import do_bench
 
     device = torch.device("cuda")
-    print("| KV heads, size, query heads | tokens | sequences | bf16, torch | tbq4 | tbq3 | tbq2 | bf16 / tbq4 |")
-    for (heads, size, q_heads), length, sequences in itertools.product(
-        ((8, 64, 32), (8, 128, 32)) if sweep else ((8, 64, 32), (8, 128, 32), (4, 128, 28)),
-        (32768,) if sweep else (8192, 32768),
-        (1, 32) if sweep else (1, 8, 32),
-    ):
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    print(
+        "| heads, size, query heads | tokens | sequences | bf16, torch | tbq4 | tbq3 | theirs | bf16 / tbq4 | shapes |"
+    )
+    for (heads, size, q_heads), length, sequences in rows:
         q = torch.randn(sequences, q_heads, size, device=device, dtype=torch.bfloat16)
         k, v = (torch.randn(sequences, heads, length, size, device=device, dtype=torch.bfloat16) for _ in range(2))
         plain = []
-        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            with contextlib.suppress(RuntimeError), sdpa_kernel(kind):
+        for choice in (contextlib.nullcontext(), sdpa_kernel(SDPBackend.FLASH_ATTENTION)):
+            with contextlib.suppress(RuntimeError), choice:
                 attention = functools.partial(
                     torch.nn.functional.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True
                 )
-                plain.append(do_bench(attention, warmup=20, rep=60) * 1000)
-        times = [min(plain)]
+                plain.append(do_bench(attention, warmup=10, rep=30) * 1000)
         del k, v
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         lengths = torch.full((sequences,), length, dtype=torch.int32, device=device)
         out = torch.empty_like(q)
         arrived = cuda.counters(sequences * heads, device)
-        for bits in (4,) if sweep else (4, 3, 2):
-            page = 64
-            per = -(-length // page)
-            pages = torch.zeros((sequences * per, page, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device)
-            table = torch.randperm(sequences * per, device=device).int().reshape(sequences, per)
+        per = -(-length // 64)
+        table = torch.randperm(sequences * per, device=device).int().reshape(sequences, per)
+        times = {}
+        for bits in (4, 3):
+            pages = torch.zeros(
+                (sequences * per, 64, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device
+            )
             some = torch.randn(sequences * length, heads, size, device=device, dtype=torch.bfloat16)
             cuda.store(some, some, pages, torch.arange(sequences * length, device=device), bits, bits)
             del some
-            best = None
-            for shape in shapes(size):
-                keys, programs = shape.keys, shape.programs
-                processors = torch.cuda.get_device_properties(device).multi_processor_count
-                chunks = max(1, min(programs * processors // (sequences * heads), -(-length // keys)))
-                run = lambda: cuda.attend(  # noqa: E731
-                    q, starts, lengths, pages, table, out, bits, bits, 0.1, 1, chunks, arrived, shape=shape
-                )
+            for shape in shapes_of(cuda, size, bits):
+                chunks = max(1, min(shape.programs * processors // (sequences * heads), -(-length // shape.keys)))
+                given = q, starts, lengths, pages, table, out, bits, bits, 0.1, 1, chunks, arrived
                 try:
-                    us = do_bench(run, warmup=10, rep=30) * 1000
+                    run = functools.partial(cuda.attend, *given, shape=shape)
+                    times[bits, tuple(shape)] = do_bench(run, warmup=5, rep=20) * 1000
                 except Exception as error:  # a shape that does not compile
                     print(f"shape {shape}: {str(error)[:80]}")
-                    continue
-                if sweep:
-                    print(f"  {bits} bits, {heads} heads of {size}, {length} x {sequences}: {shape} {us:.1f} us", flush=True)
-                best = us if best is None else min(best, us)
-            times.append(best)
+        of_theirs = float("nan")
+        if theirs:
+            of_theirs = do_bench(prepare_theirs(theirs, size, heads, q, table, lengths), warmup=5, rep=20) * 1000
+        best = {bits: min(us for (b, _), us in times.items() if b == bits) for bits in (4, 3)}
         print(
-            f"| {heads}, {size}, {q_heads} | {length} | {sequences} | "
-            + " | ".join(f"{us:.1f}" for us in times)
-            + f" | {times[0] / times[1]:.2f} |",
+            f"| {heads}, {size}, {q_heads} | {length} | {sequences} | {min(plain):.1f} | {best[4]:.1f} | {best[3]:.1f}"
+            f" | {of_theirs:.1f} | {min(plain) / best[4]:.2f} | "
+            + ", ".join(f"{s[1]}/{s[2]}/{s[3]}{'a' if s[4] else ''} {us:.0f}" for (b, s), us in times.items() if b == 4)
+            + " |",
             flush=True,
         )
-
-
-def sweep_shapes(cuda):
-    return [
-        cuda.Shape(16, keys, warps, programs, ahead)
-        for (keys, warps), ahead in itertools.product(((32, 2), (32, 4), (64, 2), (64, 4), (64, 8)), (False, True))
-        for programs in ((3, 6) if warps == 2 else (2, 4) if warps == 4 else (1, 2))
-    ]
 
 
 def compile_one(arguments):
     """Fills Triton's cache of compiled kernels, in a process of its own."""
     from tbq.vllm import _cuda
 
-    heads, size, q_heads, bits, shape = arguments
+    (heads, size, q_heads), bits, shape, theirs = arguments
     device = torch.device("cuda")
-    pages = torch.zeros((2, 64, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device)
-    q = torch.zeros((1, q_heads, size), dtype=torch.bfloat16, device=device)
-    some = torch.zeros((1, heads, size), dtype=torch.bfloat16, device=device)
-    _cuda.store(some, some, pages, torch.zeros(1, dtype=torch.int64, device=device), bits, bits)
-    ones = torch.ones(1, dtype=torch.int32, device=device)
-    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
     table = torch.zeros((1, 2), dtype=torch.int32, device=device)
+    ones = torch.ones(1, dtype=torch.int32, device=device)
+    q = torch.zeros((1, q_heads, size), dtype=torch.bfloat16, device=device)
     with contextlib.suppress(Exception):  # a shape that does not compile
-        _cuda.attend(
-            q, starts, ones, pages, table, q.clone(), bits, bits, 0.1, 1, 2, _cuda.counters(heads, device), shape=shape
-        )
+        if shape is None:
+            prepare_theirs(load_theirs(theirs), size, heads, q, table, ones)()
+            return
+        pages = torch.zeros((2, 64, heads, 2 * row_bytes(size, bits)), dtype=torch.uint8, device=device)
+        some = torch.zeros((1, heads, size), dtype=torch.bfloat16, device=device)
+        _cuda.store(some, some, pages, torch.zeros(1, dtype=torch.int64, device=device), bits, bits)
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        counters = _cuda.counters(heads, device)
+        _cuda.attend(q, starts, ones, pages, table, q.clone(), bits, bits, 0.1, 1, 2, counters, shape=shape)
 
 
 def checks_of(part, device="cuda"):
@@ -313,38 +355,34 @@ def checks_of(part, device="cuda"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="on the CPU: for Triton's interpreter")
-    parser.add_argument("--sweep", action="store_true", help="time several launch shapes")
     parser.add_argument("--only", choices=("checks", "times"))
+    parser.add_argument("--theirs", metavar="FOLDER", help="an unpacked wheel of vLLM 0.25, whose kernel is timed too")
     args = parser.parse_args()
     import triton
 
     from tbq.vllm import _cuda
 
-    name = "interpreter" if args.tiny else torch.cuda.get_device_name()
-    print({"torch": torch.__version__, "triton": triton.__version__, "device": name}, flush=True)
+    print({"torch": torch.__version__, "triton": triton.__version__}, flush=True)
     parts = ["store", "unpack", *range(len(CASES))]
-    pool = functools.partial(concurrent.futures.ProcessPoolExecutor, 14, multiprocessing.get_context("spawn"))
     if args.tiny:
         for part in parts:
             checks_of(part, "cpu")
-    elif args.only != "times":
-        with pool() as processes:  # most of the time is the compiler's
-            FAILED.extend(itertools.chain(*processes.map(checks_of, parts)))
-    if not args.tiny and args.only != "checks":
-
-        def shapes(size):
-            return sweep_shapes(_cuda) if args.sweep else [_cuda.tile_shape(4, size // 64)]
-
-        kinds = [(8, 64, 32), (8, 128, 32)] if args.sweep else [(8, 64, 32), (8, 128, 32), (4, 128, 28)]
+    else:
+        # Most of the time is the compiler's.  Children come before CUDA, which does not outlive a fork.
         needed = {
-            (*kind, bits, shape._replace(programs=1))
-            for kind in kinds
-            for bits in ((4,) if args.sweep else (4, 3, 2))
-            for shape in shapes(kind[1])
-        }
-        with pool() as processes:
-            list(processes.map(compile_one, needed))
-        time_attention(_cuda, shapes, args.sweep)
+            (kind, bits, shape, args.theirs)
+            for kind, _, _ in ROWS
+            for bits in (4, 3)
+            for shape in shapes_of(_cuda, kind[1], bits)
+        } | ({(kind, 4, None, args.theirs) for kind, _, _ in ROWS} if args.theirs else set())
+        with concurrent.futures.ProcessPoolExecutor(15, multiprocessing.get_context("fork")) as processes:
+            compiling = [processes.submit(compile_one, each) for each in needed if args.only != "checks"]
+            checking = [processes.submit(checks_of, part) for part in parts if args.only != "times"]
+            for each in [*compiling, *checking]:
+                FAILED.extend(each.result() or ())
+    if not args.tiny and args.only != "checks":
+        print(torch.cuda.get_device_name(), flush=True)
+        time_attention(_cuda, load_theirs(args.theirs) if args.theirs else None, ROWS)
     print(f"{len(FAILED)} checks failed" if FAILED else "all checks passed")
     return 1 if FAILED else 0
 

@@ -42,9 +42,9 @@ def engine(model, dtype, **options):
     import tbq.vllm
 
     tbq.vllm.register()
-    backend = {"tbq": "TBQ", "tur": "TURBOQUANT"}.get(dtype[:3])
+    backend = "TBQ" if dtype.startswith("tbq") else None  # theirs has another for its first and last layers
     if dtype.startswith("turbo"):
-        backend = None  # its first and last layers have another
+        mend_shapes(dtype)
     if backend:
         options["attention_backend"] = backend
     return LLM(
@@ -55,6 +55,19 @@ def engine(model, dtype, **options):
         disable_log_stats=True,
         **options,
     )
+
+
+def mend_shapes(dtype):
+    """vLLM 0.25.1's older model runner asks for the pages of its TurboQuant types as if they were "auto"."""
+    from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend as Theirs
+
+    own = Theirs.get_kv_cache_shape
+
+    def get_kv_cache_shape(blocks, size, heads, head_size, cache_dtype_str="auto"):
+        return own(blocks, size, heads, head_size, dtype if cache_dtype_str == "auto" else cache_dtype_str)
+
+    if hasattr(Theirs, "get_kv_cache_shape"):
+        Theirs.get_kv_cache_shape = staticmethod(get_kv_cache_shape)
 
 
 # --- quality --------------------------------------------------------------------------------------------------------
@@ -131,7 +144,7 @@ def measure(args):
     )
     assert all(len(kept) == N_FED for kept in Feed.kept.values()), {k: len(v) for k, v in Feed.kept.items()}
     torch.save(torch.stack([torch.stack([kept[i] for i in range(N_FED)]) for kept in Feed.kept.values()]), args.out)
-    caches = {tuple(c.shape) + (c.element_size(),) for c in runner_of(llm).kv_caches}
+    caches = {(*c.shape, c.element_size()) for c in runner_of(llm).kv_caches}
     print("caches:", sorted(caches), flush=True)
 
 
@@ -157,15 +170,21 @@ def quality(args):
         if args.types and dtype not in args.types and dtype != "auto":
             continue
         out = folder / "logits.pt"
-        if not run_one(["quality", args.model, "--text", folder / "ids.json", "--one", dtype, "--out", out]
-                       + ["--batched", args.batched] + (["--center", center] if center else []), name):
+        if not run_one(
+            ["quality", args.model, "--text", folder / "ids.json", "--one", dtype, "--out", out]
+            + ["--batched", args.batched]
+            + (["--center", center] if center else []),
+            name,
+        ):
             continue
         got = torch.load(out).double()
         if base is None:
             base = got
         kld = (base.exp() * (base - got)).sum(-1)
         same = (base.argmax(-1) == got.argmax(-1)).double().mean()
-        print(f"{name}: KLD {kld.mean():.5f} +- {kld.std() / kld.numel() ** 0.5:.5f}, same token {same:.4f}", flush=True)
+        print(
+            f"{name}: KLD {kld.mean():.5f} +- {kld.std() / kld.numel() ** 0.5:.5f}, same token {same:.4f}", flush=True
+        )
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -214,7 +233,9 @@ def time_steps(args):
     import numpy as np
 
     size = llm.llm_engine.vllm_config.cache_config.block_size
-    print(f"blocks of {size}: {blocks}; cache {tuple(runner.kv_caches[0].shape)}, {runner.kv_caches[0].dtype}", flush=True)
+    print(
+        f"blocks of {size}: {blocks}; cache {tuple(runner.kv_caches[0].shape)}, {runner.kv_caches[0].dtype}", flush=True
+    )
     rng = np.random.default_rng(0)
     result = {}
     from vllm.config import CUDAGraphMode
@@ -246,8 +267,11 @@ def time_steps(args):
                     times.append(begin.elapsed_time(end))
             result[f"{length} x {n}"] = sorted(times)[10]
             shared = n * per > blocks
-            print(f"{args.one}, {args.shape}, {length} x {n}: {sorted(times)[10]:.3f} ms{' (pages shared)' if shared else ''}",
-                  flush=True)
+            print(
+                f"{args.one}, {args.shape}, {length} x {n}: {sorted(times)[10]:.3f} ms"
+                f"{' (pages shared)' if shared else ''}",
+                flush=True,
+            )
     pathlib.Path(args.out).write_text(json.dumps(result))
 
 

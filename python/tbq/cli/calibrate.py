@@ -19,11 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples: tbq calibrate model.gguf\n"
         "          tbq calibrate model.gguf --ctx 32768 -o model.center.gguf -- -ngl 99\n"
-        "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n\n"
+        "          llama-server -m model.gguf --cache-type-k tbq4_0 --cache-center model.center.gguf\n"
+        "          tbq calibrate folder-of-a-model -o model.center.safetensors    (for tbq.hf and vLLM)\n\n"
         "tbq serve and tbq.llama do this automatically.  Options after -- are llama.cpp's."
     )
     parser.add_argument(
-        "model", type=pathlib.Path, metavar="MODEL.gguf", help="the model; the first file of a split model"
+        "model",
+        type=pathlib.Path,
+        metavar="MODEL.gguf",
+        help="the model; the first file of a split model, or a folder of transformers",
     )
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE", help="text for the model to read (Python's language reference)"
@@ -45,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="out",
         type=pathlib.Path,
         metavar="OUT.gguf",
-        help="file to write (MODEL.center.gguf in the current folder)",
+        help="file to write (MODEL.center.gguf, or FOLDER.center.safetensors, in the current folder)",
     )
     parser.add_argument(
         "options", nargs="*", metavar="-- OPTION ...", help="options of llama.cpp for the measurement: -- -ngl 99"
     )
 
     def run_command(args: argparse.Namespace) -> int:
+        if args.model.is_dir():
+            return _calibrate_folder(args)
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         model = args.model if args.ctx else open_gguf(args.model)
@@ -77,3 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return 0
 
     parser.set_defaults(run=run_command)
+
+
+def _calibrate_folder(args: argparse.Namespace) -> int:
+    """Measures a model of transformers, for tbq.hf and tbq.vllm."""
+    for name, value in {"--text": args.text, "--ctx": args.ctx, "--chunks": args.chunks, "--": args.options}.items():
+        if value:
+            raise TBQError(f"{name} is for GGUF models; {args.model} is a folder of transformers")
+    out = args.out or pathlib.Path(f"{args.model.resolve().name}.center.safetensors")
+    if out.resolve().parent == args.model.resolve():
+        raise TBQError(f"{out} would be among the model's weights, where vLLM would read it; name a file outside")
+    from tbq.hf._folder import measure_folder
+
+    layers = measure_folder(args.model, out)
+    print(f"{printable(str(out)) or out}: {layers} layers")
+    return 0

@@ -29,7 +29,7 @@ def _registered(path: str) -> BackendPath:
 
 
 def register() -> None:
-    """Entry point of vllm.general_plugins: makes --kv-cache-dtype and --attention-backend known.  May be called again."""
+    """Entry point of vllm.general_plugins: makes cache types and the backend known.  May be called again."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

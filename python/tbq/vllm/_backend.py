@@ -112,12 +112,13 @@ class Backend(AttentionBackend):
     def full_cls_name(cls) -> tuple[str, str]:
         return cls.__module__, cls.__qualname__
 
-    @staticmethod
+    @classmethod
     def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+        cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """vLLM 0.25 asks this."""
-        return num_blocks, block_size, num_kv_heads, bits_of(cache_dtype_str).slot_bytes(head_size)
+        """vLLM 0.25 asks this, of some types with "auto" for their name."""
+        bits = cls.bits or bits_of(cache_dtype_str)
+        return num_blocks, block_size, num_kv_heads, bits.slot_bytes(head_size)
 
 
 def backend_of(dtype: str) -> type[Backend]:
@@ -188,7 +189,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         on_gpu = self.device.type == "cuda"
         chunks, most_query = 1, 1
         if decodes:
-            most_query = common.max_query_len if not prompts else min(common.max_query_len, self.reorder_batch_threshold or 1)
+            most_query = (
+                common.max_query_len if not prompts else min(common.max_query_len, self.reorder_batch_threshold or 1)
+            )
         if decodes and on_gpu:
             from tbq.vllm import _cuda
 
@@ -440,6 +443,4 @@ class Impl(AttentionImpl[Metadata]):
                     side[stored - begin :] = new[first:last].view(-1, self.num_kv_heads, self.head_size)
         else:
             sides = [new[first:last].view(-1, self.num_kv_heads, self.head_size) for new in (key, value)]
-        out[first:last] = _dense.attend(
-            query[first:last], *sides, self.scale, self.softcap, self.window, self.sinks
-        )
+        out[first:last] = _dense.attend(query[first:last], *sides, self.scale, self.softcap, self.window, self.sinks)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Where vLLM looks for the backend TBQ.
 
-vLLM asks the backend's class for the bytes of a slot, and names no --kv-cache-dtype then.  So there is a class for each,
-and Backend is that of the engine that is being made.
+vLLM asks the backend's class for the bytes of a slot, and names no --kv-cache-dtype then.  So there is a class for
+each, and Backend is that of the engine that is being made.
 """
 
 from typing import Any

@@ -242,4 +242,3 @@ def attend(
             num_warps=warps,
             num_stages=1,
         )
-

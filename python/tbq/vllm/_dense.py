@@ -37,9 +37,7 @@ def attend(
             mask &= n > at - window
         part = q[first:last], k[begin : before + last], v[begin : before + last]
         out[first:last] = (
-            _torch_attention(*part, scale, mask)
-            if plain
-            else _plain_attention(*part, scale, mask, softcap, sinks)
+            _torch_attention(*part, scale, mask) if plain else _plain_attention(*part, scale, mask, softcap, sinks)
         )
     return out
 

@@ -86,8 +86,8 @@ def center_of_layer(
     total = mean.shape[0]
     if mean.shape[1] != size or heads * ranks < total or (heads * ranks > total and heads != 1):
         raise TBQError(
-            f"the center file has {total} KV heads of {mean.shape[1]} in layer {layer}, and the model {heads * ranks} of"
-            f" {size}: it is of another model"
+            f"the center file has {total} KV heads of {mean.shape[1]} in layer {layer}, and the model"
+            f" {heads * ranks} of {size}: it is of another model"
         )
     first = rank * heads if heads * ranks == total else rank * total // ranks  # more ranks than heads: they share them
     order = channel_order(size, half)
