@@ -99,6 +99,23 @@ def test_each_rank_takes_its_heads():
             part(heads, 0, ranks, size=size)
 
 
+def test_calibrate_a_folder(tmp_path):
+    """`tbq calibrate FOLDER` writes what --additional-config names."""
+    import transformers
+
+    from tbq.cli.main import main
+
+    folder, out = tmp_path / "model", tmp_path / "out.safetensors"
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=300
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    assert main(["calibrate", str(folder), "-o", str(out)]) == 0
+    assert {i: tuple(mean.shape) for i, mean in KeyCenter.load(out).means.items()} == {0: (2, 64), 1: (2, 64)}
+    for arguments in (["-o", str(folder / "center.safetensors")], ["--ctx", "5"], ["--chunks", "2"]):
+        assert main(["calibrate", str(folder), *arguments]) != 0
+
+
 # --- pages on the CPU ---------------------------------------------------------------------------------------------
 
 
