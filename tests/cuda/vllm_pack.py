@@ -8,7 +8,8 @@
 
 Parts: p1.zip, vLLM's Python files and what it imports; p2.zip, its kernels; p3.zip, FlashAttention 3, which bfloat16
 caches use on an H100 or H200; p4.zip.part0 and 1, FlashAttention 2, which vLLM's own TurboQuant types use;
-put together again (cat p4.zip.part* > p4.zip); src.zip, of this repository; model.part0 and 1, the demo model (cat model.part* > model.gguf, tests/hf_model.py).
+put together again (cat p4.zip.part* > p4.zip); src.zip, of this repository; model.part0 and 1, the demo model
+(cat model.part* > model.gguf, then tests/hf_model.py).
 What a Llama does not need is left out: kernels for experts and MLA, the web server's Rust programs.
 """
 

@@ -381,8 +381,8 @@ def attend(
 ):
     """A chunk of a sequence's pages for M query rows of one KV head, of which the first R may exist; row r is query
     head r % GROUP at token r // GROUP of the sequence's query tokens starts[sequence] ... starts[sequence + 1] - 1 of
-    q, (tokens, query heads, size).  The pages hold lengths[sequence] tokens, these included; token t sees those before it
-    and itself, and of them the newest `window` if SLIDING.
+    q, (tokens, query heads, size).  The pages hold lengths[sequence] tokens, these included; token t sees those before
+    it and itself, and of them the newest `window` if SLIDING.
 
     grid: (row tiles, sequences . KV heads, chunks).  A sequence takes as many of the chunks as it has tiles for, so the
     grid depends on no length.  partial: float32 [sequences . heads][tiles][chunks][R][2 + value size], as of
