@@ -325,8 +325,9 @@ def slots_of(base, page, n0, page_stride, token_stride, PAGE: tl.constexpr, BN: 
 
 @triton.jit
 def block_of(row, ok, BITS: tl.constexpr):
+    """A block's packed indices, as words that need no conversion later, and its scale."""
     qs, qh = packed_tile(row, ok, BITS)
-    return qs, qh, scale_of(row, ok, BITS)
+    return qs.to(tl.int32), qh.to(tl.int32), scale_of(row, ok, BITS)
 
 
 @triton.jit
