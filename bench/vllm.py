@@ -8,8 +8,8 @@ Needs torch, transformers, accelerate, gguf and the compiled package.  A model r
 all of its rows go through pages and back, and 64 more tokens are read in one step.  KL divergence of their
 distributions to those of the plain cache.  The bytes of tbq's pages are the library's.  vLLM's types are computed as
 vLLM 0.25.1 says (their kernels are for GPUs): keys by their length, a Hadamard transform, Lloyd-Max levels for
-N(0, 1/d) and a correction of the length; values uniform between the smallest and the largest; 16-bit scales.  As in vLLM, they
-leave the first and the last two layers as they are, which counts in their bits.
+N(0, 1/d) and a correction of the length; values uniform between the smallest and the largest; 16-bit scales.  As in
+vLLM, they leave the first and the last two layers as they are, which counts in their bits.
 """
 
 import argparse
