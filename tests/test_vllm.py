@@ -570,6 +570,63 @@ def test_two_ranks(vllm, small_model, tmp_path):
 
 
 @pytest.mark.vllm
+def test_sliding_windows_and_soft_caps(vllm, tmp_path):
+    """Gemma 2 with random weights: a layer with a window of 64 tokens, one without, and soft-capped logits."""
+    import transformers
+
+    import hf_model
+
+    source = hf_model.make(ROOT / "build" / "models" / "SmolLM2-135M-Instruct-hf")
+    folder = tmp_path / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    config = transformers.Gemma2Config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        vocab_size=len(tokenizer),
+        sliding_window=64,
+        attn_logit_softcapping=20.0,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(block.self_attn, name).weight.mul_(5)
+    model.save_pretrained(folder)
+    ids = torch.randint(100, 40000, (300,), generator=torch.Generator().manual_seed(6)).tolist()
+
+    def scores(**changes):
+        for name, value in changes.items():
+            setattr(config, name, value)
+        other = transformers.Gemma2ForCausalLM.from_pretrained(
+            folder, config=config, attn_implementation="eager", dtype=torch.float32
+        )
+        with torch.inference_mode():
+            got = other(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return got.gather(1, torch.tensor(ids)[1:, None])[128:, 0]
+
+    options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "128", "--max-logprobs", "5"]
+    options += ["--kv-cache-dtype", "tbq4", "--attention-backend", "TBQ"]
+    with server(folder, tmp_path / "log", *options) as address:
+        answer = ask(address, "completions", model=str(folder), prompt=ids, max_tokens=4, prompt_logprobs=0)
+    steps = answer["choices"][0]["prompt_logprobs"][129:]
+    ours = torch.tensor([next(iter(step.values()))["logprob"] for step in steps])
+    plain = scores()
+    away = float((ours - plain).abs().mean())
+    no_window = float((scores(sliding_window=4096) - plain).abs().mean())
+    no_cap = float((scores(sliding_window=64, attn_logit_softcapping=None) - plain).abs().mean())
+    print(f"mean difference {away:.4f}; of a model without windows {no_window:.4f}, without soft-caps {no_cap:.4f}")
+    assert away < 0.5 * min(no_window, no_cap)
+
+
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     "options, message",
     [
