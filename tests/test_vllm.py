@@ -590,7 +590,7 @@ def test_sliding_windows_and_soft_caps(vllm, tmp_path):
         query_pre_attn_scalar=64,
         vocab_size=len(tokenizer),
         sliding_window=64,
-        attn_logit_softcapping=20.0,
+        attn_logit_softcapping=2.0,
         max_position_embeddings=1024,
     )
     torch.manual_seed(0)
