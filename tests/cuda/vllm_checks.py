@@ -68,11 +68,11 @@ def check_store(cuda, device):
         (3, 2, 128, 64, 32, 48, True, torch.float32),
         (2, 4, 192, 256, 16, 0, True, torch.float16),
     ):
-        heads, tokens = 2, 21
+        heads, tokens = 2, 8 if device == "cpu" else 21
         slot = row_bytes(k_size, k_bits) + row_bytes(v_size, v_bits)
         pages, table = pages_of([tokens], page, heads, slot, generator)
         slots = slots_of(table, 0, 0, tokens, page)
-        slots[[3, 17]] = -1
+        slots[[3, tokens - 4]] = -1
         k, v = (torch.randn(tokens + 2, heads, n, generator=generator).to(dtype) for n in (k_size, v_size))
         mean = torch.randn(heads, k_size, generator=generator) * 3 if centered else None
         weight = (
@@ -367,7 +367,7 @@ def main():
     print({"torch": torch.__version__, "triton": triton.__version__}, flush=True)
     parts = ["store", "unpack", *range(len(CASES))]
     if args.tiny:
-        for part in parts:
+        for part in ("store", "unpack", 0, 1, 3, 6, 8):  # half a minute
             checks_of(part, "cpu")
     else:
         # Most of the time is the compiler's.  Children come before CUDA, which does not outlive a fork.
