@@ -79,10 +79,9 @@ void print() {
         return;
     }
     std::sort(runs.begin(), runs.end(), [](const run & a, const run & b) { return a.start < b.start; });
-    const char *   ms    = std::getenv("KERNEL_TIMES_MS");
-    const uint64_t last  = std::max_element(runs.begin(), runs.end(), [](const run & a, const run & b) {
-                              return a.end < b.end;
-                          })->end;
+    const char *   ms = std::getenv("KERNEL_TIMES_MS");
+    const uint64_t last =
+        std::max_element(runs.begin(), runs.end(), [](const run & a, const run & b) { return a.end < b.end; })->end;
     const uint64_t first = last - std::min(last, (uint64_t) (1e6 * (ms ? std::atof(ms) : 100)));
 
     std::map<std::string, total> totals;
@@ -104,7 +103,8 @@ void print() {
         done = std::max(done, r.end);
     }
     std::vector<std::pair<std::string, total>> sorted(totals.begin(), totals.end());
-    std::sort(sorted.begin(), sorted.end(), [](const auto & a, const auto & b) { return a.second.alone > b.second.alone; });
+    std::sort(sorted.begin(), sorted.end(),
+              [](const auto & a, const auto & b) { return a.second.alone > b.second.alone; });
     const double all = done - began;
     std::fprintf(stderr, "kernel_times: %.3f ms, %.1f %% between kernels\n  %6s %9s %9s %6s\n", all * 1e-6,
                  100 * idle / all, "runs", "mean us", "alone us", "%");

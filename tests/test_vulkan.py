@@ -120,7 +120,7 @@ def test_arithmetic_to_the_last_bit(tmp_path, shaders):
 
 
 def precise_sums(words):
-    """Of a SPIR-V module: how many sums and differences of floats have the decoration NoContraction, and how many not."""
+    """Of a SPIR-V module: how many sums and differences of floats have the decoration NoContraction, how many not."""
     decorated, sums, i = set(), [], 5
     while i < len(words):
         operation, length = words[i] & 0xFFFF, words[i] >> 16
@@ -141,7 +141,7 @@ def test_shaders_compile(tmp_path, shaders):
     folder = shaders / "tbq"
     modules = sorted(path.name for path in folder.glob("*.spv.inc"))
     assert modules == sorted(f"{path.stem}.spv.inc" for path in (TBQ / "vulkan").glob("*.comp"))
-    # The arithmetic of blocks is in a few functions, whose operations no driver may contract or reorder. glslc's optimizer
+    # Blocks are computed by a few functions, whose operations no driver may contract or reorder. glslc's optimizer
     # lost that for copies of them. What is left without it is the rotary embedding.
     words = [int(word, 16) for word in re.findall(r"0x[0-9a-f]+", (folder / "tbq-quantize.spv.inc").read_text())]
     assert precise_sums(words) == (3, 11)

@@ -129,7 +129,7 @@ static void tbq_attention_launch(ggml_backend_cuda_context & ctx, const tbq_atte
     }
 }
 
-#define TBQ_ATTENTION_DECLARE(K, V) \
+#define TBQ_ATTENTION_DECLARE(K, V)                                                                    \
     void tbq_attention_##K##_##V(ggml_backend_cuda_context & ctx, int d, const tbq_attention_args & a, \
                                  const tbq_attention_beside & beside)
 
@@ -144,12 +144,12 @@ static void tbq_attention_launch(ggml_backend_cuda_context & ctx, const tbq_atte
 #define TBQ_ATTENTION_DECLARE_ONE(K, V) TBQ_ATTENTION_DECLARE(K, V);
 TBQ_ATTENTION_PAIRS(TBQ_ATTENTION_DECLARE_ONE)
 
-#define TBQ_ATTENTION_DEFINE(K, V)                                    \
-    TBQ_ATTENTION_DECLARE(K, V) {                                     \
-        switch (d) {                                                  \
+#define TBQ_ATTENTION_DEFINE(K, V)                                            \
+    TBQ_ATTENTION_DECLARE(K, V) {                                             \
+        switch (d) {                                                          \
             case 64: tbq_attention_launch<64, K, V>(ctx, a, beside); break;   \
             case 128: tbq_attention_launch<128, K, V>(ctx, a, beside); break; \
             case 256: tbq_attention_launch<256, K, V>(ctx, a, beside); break; \
-            default: GGML_ABORT("head size %d", d);                   \
-        }                                                             \
+            default: GGML_ABORT("head size %d", d);                           \
+        }                                                                     \
     }

@@ -254,17 +254,17 @@ static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor *
 static bool reads_exact_rows_of(int device, const ggml_tensor * attn, const ggml_tensor * k, const ggml_tensor * v) {
     auto same = [](const ggml_tensor * a, const ggml_tensor * b) { return a && b && root(a) == root(b); };
     return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER &&
-           (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] &&
-           same(attn->src[1], k) && same(attn->src[2], v) && same(attn->src[5], k->src[5]) &&
-           same(attn->src[6], v->src[5]) && native_supported(attn) && !prompt_supported(device, attn) &&
-           decode_supported(device, attn);
+           (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] && same(attn->src[1], k) && same(attn->src[2], v) &&
+           same(attn->src[5], k->src[5]) && same(attn->src[6], v->src[5]) && native_supported(attn) &&
+           !prompt_supported(device, attn) && decode_supported(device, attn);
 }
 
 // All of t, or nothing if that is too much to ask for at once.
 static tbq_ahead ahead_of(const ggml_tensor * t) {
     const size_t bytes = t ? ggml_nbytes(t) / 16 * 16 : 0;
-    return bytes > 0 && bytes <= 4 << 20 && (uintptr_t) t->data % 16 == 0 ? tbq_ahead{ (const char *) t->data, (unsigned) bytes } :
-                                                               tbq_ahead{};
+    return bytes > 0 && bytes <= 4 << 20 && (uintptr_t) t->data % 16 == 0
+               ? tbq_ahead{ (const char *) t->data, (unsigned) bytes }
+               : tbq_ahead{};
 }
 
 // The keys and the values of a few tokens in one launch, with the rotary embedding of the keys where that is right before;
@@ -329,10 +329,13 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
             v = nullptr;
         }
     }
-    const int     m    = next_node(graph, v ? j : last);
-    ggml_tensor * attn = m < graph->n_nodes && graph->nodes[m]->op == GGML_OP_FLASH_ATTN_EXT ? graph->nodes[m] : nullptr;
+    const int     m = next_node(graph, v ? j : last);
+    ggml_tensor * attn =
+        m < graph->n_nodes && graph->nodes[m]->op == GGML_OP_FLASH_ATTN_EXT ? graph->nodes[m] : nullptr;
     if (attn) {
-        const ggml_tensor * t[] = { attn->src[7], attn->src[3], attn->src[5], attn->src[6], attn->src[1], attn->src[2] };
+        const ggml_tensor * t[] = {
+            attn->src[7], attn->src[3], attn->src[5], attn->src[6], attn->src[1], attn->src[2]
+        };
         for (int r = 0; r < TBQ_N_AHEAD; r++) {
             p.ahead[r] = ahead_of(t[r]);
         }
@@ -343,15 +346,16 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
     if (!attn && (!is_decode_size(a) || (v && !is_decode_size(b)) || (!v && !rope.head_size))) {
         return 0;
     }
-    p.n_a              = (int) a.from.n_blocks();
-    const int  n       = p.n_a + (v ? (int) b.from.n_blocks() : 0);
+    p.n_a             = (int) a.from.n_blocks();
+    const int  n      = p.n_a + (v ? (int) b.from.n_blocks() : 0);
     const auto launch = [&](tbq_encode_part part, bool with_rope) {
         p.part = part;
         dispatch_bits(k->type, [&](auto bits_k) {
             dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
                 ggml_cuda_kernel_launch(
                     with_rope ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>,
-                    ggml_cuda_kernel_launch_params(dim3((unsigned) n), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream()), p);
+                    ggml_cuda_kernel_launch_params(dim3((unsigned) n), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream()),
+                    p);
             });
         });
         CUDA_CHECK(cudaGetLastError());

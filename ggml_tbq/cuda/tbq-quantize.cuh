@@ -907,12 +907,12 @@ template <int BITS, typename src_t> __global__ void __launch_bounds__(TBQ_DECODE
 static __device__ __forceinline__ void tbq_write_exact_32(float lo, float hi, char * block, int lane) {
 #if __CUDA_ARCH__ >= 800 // __reduce_max_sync
     tbq_rotate_warp(lo, hi, lane);
-    const uint32_t largest = __reduce_max_sync(
-        TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
-    const bool  bad = largest >= TBQ_BITS_INF, none = bad || largest < TBQ_BITS_SMALLEST_ACT;
-    const float most    = __uint_as_float(largest);
-    const float inverse = __fdiv_rn(127.0f, none ? 1.0f : most);
-    int8_t * const qs   = (int8_t *) block + TBQ8_QS_OFFSET;
+    const uint32_t largest =
+        __reduce_max_sync(TBQ_WARP_ALL, max(__float_as_uint(lo) & 0x7FFFFFFFu, __float_as_uint(hi) & 0x7FFFFFFFu));
+    const bool     bad = largest >= TBQ_BITS_INF, none = bad || largest < TBQ_BITS_SMALLEST_ACT;
+    const float    most    = __uint_as_float(largest);
+    const float    inverse = __fdiv_rn(127.0f, none ? 1.0f : most);
+    int8_t * const qs      = (int8_t *) block + TBQ8_QS_OFFSET;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const float y     = j ? hi : lo;
@@ -950,8 +950,8 @@ static __device__ __forceinline__ bool tbq_store_exact_block(const tbq_encode_ar
         float x;
         if (rope) {
             const unsigned head = at.i0 * TBQ_BLOCK / rope->head_size;
-            x = tbq_rope(*rope, (const float *) a.src + head * rope->s_head + at.i1 * a.from.s[0],
-                         at.i0 * TBQ_BLOCK - head * rope->head_size + l, rope->pos[at.i1]);
+            x                   = tbq_rope(*rope, (const float *) a.src + head * rope->s_head + at.i1 * a.from.s[0],
+                                           at.i0 * TBQ_BLOCK - head * rope->head_size + l, rope->pos[at.i1]);
         } else {
             x = ((const float *) a.src)[at.i0 * TBQ_BLOCK + l + a.from.offset(at.i1, at.i2, at.i3)];
         }
@@ -1002,8 +1002,8 @@ __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_pair(con
     const bool                  keys   = blockIdx.x < p.n_a;
     const unsigned              i      = keys ? blockIdx.x : blockIdx.x - p.n_a;
     const tbq_rope_args * const rope   = ROPE ? &p.rope : nullptr;
-    if (p.part == TBQ_ENCODE_EXACT && (keys ? tbq_store_exact_block(p.a, i, rope, values)
-                                            : tbq_store_exact_block(p.b, i, nullptr, values))) {
+    if (p.part == TBQ_ENCODE_EXACT &&
+        (keys ? tbq_store_exact_block(p.a, i, rope, values) : tbq_store_exact_block(p.b, i, nullptr, values))) {
         return;
     }
     const float * const stored = p.part == TBQ_ENCODE_PACKED ? values : nullptr;

@@ -415,10 +415,10 @@ int main(int argc, char ** argv) {
     std::mt19937 rng(argc > 2 ? std::atoi(argv[2]) : 1);
     const long   bad = compare<2, float>(n, rng) + compare<3, float>(n, rng) + compare<4, float>(n, rng) +
                        compare<2, half>(n, rng) + compare<3, half>(n, rng) + compare<4, half>(n, rng) +
-                       compare_pair<4, 3, false>(false, false, rng) +
-                       compare_pair<4, 2, true>(false, false, rng) + compare_pair<3, 4, true>(true, false, rng) +
-                       compare_pair<2, 4, false>(false, true, rng) + compare_pair<4, 4, true>(true, true, rng) +
-                       compare_pair<3, 2, true>(false, true, rng) + compare_exact(rng);
+                       compare_pair<4, 3, false>(false, false, rng) + compare_pair<4, 2, true>(false, false, rng) +
+                       compare_pair<3, 4, true>(true, false, rng) + compare_pair<2, 4, false>(false, true, rng) +
+                       compare_pair<4, 4, true>(true, true, rng) + compare_pair<3, 2, true>(false, true, rng) +
+                       compare_exact(rng);
     std::printf("%ld differences\n", bad);
     return bad != 0;
 }

@@ -156,9 +156,9 @@ template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool t
     p.b.to.s[0]         = tbq_block_bytes(BITS_V);
     p.b.mean = p.b.weight = nullptr;
     p.b.exact += n * sizeof(block_tbq8_0);
-    p.rope.head_size   = p.rope.n_dims = p.rope.s_head = TBQ_BLOCK;
-    p.rope.neox        = true;
-    p.rope.theta_scale = 0.7f;
+    p.rope.head_size = p.rope.n_dims = p.rope.s_head = TBQ_BLOCK;
+    p.rope.neox                                      = true;
+    p.rope.theta_scale                               = 0.7f;
     p.rope.freq_scale = p.rope.attn_factor = 1.0f;
     const std::vector<int> positions(n);
     p.rope.pos = positions.data();
@@ -192,8 +192,8 @@ int main(int argc, char ** argv) {
                      test_rows<3, half>(n, kind, false, false, 5) + test_rows<4, half>(n, kind, true, true, 6);
     }
     for (bool two : { false, true }) {
-        different += test_pair<4, 3, false>(n, two, 7) + test_pair<2, 4, true>(n, two, 8) +
-                     test_pair<3, 2, true>(n, two, 9);
+        different +=
+            test_pair<4, 3, false>(n, two, 7) + test_pair<2, 4, true>(n, two, 8) + test_pair<3, 2, true>(n, two, 9);
     }
     std::printf("%ld differences\n", different);
     return different != 0;
