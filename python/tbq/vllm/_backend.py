@@ -443,4 +443,6 @@ class Impl(AttentionImpl[Metadata]):
                     side[stored - begin :] = new[first:last].view(-1, self.num_kv_heads, self.head_size)
         else:
             sides = [new[first:last].view(-1, self.num_kv_heads, self.head_size) for new in (key, value)]
-        out[first:last] = _dense.attend(query[first:last], *sides, self.scale, self.softcap, self.window, self.sinks)
+        out[first:last] = _dense.attend(
+            query[first:last], sides[0], sides[1], self.scale, self.softcap, self.window, self.sinks
+        )

@@ -68,7 +68,7 @@ def _plain_attention(
 ) -> torch.Tensor:
     """With soft-caps and sinks, which torch's attention has not."""
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (heads, group)).permute(1, 2, 0, 3)  # (KV heads, group, tokens, size)
+    rows = q.reshape(q.shape[0], heads, group, q.shape[2]).permute(1, 2, 0, 3)  # (KV heads, group, tokens, size)
     logits = (rows @ k.permute(1, 2, 0)[:, None]).float() * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

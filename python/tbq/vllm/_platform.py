@@ -8,7 +8,7 @@ from vllm.platforms.cpu import CpuPlatform
 from tbq.vllm._names import DTYPES
 
 
-class Platform(CpuPlatform):  # type: ignore[misc]
+class Platform(CpuPlatform):
     """Differs from vLLM's own in the choice of the backend alone."""
 
     @classmethod
