@@ -45,7 +45,9 @@ endforeach()
 # TLS for llama-server and for downloads of models, where OpenSSL 3 and its headers are found.
 set(LLAMA_OPENSSL ON CACHE BOOL "")
 # Devices of other machines: the backend, and ggml-rpc-server.  TCP alone: RDMA would need a library at run time.
-set(GGML_RPC ON CACHE BOOL "")
+# FORCE, because build folders of releases without it have OFF in their cache.
+set(TBQ_RPC ON CACHE BOOL "the RPC backend and ggml-rpc-server")
+set(GGML_RPC ${TBQ_RPC} CACHE BOOL "" FORCE)
 set(GGML_RPC_RDMA OFF CACHE BOOL "")
 # The web UI is `make serve`'s business, because building it needs npm and its network.
 foreach(option LLAMA_BUILD_EXAMPLES LLAMA_BUILD_APP LLAMA_CURL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
 import tbq
 from llama_tools import ENV, GREEDY, LAYERS, THREADS, Server, n_bytes, number, python_text, run
 from rpc_net import BUSY, HELLO, SUPPORTS_OP, TBQ_HELLO, Machine, Proxy, ask, connect, namespaces_allowed, read
+from tbq.kv_cache import devices
 
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 TYPES = ("-ctk", "tbq4_0", "-ctv", "tbq3_0")
@@ -188,10 +190,14 @@ def test_other_servers_are_refused(bin_dir, demo_model, machines):
             "try: tbq.llama.Llama(sys.argv[1], rpc=sys.argv[2])\n"
             "except tbq.TBQError as e: print(e)"
         )
-        done = subprocess.run([sys.executable, "-c", code, demo_model, stock.endpoint], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, demo_model, stock.endpoint], capture_output=True, text=True, timeout=120
+        )
         with pytest.raises(tbq.TBQError) as error:
             tbq.plan(demo_model, rpc=stock.endpoint)
-        assert line.endswith(done.stdout.strip()) and line.endswith(str(error.value)) and len(str(error.value)) > 40
+        assert (
+            done.stdout.strip() == str(error.value) and line.endswith(str(error.value)) and len(str(error.value)) > 40
+        )
     with Proxy(server, {TBQ_HELLO: another_version}) as other:
         assert re.search(r"version 9\.\d+\.\d+\.\d+ of the format", refusal(bin_dir, demo_model, other.endpoint))
     with Proxy(server, {HELLO: lambda *_: b"\x01" + bytes(27)}) as old:
@@ -443,3 +449,48 @@ def test_plan_is_what_is_allocated(bin_dir, demo_model, loud, tmp_path, mode, sh
     if mode == "layer":
         assert buffers(log, "KV") == pytest.approx([n / 2**20 for n in packed.by_device if n], abs=0.006)
         assert buffers(log, "model") == pytest.approx([d.weights_bytes / 2**20 for d in plan.devices], abs=0.006)
+
+
+def test_architectures_without_a_split_of_tensors(build_dir, demo_model):
+    """The list is that of the pinned llama.cpp, and the plan refuses what it refuses."""
+    source = (build_dir / "llama.cpp-src" / "src" / "llama-arch.cpp").read_text(encoding="utf-8")
+    names = dict(re.findall(r'\{ *(LLM_ARCH_\w+), *"([^"]+)" *\}', source))
+    body = source[source.index("bool llm_arch_supports_sm_tensor") :]
+    listed = {names[name] for name in re.findall(r"case (LLM_ARCH_\w+)", body[: body.index("return false")])}
+    assert listed == devices._NOT_BY_TENSORS
+    shape = types.SimpleNamespace(architecture="olmo2", layers=())
+    with pytest.raises(tbq.TBQError, match="no split of tensors for architecture 'olmo2'"):
+        devices.distribute(["a", "b"], [1, 1], shape, {}, 1, "tensor", None, None)
+    for shares in ([float("nan"), 1], [float("inf"), 1]):
+        with pytest.raises(tbq.TBQError, match="not all of them 0"):
+            tbq.plan(demo_model, devices="1G,1G", tensor_split=shares)
+
+
+def test_an_empty_list_of_servers_is_refused(demo_model):
+    """What an unset variable of a shell leaves."""
+    for make in (tbq.Server, tbq.plan):
+        with pytest.raises(tbq.TBQError, match="RPC server '' is not HOST:PORT"):
+            make(demo_model, rpc="")
+
+
+def test_a_client_that_was_stopped_goes_on(bin_dir, demo_model, machines, tmp_path):
+    """Ctrl-Z and fg: a blocked call of the network is interrupted then, and the server is not lost."""
+    args = (*rpc(machines(1)), "-fa", "on")
+    with Server(bin_dir, demo_model, tmp_path / "log", *args, n_ctx=512) as server:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            long = {"prompt": "Once", "n_predict": 300, "ignore_eos": True, "temperature": 0}
+            answer = pool.submit(server.request, "/completion", long)
+            for _ in range(20):
+                time.sleep(0.1)
+                server.process.send_signal(signal.SIGSTOP)
+                time.sleep(0.02)
+                server.process.send_signal(signal.SIGCONT)
+            assert answer.result()[0] == 200 and not answer.result()[1].get("error")
+        assert "was lost" not in server.log
+
+
+def test_a_server_listens_on_ipv4_only():
+    done = subprocess.run(
+        [sys.executable, "-m", "tbq", "rpc-server", "--host", "::1"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "host '::1' has no IPv4 address" in done.stderr

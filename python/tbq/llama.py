@@ -224,7 +224,7 @@ class Llama(_Base):  # type: ignore[misc]
         type_v: str | int | None = None,
         n_ctx: int = 512,
         flash_attn: bool = True,
-        rpc: str | Sequence[str] = (),
+        rpc: str | Sequence[str] | None = None,
         **options: Any,
     ) -> None:
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx < 1 << 31:
@@ -232,10 +232,12 @@ class Llama(_Base):  # type: ignore[misc]
                 f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for what the model was trained for"
             )
         check_exact_rows(recent, first)
-        if rpc:
+        if rpc is not None:
             add_rpc_servers(rpc)
             options.setdefault("n_gpu_layers", -1)
         shape = {**_plan_arguments(n_ctx, center, options), "recent": recent, "first": first}
+        if rpc is not None:  # the means are measured there, too
+            shape["options"] = ["--rpc", ",".join(rpc_servers(rpc)), *shape["options"]]
         model = open_model(model_path)
         self.k, self.v, self.plan = choose(model, _pair(model, kv, type_k, type_v, shape), **shape)
         self._scratch = Scratch()

@@ -93,6 +93,8 @@ def _calibrate_folder(args: argparse.Namespace) -> int:
     out = args.out or pathlib.Path(f"{args.model.resolve().name}.center.safetensors")
     if out.resolve().parent == args.model.resolve():
         raise TBQError(f"{out} would be among the model's weights, where vLLM would read it; name a file outside")
+    if not out.resolve().parent.is_dir():
+        raise TBQError(f"{printable(str(out.parent))} is not a folder, so {printable(str(out))} cannot be written")
     from tbq.hf._folder import measure_folder
 
     layers = measure_folder(args.model, out)

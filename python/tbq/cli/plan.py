@@ -61,7 +61,8 @@ def report(plan: Plan) -> str:
         )
     if not plan.cached:
         small = ["warning: the memory is too small for the weights and the state"] if plan.fits is False else []
-        return "\n".join([*lines, f"no cache: {plan.reason}", *small, *(f"warning: {text}" for text in plan.warnings)])
+        lines += [f"no cache: {plan.reason}", *_devices(plan), *small]
+        return "\n".join([*lines, *(f"warning: {text}" for text in plan.warnings)])
     lines += [*_table(plan), ""]
     lines += _devices(plan)
     why: dict[str, list[str]] = {}
@@ -88,16 +89,18 @@ def _devices(plan: Plan) -> Iterator[str]:
     """What each device holds with the recommended types."""
     if not plan.devices:
         return
-    pair = plan.pair(*plan.recommended)
-    yield f"devices with {pair.k} / {pair.v}, split by {plan.split_mode}s (the CPU's memory has the rest of the model):"
+    pair = plan.pair(*plan.recommended) if plan.cached else None
+    types = f" with {pair.k} / {pair.v}" if pair else ""
+    yield f"devices{types}, split by {plan.split_mode}s (the CPU's memory has the rest of the model):"
     rows = [["", "layers", "weights", "cache", *["state"] * bool(plan.state_bytes), "total", "", "of its memory"]]
     for i, device in enumerate(plan.devices):
-        total = device.weights_bytes + device.state_bytes + pair.by_device[i]
+        cache = pair.by_device[i] if pair else 0
+        total = device.weights_bytes + device.state_bytes + cache
         memory = (
             f"{format_size(device.memory)}{'' if plan.fits_on(i, pair) else ', too little'}" if device.memory else ""
         )
         state = [f"{device.state_bytes:,}"] * bool(plan.state_bytes)
-        sizes = [f"{device.weights_bytes:,}", f"{pair.by_device[i]:,}", *state, f"{total:,}"]
+        sizes = [f"{device.weights_bytes:,}", f"{cache:,}", *state, f"{total:,}"]
         rows.append([device.name, str(device.layers), *sizes, format_size(total), memory])
     yield from _columns(rows, left=0)
     yield ""

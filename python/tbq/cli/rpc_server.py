@@ -3,11 +3,21 @@
 
 import argparse
 import os
+import socket
 import subprocess
 
 from tbq.cli._argument import at_least_one
+from tbq.errors import TBQError
 from tbq.programs.paths import program
 from tbq.serving.address import check_port
+
+
+def _ipv4(host: str) -> str:
+    """The address of a host: ggml-rpc-server takes numbers only, and ends with status 0 after anything else."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise TBQError(f"host {host!r} has no IPv4 address, and ggml-rpc-server listens on nothing else") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "change\nwhat others keep there. Name an address of a network that you trust."
     )
     parser.add_argument(
-        "-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="IPv4 address to listen on (127.0.0.1)"
+        "-H",
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="IPv4 address, or a name that has one, to listen on (127.0.0.1)",
     )
     parser.add_argument("-p", "--port", type=at_least_one, default=50052, metavar="N", help="port (50052)")
     parser.add_argument("-d", "--device", metavar="NAME,...", help="devices to lend (all GPUs; without a GPU the CPU)")
@@ -36,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         server = program("ggml-rpc-server")
-        check_port(args.port, args.host)
-        command = [str(server), "--host", args.host, "--port", str(args.port)]
+        host = _ipv4(args.host)
+        check_port(args.port, host)
+        command = [str(server), "--host", host, "--port", str(args.port)]
         for option in ("device", "threads"):
             if (value := getattr(args, option)) is not None:
                 command += [f"--{option}", str(value)]

@@ -84,7 +84,7 @@ def _correction(server: Server) -> str | None:
     return f"llama-server took a context of {context} tokens, so the cache has {format_size(size)}"
 
 
-def serve(model: str, kv: str, options: Sequence[str], center: bool = True, rpc: str = "") -> int:
+def serve(model: str, kv: str, options: Sequence[str], center: bool = True, rpc: str | None = None) -> int:
     """Runs llama-server in the foreground.  Returns its exit status, or 128 + N if signal N ended it."""
     with interruptible():
         server = Server(
@@ -151,7 +151,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rpc",
-        default="",
         metavar="HOST:PORT,...",
         help="RPC servers (`tbq rpc-server`) on which the model and its cache lie; nothing is encrypted on the way",
     )

@@ -20,6 +20,13 @@ def measure_folder(folder: pathlib.Path, out: pathlib.Path) -> int:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError) as error:
         raise TBQError(f"{folder} is no folder of a model: {printable(str(error))}") from None
-    center = KeyCenter.measure(model.to(device).eval())
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError:  # other programs may use the GPU
+        model.to("cpu")
+    try:
+        center = KeyCenter.measure(model.eval())
+    except torch.OutOfMemoryError as error:
+        raise TBQError(f"measuring {folder}: {printable(str(error).splitlines()[0])}") from None
     center.save(out)
     return len(center.means)

@@ -26,7 +26,15 @@ LAYER, TENSOR = "layer", "tensor"
 
 #: Tensors that llama.cpp keeps in the memory of the CPU: those of LLM_TENSOR_LAYER_INPUT in src/llama-arch.cpp.
 _INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd|masked_embd_\w+)\.")
-_BLOCK = re.compile(r"blk\.(\d+)\.(.*)")
+_BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.(.*)")
+
+#: Architectures whose tensors llama.cpp does not split: llm_arch_supports_sm_tensor() in src/llama-arch.cpp.
+_NOT_BY_TENSORS = {
+    "bailingmoe3", "bitnet", "deepseek2", "deepseek32", "dots3note", "falcon-h1", "gemma3n", "glm-dsa", "glm5-next",
+    "granitehybrid", "grok", "hy_v4", "jamba", "kimi-k3", "kimi-linear", "mamba", "mamba2", "minicpm3", "minimax-01",
+    "minimax-m2", "minimax-m3", "mistral4", "mpt", "nemotron_h", "nemotron_h_moe", "olmo2", "olmoe", "plamo2",
+    "qwen3tts", "qwen4exp", "t5",
+}  # fmt: skip
 
 #: Tensors that are split by rows (1) or within rows (0), and the tensor whose blocks decide how.
 _SPLIT = (
@@ -144,6 +152,10 @@ class _TensorSplit:
 
     def __init__(self, shape: CacheShape, tensors: Mapping[str, Tensor], count: int, shares: Sequence[float] | None):
         odd = next((layer for layer in shape.layers if not layer.kv_heads or layer.state_bytes), None)
+        if shape.architecture in _NOT_BY_TENSORS:
+            raise TBQError(
+                f"llama.cpp has no split of tensors for architecture {shape.architecture!r}; --split-mode layer is"
+            )
         if odd is not None or shape.mla or any(layer.indexer_key_size for layer in shape.layers):
             raise TBQError(
                 f"a split of tensors is planned for models with heads of keys and values in every layer, and not for "
@@ -263,7 +275,7 @@ def distribute(
     """
     if mode not in (LAYER, TENSOR):
         raise TBQError(f"split mode {mode!r} is not one of {LAYER}, {TENSOR}")
-    if shares is not None and (len(shares) != len(names) or min(shares) < 0 or not sum(shares)):
+    if shares is not None and (len(shares) != len(names) or min(shares) < 0 or not 0 < sum(shares) < math.inf):
         raise TBQError(f"tensor split {shares} has to be a number for each of {len(names)} devices, not all of them 0")
     if mode == TENSOR:
         if gpu_layers is not None and gpu_layers <= len(shape.layers):
@@ -276,12 +288,14 @@ def distribute(
     return _by_layers(names, memory, shares, shape, tensors, parallel, gpu_layers)
 
 
-def rpc_devices(servers: str | Sequence[str]) -> list[tuple[str, int]]:
-    """The names and bytes of free memory of the devices of RPC servers, and after them those of this machine.
+def rpc_devices(servers: str | Sequence[str], mode: str) -> list[tuple[str, int]]:
+    """The names and bytes of free memory of the devices of RPC servers and of this machine.
 
-    A model with these servers uses them in this order.  Raises TBQError for a server that cannot be used.
+    They are in the order in which llama.cpp uses them: for layers servers come first, for tensors devices are as
+    ggml registers them.  Raises TBQError for a server that cannot be used.
     """
     done = run("llama-server", ["--rpc", ",".join(rpc_servers(servers)), "--list-devices"])
     if done.status:
         raise TBQError(done.error())
-    return sorted(output.devices(done.stdout), key=lambda device: not device[0].startswith("RPC"))  # a stable sort
+    found = output.devices(done.stdout)
+    return found if mode == TENSOR else sorted(found, key=lambda device: not device[0].startswith("RPC"))  # stable

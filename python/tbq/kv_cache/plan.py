@@ -107,10 +107,10 @@ class Plan:
     split_mode: str = ""  #: how the devices share the model: "layer", "tensor", or "" without devices
     devices: tuple[Device, ...] = ()  #: what each of several devices holds; the cache is in Pair.by_device
 
-    def fits_on(self, i: int, pair: Pair) -> bool | None:
-        """Whether weights, states and the cache of a pair fit in the memory of device i; None if that is unknown."""
+    def fits_on(self, i: int, pair: Pair | None) -> bool | None:
+        """Whether what a device holds fits in its memory, with a pair if there is a cache; None if that is unknown."""
         device = self.devices[i]
-        used = device.weights_bytes + device.state_bytes + pair.by_device[i]
+        used = device.weights_bytes + device.state_bytes + (pair.by_device[i] if pair else 0)
         return None if device.memory is None else used <= device.memory
 
     @property
@@ -502,7 +502,7 @@ def _read_split(
         raise TBQError("--devices and --rpc both name devices; give one of them")
     found: list[tuple[str, int]]
     if rpc is not None:
-        found = rpc_devices(rpc)
+        found = rpc_devices(rpc, mode)
     else:
         sizes = devices.split(",") if isinstance(devices, str) else list(devices or ())
         found = [(f"device {i}", parse_size(size)) for i, size in enumerate(sizes)]

@@ -101,7 +101,7 @@ class Server:
         center: bool | str | os.PathLike[str] = True,
         host: str = "127.0.0.1",
         port: int | None = None,
-        rpc: str | Sequence[str] = (),
+        rpc: str | Sequence[str] | None = None,
         options: Sequence[str] = (),
         timeout: float | None = 600,
         on_line: Callable[[str], None] | None = None,
@@ -110,7 +110,7 @@ class Server:
             raise TBQError(f'options {options!r} must be a list of strings, ["-c", "32768"] for example')
         found, others = server_options(options)
         _check_options(found, model, center)
-        if rpc:
+        if rpc is not None:
             if "rpc" in found:
                 raise TBQError(f"there are two lists of RPC servers, {rpc!r} and {found['rpc']!r}; name one")
             found["rpc"] = ",".join(rpc_servers(rpc))

@@ -33,6 +33,8 @@ def read_options(additional_config: Any) -> Options:
     if options.pairs not in _PAIRS:
         raise TBQError(f'"pairs" of --additional-config is {options.pairs!r}; it must be one of {", ".join(_PAIRS)}')
     if options.center is not None:
+        if not isinstance(options.center, str):
+            raise TBQError(f'"center" of --additional-config is {options.center!r}; it must be the name of a file')
         load_center(options.center)
     return options
 
