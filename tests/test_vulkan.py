@@ -178,6 +178,7 @@ OPERATIONS = {
     "FLASH_ATTN_EXT, sinks and streams": r"hsk=64,.*nh=3,nr23=\[3,4\],kv=769,nb=1,.*type_K=tbq3_0,type_V=tbq3_0",
     "FLASH_ATTN_EXT, soft-cap": r"hsk=256,.*nr23=\[7,1\],kv=256,nb=1,.*type_K=tbq2_0,type_V=tbq2_0",
     "FLASH_ATTN_EXT, bias": r"hsk=256,.*nr23=\[8,2\],kv=1024,nb=2,.*type_K=tbq2_0,type_V=tbq2_0",
+    "FLASH_ATTN_EXT, packed latent": r"hsk=576,hsv=512,nh=1,nr23=\[16,1\],kv=512,nb=1,.*type_K=tbq3_0.*n_kv_max=0$",
     "FLASH_ATTN_EXT, latent": r"hsk=576,hsv=512,nh=1,nr23=\[16,1\],kv=512,nb=1,.*type_K=tbq4_0.*n_exact",
     "FLASH_ATTN_EXT, a prompt": r"hsk=64,.*nb=75.*type_K=tbq4_0,type_V=tbq4_0,.*n_kv_max=0$",
     "FLASH_ATTN_EXT, another type": r"hsk=64,.*nh=2,nr23=\[4,1\],kv=113,nb=1,.*type_K=q8_0,type_V=tbq4_0",

@@ -246,7 +246,7 @@ static bool prompt_supported(int device, const ggml_tensor * dst);
 static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor * dst,
                                   const tbq_attention_beside & beside);
 
-// Few enough blocks for a CTA each where nothing waits for them.
+// Few enough blocks for a CTA each where attention waits for their exact rows alone.
 #define TBQ_MAX_BLOCKS_BESIDE 4096
 
 // Whether attn reads the exact rows that k and v (SET_ROWS) write: then it hides the packed rows of the same cells, so these
@@ -364,8 +364,8 @@ int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, in
         launch(TBQ_ENCODE_WHOLE, rope.head_size != 0);
         return (v ? j : last) - i;
     }
-    ggml_cuda_pool_alloc<float> values(ctx.pool(), (size_t) n * TBQ_BLOCK); // attention may overwrite the sources
-    p.values = values.ptr;
+    ggml_cuda_pool_alloc<tbq_stored_block> stored(ctx.pool(), (size_t) n);
+    p.stored = stored.ptr;
     launch(TBQ_ENCODE_EXACT, rope.head_size != 0);
     flash_attn_ext_native(ctx, attn, [&] { launch(TBQ_ENCODE_PACKED, false); });
     return m - i;

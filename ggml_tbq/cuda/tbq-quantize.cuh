@@ -776,12 +776,28 @@ static __device__ __forceinline__ int tbq_coordinate_descent_32(const float (&m_
     return index;
 }
 
-// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.  values: null,
+// What goes from the grid of exact rows to that of packed rows.  Attention in between may overwrite the sources, and the
+// numbers of rows, too.
+struct tbq_stored_block {
+    float     values[TBQ_BLOCK];
+    long long row; // -1: the block was written whole
+};
+
+// The row of the result that row (i1, i2, i3) of the source goes to.
+static __device__ __forceinline__ long long tbq_row_of(const tbq_encode_args & a, const tbq_small_place & at) {
+    if (!a.ids) {
+        return at.i1;
+    }
+    const long long id = at.id + at.i1 * a.ids_s0;
+    return a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
+}
+
+// Block i of a.  rope: null, or the embedding of the float rows at a.src, whose heads are rope->s_head apart.  stored: null,
 // or what tbq_store_exact_block left of the block, whose packed half this is.
 template <int BITS, typename src_t>
 static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_args & a, unsigned i,
-                                                              const tbq_rope_args * rope   = nullptr,
-                                                              const float *         values = nullptr) {
+                                                              const tbq_rope_args *    rope   = nullptr,
+                                                              const tbq_stored_block * stored = nullptr) {
 #if __CUDA_ARCH__ >= 800
     // Not one struct: that takes more registers (36 instead of 32 for tbq2_0 on sm_90).
     __shared__ tbq_encoder_gaps gaps;
@@ -803,26 +819,22 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
 
 #if __CUDA_ARCH__ >= 900
     // Attention starts this grid after it has waited for the grid of exact rows, so that one has ended.
-    if (!values) {
+    if (!stored) {
         cudaGridDependencySynchronize();
     }
     cudaTriggerProgrammaticLaunchCompletion(); // the next grid may start; it waits for this one before it reads
 #endif
-    long long row = at.i1;
-    if (a.ids) {
-        const long long id = at.id + at.i1 * a.ids_s0;
-        row                = a.ids_64 ? ((const long long *) a.ids)[id] : ((const int *) a.ids)[id];
-    }
-    char * const exact = a.exact_block(row_number, at.i0);
-    float        x[4], z[4];
-    uint32_t     largest = 0;
-    if (values) {
-        if (!exact) {
-            return; // written whole, because it has no exact row
+    const long long row   = stored ? stored->row : tbq_row_of(a, at);
+    char * const    exact = stored ? nullptr : a.exact_block(row_number, at.i0);
+    float           x[4], z[4];
+    uint32_t        largest = 0;
+    if (stored) {
+        if (row < 0) {
+            return;
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            x[j] = values[l + 16 * j];
+            x[j] = stored->values[l + 16 * j];
         }
     } else {
         tbq_load_block<src_t>(a, at, rope, l, x);
@@ -849,7 +861,7 @@ static __device__ __forceinline__ void tbq_quantize_block_128(const tbq_encode_a
         for (int j = 0; j < 4; j++) {
             z_all[l + 16 * j] = z[j]; // both halves write the same
         }
-    } else if (warp == 2 && a.slots && !values) {
+    } else if (warp == 2 && a.slots && !stored) {
         // both halves of the warp hold the block
         tbq_write_exact_16(x, z, b.huge, exact, exact && lane < 16, l);
     } else if (warp == 3) {
@@ -933,10 +945,10 @@ struct tbq_ahead {
 
 #define TBQ_N_AHEAD 6
 
-// Block i of a: its exact row, and its values for the packed one.  False, and nothing is stored, if it has no slot.  A
+// Block i of a: its exact row, and what the packed one is made from.  False if it has no slot, and so is to be written whole.  A
 // thread has one value, because this is too short for code that is not in the instruction cache to be unrolled.
 static __device__ __forceinline__ bool tbq_store_exact_block(const tbq_encode_args & a, unsigned i,
-                                                             const tbq_rope_args * rope, float * values) {
+                                                             const tbq_rope_args * rope, tbq_stored_block & stored) {
     __shared__ float      x_all[TBQ_BLOCK];
     const int             l    = threadIdx.x;
     const tbq_small_place at   = tbq_place_of(a, i);
@@ -955,7 +967,10 @@ static __device__ __forceinline__ bool tbq_store_exact_block(const tbq_encode_ar
         } else {
             x = ((const float *) a.src)[at.i0 * TBQ_BLOCK + l + a.from.offset(at.i1, at.i2, at.i3)];
         }
-        values[l] = x_all[l] = __fsub_rn(x, mean);
+        stored.values[l] = x_all[l] = __fsub_rn(x, mean);
+    }
+    if (l == TBQ_BLOCK) {
+        stored.row = exact ? tbq_row_of(a, at) : -1;
     }
     if (!exact) {
         return false;
@@ -967,7 +982,7 @@ static __device__ __forceinline__ bool tbq_store_exact_block(const tbq_encode_ar
     return true;
 }
 
-// The keys and values of a few tokens in one launch: the first n_a CTAs encode a, the others b.
+// Which part of the work a launch does.
 enum tbq_encode_part {
     TBQ_ENCODE_WHOLE,
     TBQ_ENCODE_EXACT,  // exact rows, and blocks whole that have none
@@ -975,16 +990,17 @@ enum tbq_encode_part {
 };
 
 struct tbq_pair_args {
-    tbq_encode_args a;
-    tbq_encode_args b;
-    tbq_rope_args   rope; // of a
-    int             n_a;
-    tbq_encode_part part;
-    float *         values; // of each block, for two parts
-    tbq_ahead       ahead[TBQ_N_AHEAD];
+    tbq_encode_args    a;
+    tbq_encode_args    b;
+    tbq_rope_args      rope; // of a
+    int                n_a;
+    tbq_encode_part    part;
+    tbq_stored_block * stored; // of each block, for two parts
+    tbq_ahead          ahead[TBQ_N_AHEAD];
 };
 
-// ROPE: the keys get their rotary embedding first.
+// The keys and values of a few tokens: the first n_a CTAs encode a, the others b.  ROPE: the keys get their rotary embedding
+// first.
 template <int BITS_A, int BITS_B, bool ROPE>
 __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_pair(const __grid_constant__ tbq_pair_args p) {
 #if __CUDA_ARCH__ >= 900
@@ -998,19 +1014,19 @@ __global__ void __launch_bounds__(TBQ_DECODE_SIZE_THREADS) tbq_quantize_pair(con
         }
     }
 #endif
-    float * const               values = p.values + (size_t) blockIdx.x * TBQ_BLOCK;
+    tbq_stored_block * const    stored = p.stored + blockIdx.x;
     const bool                  keys   = blockIdx.x < p.n_a;
     const unsigned              i      = keys ? blockIdx.x : blockIdx.x - p.n_a;
     const tbq_rope_args * const rope   = ROPE ? &p.rope : nullptr;
     if (p.part == TBQ_ENCODE_EXACT &&
-        (keys ? tbq_store_exact_block(p.a, i, rope, values) : tbq_store_exact_block(p.b, i, nullptr, values))) {
+        (keys ? tbq_store_exact_block(p.a, i, rope, *stored) : tbq_store_exact_block(p.b, i, nullptr, *stored))) {
         return;
     }
-    const float * const stored = p.part == TBQ_ENCODE_PACKED ? values : nullptr;
+    const tbq_stored_block * const packed = p.part == TBQ_ENCODE_PACKED ? stored : nullptr;
     if (keys) {
-        tbq_quantize_block_128<BITS_A, float>(p.a, i, rope, stored);
+        tbq_quantize_block_128<BITS_A, float>(p.a, i, rope, packed);
     } else {
-        tbq_quantize_block_128<BITS_B, float>(p.b, i, nullptr, stored);
+        tbq_quantize_block_128<BITS_B, float>(p.b, i, nullptr, packed);
     }
 #if __CUDA_ARCH__ >= 900
     if (p.part == TBQ_ENCODE_PACKED) {

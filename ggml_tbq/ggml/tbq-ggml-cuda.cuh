@@ -50,8 +50,9 @@ bool tbq_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // In decode a launch takes as long as the work in it.  So the ROPE of a token's keys, their SET_ROWS and the SET_ROWS
 // of its values become one launch, if node i is the first of them and they follow each other (ROPE and keys, keys and
-// values, or all three).  So do the SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types.  Returns how
-// many nodes after i are done, 0 if node i is something else.
+// values, or all three).  Attention right behind them is computed here, too, if it reads their exact rows: then these come
+// first, and packed rows are written beside it.  The SUB of the keys' mean and the SET_ROWS of llama.cpp's quantized types
+// become one launch, too.  Returns how many nodes after i are done, 0 if node i is something else.
 int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // Values in the original domain, the CPU's to the last bit, rounded once.

@@ -248,12 +248,13 @@ template <int BITS_K, int BITS_V, bool ROPE> static long compare_pair(bool neox,
     rope.theta_scale = std::pow(base, -2.0f / n_dims), rope.freq_scale = rope.attn_factor = 1.0f;
     pair.n_a  = tokens * blocks;
     pair.part = two ? TBQ_ENCODE_EXACT : TBQ_ENCODE_WHOLE;
-    CHECK(cudaMalloc(&pair.values, x.size() * 4));
+    CHECK(cudaMalloc(&pair.stored, 2 * tokens * blocks * sizeof(tbq_stored_block)));
     tbq_quantize_pair<BITS_K, BITS_V, ROPE><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(pair);
     CHECK(cudaGetLastError());
     if (two) {
         pair.part = TBQ_ENCODE_PACKED;
-        CHECK(cudaMemset(x_dev, 0xFF, x.size() * 4)); // attention may have overwritten it
+        CHECK(cudaMemset(x_dev, 0xFF, x.size() * 4)); // attention may have overwritten it, and the numbers of rows
+        CHECK(cudaMemset(ids_dev, 0x7F, 3 * 4));
         tbq_quantize_pair<BITS_K, BITS_V, false><<<2 * tokens * blocks, TBQ_DECODE_SIZE_THREADS>>>(pair);
         CHECK(cudaGetLastError());
     }

@@ -113,7 +113,7 @@ template <int BITS, typename T> static long test_rows(size_t n, weights kind, bo
     return different;
 }
 
-// Keys with weights and values in one launch, or in two, of which the second has another source; every third block has no slot
+// Keys with weights and values in one launch, or in two, of which the second has other sources; every third block has no slot
 // for an exact row.  With ROPE at position 0, where every angle is 0.
 template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool two, int seed) {
     std::mt19937             rng(seed);
@@ -129,8 +129,12 @@ template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool t
 
     std::vector<char>  wanted_exact(2 * n * sizeof(block_tbq8_0), -1), found_exact(wanted_exact.size(), -1);
     std::vector<int>   slots(n);
-    std::vector<float> between(2 * k.size()), source = k;
+    std::vector<float> source = k;
+    std::vector<int>   ids(n);
+
+    std::vector<tbq_stored_block> between(2 * n);
     for (int i = 0; i < n; i++) {
+        ids[i]   = i;
         slots[i] = i % 3 == 2 ? -1 : n - 1 - i;
         if (slots[i] >= 0) {
             char * const to = &wanted_exact[slots[i] * sizeof(block_tbq8_0)];
@@ -150,10 +154,12 @@ template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool t
     a.exact             = found_exact.data();
     a.exact_nb1         = sizeof(block_tbq8_0);
     a.slots             = slots.data();
-    p.b                 = a;
-    p.b.src             = (decltype(a.src)) v.data();
-    p.b.dst             = found_v.data();
-    p.b.to.s[0]         = tbq_block_bytes(BITS_V);
+    a.ids               = ids.data();
+    a.ids_ne1 = a.ids_ne2 = a.ids_s0 = 1;
+    p.b                              = a;
+    p.b.src                          = (decltype(a.src)) v.data();
+    p.b.dst                          = found_v.data();
+    p.b.to.s[0]                      = tbq_block_bytes(BITS_V);
     p.b.mean = p.b.weight = nullptr;
     p.b.exact += n * sizeof(block_tbq8_0);
     p.rope.head_size = p.rope.n_dims = p.rope.s_head = TBQ_BLOCK;
@@ -163,14 +169,15 @@ template <int BITS_K, int BITS_V, bool ROPE> static long test_pair(int n, bool t
     const std::vector<int> positions(n);
     p.rope.pos = positions.data();
     p.n_a      = n;
-    p.values   = between.data();
+    p.stored   = between.data();
     p.part     = two ? TBQ_ENCODE_EXACT : TBQ_ENCODE_WHOLE;
     for (int cta = 0; cta < 2 * n; cta++) {
         on_cpu::run(cta, [&] { tbq_quantize_pair<BITS_K, BITS_V, ROPE>(p); });
     }
     if (two) {
         p.part = TBQ_ENCODE_PACKED;
-        std::fill(source.begin(), source.end(), 1.0f);
+        std::fill(source.begin(), source.end(), 1.0f); // as attention may
+        std::fill(ids.begin(), ids.end(), 1 << 30);
         for (int cta = 0; cta < 2 * n; cta++) {
             on_cpu::run(cta, [&] { tbq_quantize_pair<BITS_K, BITS_V, false>(p); });
         }
