@@ -493,4 +493,4 @@ def test_a_server_listens_on_ipv4_only():
     done = subprocess.run(
         [sys.executable, "-m", "tbq", "rpc-server", "--host", "::1"], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1 and "host '::1' has no IPv4 address" in done.stderr
+    assert done.returncode == 2 and "host '::1' has no IPv4 address" in done.stderr
