@@ -236,141 +236,6 @@ static int fuse_center(ggml_backend_cuda_context & ctx, const ggml_cgraph * grap
     return j - i;
 }
 
-static const ggml_tensor * root(const ggml_tensor * t) {
-    return t->view_src ? t->view_src : t;
-}
-
-static bool decode_supported(int device, const ggml_tensor * dst);
-static bool native_supported(const ggml_tensor * dst);
-static bool prompt_supported(int device, const ggml_tensor * dst);
-static void flash_attn_ext_native(ggml_backend_cuda_context & ctx, ggml_tensor * dst,
-                                  const tbq_attention_beside & beside);
-
-// Few enough blocks for a CTA each where attention waits for their exact rows alone.
-#define TBQ_MAX_BLOCKS_BESIDE 4096
-
-// Whether attn reads the exact rows that k and v (SET_ROWS) write: then it hides the packed rows of the same cells, so these
-// may be written while it runs.  Blocks without a slot for an exact row are written before it.
-static bool reads_exact_rows_of(int device, const ggml_tensor * attn, const ggml_tensor * k, const ggml_tensor * v) {
-    auto same = [](const ggml_tensor * a, const ggml_tensor * b) { return a && b && root(a) == root(b); };
-    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER &&
-           (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] && same(attn->src[1], k) && same(attn->src[2], v) &&
-           same(attn->src[5], k->src[5]) && same(attn->src[6], v->src[5]) && native_supported(attn) &&
-           !prompt_supported(device, attn) && decode_supported(device, attn);
-}
-
-// All of t, or nothing if that is too much to ask for at once.
-static tbq_ahead ahead_of(const ggml_tensor * t) {
-    const size_t bytes = t ? ggml_nbytes(t) / 16 * 16 : 0;
-    return bytes > 0 && bytes <= 4 << 20 && (uintptr_t) t->data % 16 == 0
-               ? tbq_ahead{ (const char *) t->data, (unsigned) bytes }
-               : tbq_ahead{};
-}
-
-// The keys and the values of a few tokens in one launch, with the rotary embedding of the keys where that is right before;
-// and attention, if it is right behind and reads their exact rows.
-int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
-    auto ours = [](const ggml_tensor * t) {
-        return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 &&
-               (t->flags & GGML_TENSOR_FLAG_COMPUTE);
-    };
-    // on other streams than the first, keys and values are branches that do not wait for each other
-    if (ctx.curr_stream_no != 0) {
-        return 0;
-    }
-    if (const int n = fuse_center(ctx, graph, i)) {
-        return n;
-    }
-    tbq_rope_args       rope = {};
-    const ggml_tensor * k    = graph->nodes[i];
-    int                 last = i;
-    if (k->op == GGML_OP_ROPE) {
-        // its result must go to the cache and nowhere else, all heads of a token in a row
-        if (i + 2 >= graph->n_nodes || !ours(graph->nodes[i + 2]) ||
-            !ggml_can_fuse_subgraph(graph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS }, { i + 2 })) {
-            return 0;
-        }
-        const ggml_tensor * view = graph->nodes[i + 1];
-        last                     = i + 2;
-        if (graph->nodes[last]->src[0] != view || view->view_src != k || view->view_offs != 0 ||
-            view->ne[0] != k->ne[0] * k->ne[1] || view->ne[1] != k->ne[2] || view->ne[2] * view->ne[3] != 1 ||
-            !ggml_is_contiguous(k) || !rope_args(k, rope)) {
-            return 0;
-        }
-        k = graph->nodes[last];
-    } else if (!ours(k)) {
-        return 0;
-    }
-    tbq_pair_args     p = {};
-    tbq_encode_args & a = p.a;
-    tbq_encode_args & b = p.b;
-    a                   = set_rows_args(k);
-    if (rope.head_size) {
-        const ggml_tensor * x = graph->nodes[i]->src[0];
-        a.src                 = x->data;
-        a.from.s[0]           = x->nb[2] / sizeof(float);
-        p.rope                = rope;
-    }
-    if (a.from.n_blocks() == 0 || a.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
-        return 0;
-    }
-
-    // the values, if they are next
-    const int           j = next_node(graph, last);
-    const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
-    if (v) {
-        // two caches with exact rows of their own, and the second reads nothing that the first writes
-        b                 = set_rows_args(v);
-        auto written_by_k = [&](const ggml_tensor * t) {
-            return t && (root(t) == root(k) || (k->src[5] && root(t) == root(k->src[5])));
-        };
-        if (written_by_k(v) || written_by_k(v->src[0]) || written_by_k(v->src[1]) || written_by_k(v->src[5]) ||
-            written_by_k(v->src[6]) || b.from.n_blocks() == 0 || b.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
-            v = nullptr;
-        }
-    }
-    const int     m = next_node(graph, v ? j : last);
-    ggml_tensor * attn =
-        m < graph->n_nodes && graph->nodes[m]->op == GGML_OP_FLASH_ATTN_EXT ? graph->nodes[m] : nullptr;
-    if (attn) {
-        const ggml_tensor * t[] = {
-            attn->src[7], attn->src[3], attn->src[5], attn->src[6], attn->src[1], attn->src[2]
-        };
-        for (int r = 0; r < TBQ_N_AHEAD; r++) {
-            p.ahead[r] = ahead_of(t[r]);
-        }
-    }
-    if (attn && !(v && reads_exact_rows_of(ctx.device, attn, k, v))) {
-        attn = nullptr;
-    }
-    if (!attn && (!is_decode_size(a) || (v && !is_decode_size(b)) || (!v && !rope.head_size))) {
-        return 0;
-    }
-    p.n_a             = (int) a.from.n_blocks();
-    const int  n      = p.n_a + (v ? (int) b.from.n_blocks() : 0);
-    const auto launch = [&](tbq_encode_part part, bool with_rope) {
-        p.part = part;
-        dispatch_bits(k->type, [&](auto bits_k) {
-            dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
-                ggml_cuda_kernel_launch(
-                    with_rope ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>,
-                    ggml_cuda_kernel_launch_params(dim3((unsigned) n), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream()),
-                    p);
-            });
-        });
-        CUDA_CHECK(cudaGetLastError());
-    };
-    if (!attn) {
-        launch(TBQ_ENCODE_WHOLE, rope.head_size != 0);
-        return (v ? j : last) - i;
-    }
-    ggml_cuda_pool_alloc<tbq_stored_block> stored(ctx.pool(), (size_t) n);
-    p.stored = stored.ptr;
-    launch(TBQ_ENCODE_EXACT, rope.head_size != 0);
-    flash_attn_ext_native(ctx, attn, [&] { launch(TBQ_ENCODE_PACKED, false); });
-    return m - i;
-}
-
 // --- blocks to values --------------------------------------------------------------------------------------------
 
 template <typename dst_t> static void decode(ggml_type type, const tbq_decode_args & a, cudaStream_t stream) {
@@ -934,6 +799,137 @@ static bool flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     flash_attn_ext_native(ctx, dst, nullptr);
     return true;
+}
+
+// --- keys, values and attention of a token together ------------------------------------------------------------------
+
+static const ggml_tensor * root(const ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+// Few enough blocks for a CTA each where attention waits for their exact rows alone.
+#define TBQ_MAX_BLOCKS_BESIDE 4096
+
+// Whether attn reads the exact rows that k and v (SET_ROWS) write: then it hides the packed rows of the same cells, so these
+// may be written while it runs.  Blocks without a slot for an exact row are written before it.
+static bool reads_exact_rows_of(int device, const ggml_tensor * attn, const ggml_tensor * k, const ggml_tensor * v) {
+    auto same = [](const ggml_tensor * a, const ggml_tensor * b) { return a && b && root(a) == root(b); };
+    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER &&
+           (attn->flags & GGML_TENSOR_FLAG_COMPUTE) && attn->src[7] && same(attn->src[1], k) && same(attn->src[2], v) &&
+           same(attn->src[5], k->src[5]) && same(attn->src[6], v->src[5]) && native_supported(attn) &&
+           !prompt_supported(device, attn) && decode_supported(device, attn);
+}
+
+// All of t, or nothing if that is too much to ask for at once.
+static tbq_ahead ahead_of(const ggml_tensor * t) {
+    const size_t bytes = t ? ggml_nbytes(t) / 16 * 16 : 0;
+    return bytes > 0 && bytes <= 4 << 20 && (uintptr_t) t->data % 16 == 0
+               ? tbq_ahead{ (const char *) t->data, (unsigned) bytes }
+               : tbq_ahead{};
+}
+
+// The keys and the values of a few tokens in one launch, with the rotary embedding of the keys where that is right before;
+// and attention, if it is right behind and reads their exact rows.
+int tbq_cuda_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    auto ours = [](const ggml_tensor * t) {
+        return t->op == GGML_OP_SET_ROWS && ggml_is_tbq(t->type) && t->src[0]->type == GGML_TYPE_F32 &&
+               (t->flags & GGML_TENSOR_FLAG_COMPUTE);
+    };
+    // on other streams than the first, keys and values are branches that do not wait for each other
+    if (ctx.curr_stream_no != 0) {
+        return 0;
+    }
+    if (const int n = fuse_center(ctx, graph, i)) {
+        return n;
+    }
+    tbq_rope_args       rope = {};
+    const ggml_tensor * k    = graph->nodes[i];
+    int                 last = i;
+    if (k->op == GGML_OP_ROPE) {
+        // its result must go to the cache and nowhere else, all heads of a token in a row
+        if (i + 2 >= graph->n_nodes || !ours(graph->nodes[i + 2]) ||
+            !ggml_can_fuse_subgraph(graph, i, { GGML_OP_ROPE, GGML_OP_VIEW, GGML_OP_SET_ROWS }, { i + 2 })) {
+            return 0;
+        }
+        const ggml_tensor * view = graph->nodes[i + 1];
+        last                     = i + 2;
+        if (graph->nodes[last]->src[0] != view || view->view_src != k || view->view_offs != 0 ||
+            view->ne[0] != k->ne[0] * k->ne[1] || view->ne[1] != k->ne[2] || view->ne[2] * view->ne[3] != 1 ||
+            !ggml_is_contiguous(k) || !rope_args(k, rope)) {
+            return 0;
+        }
+        k = graph->nodes[last];
+    } else if (!ours(k)) {
+        return 0;
+    }
+    tbq_pair_args     p = {};
+    tbq_encode_args & a = p.a;
+    tbq_encode_args & b = p.b;
+    a                   = set_rows_args(k);
+    if (rope.head_size) {
+        const ggml_tensor * x = graph->nodes[i]->src[0];
+        a.src                 = x->data;
+        a.from.s[0]           = x->nb[2] / sizeof(float);
+        p.rope                = rope;
+    }
+    if (a.from.n_blocks() == 0 || a.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
+        return 0;
+    }
+
+    // the values, if they are next
+    const int           j = next_node(graph, last);
+    const ggml_tensor * v = j < graph->n_nodes && ours(graph->nodes[j]) ? graph->nodes[j] : nullptr;
+    if (v) {
+        // two caches with exact rows of their own, and the second reads nothing that the first writes
+        b                 = set_rows_args(v);
+        auto written_by_k = [&](const ggml_tensor * t) {
+            return t && (root(t) == root(k) || (k->src[5] && root(t) == root(k->src[5])));
+        };
+        if (written_by_k(v) || written_by_k(v->src[0]) || written_by_k(v->src[1]) || written_by_k(v->src[5]) ||
+            written_by_k(v->src[6]) || b.from.n_blocks() == 0 || b.from.n_blocks() > TBQ_MAX_BLOCKS_BESIDE) {
+            v = nullptr;
+        }
+    }
+    const int     m = next_node(graph, v ? j : last);
+    ggml_tensor * attn =
+        m < graph->n_nodes && graph->nodes[m]->op == GGML_OP_FLASH_ATTN_EXT ? graph->nodes[m] : nullptr;
+    if (attn) {
+        const ggml_tensor * t[] = {
+            attn->src[7], attn->src[3], attn->src[5], attn->src[6], attn->src[1], attn->src[2]
+        };
+        for (int r = 0; r < TBQ_N_AHEAD; r++) {
+            p.ahead[r] = ahead_of(t[r]);
+        }
+    }
+    if (attn && !(v && reads_exact_rows_of(ctx.device, attn, k, v))) {
+        attn = nullptr;
+    }
+    if (!attn && (!is_decode_size(a) || (v && !is_decode_size(b)) || (!v && !rope.head_size))) {
+        return 0;
+    }
+    p.n_a             = (int) a.from.n_blocks();
+    const int  n      = p.n_a + (v ? (int) b.from.n_blocks() : 0);
+    const auto launch = [&](tbq_encode_part part, bool with_rope) {
+        p.part = part;
+        dispatch_bits(k->type, [&](auto bits_k) {
+            dispatch_bits(v ? v->type : k->type, [&](auto bits_v) {
+                ggml_cuda_kernel_launch(
+                    with_rope ? tbq_quantize_pair<bits_k, bits_v, true> : tbq_quantize_pair<bits_k, bits_v, false>,
+                    ggml_cuda_kernel_launch_params(dim3((unsigned) n), dim3(TBQ_DECODE_SIZE_THREADS), 0, ctx.stream()),
+                    p);
+            });
+        });
+        CUDA_CHECK(cudaGetLastError());
+    };
+    if (!attn) {
+        launch(TBQ_ENCODE_WHOLE, rope.head_size != 0);
+        return (v ? j : last) - i;
+    }
+    ggml_cuda_pool_alloc<tbq_stored_block> stored(ctx.pool(), (size_t) n);
+    p.stored = stored.ptr;
+    launch(TBQ_ENCODE_EXACT, rope.head_size != 0);
+    flash_attn_ext_native(ctx, attn, [&] { launch(TBQ_ENCODE_PACKED, false); });
+    return m - i;
 }
 
 // --- what the backend asks for, and what it promises -----------------------------------------------------------------

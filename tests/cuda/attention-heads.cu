@@ -196,36 +196,7 @@ static double time_one(const shape_of_call & s, int columns, int & n_split) {
         return 0;
     }
     CHECK(cudaDeviceSynchronize());
-    cudaGraph_t     graph;
-    cudaGraphExec_t exec;
-    CHECK(cudaStreamCreate(&stream));
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
-    for (int i = 0; i < layers; i++) {
-        layer(i);
-    }
-    CHECK(cudaStreamEndCapture(stream, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t from, to;
-    CHECK(cudaEventCreate(&from));
-    CHECK(cudaEventCreate(&to));
-    std::vector<float> times;
-    for (int r = 0; r < 17; r++) {
-        CHECK(cudaEventRecord(from, stream));
-        CHECK(cudaGraphLaunch(exec, stream));
-        CHECK(cudaEventRecord(to, stream));
-        CHECK(cudaEventSynchronize(to));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, from, to));
-        if (r >= 2) { // the first ones warm up
-            times.push_back(ms);
-        }
-    }
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(stream));
-    stream = nullptr;
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2] * 1000 / layers;
+    return time_of_a_layer(stream, layers, 15, layer);
 }
 
 static void print_times(const shape_of_call & s, std::initializer_list<int> columns) {

@@ -246,41 +246,14 @@ static double time_shape(const shape & s, int n_exact) {
     device_array<int>    cells_dev(cells);
     a.q = (const char *) q_dev.p, a.dst = dst.p, a.mask = (const char *) mask_dev.p;
     a.cells = n_exact ? cells_dev.p : nullptr;
-    cudaGraph_t     graph;
-    cudaGraphExec_t exec;
     CHECK(cudaDeviceSynchronize());
-    CHECK(cudaStreamCreate(&stream));
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
-    for (int i = 0; i < layers; i++) {
+    return time_of_a_layer(stream, layers, 21, [&](int i) {
         a.k       = k_dev.p + i * bytes_k;
         a.v       = v_dev.p + i * bytes_v;
         a.exact_k = ek_dev.p + i * rows_e.size();
         a.exact_v = ev_dev.p + i * rows_e.size();
         launch_any(d, k, v, a, partial.p);
-    }
-    CHECK(cudaStreamEndCapture(stream, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t from, to;
-    CHECK(cudaEventCreate(&from));
-    CHECK(cudaEventCreate(&to));
-    std::vector<float> times;
-    for (int r = 0; r < 23; r++) {
-        CHECK(cudaEventRecord(from, stream));
-        CHECK(cudaGraphLaunch(exec, stream));
-        CHECK(cudaEventRecord(to, stream));
-        CHECK(cudaEventSynchronize(to));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, from, to));
-        if (r >= 2) { // the first ones warm up
-            times.push_back(ms);
-        }
-    }
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(stream));
-    stream = nullptr;
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2] * 1000 / layers;
+    });
 }
 
 // GB/s, read and written, of a copy of a GiB.
