@@ -198,6 +198,7 @@ class Server:
 
     def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1, env=ENV):
         self.port, self.log_path, self.env = free_port(), Path(log), env
+        self.is_ready, self.n_marks = False, 0
         # No prompt cache in RAM and no reuse that depends on batches: only the test saves and restores.
         self.cmd = [
             str(x)
@@ -242,14 +243,17 @@ class Server:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise AssertionError(f"llama-server ended with status {self.process.returncode}:\n{self.log[-3000:]}")
+                raise AssertionError(
+                    f"llama-server ended with status {self.process.returncode}:\n{self.written[-3000:]}"
+                )
             try:
                 if self.get("/health")[0] == 200:
+                    self.is_ready = True
                     return
             except OSError:
                 pass
             time.sleep(0.05)
-        raise AssertionError(f"llama-server not ready after 60 s:\n{self.log[-3000:]}")
+        raise AssertionError(f"llama-server not ready after 60 s:\n{self.written[-3000:]}")
 
     def __exit__(self, *exc):
         self.process.terminate()
@@ -261,8 +265,29 @@ class Server:
         self.out.close()
 
     @property
-    def log(self):
+    def written(self):
+        """What is in the log. A thread of its own writes it, so the last lines may be missing."""
         return self.log_path.read_text(errors="replace")
+
+    @property
+    def log(self):
+        """What the server has said up to now. Lines are written in order, so one is provoked and waited for: of a
+        request that is no JSON, which the server cites. It wakes a server that sleeps."""
+        if self.is_ready and self.process.poll() is None:
+            self.n_marks += 1
+            mark = f"mark {self.n_marks}'"
+            request = urllib.request.Request(f"http://127.0.0.1:{self.port}/tokenize", f'"{mark[:-1]}'.encode())
+            try:
+                urllib.request.urlopen(request, timeout=10).close()
+            except urllib.error.HTTPError as error:
+                error.close()
+            except OSError:
+                return self.written  # it hangs, or ended
+            end = time.monotonic() + 10
+            while self.process.poll() is None and mark not in self.written:
+                assert time.monotonic() < end, f"llama-server did not log a request:\n{self.written[-3000:]}"
+                time.sleep(0.005)
+        return self.written
 
     def request(self, path, body=None):
         """The status and the parsed answer of a request, whatever the status."""

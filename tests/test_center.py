@@ -729,8 +729,8 @@ def test_states_know_their_center(bin_dir, demo_model, demo_center, tmp_path):
 def fall_asleep(server, times):
     """Waits until a server with --sleep-idle-seconds 1 sleeps."""
     end = time.monotonic() + 60
-    while server.log.count("server is entering sleeping state") < times:
-        assert server.process.poll() is None and time.monotonic() < end, server.log[-2000:]
+    while server.written.count("server is entering sleeping state") < times:
+        assert server.process.poll() is None and time.monotonic() < end, server.written[-2000:]
         time.sleep(0.1)
 
 

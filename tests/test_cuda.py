@@ -4,6 +4,7 @@ nvcc is told so. With one, the tests marked gpu: everything that docs/measuremen
 bench/cuda.py measures. tests/cuda/run.sh runs them where the package is not installed, so these import nothing of
 it."""
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ needs_gpu = pytest.mark.skipif(
 
 
 def compile_for(arch, out):
+    """Compiles all kernels. Returns {name: (bytes of spilling, registers)}."""
     done = subprocess.run(
         [
             "nvcc",
@@ -53,7 +55,6 @@ def compile_for(arch, out):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # name, bytes of spilling, registers
     return {
         name: (int(spill), int(registers))
         for name, spill, registers in re.findall(
@@ -62,13 +63,76 @@ def compile_for(arch, out):
     }
 
 
+def compile_for_a_cpu(name, folder, change=None):
+    """Compiles NAME_on_cpu.cpp and the kernels. change: a file of theirs, a text in it, and what takes its place."""
+    folders = [CUDA, TBQ / "include", TBQ / "cpu", TBQ / "cuda"]
+    folder.mkdir()
+    if change:
+        file, right, wrong = change
+        source = (TBQ / "cuda" / file).read_text()
+        assert right in source
+        (folder / file).write_text(source.replace(right, wrong))
+        folders.insert(0, folder)
+    subprocess.run(
+        [
+            *("nvcc", "-std=c++17", "-O1", "-cudart", "none"),  # which only gives its headers to the C++ compiler
+            *("-Xcompiler", "-ffp-contract=off,-fno-strict-aliasing,-fno-pie,-no-pie"),
+            *(part for path in folders for part in ("-I", path)),
+            CUDA / f"{name}_on_cpu.cpp",
+            next((folder.parent / "cpu").glob("libtbq*")),
+            *("-o", folder / name),
+        ],
+        check=True,
+    )
+    return folder / name
+
+
+ARCHITECTURES = ("75", "80", "86", "89", "90", "90a", "100", "120")
+#: Programs that run kernels on a CPU, and changes of the kernels that they must notice.
+ON_A_CPU = {
+    "encoder": (
+        None,
+        ("tbq-quantize.cuh", "64.0f * TBQ_Q_ONE, (float) qk", "63.0f * TBQ_Q_ONE, (float) qk"),
+        ("tbq-quantize.cuh", "y < 0.0f ? -q : q", "q"),
+    ),
+    # a row of the list counts twice
+    "attention": (None, ("tbq-attention-rows.cuh", "listed >> row & 1", "false")),
+    "heads": (None, ("tbq-attention-heads.cuh", ": ~0u << left) | listed", ": ~0u << left) | 0")),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """What the tests that are run need of compile_for() and compile_for_a_cpu(), as futures: by architecture, and by
+    name and change. nvcc is one thread, so there are as many at a time as cores."""
+    needed = {mark.args[0] for item in request.session.items for mark in item.iter_markers("compiles")}
+    folder = tmp_path_factory.mktemp("compiled")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {}
+        for arch in ARCHITECTURES:
+            if arch in needed:
+                futures[arch] = pool.submit(compile_for, arch, folder / f"{arch}.cubin")
+        if needed.intersection(ON_A_CPU):
+            kernels = CUDA.parent / "kernels"
+            subprocess.run(["cmake", "-S", kernels, "-B", folder / "cpu"], check=True, capture_output=True)
+            subprocess.run(["cmake", "--build", folder / "cpu", "--target", "tbq"], check=True, capture_output=True)
+        for name, changes in ON_A_CPU.items():
+            for i, change in enumerate(changes if name in needed else ()):
+                futures[name, change] = pool.submit(compile_for_a_cpu, name, folder / f"{name}-{i}", change)
+        yield futures
+
+
+def compiles(what, *marks):
+    return pytest.param(what, marks=(pytest.mark.compiles(what), *marks))
+
+
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["75", "80", "86", "89", "90", "90a", "100", "120"])
-def test_compiles(tmp_path, arch):
+@pytest.mark.parametrize("arch", [compiles(arch) for arch in ARCHITECTURES])
+def test_compiles(compiled, arch):
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
     if f"sm_{arch.rstrip('a')}\n" not in known:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    kernels = compile_for(arch, tmp_path / "x.cubin")
+    kernels = compiled[arch].result()
     assert len(kernels) == 27
     for name, (spill, registers) in kernels.items():
         # q8_0 keys: three words at most, also where their rows are read at the cells of exact ones; f16 values: one
@@ -94,95 +158,48 @@ def test_standalone_programs_compile(tmp_path):
     assert (done.returncode == 0) == bool(has_gpu()) and ("0 differences" in done.stdout) == bool(has_gpu())
 
 
-def run_on_a_cpu(name, tmp_path, cuda, *arguments):
-    """Compiles NAME_on_cpu.cpp with the kernels in the folder `cuda`, else with ours, and runs it."""
-    if not (tmp_path / "cpu").exists():
-        subprocess.run(
-            ["cmake", "-S", CUDA.parent / "kernels", "-B", tmp_path / "cpu"], check=True, capture_output=True
-        )
-        subprocess.run(["cmake", "--build", tmp_path / "cpu", "--target", "tbq"], check=True, capture_output=True)
-    program = tmp_path / name
-    folders = (CUDA, TBQ / "include", TBQ / "cpu", cuda, TBQ / "cuda")
-    subprocess.run(
-        [
-            *("nvcc", "-std=c++17", "-O1", "-cudart", "none"),  # which only gives its headers to the C++ compiler
-            *("-Xcompiler", "-ffp-contract=off,-fno-strict-aliasing,-fno-pie,-no-pie"),
-            *(part for folder in folders for part in ("-I", folder)),
-            CUDA / f"{name}_on_cpu.cpp",
-            next((tmp_path / "cpu").glob("libtbq*")),
-            *("-o", program),
-        ],
-        check=True,
-    )
-    return subprocess.run([program, *arguments], capture_output=True, text=True)
+on_a_cpu = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
 
 
 @needs_nvcc
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
-def test_encoder_on_a_cpu(tmp_path):
+@on_a_cpu
+@pytest.mark.compiles("encoder")
+def test_encoder_on_a_cpu(compiled):
     """The CUDA encoders write the reference's bytes, and the program notices where they do not."""
-
-    def differences(cuda, blocks):
-        done = run_on_a_cpu("encoder", tmp_path, cuda, str(blocks))
+    for change in ON_A_CPU["encoder"]:
+        done = subprocess.run(
+            [compiled["encoder", change].result(), "8" if change else "40"], capture_output=True, text=True
+        )
         count = int(re.fullmatch(r"(\d+) differences", done.stdout.splitlines()[-1])[1])
-        assert (done.returncode == 0) == (count == 0)
-        return count, done.stdout
+        assert (count > 0) == bool(change) == (done.returncode != 0), (change, done.stdout)
 
-    count, out = differences(TBQ / "cuda", 40)
-    assert count == 0, out
-    for right, wrong in (
-        ("64.0f * TBQ_Q_ONE, (float) qk", "63.0f * TBQ_Q_ONE, (float) qk"),
-        ("y < 0.0f ? -q : q", "q"),
-    ):
-        source = (TBQ / "cuda" / "tbq-quantize.cuh").read_text()
-        assert right in source
-        changed = tmp_path / "changed"
-        changed.mkdir(exist_ok=True)
-        (changed / "tbq-quantize.cuh").write_text(source.replace(right, wrong))
-        assert differences(changed, 8)[0] > 0, wrong
+
+def wrong_problems(program, *arguments):
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    count = re.match(r"[1-9]\d* problems, (\d+) wrong", done.stdout.splitlines()[-1])
+    assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout
+    return int(count[1])
 
 
 @needs_nvcc
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
-def test_attention_on_a_cpu(tmp_path):
+@on_a_cpu
+@pytest.mark.compiles("attention")
+def test_attention_on_a_cpu(compiled):
     """Attention over whole rows is right, and the program notices where it is not."""
-
-    def wrong(cuda, *arguments):
-        done = run_on_a_cpu("attention", tmp_path, cuda, *arguments)
-        count = re.match(r"[1-9]\d* problems, (\d+) wrong", done.stdout.splitlines()[-1])
-        assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout
-        return int(count[1])
-
-    assert wrong(TBQ / "cuda", "exact", "10") == 0
-    assert subprocess.run([tmp_path / "attention", "center", "15"]).returncode == 0
-    source = (TBQ / "cuda" / "tbq-attention-rows.cuh").read_text()
-    right = "listed >> row & 1"  # without it a row of the list counts twice
-    assert right in source
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    (changed / "tbq-attention-rows.cuh").write_text(source.replace(right, "false"))
-    assert wrong(changed, "exact", "10") > 0
+    ours, changed = (compiled["attention", change].result() for change in ON_A_CPU["attention"])
+    assert wrong_problems(ours, "exact", "10") == 0
+    assert wrong_problems(ours, "center", "15") == 0
+    assert wrong_problems(changed, "exact", "10") > 0
 
 
 @needs_nvcc
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ucontext and GNU's C++")
-def test_attention_of_large_heads_on_a_cpu(tmp_path):
+@on_a_cpu
+@pytest.mark.compiles("heads")
+def test_attention_of_large_heads_on_a_cpu(compiled):
     """Attention for head sizes 192/128, 512 and 576/512 is right, and the program notices where it is not."""
-
-    def wrong(cuda, *arguments):
-        done = run_on_a_cpu("heads", tmp_path, cuda, *arguments)
-        count = re.match(r"[1-9]\d* problems, (\d+) wrong", done.stdout.splitlines()[-1])
-        assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout
-        return int(count[1])
-
-    assert wrong(TBQ / "cuda", "center", "6", "3") == 0
-    source = (TBQ / "cuda" / "tbq-attention-heads.cuh").read_text()
-    right = ": ~0u << left) | listed"  # without it a row of the list counts twice
-    assert right in source
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    (changed / "tbq-attention-heads.cuh").write_text(source.replace(right, right.replace("listed", "0")))
-    assert wrong(changed, "exact", "1") > 0
+    ours, changed = (compiled["heads", change].result() for change in ON_A_CPU["heads"])
+    assert wrong_problems(ours, "center", "6", "3") == 0
+    assert wrong_problems(changed, "exact", "1") > 0
 
 
 def test_a_model_of_random_weights_without_the_package(tmp_path):

@@ -232,7 +232,7 @@ def test_corrupt_slot_files_are_refused(bin_dir, tmp_path, memory):
             try:
                 status, answer = server.slot("restore", "bad.bin")
             except OSError as error:
-                raise AssertionError(f"{what}: no answer ({error})\n{server.log[-3000:]}") from None
+                raise AssertionError(f"{what}: no answer ({error})\n{server.written[-3000:]}") from None
             assert status == 400 and answer["error"]["message"].startswith("Unable to restore slot: "), (what, answer)
             if i % 4 == 0 or i + 1 == len(cases):
                 after = server.complete(SHORT, n=4)

@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from llama_tools import ENV, TBQ, run
+from llama_tools import ENV, TBQ, run, tiny_llama
 
 # What ctest registers at this pin and cannot pass without a network. The unpatched pin fails these in the same way.
 NETWORK = {
@@ -163,3 +164,13 @@ def test_backend_ops(build_dir, op):
     assert passed == total
     # enough cases that each type is in several; an empty selection also "passes"
     assert total >= (18 if op == "CENTER_SET_ROWS" else 20)
+
+
+def test_text_that_a_vocabulary_lacks(bin_dir, tmp_path):
+    """Tokens of bytes: the time grows with the length, not with its square (five minutes of this text)."""
+    text = tmp_path / "text"
+    text.write_text("ж" * 1_000_000, encoding="utf-8")
+    model = tiny_llama(tmp_path / "model.gguf", 64)
+    start = time.monotonic()
+    done = run(bin_dir / "llama-tokenize", "-m", model, "-f", text, "--ids", "--show-count", "--log-disable")
+    assert done.stdout.endswith("Total number of tokens: 2000001\n") and time.monotonic() - start < 60
