@@ -159,8 +159,8 @@ def test_bytes_of_the_cpu(programs):
 
 
 # Operation, and which of its cases. Each in a process of its own. llvmpipe compiles each kind of attention for
-# seconds, and the backend's own for half a minute, so of these there are few. Mesa 22.3 crashes now and then in a process
-# that compiles many kinds of ROPE_SET_ROWS (a race in its thread; 25.0 does not), so there are several.
+# seconds, and the backend's own for half a minute, so of these there are few. Mesa 22.3 crashes now and then in a
+# process that compiles many kinds of ROPE_SET_ROWS (a race in its thread; 25.0 does not), so there are several.
 OPERATIONS = {
     "SET_ROWS": "tbq",
     "GET_ROWS": "tbq",
