@@ -198,7 +198,6 @@ class Server:
 
     def __init__(self, bin_dir, model, log, *args, n_ctx=512, slots=1, env=ENV):
         self.port, self.log_path, self.env = free_port(), Path(log), env
-        self.is_ready, self.n_marks = False, 0
         # No prompt cache in RAM and no reuse that depends on batches: only the test saves and restores.
         self.cmd = [
             str(x)
@@ -248,7 +247,6 @@ class Server:
                 )
             try:
                 if self.get("/health")[0] == 200:
-                    self.is_ready = True
                     return
             except OSError:
                 pass
@@ -273,9 +271,8 @@ class Server:
     def log(self):
         """What the server has said up to now. Lines are written in order, so one is provoked and waited for: of a
         request that is no JSON, which the server cites. It wakes a server that sleeps."""
-        if self.is_ready and self.process.poll() is None:
-            self.n_marks += 1
-            mark = f"mark {self.n_marks}'"
+        if self.process.poll() is None:
+            mark = f"mark {time.monotonic_ns()}'"
             request = urllib.request.Request(f"http://127.0.0.1:{self.port}/tokenize", f'"{mark[:-1]}'.encode())
             try:
                 urllib.request.urlopen(request, timeout=10).close()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """llama.cpp's own tests on the patched tree."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from llama_tools import ENV, TBQ, run, tiny_llama
+
+MASK = Path(__file__).parent / "llama" / "mask.cpp"
+TBQ_LLAMA = Path(__file__).parents[1] / "ggml_tbq" / "llama"
 
 # What ctest registers at this pin and cannot pass without a network. The unpatched pin fails these in the same way.
 NETWORK = {
@@ -167,10 +171,36 @@ def test_backend_ops(build_dir, op):
 
 
 def test_text_that_a_vocabulary_lacks(bin_dir, tmp_path):
-    """Tokens of bytes: the time grows with the length, not with its square (five minutes of this text)."""
+    """Tokens of bytes: the time grows with the length. With its square, this text would take five minutes."""
     text = tmp_path / "text"
     text.write_text("ж" * 1_000_000, encoding="utf-8")
     model = tiny_llama(tmp_path / "model.gguf", 64)
     start = time.monotonic()
     done = run(bin_dir / "llama-tokenize", "-m", model, "-f", text, "--ids", "--show-count", "--log-disable")
     assert done.stdout.endswith("Total number of tokens: 2000001\n") and time.monotonic() - start < 60
+
+
+def test_masks_of_single_tokens(build_dir, tmp_path):
+    """They are those of a loop that asks every cell, and the program notices where they are not."""
+    tree, header = build_dir / "llama.cpp-src", TBQ_LLAMA / "llama-kv-mask.h"
+    folders = (tmp_path, tree / "src", tree / "include", tree / "ggml" / "include")
+
+    def wrong():
+        command = ("-std=c++17", "-O2", *(f"-I{folder}" for folder in folders), MASK, "-o", tmp_path / "mask")
+        run(os.environ.get("CXX", "c++"), *command)
+        done = run(tmp_path / "mask", ok=False)
+        count = re.match(r"20000 problems, (\d+) wrong", done.stdout)
+        assert count and (done.returncode == 0) == (count[1] == "0"), done.stdout + done.stderr
+        return int(count[1])
+
+    source = header.read_text()
+    (tmp_path / header.name).write_text(source)
+    assert wrong() == 0
+    for right, changed in (
+        ("<= last", "< last"),
+        ("[first + i] + 1)", "[first + i])"),
+        (" != cells.seq_get", " == cells.seq_get"),
+    ):
+        assert source.count(right) == 1
+        (tmp_path / header.name).write_text(source.replace(right, changed))
+        assert wrong() > 0, changed
